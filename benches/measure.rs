@@ -1,0 +1,83 @@
+//! What the statistics cost beside a plain read of the same bytes, in one run: group `measure` against `ceiling`.
+//!
+//! 64 tensors of 1 Mi elements each. The ratio of the two medians is the figure; either alone is the machine's.
+
+use bytemuck::Pod;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use gradprobe::{Config, CpuProbe, Element, HostTensor, HostTensorMut, Plan};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::hint::black_box;
+
+const TENSORS: usize = 64;
+const ELEMENTS: usize = 1 << 20;
+
+/// Numbers of the size and spread of a gradient: the sum of four uniforms, times 1e-3.
+fn gradient(seed: usize) -> Vec<f32> {
+    let mut state = seed as u64;
+    let mut uniform = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..ELEMENTS).map(|_| 1e-3 * (uniform() + uniform() + uniform() + uniform())).collect()
+}
+
+/// The fastest plain read the compiler writes: every 64-bit word into a vector of sums, all threads.
+fn read<T: Pod + Sync>(tensors: &[Vec<T>]) -> u64 {
+    let sum_words = |chunk: &[T]| {
+        let mut lanes = [0u64; 32];
+        let (blocks, _) = bytemuck::cast_slice::<T, u64>(chunk).as_chunks::<32>();
+        for block in blocks {
+            for (lane, word) in lanes.iter_mut().zip(block) {
+                *lane = lane.wrapping_add(*word);
+            }
+        }
+        lanes.into_iter().fold(0, u64::wrapping_add)
+    };
+    tensors.par_iter().flat_map(|t| t.par_chunks(1 << 15)).map(sum_words).reduce(|| 0, u64::wrapping_add)
+}
+
+fn benches_of<T: Element>(criterion: &mut Criterion, name: &str, convert: impl Fn(f32) -> T + Sync)
+where
+    for<'a> HostTensor<'a>: From<&'a [T]>,
+    for<'a> HostTensorMut<'a>: From<&'a mut [T]>,
+{
+    let mut data: Vec<Vec<T>> =
+        (0..TENSORS).into_par_iter().map(|seed| gradient(seed).into_iter().map(&convert).collect()).collect();
+    let elements = TENSORS * ELEMENTS;
+    let bytes = (elements * size_of::<T>()) as u64;
+
+    let mut group = criterion.benchmark_group("ceiling");
+    group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
+    group.bench_function(BenchmarkId::new(name, elements), |b| b.iter(|| black_box(read(black_box(&data)))));
+    group.finish();
+
+    let plan = Plan::new((0..TENSORS).map(|t| (format!("layer.{t}"), T::DTYPE, ELEMENTS as u64))).unwrap();
+    // A norm so small that every step clips; the data shrink only once, then the coefficient is near 1.
+    let mut probe = CpuProbe::new(plan, Config::default().max_norm(0.1)).unwrap();
+
+    let mut group = criterion.benchmark_group("measure");
+    group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
+    group.bench_function(BenchmarkId::new(name, elements), |b| {
+        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
+        b.iter(|| black_box(probe.measure(black_box(&tensors)).unwrap()));
+    });
+    group.finish();
+
+    let mut group = criterion.benchmark_group("clip");
+    group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
+    group.bench_function(BenchmarkId::new(name, elements), |b| {
+        let mut tensors: Vec<HostTensorMut> = data.iter_mut().map(|t| t.as_mut_slice().into()).collect();
+        b.iter(|| probe.clip(black_box(&mut tensors)).unwrap());
+    });
+    group.finish();
+}
+
+fn benches(criterion: &mut Criterion) {
+    benches_of(criterion, "cpu/f32", |x| x);
+    benches_of(criterion, "cpu/bf16", bf16::from_f32);
+    benches_of(criterion, "cpu/f16", f16::from_f32);
+}
+
+criterion_group!(group, benches);
+criterion_main!(group);

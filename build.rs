@@ -1,0 +1,105 @@
+//! Compiles `kernels/*.cu` to one fat binary, or leaves that to NVRTC at first use.
+//!
+//! `NVCC`, then `CUDA_HOME` and `CUDA_PATH`, then `PATH`, then /usr/local/cuda are searched for nvcc. Found, it makes
+//! machine code for every architecture from Turing to Blackwell and PTX of the lowest for what comes after; if it
+//! fails, so does the build. Not found, or on docs.rs, the binary is empty and a warning says so. Either way the source
+//! is embedded as one file. Nothing is linked, and no GPU is looked for.
+
+use std::{
+    env,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Machine code is made for these; PTX for the first.
+const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+
+fn main() {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "DOCS_RS", "NVCC_CCBIN"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    println!("cargo::rerun-if-changed=kernels");
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let source = out.join("gradprobe.cu");
+    let mut text = String::from("// All of kernels/ in one file, made by build.rs.\n");
+    let mut seen = Vec::new();
+    for kernel in ["measure.cu", "clip.cu"] {
+        flatten(&Path::new("kernels").join(kernel), &mut seen, &mut text);
+    }
+    fs::write(&source, &text).expect("OUT_DIR can be written");
+
+    let binary = out.join("gradprobe.fatbin");
+    let want = env::var_os("CARGO_FEATURE_CUDA").is_some() && env::var_os("DOCS_RS").is_none();
+    match find_nvcc().filter(|_| want) {
+        Some(nvcc) => compile(&nvcc, &source, &binary),
+        None => {
+            fs::write(&binary, []).expect("OUT_DIR can be written");
+            if want {
+                println!(
+                    "cargo::warning=no nvcc in NVCC, CUDA_HOME/bin, CUDA_PATH/bin, PATH or /usr/local/cuda/bin: \
+                     the CUDA kernels will be compiled by NVRTC at first use"
+                );
+            }
+        }
+    }
+}
+
+/// Appends `file` with its `#include "…"` lines replaced by the files they name, each once.
+fn flatten(file: &Path, seen: &mut Vec<PathBuf>, text: &mut String) {
+    if seen.iter().any(|s| s == file) {
+        return;
+    }
+    seen.push(file.to_owned());
+    let content = fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    writeln!(text, "// ==== {}", file.display()).expect("a string takes everything");
+    for line in content.lines() {
+        let include = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        match include {
+            Some(name) => flatten(&file.with_file_name(name), seen, text),
+            None if line == "#pragma once" => {}
+            None => writeln!(text, "{line}").expect("a string takes everything"),
+        }
+    }
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    if let Some(nvcc) = env::var_os("NVCC") {
+        let nvcc = PathBuf::from(nvcc);
+        assert!(nvcc.is_file(), "NVCC is set to {}, which is not a file", nvcc.display());
+        return Some(nvcc);
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    homes
+        .chain(env::split_paths(&path))
+        .chain([PathBuf::from("/usr/local/cuda/bin")])
+        .map(|folder| folder.join(&name))
+        .find(|nvcc| nvcc.is_file())
+}
+
+fn compile(nvcc: &Path, source: &Path, binary: &Path) {
+    let mut command = Command::new(nvcc);
+    command.arg("--fatbin").arg("-o").arg(binary).arg(source);
+    // One IEEE operation for each operator: see kernels/platform.cuh.
+    command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]);
+    command.args(["-Werror", "all-warnings"]);
+    for architecture in ARCHITECTURES {
+        command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+    }
+    let lowest = ARCHITECTURES[0];
+    command.arg(format!("-gencode=arch=compute_{lowest},code=compute_{lowest}"));
+    let output = command.output().unwrap_or_else(|error| panic!("{} could not be run: {error}", nvcc.display()));
+    assert!(
+        output.status.success(),
+        "{} failed ({}):\n{}{}\nTo build without it, set NVCC, CUDA_HOME, CUDA_PATH and PATH so that no nvcc is found: \
+         the kernels are then compiled by NVRTC at first use.",
+        nvcc.display(),
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+}

@@ -1,0 +1,41 @@
+//! Opens the device on which the statistics are computed.
+
+use crate::options::Device;
+use gradprobe::{Backend, Config, CpuProbe, Error, Plan};
+
+/// A probe on the device asked for. With none asked for: on the GPU, or on the CPU when there is no GPU; a GPU that
+/// is there and fails is an error, so that nobody takes the slow path without knowing.
+pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+    match device {
+        Some(Device::Cpu) => cpu(plan, config),
+        Some(Device::Cuda) => cuda(plan, config),
+        Some(Device::Simt) => simt(plan, config),
+        None => match cuda(plan.clone(), config) {
+            Err(Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }) => cpu(plan, config),
+            opened => opened,
+        },
+    }
+}
+
+fn cpu(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+    Ok(Box::new(CpuProbe::new(plan, config)?))
+}
+
+// enabled when the backends land
+// #[cfg(feature = "cuda")]
+// fn cuda(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+//     Ok(Box::new(gradprobe::CudaProbe::on_device(0, plan, config)?))
+// }
+//
+// #[cfg(not(feature = "cuda"))]
+fn cuda(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
+    Err(Error::DeviceNotFound { ordinal: 0, reason: "this build is without the feature `cuda`".to_owned() })
+}
+
+// enabled when the backends land
+// fn simt(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+//     Ok(Box::new(gradprobe_simt::SimtProbe::new(plan, config)?))
+// }
+fn simt(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
+    Err(Error::KernelLoad("this build is without the host build of the kernels".to_owned()))
+}

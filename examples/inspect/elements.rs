@@ -1,0 +1,53 @@
+//! The elements of one tensor, owned and aligned for their type.
+//!
+//! A file may place a tensor at any address. Reading it into a vector of its own type aligns it, with no case for
+//! tensors that are aligned already.
+
+use gradprobe::{DType, Error, HostTensor, HostTensorMut};
+use half::{bf16, f16};
+
+/// One tensor's elements.
+pub enum Elements {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+impl Elements {
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn zeros(dtype: DType, len: u64) -> Result<Self, Error> {
+        Ok(match dtype {
+            DType::F32 => Self::F32(zeros(len, 0.0)?),
+            DType::F16 => Self::F16(zeros(len, f16::ZERO)?),
+            DType::BF16 => Self::BF16(zeros(len, bf16::ZERO)?),
+        })
+    }
+
+    pub fn view(&self) -> HostTensor<'_> {
+        match self {
+            Self::F32(elements) => HostTensor::F32(elements),
+            Self::F16(elements) => HostTensor::F16(elements),
+            Self::BF16(elements) => HostTensor::BF16(elements),
+        }
+    }
+
+    pub fn view_mut(&mut self) -> HostTensorMut<'_> {
+        match self {
+            Self::F32(elements) => HostTensorMut::F32(elements),
+            Self::F16(elements) => HostTensorMut::F16(elements),
+            Self::BF16(elements) => HostTensorMut::BF16(elements),
+        }
+    }
+}
+
+fn zeros<T: Copy>(len: u64, zero: T) -> Result<Vec<T>, Error> {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    let mut elements = Vec::new();
+    let out_of_memory = |_| Error::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) };
+    elements.try_reserve_exact(len).map_err(out_of_memory)?;
+    elements.resize(len, zero);
+    Ok(elements)
+}

@@ -1,0 +1,41 @@
+//! What can go wrong in a run. A message names the file and the tensor it is about.
+
+use std::{
+    fmt::Display,
+    io,
+    path::{Path, PathBuf},
+};
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// A file, or a directory, is at fault.
+    #[error("{}: {reason}", path.display())]
+    File { path: PathBuf, reason: String },
+    /// A tensor of a file is at fault.
+    #[error("{}: tensor {name:?}: {reason}", path.display())]
+    Tensor { path: PathBuf, name: String, reason: String },
+    /// The device could not be opened.
+    #[error(transparent)]
+    Probe(#[from] gradprobe::Error),
+    /// The report could not be written.
+    #[error("standard output: {0}")]
+    Output(io::Error),
+}
+
+impl Failure {
+    /// `reason` is about this file as a whole.
+    pub fn file(path: &Path, reason: impl Display) -> Self {
+        Self::File { path: path.to_owned(), reason: reason.to_string() }
+    }
+
+    /// `reason` is about this tensor of this file.
+    pub fn tensor(path: &Path, name: &str, reason: impl Display) -> Self {
+        Self::Tensor { path: path.to_owned(), name: name.to_owned(), reason: reason.to_string() }
+    }
+
+    /// Whether the reader of standard output has left, which is not worth a message.
+    pub fn reader_left(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}

@@ -1,0 +1,53 @@
+//! What a person at a terminal sees while a long run reads its files.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// Runs that end within this time show nothing.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A line on standard error that is overwritten, and gone in the end.
+pub struct Progress {
+    began: Instant,
+    terminal: bool,
+    shown: Option<usize>,
+}
+
+impl Progress {
+    pub fn new() -> Self {
+        Self { began: Instant::now(), terminal: io::stderr().is_terminal(), shown: None }
+    }
+
+    /// File `index` of `total` is being read. May be called often.
+    pub fn reading(&mut self, index: usize, total: usize, file: &Path) {
+        if self.terminal && self.shown != Some(index) && self.began.elapsed() > PATIENCE {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            // Cut, as a line that wraps is not cleared by a carriage return.
+            let name: String = name.chars().filter(|c| !c.is_control()).take(50).collect();
+            self.write(&format!("reading {}/{total} {name}…", index + 1));
+            self.shown = Some(index);
+        }
+    }
+
+    /// Removes the line, so that something else can be printed.
+    pub fn clear(&mut self) {
+        if self.shown.take().is_some() {
+            self.write("");
+        }
+    }
+
+    /// A terminal that is gone is no reason to stop.
+    fn write(&self, text: &str) {
+        let mut stderr = io::stderr();
+        let _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

@@ -1,0 +1,65 @@
+// What the host hands the kernels and what they hand back: src/launch.rs and src/outputs.rs hold the other side.
+#pragma once
+#include "record.cuh"
+
+constexpr u32 DTYPE_F32 = 0;
+constexpr u32 DTYPE_F16 = 1;
+constexpr u32 DTYPE_BF16 = 2;
+
+// One tensor of the plan.
+struct TensorEntry {
+    u64 length;
+    u32 first_chunk;
+    u32 chunk_count;
+    u32 dtype;
+    u32 dead_bits; // the dead threshold as a magnitude of the tensor's dtype
+};
+static_assert(sizeof(TensorEntry) == 24, "src/launch.rs");
+
+constexpr u32 ACTION_NONE = 0;
+constexpr u32 ACTION_SCALE = 1;
+constexpr u32 ACTION_ZERO_AND_SCALE = 2;
+constexpr u32 VERDICT_NAN = 1;
+constexpr u32 VERDICT_INF = 2;
+constexpr u32 VERDICT_CLIPPED = 4;
+constexpr u32 VERDICT_SKIP = 8;
+constexpr u32 POLICY_SKIP = 0;
+constexpr u32 POLICY_ZERO_NONFINITE = 2;
+
+// The scalars of a step.
+struct StepOutputs {
+    double total_norm;
+    double finite_total_norm;
+    double coefficient_f64;
+    float total_norm_f32;
+    float coefficient;
+    float inverse_coefficient;
+    float found_inf;
+    int skip;
+    u32 action;
+    u32 verdict;
+    u32 reserved;
+    u64 step;
+    u64 nan_count;
+    u64 inf_count;
+};
+static_assert(sizeof(StepOutputs) == 80, "src/outputs.rs");
+static_assert(__builtin_offsetof(StepOutputs, total_norm_f32) == 24, "src/outputs.rs");
+static_assert(__builtin_offsetof(StepOutputs, skip) == 40, "src/outputs.rs");
+static_assert(__builtin_offsetof(StepOutputs, step) == 56, "src/outputs.rs");
+
+struct Arguments {
+    const u64 *addresses;       // of the tensors' elements
+    const TensorEntry *tensors;
+    const u32 *chunk_tensors;   // the tensor of each chunk
+    Record *chunk_records;
+    Record *records;            // of the tensors; those of empty ones are set by the host, once
+    StepOutputs *outputs;
+    u32 *chunks_done;           // per tensor, and one more for tensors done; 0 between launches
+    double max_norm;            // 0: no clip
+    u32 chunk_count;
+    u32 tensor_count;
+    u32 busy_tensors;           // that have elements
+    u32 policy;
+};
+static_assert(sizeof(Arguments) == 80, "src/launch.rs");

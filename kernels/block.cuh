@@ -1,0 +1,80 @@
+// From lanes to a block: sums in f64, and the fold whose order kernels and CPU share.
+#pragma once
+#include "elements.cuh"
+#include "record.cuh"
+#include "sums.cuh"
+
+struct Sums {
+    double sum, magnitude, squares;
+};
+
+// What a lane, and then a block, has seen of a chunk.
+struct Lane {
+    LaneSums sums;
+    Scan scan;
+};
+
+struct Totals {
+    Sums sums;
+    Scan scan;
+};
+
+DEVICE Sums wide(const LaneSums &a) { return {(double)a.sum, (double)a.magnitude, (double)a.squares}; }
+DEVICE Sums operator+(const Sums &a, const Sums &b) {
+    return {a.sum + b.sum, a.magnitude + b.magnitude, a.squares + b.squares};
+}
+
+DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE Scan operator+(const Scan &a, const Scan &b) {
+    return {larger(a.max, b.max), smaller(a.min_nonzero_less_one, b.min_nonzero_less_one), a.nonzeros + b.nonzeros,
+            a.alive + b.alive};
+}
+
+// The block's totals, in thread 0: lane i with lane i + 64, then i + 32, down to i + 1. One warp does all the merging:
+// 36 f64 instructions for the 1024 elements each of its lanes stands for, so that a GPU with one f64 unit to 64 f32
+// ones stays bound by memory. A barrier must follow before `lanes` is used again.
+DEVICE Totals block_totals(Lane *lanes, const Lane &lane) {
+    static_assert(LANES == 4 * WARP, "the merge below");
+    u32 t = threadIdx.x;
+    lanes[t] = lane;
+    BARRIER();
+    Totals totals = {};
+    if (t < WARP) {
+        const Lane &a = lanes[t], &b = lanes[t + 32], &c = lanes[t + 64], &d = lanes[t + 96];
+        totals.sums = (wide(a.sums) + wide(c.sums)) + (wide(b.sums) + wide(d.sums));
+        totals.scan = (a.scan + b.scan) + (c.scan + d.scan);
+        for (u32 delta = WARP / 2; delta > 0; delta /= 2) {
+            Sums sums = {SHUFFLE_DOWN(totals.sums.sum, delta), SHUFFLE_DOWN(totals.sums.magnitude, delta),
+                         SHUFFLE_DOWN(totals.sums.squares, delta)};
+            Scan scan = {SHUFFLE_DOWN(totals.scan.max, delta), SHUFFLE_DOWN(totals.scan.min_nonzero_less_one, delta),
+                         SHUFFLE_DOWN(totals.scan.nonzeros, delta), SHUFFLE_DOWN(totals.scan.alive, delta)};
+            totals.sums = totals.sums + sums;
+            totals.scan = totals.scan + scan;
+        }
+    }
+    return totals;
+}
+
+// Folds item(0), item(1), … item(length - 1) by merge(left, right), in the order of `spec::fold`: up to LANES runs of
+// equal length, each left to right by one thread, then neighbours in pairs. Thread 0 gets the result, meaningless when
+// length is 0. A barrier must follow before `runs` is used again.
+template <typename T, typename Item, typename Merge>
+DEVICE T block_fold(T *runs, u64 length, const Item &item, const Merge &merge) {
+    u64 t = threadIdx.x;
+    u64 run = (length + LANES - 1) / LANES;
+    u64 count = run == 0 ? 0 : (length + run - 1) / run;
+    if (t < count) {
+        u64 end = (t + 1) * run < length ? (t + 1) * run : length;
+        T all = item(t * run);
+        for (u64 i = t * run + 1; i < end; i++) all = merge(all, item(i));
+        runs[t] = all;
+    }
+    for (u64 stride = 1; stride < count; stride *= 2) {
+        BARRIER();
+        if (t % (2 * stride) == 0 && t + stride < count) runs[t] = merge(runs[t], runs[t + stride]);
+    }
+    T result = {};
+    if (t == 0 && count > 0) result = runs[0];
+    return result;
+}

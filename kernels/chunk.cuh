@@ -1,0 +1,235 @@
+// One chunk: from elements to a record, by one block. src/cpu/chunk.rs does the same.
+//
+// A chunk is first read as though all were finite, of ordinary size and centred. Where that turns out wrong it is
+// read again, from a near cache: element by element, the bad ones left out, the rest scaled by a power of two, and
+// around its mean.
+#pragma once
+#include "block.cuh"
+
+// What thread 0 tells the block to do next.
+struct Decision {
+    u32 nonfinite;
+    u32 again;
+    float scale;
+    float shift;
+};
+
+// Non-finite elements of some run, and the scan of the finite ones.
+struct FiniteScan {
+    Scan scan;
+    u32 nan_count, inf_count, first_nonfinite;
+};
+
+struct ChunkScratch {
+    union {
+        Lane lanes[LANES];
+        FiniteScan finite[LANES];
+    };
+    Decision decision;
+    Record record; // thread 0's; in registers it would crowd out the sums of the careful path
+};
+
+DEVICE u32 chunk_element(const Chunk &chunk, u32 index) {
+    return chunk.dtype == DTYPE_F32 ? load_element((const u32 *)chunk.address + index)
+                                    : load_element((const u16 *)chunk.address + index);
+}
+
+DEVICE u32 infinity_of(u32 dtype) {
+    return dtype == DTYPE_F32   ? F32::INFINITY_MAGNITUDE
+           : dtype == DTYPE_F16 ? F16::INFINITY_MAGNITUDE
+                                : BF16::INFINITY_MAGNITUDE;
+}
+
+DEVICE u32 magnitude_mask(u32 dtype) { return dtype == DTYPE_F32 ? 0x7fffffffu : 0x7fffu; }
+
+DEVICE float widen(u32 dtype, u32 bits) {
+    return dtype == DTYPE_F32 ? F32::widen(bits) : dtype == DTYPE_F16 ? F16::widen(bits) : BF16::widen(bits);
+}
+
+// A lane's group, half of it or both halves together. `load` puts the packets from an element on into words.
+template <typename E, u32 TOGETHER, typename Load>
+DEVICE LaneSums group_sums(typename E::Scanner &scanner, u32 dead_bits, u32 first, const Load &load) {
+    LaneSums slots[PACKET] = {};
+#pragma unroll(TOGETHER)
+    for (u32 half = 0; half < 2; half++) {
+        u32 words[PACKETS / 2][E::WORDS];
+        load(first + half * (TILE / 2), words);
+#pragma unroll
+        for (u32 p = 0; p < PACKETS / 2; p++) scanner.add(words[p], dead_bits);
+        for (u32 slot = 0; slot < PACKET; slot++) {
+            float x[PACKETS / 2];
+            for (u32 p = 0; p < PACKETS / 2; p++) x[p] = E::widen(E::element(words[p], slot));
+            LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
+            slots[slot] = half == 0 ? sums : slots[slot] + sums;
+        }
+    }
+    const LaneSums *s = slots;
+    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+}
+
+// What a lane sees of a chunk of ordinary numbers. If they are not, `scan.max` says so and the sums mean nothing.
+template <typename E> DEVICE Lane fast_lane(const Chunk &chunk) {
+    const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
+    u32 tile = threadIdx.x / WARP * TILE, lane = threadIdx.x % WARP;
+    typename E::Scanner scanner;
+    Pairs<GROUPS> groups;
+    u32 group = 0;
+    if (chunk.address % 16 == 0) {
+        // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
+        constexpr u32 TOGETHER = E::WORDS == PACKET ? 1 : 2;
+        auto load = [&](u32 first, u32(*words)[E::WORDS]) {
+#pragma unroll
+            for (u32 p = 0; p < PACKETS / 2; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
+        };
+#pragma unroll 1
+        for (; group < GROUPS && tile + TILE <= chunk.length; group++, tile += ROW) {
+            groups.add(group, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane * PACKET, load));
+        }
+    }
+    auto load = [&](u32 first, u32(*words)[E::WORDS]) {
+        load_packets_guarded<E, PACKETS / 2>(elements, first, chunk.length, words);
+    };
+#pragma unroll 1
+    for (; group < GROUPS; group++, tile += ROW) {
+        LaneSums item = {};
+        if (tile < chunk.length) item = group_sums<E, 1>(scanner, chunk.dead_bits, tile + lane * PACKET, load);
+        groups.add(group, item);
+    }
+    return {groups.total(), scanner.scan()};
+}
+
+// The sums over a lane's finite elements of x·scale − shift, one element at a time.
+DEVICE LaneSums careful_lane(const Chunk &chunk, float scale, float shift) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 infinity = infinity_of(chunk.dtype), mask = magnitude_mask(chunk.dtype);
+    auto value = [&](u32 index) {
+        if (index >= chunk.length) return 0.0f;
+        u32 bits = chunk_element(chunk, index);
+        return (bits & mask) < infinity ? widen(chunk.dtype, bits) * scale - shift : 0.0f;
+    };
+    Pairs<GROUPS> groups;
+#pragma unroll 1
+    for (u32 group = 0; group < GROUPS; group++) {
+        Pairs<PACKET> slots;
+#pragma unroll 1
+        for (u32 slot = 0; slot < PACKET; slot++) {
+            Pairs<PACKETS / 2> packets;
+            u32 i = group * ROW + warp * TILE + lane * PACKET + slot;
+#pragma unroll 4
+            for (u32 p = 0; p < PACKETS / 2; p++, i += 2 * RUN) packets.add(p, pair(value(i), value(i + RUN)));
+            slots.add(slot, packets.total());
+        }
+        groups.add(group, slots.total());
+    }
+    return groups.total();
+}
+
+DEVICE Sums careful_sums(ChunkScratch &scratch, const Chunk &chunk, float scale, float shift) {
+    Lane lane = {careful_lane(chunk, scale, shift), {}};
+    BARRIER(); // all have read the last decision and the last totals
+    return block_totals(scratch.lanes, lane).sums;
+}
+
+// Mean and sum of squared deviations of `count` values with these sums.
+struct Centred {
+    double mean, deviations;
+};
+DEVICE Centred centred(const Sums &sums, double count) {
+    double mean = sums.sum / count;
+    return {mean, fma(-sums.sum, mean, sums.squares)};
+}
+
+// Counts the non-finite elements and scans the finite ones; in thread 0.
+DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
+    u32 infinity = infinity_of(chunk.dtype), mask = magnitude_mask(chunk.dtype);
+    auto look = [&](u64 lane) {
+        FiniteScan s = {{0, 2 * mask + 1, 0, 0}, 0, 0, 0xffffffffu};
+        for (u32 i = (u32)lane; i < chunk.length; i += LANES) {
+            u32 bits = chunk_element(chunk, i) & mask;
+            if (bits >= infinity) {
+                s.first_nonfinite = smaller(s.first_nonfinite, i);
+                bits == infinity ? s.inf_count++ : s.nan_count++;
+            } else {
+                u32 less_one = (bits - 1) & (2 * mask + 1);
+                s.scan = s.scan + Scan{bits, less_one, bits > 0 ? 1u : 0u, bits >= chunk.dead_bits ? 1u : 0u};
+            }
+        }
+        return s;
+    };
+    auto merge = [](const FiniteScan &a, const FiniteScan &b) {
+        return FiniteScan{a.scan + b.scan, a.nan_count + b.nan_count, a.inf_count + b.inf_count,
+                          smaller(a.first_nonfinite, b.first_nonfinite)};
+    };
+    return block_fold(scratch.finite, LANES, look, merge);
+}
+
+// Fills `record` but for its moments, in thread 0.
+DEVICE void set_counts(Record &record, const Chunk &chunk, const FiniteScan &finite) {
+    record.count = chunk.length;
+    record.nan_count = finite.nan_count;
+    record.inf_count = finite.inf_count;
+    record.zero_count = finite_count(record) - finite.scan.nonzeros;
+    // Below a threshold of 0 there is nothing, though what fills up the last packet counts as alive.
+    record.dead_count = chunk.dead_bits == 0 ? 0 : finite_count(record) - finite.scan.alive;
+    record.first_nonfinite_index = finite.first_nonfinite == 0xffffffffu ? NONE : finite.first_nonfinite;
+    record.max_abs_or_zero = widen(chunk.dtype, finite.scan.max);
+    record.min_nonzero_abs_or_infinity = finite.scan.nonzeros == 0
+                                             ? bits_to_float(INFINITY_BITS)
+                                             : widen(chunk.dtype, finite.scan.min_nonzero_less_one + 1);
+}
+
+// Fills the moments of `record` from the sums of its finite elements times `scale`, in thread 0, and says whether they
+// are too far from centred, and if so around what they are to be read again.
+DEVICE void set_moments(Record &record, Decision &decision, const Sums &sums, float scale) {
+    double count = (double)finite_count(record), unscale = 1.0 / (double)scale;
+    Centred moments = {};
+    decision.again = 0;
+    if (count > 0.0) {
+        moments = centred(sums, count);
+        decision.again = sums.sum * moments.mean > CENTRED_SHARE * moments.deviations;
+        decision.shift = (float)moments.mean;
+    }
+    record.mean_or_zero = moments.mean * unscale;
+    record.sum_squared_deviations = (moments.deviations > 0.0 ? moments.deviations : 0.0) * unscale * unscale;
+    record.sum_abs = sums.magnitude * unscale;
+}
+
+// Measures a chunk; `scratch.record` holds the result, for thread 0.
+DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk) {
+    bool first = threadIdx.x == 0;
+    Record &record = scratch.record;
+    Decision &decision = scratch.decision;
+
+    Lane lane = {};
+#define MEASURE_LANE(E) lane = fast_lane<E>(chunk)
+    FOR_DTYPE(chunk.dtype, MEASURE_LANE)
+#undef MEASURE_LANE
+    Totals totals = block_totals(scratch.lanes, lane);
+    if (first) decision.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
+    BARRIER();
+    FiniteScan finite = {totals.scan, 0, 0, 0xffffffffu};
+    bool nonfinite = decision.nonfinite;
+    if (nonfinite) finite = scan_finite(scratch, chunk);
+    if (first) {
+        set_counts(record, chunk, finite);
+        decision.scale = scale_of(float_to_bits(record.max_abs_or_zero));
+        set_moments(record, decision, totals.sums, 1.0f);
+    }
+    BARRIER();
+    float scale = decision.scale;
+    if (nonfinite || scale != 1.0f) {
+        Sums sums = careful_sums(scratch, chunk, scale, 0.0f);
+        if (first) set_moments(record, decision, sums, scale);
+        BARRIER();
+    }
+    if (decision.again) {
+        float shift = decision.shift;
+        Sums sums = careful_sums(scratch, chunk, scale, shift);
+        if (first) {
+            double unscale = 1.0 / (double)scale;
+            Centred moments = centred(sums, (double)finite_count(record));
+            record.mean_or_zero = ((double)shift + moments.mean) * unscale;
+            record.sum_squared_deviations = (moments.deviations > 0.0 ? moments.deviations : 0.0) * unscale * unscale;
+        }
+    }
+}

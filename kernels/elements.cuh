@@ -1,0 +1,171 @@
+// The element types: how packets of them are loaded, widened, scanned and stored.
+//
+// A packet is PACKET contiguous elements of one lane, kept as 32-bit words: four for the 16-bit types, eight for f32.
+// Everything the kernels do per type is in one of the three structs below; the rest is templated over them.
+#pragma once
+#include "arguments.cuh"
+#include "spec.cuh"
+
+// Counts and extremes one lane has seen, in magnitude bits of the element type.
+struct Scan {
+    u32 max;
+    u32 min_nonzero_less_one; // all ones of the type's width when there is none; wraps a zero to the top
+    u32 nonzeros;
+    u32 alive; // at or above the dead threshold
+};
+
+struct F32 {
+    typedef u32 Bits;
+    static constexpr u32 WORDS = PACKET;
+    static constexpr u32 INFINITY_MAGNITUDE = 0x7f800000u;
+    static constexpr u32 MAX_MAGNITUDE = 0xffffffffu;
+    static constexpr u32 QUIET_NAN = 0x7fc00000u;
+
+    static DEVICE float widen(u32 bits) { return bits_to_float(bits); }
+    static DEVICE u32 narrow(float value) { return float_to_bits(value); }
+    static DEVICE u32 element(const u32 *words, u32 slot) { return words[slot]; }
+    static DEVICE void set(u32 *words, u32 slot, u32 bits) { words[slot] = bits; }
+
+    struct Scanner {
+        u32 max = 0, min = MAX_MAGNITUDE, nonzeros = 0, alive = 0;
+
+        DEVICE void add(const u32 *words, u32 dead_bits) {
+            for (u32 i = 0; i < WORDS; i++) {
+                u32 magnitude = words[i] & 0x7fffffffu;
+                max = max > magnitude ? max : magnitude;
+                min = __viaddmin_u32(magnitude, 0xffffffffu, min);
+                nonzeros += (magnitude + 0x7fffffffu) >> 31;
+                alive += (magnitude + (0x80000000u - dead_bits)) >> 31;
+            }
+        }
+        DEVICE Scan scan() const { return {max, min, nonzeros, alive}; }
+    };
+};
+
+// What the two 16-bit types share: two elements to a word, the lower half first.
+struct Halves {
+    typedef u16 Bits;
+    static constexpr u32 WORDS = PACKET / 2;
+    static constexpr u32 MAX_MAGNITUDE = 0xffffu;
+
+    static DEVICE u32 element(const u32 *words, u32 slot) {
+        return slot % 2 == 0 ? words[slot / 2] & 0xffffu : words[slot / 2] >> 16;
+    }
+    static DEVICE void set(u32 *words, u32 slot, u32 bits) {
+        u32 &word = words[slot / 2];
+        word = slot % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | (bits << 16);
+    }
+
+    // Two elements to an instruction; on sm_90 each line of the first loop is one.
+    struct Scanner {
+        u32 max = 0, min = 0xffffffffu;
+        int minus_nonzeros = 0, minus_alive = 0;
+
+        DEVICE void add(const u32 *words, u32 dead_bits) {
+            u32 to_bit_15 = (0x8000u - dead_bits) * 0x10001u;
+            u32 nonzero[WORDS], alive[WORDS]; // in bit 15 of each half
+            for (u32 i = 0; i < WORDS; i++) {
+                u32 magnitudes = words[i] & 0x7fff7fffu;
+                max = __vmaxu2(max, magnitudes);
+                min = __viaddmin_u16x2(magnitudes, 0xffffffffu, min);
+                nonzero[i] = magnitudes + 0x7fff7fffu;
+                alive[i] = magnitudes + to_bit_15;
+            }
+            for (u32 i = 0; i < WORDS; i += 2) {
+                minus_nonzeros = add_signs(nonzero[i], nonzero[i + 1], minus_nonzeros);
+                minus_alive = add_signs(alive[i], alive[i + 1], minus_alive);
+            }
+        }
+        // Bit 15 of four halves, spread over a byte each and so 0 or -1, added to `sum`.
+        static DEVICE int add_signs(u32 a, u32 b, int sum) {
+            return __dp4a((int)__byte_perm(a, b, 0xfdb9), 0x01010101, sum);
+        }
+        DEVICE Scan scan() const {
+            u32 high_max = max >> 16, low_max = max & 0xffffu, high_min = min >> 16, low_min = min & 0xffffu;
+            return {high_max > low_max ? high_max : low_max, high_min < low_min ? high_min : low_min,
+                    (u32)-minus_nonzeros, (u32)-minus_alive};
+        }
+    };
+};
+
+struct F16 : Halves {
+    static constexpr u32 INFINITY_MAGNITUDE = 0x7c00u;
+    static constexpr u32 QUIET_NAN = 0x7e00u;
+
+    static DEVICE float widen(u32 bits) { return half_to_float((u16)bits); }
+    static DEVICE u32 narrow(float value) { return float_to_half(value); }
+};
+
+struct BF16 : Halves {
+    static constexpr u32 INFINITY_MAGNITUDE = 0x7f80u;
+    static constexpr u32 QUIET_NAN = 0x7fc0u;
+
+    static DEVICE float widen(u32 bits) { return bits_to_float(bits << 16); }
+    // To nearest, ties to even. By integers: sm_75 has no instruction for it. NaN is the caller's matter.
+    static DEVICE u32 narrow(float value) {
+        u32 bits = float_to_bits(value);
+        return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    }
+};
+
+// The magnitude bits of a number, sign removed.
+template <typename E> DEVICE u32 magnitude(u32 bits) { return bits & (E::MAX_MAGNITUDE >> 1); }
+
+// The words of a packet, from an address that is a multiple of 16 bytes.
+template <typename E> DEVICE void load_packet_aligned(const typename E::Bits *packet, u32 *words) {
+#pragma unroll
+    for (u32 i = 0; i < E::WORDS; i += 4) {
+        Words4 w = load_words4((const u32 *)packet + i);
+        for (u32 j = 0; j < 4; j++) words[i + j] = w.word[j];
+    }
+}
+
+// The words of a packet's first `count` elements, from any address; zeros for the others.
+template <typename E> DEVICE void load_packet_scalar(const typename E::Bits *packet, u32 count, u32 *words) {
+#pragma unroll
+    for (u32 i = 0; i < E::WORDS; i++) words[i] = 0;
+#pragma unroll
+    for (u32 slot = 0; slot < PACKET; slot++) {
+        if (slot < count) E::set(words, slot, load_element(packet + slot));
+    }
+}
+
+// The words of N packets, RUN elements apart, of which the first starts at element `first` of `length`. The lane of an
+// element does not depend on how it is loaded.
+template <typename E, u32 N>
+DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u32 length, u32 (*words)[E::WORDS]) {
+    bool aligned = (u64)elements % 16 == 0;
+#pragma unroll
+    for (u32 p = 0; p < N; p++) {
+        u32 index = first + p * RUN;
+        if (aligned && index + PACKET <= length) {
+            load_packet_aligned<E>(elements + index, words[p]);
+        } else {
+            load_packet_scalar<E>(elements + index, index < length ? length - index : 0, words[p]);
+        }
+    }
+}
+
+// Evaluates a function template for a dtype code that is only known on the device; uniform over a block.
+#define FOR_DTYPE(code, call)                                                                                        \
+    switch (code) {                                                                                                  \
+    case DTYPE_F32: call(F32); break;                                                                                \
+    case DTYPE_F16: call(F16); break;                                                                                \
+    default: call(BF16); break;                                                                                      \
+    }
+
+// At most one chunk of a tensor's elements.
+struct Chunk {
+    u64 address;
+    u32 length;
+    u32 dtype;
+    u32 dead_bits;
+};
+
+DEVICE Chunk chunk_of(const Arguments &a, u32 index, u32 tensor) {
+    const TensorEntry &entry = a.tensors[tensor];
+    u64 first = (u64)(index - entry.first_chunk) * CHUNK;
+    u64 rest = entry.length - first;
+    u64 size = entry.dtype == DTYPE_F32 ? 4 : 2;
+    return {a.addresses[tensor] + first * size, rest < CHUNK ? (u32)rest : CHUNK, entry.dtype, entry.dead_bits};
+}

@@ -1,0 +1,132 @@
+// The CUDA the kernels use, on the host: each thread of a block is a fiber of one OS thread, and whatever makes
+// threads wait for each other hands over to the scheduler (src/block.rs). It cannot show memory-model races between
+// blocks, which run one after the other, nor alignment faults other than those checked here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// What the scheduler sets before it lets a thread go on.
+struct SimtState {
+    uint32_t thread, block, grid;
+    void *shared;
+    uint64_t shared_bytes;
+};
+extern thread_local SimtState gradprobe_simt_state;
+
+extern "C" {
+// Supplied by src/block.rs.
+void gradprobe_simt_barrier(const char *file, uint32_t line);
+uint64_t gradprobe_simt_shuffle_down(uint64_t bits, uint32_t delta, uint32_t line);
+[[noreturn]] void gradprobe_simt_fault(const char *what);
+}
+
+struct SimtIndex {
+    uint32_t x;
+};
+#define threadIdx (SimtIndex{gradprobe_simt_state.thread})
+#define blockIdx (SimtIndex{gradprobe_simt_state.block})
+#define gridDim (SimtIndex{gradprobe_simt_state.grid})
+
+#define DEVICE inline
+#define KERNEL(BLOCKS) extern "C" void
+#define SHARED(T, name) T &name = *static_cast<T *>(simt_shared(sizeof(T)))
+#define BARRIER() gradprobe_simt_barrier(__FILE__, __LINE__)
+#define SHUFFLE_DOWN(value, delta) simt_shuffle_down(value, delta, __LINE__)
+
+inline void *simt_shared(uint64_t bytes) {
+    if (bytes > gradprobe_simt_state.shared_bytes) gradprobe_simt_fault("more shared memory than there is");
+    return gradprobe_simt_state.shared;
+}
+
+template <typename T> inline T simt_shuffle_down(T value, uint32_t delta, uint32_t line) {
+    static_assert(sizeof(T) <= 8, "one register pair");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = gradprobe_simt_shuffle_down(bits, delta, line);
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+inline u32 atomicAdd(u32 *address, u32 value) {
+    u32 old = *address;
+    *address = old + value;
+    return old;
+}
+inline void __threadfence() {}
+
+struct alignas(16) Words4 {
+    u32 word[4];
+};
+
+inline Words4 load_words4(const void *address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of 16 bytes");
+    return *static_cast<const Words4 *>(address);
+}
+inline u32 load_element(const u32 *address) { return *address; }
+inline u32 load_element(const u16 *address) { return *address; }
+inline u64 load_fresh(const u64 *address) { return *address; }
+
+inline float bits_to_float(u32 bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline u32 float_to_bits(float value) {
+    u32 bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+inline double bits_to_double(u64 bits) {
+    double value;
+    memcpy(&value, &bits, 8);
+    return value;
+}
+
+inline float half_to_float(u16 bits) {
+    u32 sign = (u32)(bits & 0x8000u) << 16, exponent = bits >> 10 & 0x1fu, fraction = bits & 0x3ffu;
+    if (exponent == 0x1f) return bits_to_float(sign | 0x7f800000u | fraction << 13);
+    float magnitude = std::ldexp((float)(exponent == 0 ? fraction : fraction | 0x400u), (int)(exponent == 0 ? 1 : exponent) - 25);
+    return bits_to_float(sign | float_to_bits(magnitude));
+}
+
+// To nearest, ties to even, by the current rounding of a scaled integer; overflow gives Inf.
+inline u16 float_to_half(float value) {
+    u32 bits = float_to_bits(value);
+    u16 sign = (u16)(bits >> 16 & 0x8000u);
+    double magnitude = std::fabs((double)value);
+    if (magnitude != magnitude) return 0x7fff;
+    if (magnitude >= 65520.0) return (u16)(sign | 0x7c00u);
+    int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
+    // In units of the last place; a carry into the next binade is a carry in the bits as well.
+    u32 units = (u32)std::nearbyint(std::ldexp(magnitude, 10 - exponent));
+    return (u16)(sign | (((u32)(exponent + 14) << 10) + units));
+}
+
+// CUDA's integer intrinsics, as its programming guide defines them.
+inline u32 __viaddmin_u32(u32 a, u32 b, u32 c) { return a + b < c ? a + b : c; }
+inline u32 __viaddmin_u16x2(u32 a, u32 b, u32 c) {
+    u32 low = (a + b) & 0xffffu, high = ((a >> 16) + (b >> 16)) & 0xffffu;
+    return (high < c >> 16 ? high : c >> 16) << 16 | (low < (c & 0xffffu) ? low : c & 0xffffu);
+}
+inline u32 __vmaxu2(u32 a, u32 b) {
+    u32 low = (a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu;
+    u32 high = a >> 16 > b >> 16 ? a >> 16 : b >> 16;
+    return high << 16 | low;
+}
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    u64 bytes = (u64)b << 32 | a;
+    u32 result = 0;
+    for (u32 i = 0; i < 4; i++) {
+        u32 nibble = selector >> 4 * i & 0xfu;
+        u32 byte = (u32)(bytes >> 8 * (nibble & 7)) & 0xffu;
+        if (nibble & 8) byte = byte & 0x80u ? 0xffu : 0;
+        result |= byte << 8 * i;
+    }
+    return result;
+}
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);
+    return c;
+}

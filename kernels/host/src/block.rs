@@ -1,0 +1,268 @@
+//! Runs the threads of blocks as fibers, one at a time, in an order that is as bad as CUDA allows.
+//!
+//! A thread runs until it waits: at a barrier for its block, at a shuffle for its warp. Between two such points the
+//! threads that can run do so in shuffled order, so that whatever one reads of another without a barrier is sometimes
+//! there and sometimes not.
+
+use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
+use gradprobe::launch::{Arguments, Kernel};
+use std::{
+    cell::{Cell, RefCell},
+    ffi::{CStr, c_char},
+};
+
+const THREADS: usize = Kernel::THREADS as usize;
+const WARP: usize = 32;
+/// Of each fiber. The kernels' frames are a few hundred bytes, some thousand under the sanitizers.
+const STACK_BYTES: usize = 256 << 10;
+
+/// In which order threads and blocks run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Schedule {
+    /// By index.
+    #[default]
+    Forward,
+    /// By index, from the last.
+    Reverse,
+    /// Shuffled anew at every step, from this seed.
+    Shuffled(u64),
+}
+
+/// A kernel compiled for the host.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry(unsafe extern "C" fn(Arguments));
+
+macro_rules! entries {
+    ($($(#[$doc:meta])* $constant:ident = $symbol:ident;)*) => {
+        unsafe extern "C" {
+            $(fn $symbol(arguments: Arguments);)*
+            fn gradprobe_simt_enter(thread: u32, block: u32, grid: u32, shared: *mut u8, shared_bytes: u64);
+            fn gradprobe_simt_shared_bytes() -> u64;
+        }
+        impl Entry {
+            $($(#[$doc])* pub const $constant: Entry = Entry($symbol);)*
+        }
+    };
+}
+
+entries! {
+    /// [`Kernel::Measure`].
+    MEASURE = gradprobe_measure;
+    /// [`Kernel::Clip`].
+    CLIP = gradprobe_clip;
+    /// Lanes read their neighbours' words behind a barrier: right.
+    WITH_BARRIER = gradprobe_simt_with_barrier;
+    /// Lanes read their neighbours' words without a barrier.
+    MISSING_BARRIER = gradprobe_simt_missing_barrier;
+    /// Some threads end while others wait at a barrier.
+    DIVERGENT_BARRIER = gradprobe_simt_divergent_barrier;
+    /// Threads wait at two different barriers.
+    TWO_BARRIERS = gradprobe_simt_two_barriers;
+    /// Half a warp shuffles.
+    DIVERGENT_SHUFFLE = gradprobe_simt_divergent_shuffle;
+    /// Sixteen bytes are loaded from an address that is no multiple of 16.
+    MISALIGNED = gradprobe_simt_misaligned;
+    /// Shared memory is read before it is written.
+    UNSET_SHARED = gradprobe_simt_unset_shared;
+}
+
+/// Why a thread stopped.
+#[derive(Clone, Copy)]
+enum Event {
+    Barrier { file: *const c_char, line: u32 },
+    Shuffle { bits: u64, delta: u32, line: u32 },
+    Fault { what: *const c_char },
+}
+
+/// Where a thread stands.
+#[derive(Clone, Copy)]
+enum State {
+    /// Can run, and this is what the call it waits in returns.
+    Ready(u64),
+    Waits(Event),
+    Done,
+}
+
+type Fiber = Coroutine<u64, Event, (), DefaultStack>;
+
+thread_local! {
+    /// The running thread of the running block.
+    static THREAD: Cell<usize> = const { Cell::new(0) };
+    /// By which each thread of the running block hands over.
+    static YIELDERS: RefCell<Vec<*const Yielder<u64, Event>>> = const { RefCell::new(Vec::new()) };
+    /// Stacks of finished fibers.
+    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Hands over to the scheduler until it lets this thread go on.
+fn suspend(event: Event) -> u64 {
+    let yielder = YIELDERS.with_borrow(|yielders| yielders[THREAD.get()]);
+    // SAFETY: the running fiber put it there when it began, and it lives as long as the fiber.
+    unsafe { &*yielder }.suspend(event)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn gradprobe_simt_barrier(file: *const c_char, line: u32) {
+    suspend(Event::Barrier { file, line });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn gradprobe_simt_shuffle_down(bits: u64, delta: u32, line: u32) -> u64 {
+    suspend(Event::Shuffle { bits, delta, line })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn gradprobe_simt_fault(what: *const c_char) {
+    suspend(Event::Fault { what });
+    unreachable!("a faulted thread is never resumed");
+}
+
+fn text(string: *const c_char) -> String {
+    // SAFETY: simt.hpp passes string literals only.
+    unsafe { CStr::from_ptr(string) }.to_string_lossy().into_owned()
+}
+
+/// A permutation of 0..n by the schedule.
+fn order(schedule: Schedule, random: &mut fastrand::Rng, n: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    match schedule {
+        Schedule::Forward => {}
+        Schedule::Reverse => order.reverse(),
+        Schedule::Shuffled(_) => random.shuffle(&mut order),
+    }
+    order
+}
+
+/// Runs a kernel with `blocks` blocks.
+///
+/// # Safety
+/// The arguments must be what the kernel expects, with host addresses.
+///
+/// # Errors
+/// When threads wait for others that never come, or a load is misaligned: what, and where.
+pub unsafe fn launch(entry: Entry, blocks: u32, arguments: &Arguments, schedule: Schedule) -> Result<(), String> {
+    let seed = if let Schedule::Shuffled(seed) = schedule { seed } else { 0 };
+    let mut random = fastrand::Rng::with_seed(seed);
+    // SAFETY: no obligations.
+    let shared_bytes = unsafe { gradprobe_simt_shared_bytes() };
+    let mut shared = vec![0u128; usize::try_from(shared_bytes).unwrap_or(usize::MAX).div_ceil(16)];
+    for block in order(schedule, &mut random, blocks as usize) {
+        // Garbage that is a NaN as a float of any size.
+        shared.fill(u128::MAX);
+        let block = u32::try_from(block).unwrap_or(u32::MAX);
+        let enter = |thread: usize| {
+            THREAD.set(thread);
+            let thread = u32::try_from(thread).unwrap_or(u32::MAX);
+            // SAFETY: `shared` outlives the block and has that many bytes.
+            unsafe { gradprobe_simt_enter(thread, block, blocks, shared.as_mut_ptr().cast(), shared_bytes) };
+        };
+        run_block(entry, arguments, schedule, &mut random, enter).map_err(|fault| format!("block {block}: {fault}"))?;
+    }
+    Ok(())
+}
+
+fn run_block(
+    entry: Entry,
+    arguments: &Arguments,
+    schedule: Schedule,
+    random: &mut fastrand::Rng,
+    mut enter: impl FnMut(usize),
+) -> Result<(), String> {
+    YIELDERS.with_borrow_mut(|yielders| yielders.resize(THREADS, std::ptr::null()));
+    let mut fibers: Vec<Fiber> = (0..THREADS).map(|_| fiber(entry, *arguments)).collect::<Result<_, _>>()?;
+    let mut states = [State::Ready(0); THREADS];
+    let mut fault = None;
+    while fault.is_none() {
+        let mut progress = false;
+        for thread in order(schedule, random, THREADS) {
+            if let State::Ready(input) = states[thread] {
+                progress = true;
+                enter(thread);
+                states[thread] = match fibers[thread].resume(input) {
+                    CoroutineResult::Yield(event) => State::Waits(event),
+                    CoroutineResult::Return(()) => State::Done,
+                };
+                if let State::Waits(Event::Fault { what }) = states[thread] {
+                    fault = Some(format!("thread {thread}: {}", text(what)));
+                }
+            }
+        }
+        if states.iter().all(|state| matches!(state, State::Done)) {
+            break;
+        }
+        states.chunks_exact_mut(WARP).for_each(release_shuffle);
+        release_barrier(&mut states);
+        if !progress && fault.is_none() {
+            fault = Some(stuck(&states));
+        }
+    }
+    for mut fiber in fibers {
+        if !fiber.done() {
+            // SAFETY: the frames are those of kernels, which own nothing that needs to be dropped.
+            unsafe { fiber.force_reset() };
+        }
+        STACKS.with_borrow_mut(|stacks| stacks.push(fiber.into_stack()));
+    }
+    fault.map_or(Ok(()), Err)
+}
+
+fn fiber(entry: Entry, arguments: Arguments) -> Result<Fiber, String> {
+    let stack = match STACKS.with_borrow_mut(Vec::pop) {
+        Some(stack) => stack,
+        None => DefaultStack::new(STACK_BYTES).map_err(|error| format!("no stack for a fiber: {error}"))?,
+    };
+    Ok(Fiber::with_stack(stack, move |yielder, _| {
+        YIELDERS.with_borrow_mut(|yielders| yielders[THREAD.get()] = std::ptr::from_ref(yielder));
+        // SAFETY: the caller of `launch` vouches for the arguments.
+        unsafe { entry.0(arguments) };
+    }))
+}
+
+/// Lets a warp go on when all its lanes are at one shuffle: lane l gets the bits of lane l + delta, or its own beyond.
+fn release_shuffle(warp: &mut [State]) {
+    let mut values = [0u64; WARP];
+    let mut place = None;
+    for (value, state) in values.iter_mut().zip(warp.iter()) {
+        let State::Waits(Event::Shuffle { bits, delta, line }) = *state else { return };
+        if *place.get_or_insert((delta, line)) != (delta, line) {
+            return;
+        }
+        *value = bits;
+    }
+    let delta = place.map_or(0, |(delta, _)| delta as usize);
+    for (lane, state) in warp.iter_mut().enumerate() {
+        *state = State::Ready(*values.get(lane + delta).unwrap_or(&values[lane]));
+    }
+}
+
+/// Lets the block go on when all its threads are at one barrier.
+fn release_barrier(states: &mut [State]) {
+    let mut place = None;
+    for state in states.iter() {
+        let State::Waits(Event::Barrier { file, line }) = *state else { return };
+        if *place.get_or_insert((file, line)) != (file, line) {
+            return;
+        }
+    }
+    states.fill(State::Ready(0));
+}
+
+/// What threads that wait for ever wait for: one line for each different place.
+fn stuck(states: &[State]) -> String {
+    let mut places: Vec<(String, usize)> = Vec::new();
+    for state in states {
+        let place = match *state {
+            State::Ready(_) => "can run".to_owned(),
+            State::Done => "have ended".to_owned(),
+            State::Waits(Event::Barrier { file, line }) => format!("wait at the barrier in {}:{line}", text(file)),
+            State::Waits(Event::Shuffle { line, .. }) => format!("wait at the shuffle in line {line}"),
+            State::Waits(Event::Fault { what }) => text(what),
+        };
+        match places.iter_mut().find(|(known, _)| *known == place) {
+            Some((_, count)) => *count += 1,
+            None => places.push((place, 1)),
+        }
+    }
+    let places: Vec<String> = places.into_iter().map(|(place, count)| format!("{count} threads {place}")).collect();
+    format!("threads diverge: {}", places.join(", "))
+}

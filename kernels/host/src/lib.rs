@@ -1,0 +1,146 @@
+//! The kernels of `gradprobe` on the host: the same `kernels/*.cu`, compiled by the C++ compiler, driven by the same
+//! host code as on CUDA, with the same bits.
+//!
+//! Every CUDA thread is a fiber. Blocks, and the threads of a block between two points where they wait for each other,
+//! run in an order shuffled from a seed; shared memory and fresh device memory hold garbage; a barrier or shuffle that
+//! not all threads reach is an error that names the line.
+#![allow(unsafe_code, reason = "runs C++ on fibers, with host addresses as device addresses")]
+
+mod block;
+
+use gradprobe::{
+    Backend, Config, Error, HostTensor, HostTensorMut, Plan, Report,
+    launch::{Arguments, Device, DeviceProbe, Kernel},
+};
+
+pub use block::{Entry, Schedule};
+
+/// The host as a device. Everything has happened when a call returns.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Simt {
+    /// In which order threads and blocks run.
+    pub schedule: Schedule,
+    /// Blocks of a launch, at most; 0 takes the default of 7, so that blocks have several chunks each.
+    pub blocks: u32,
+}
+
+/// 256 bytes with that alignment.
+#[derive(Clone)]
+#[repr(align(256))]
+struct Line([u8; 256]);
+
+/// Host memory that plays device memory.
+pub struct Buffer(Vec<Line>);
+
+impl Buffer {
+    fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr().cast()
+    }
+
+    /// The first `bytes` bytes.
+    fn bytes(&self, bytes: usize) -> Vec<u8> {
+        self.0.iter().flat_map(|line| line.0).take(bytes).collect()
+    }
+}
+
+impl Device for Simt {
+    type Buffer = Buffer;
+    type Read = Vec<u8>;
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
+        let lines = bytes.div_ceil(256);
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(lines).map_err(|_| Error::OutOfMemory { bytes })?;
+        buffer.resize(lines, Line([0xff; 256]));
+        Ok(Buffer(buffer))
+    }
+
+    fn address(&self, buffer: &Buffer) -> u64 {
+        buffer.as_ptr() as u64
+    }
+
+    fn upload(&self, bytes: &[u8], to: &mut Buffer) -> Result<(), Error> {
+        for (line, bytes) in to.0.iter_mut().zip(bytes.chunks(256)) {
+            line.0[..bytes.len()].copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+        let entry = match kernel {
+            Kernel::Measure => Entry::MEASURE,
+            Kernel::Clip => Entry::CLIP,
+        };
+        // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
+        unsafe { block::launch(entry, blocks, arguments, self.schedule) }
+            .map_err(|fault| Error::Driver { call: kernel.entry(), code: fault })
+    }
+
+    fn resident_blocks(&self, _: Kernel) -> u32 {
+        if self.blocks == 0 { 7 } else { self.blocks }
+    }
+
+    fn is_capturing(&self) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, Error> {
+        Ok(from.bytes(bytes))
+    }
+
+    fn is_complete(&self, _: &Vec<u8>) -> Result<bool, Error> {
+        Ok(true)
+    }
+
+    fn complete<T>(&self, read: Vec<u8>, parse: impl FnOnce(&[u8]) -> T) -> Result<T, Error> {
+        Ok(parse(&read))
+    }
+}
+
+/// Measures and clips host tensors with the kernels.
+#[derive(Debug)]
+pub struct SimtProbe(DeviceProbe<Simt>);
+
+impl SimtProbe {
+    /// A probe in the default order.
+    ///
+    /// # Errors
+    /// Those of [`DeviceProbe::with_device`].
+    pub fn new(plan: Plan, config: Config) -> Result<Self, Error> {
+        Self::with(Simt::default(), plan, config)
+    }
+
+    /// A probe on this device.
+    ///
+    /// # Errors
+    /// Those of [`DeviceProbe::with_device`].
+    pub fn with(device: Simt, plan: Plan, config: Config) -> Result<Self, Error> {
+        DeviceProbe::with_device(device, plan, config).map(Self)
+    }
+
+    /// The probe that drives the kernels, for calls with addresses.
+    pub fn inner(&mut self) -> &mut DeviceProbe<Simt> {
+        &mut self.0
+    }
+}
+
+impl Backend for SimtProbe {
+    fn name(&self) -> &'static str {
+        "simt"
+    }
+
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
+        self.0.plan().check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let addresses: Vec<u64> = tensors.iter().map(|t| t.as_bytes().as_ptr() as u64).collect();
+        // SAFETY: each address is that of a slice with the plan's dtype and length, and the launch has run on return.
+        unsafe { self.0.measure_addresses(&addresses) }?;
+        self.0.wait()
+    }
+
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
+        self.0.plan().check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
+        let addresses: Vec<u64> = tensors.iter_mut().map(|t| t.as_bytes_mut().as_mut_ptr() as u64).collect();
+        // SAFETY: as above, and the slices are borrowed mutably until the launch has run.
+        unsafe { self.0.clip_addresses(&addresses) }
+    }
+}

@@ -1,0 +1,73 @@
+// What differs between nvcc, NVRTC and the host emulation. No toolkit header is included anywhere: the few intrinsics
+// the kernels use are built into both CUDA compilers, and kernels/host/simt.hpp supplies them on the host.
+//
+// Arithmetic is written with plain operators and explicit fma: every compiler is told not to contract (-fmad=false,
+// -ffp-contract=off), to keep subnormals and to divide and take roots exactly, so an operator is one IEEE operation.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifdef GRADPROBE_SIMT
+#include <simt.hpp>
+#else
+#define DEVICE __device__ __forceinline__
+// A kernel of LANES threads a block, with at least BLOCKS blocks to a multiprocessor.
+#define KERNEL(BLOCKS) extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+// Memory of type T shared by a block, under this name.
+#define SHARED(T, name)                                                                                              \
+    __shared__ T name##_memory;                                                                                      \
+    T &name = name##_memory
+#define BARRIER() __syncthreads()
+#define SHUFFLE_DOWN(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
+
+struct alignas(16) Words4 {
+    u32 word[4];
+};
+
+// Sixteen bytes through the read-only path: gradients do not change while they are measured.
+DEVICE Words4 load_words4(const void *address) {
+    Words4 w;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+        : "l"(address));
+    return w;
+}
+
+// One element through the read-only path.
+DEVICE u32 load_element(const u32 *address) {
+    u32 value;
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
+    return value;
+}
+DEVICE u32 load_element(const u16 *address) {
+    u16 value;
+    asm("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(address));
+    return value;
+}
+
+// A word other blocks have written in this launch: from L2, since a line of L1 may be older than the write.
+DEVICE u64 load_fresh(const u64 *address) {
+    u64 value;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+DEVICE float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+DEVICE u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
+DEVICE double bits_to_double(u64 bits) { return __longlong_as_double((long long)bits); }
+#endif

@@ -1,0 +1,84 @@
+// The record of a tensor or a chunk, and its merge: src/record.rs documents both, with the same layout and the same
+// sequence of operations.
+#pragma once
+#include "platform.cuh"
+
+constexpr u64 NONE = ~0ull;
+constexpr u32 INFINITY_BITS = 0x7f800000u;
+
+struct Record {
+    u64 count;
+    u64 nan_count;
+    u64 inf_count;
+    u64 zero_count;
+    u64 dead_count;
+    u64 first_nonfinite_index;
+    double mean_or_zero;
+    double sum_squared_deviations;
+    double sum_abs;
+    float max_abs_or_zero;
+    float min_nonzero_abs_or_infinity;
+};
+static_assert(sizeof(Record) == 80, "src/record.rs");
+static_assert(__builtin_offsetof(Record, first_nonfinite_index) == 40, "src/record.rs");
+static_assert(__builtin_offsetof(Record, mean_or_zero) == 48, "src/record.rs");
+static_assert(__builtin_offsetof(Record, max_abs_or_zero) == 72, "src/record.rs");
+static_assert(__builtin_offsetof(Record, min_nonzero_abs_or_infinity) == 76, "src/record.rs");
+
+DEVICE u64 finite_count(const Record &r) { return r.count - r.nan_count - r.inf_count; }
+
+DEVICE double finite_sum_squares(const Record &r) {
+    double sum = (double)finite_count(r) * r.mean_or_zero;
+    return fma(sum, r.mean_or_zero, r.sum_squared_deviations);
+}
+
+// A record that another block has written in this launch.
+DEVICE Record load_record(const Record *from) {
+    auto word = [&](u32 i) { return load_fresh((const u64 *)from + i); };
+    Record r;
+    r.count = word(0);
+    r.nan_count = word(1);
+    r.inf_count = word(2);
+    r.zero_count = word(3);
+    r.dead_count = word(4);
+    r.first_nonfinite_index = word(5);
+    r.mean_or_zero = bits_to_double(word(6));
+    r.sum_squared_deviations = bits_to_double(word(7));
+    r.sum_abs = bits_to_double(word(8));
+    r.max_abs_or_zero = bits_to_float((u32)word(9));
+    r.min_nonzero_abs_or_infinity = bits_to_float((u32)(word(9) >> 32));
+    return r;
+}
+
+// The record of a's elements followed by b's.
+DEVICE Record merge(const Record &a, const Record &b) {
+    Record r;
+    r.first_nonfinite_index = a.first_nonfinite_index != NONE   ? a.first_nonfinite_index
+                              : b.first_nonfinite_index != NONE ? a.count + b.first_nonfinite_index
+                                                                : NONE;
+    r.count = a.count + b.count;
+    r.nan_count = a.nan_count + b.nan_count;
+    r.inf_count = a.inf_count + b.inf_count;
+    r.zero_count = a.zero_count + b.zero_count;
+    r.dead_count = a.dead_count + b.dead_count;
+    r.sum_abs = a.sum_abs + b.sum_abs;
+    r.max_abs_or_zero = a.max_abs_or_zero > b.max_abs_or_zero ? a.max_abs_or_zero : b.max_abs_or_zero;
+    r.min_nonzero_abs_or_infinity = a.min_nonzero_abs_or_infinity < b.min_nonzero_abs_or_infinity
+                                        ? a.min_nonzero_abs_or_infinity
+                                        : b.min_nonzero_abs_or_infinity;
+    double n = (double)finite_count(a), m = (double)finite_count(b);
+    if (m == 0.0) {
+        r.mean_or_zero = a.mean_or_zero;
+        r.sum_squared_deviations = a.sum_squared_deviations;
+    } else if (n == 0.0) {
+        r.mean_or_zero = b.mean_or_zero;
+        r.sum_squared_deviations = b.sum_squared_deviations;
+    } else {
+        double weight = m / (n + m);
+        double gap = b.mean_or_zero - a.mean_or_zero;
+        double within = a.sum_squared_deviations + b.sum_squared_deviations;
+        r.mean_or_zero = fma(gap, weight, a.mean_or_zero);
+        r.sum_squared_deviations = fma(gap * gap, n * weight, within);
+    }
+    return r;
+}

@@ -1,0 +1,126 @@
+//! Host tensors, and the one interface through which any backend measures and clips them.
+//!
+//! A trainer's loop uses a probe's own methods, which take the tensors where they are. [`Backend`] is for data on the
+//! host, wherever the statistics are to be computed: the inspector, the tests and the benches are written over it.
+
+use crate::{DType, Element, Error, Report, dtype::sealed::Bits};
+use half::{bf16, f16};
+
+/// Elements of one tensor on the host.
+#[derive(Clone, Copy, Debug)]
+pub enum HostTensor<'a> {
+    /// f32 elements.
+    F32(&'a [f32]),
+    /// f16 elements.
+    F16(&'a [f16]),
+    /// bf16 elements.
+    BF16(&'a [bf16]),
+}
+
+/// Elements of one tensor on the host, to be changed in place.
+#[derive(Debug)]
+pub enum HostTensorMut<'a> {
+    /// f32 elements.
+    F32(&'a mut [f32]),
+    /// f16 elements.
+    F16(&'a mut [f16]),
+    /// bf16 elements.
+    BF16(&'a mut [bf16]),
+}
+
+/// Evaluates `$body` with `$slice` bound to the slice in either enum, whatever its element type.
+macro_rules! with_elements {
+    ($kind:ident, $tensor:expr, $slice:ident => $body:expr) => {
+        match $tensor {
+            $kind::F32($slice) => $body,
+            $kind::F16($slice) => $body,
+            $kind::BF16($slice) => $body,
+        }
+    };
+}
+pub(crate) use with_elements;
+
+fn dtype_of<E: Element>(_: &[E]) -> DType {
+    E::DTYPE
+}
+
+impl HostTensor<'_> {
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        with_elements!(HostTensor, self, slice => dtype_of(slice))
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        with_elements!(HostTensor, self, slice => slice.len())
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements as bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        with_elements!(HostTensor, self, slice => bytemuck::cast_slice(slice))
+    }
+
+    /// The exact values of the elements in f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut wide = vec![0.0; self.len()];
+        with_elements!(HostTensor, self, slice => Bits::widen_slice(slice, &mut wide));
+        wide
+    }
+}
+
+impl HostTensorMut<'_> {
+    /// The same elements, to be read.
+    pub fn as_ref(&self) -> HostTensor<'_> {
+        match self {
+            Self::F32(slice) => HostTensor::F32(slice),
+            Self::F16(slice) => HostTensor::F16(slice),
+            Self::BF16(slice) => HostTensor::BF16(slice),
+        }
+    }
+
+    /// The elements as bytes.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        with_elements!(HostTensorMut, self, slice => bytemuck::cast_slice_mut(slice))
+    }
+}
+
+macro_rules! from_slice {
+    ($element:ty, $variant:ident) => {
+        impl<'a> From<&'a [$element]> for HostTensor<'a> {
+            fn from(elements: &'a [$element]) -> Self {
+                Self::$variant(elements)
+            }
+        }
+        impl<'a> From<&'a mut [$element]> for HostTensorMut<'a> {
+            fn from(elements: &'a mut [$element]) -> Self {
+                Self::$variant(elements)
+            }
+        }
+    };
+}
+from_slice!(f32, F32);
+from_slice!(f16, F16);
+from_slice!(bf16, BF16);
+
+/// Measures and clips tensors that lie on the host, with the results at hand when a call returns.
+pub trait Backend {
+    /// `cpu`, `cuda` or `simt`.
+    fn name(&self) -> &'static str;
+
+    /// The statistics of these tensors, in the plan's order.
+    ///
+    /// # Errors
+    /// When the tensors are not those of the plan, or the device fails.
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error>;
+
+    /// Clips these tensors by what the last measurement decided.
+    ///
+    /// # Errors
+    /// As [`measure_host`](Self::measure_host), and [`Error::ClipBeforeMeasure`].
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error>;
+}

@@ -1,0 +1,128 @@
+//! The CPU backend: the default where there is no GPU, and the reference whose bits the kernels must equal.
+//!
+//! Chunks are spread over rayon's threads; within one, loops over fixed-size arrays are left to the compiler to
+//! vectorise under the best instruction set of the machine (`dispatch`). Neither changes a bit.
+
+mod chunk;
+mod clip;
+mod dispatch;
+
+mod scan;
+mod sums;
+
+use crate::{
+    Backend, Config, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    backend::with_elements,
+    dtype::sealed::Bits,
+    spec::{self, CHUNK},
+};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Measures and clips gradients on the host. Owns its workspace: a step allocates only its report.
+#[derive(Clone, Debug)]
+pub struct CpuProbe {
+    plan: Arc<Plan>,
+    config: Config,
+    /// One record a chunk.
+    chunks: Vec<Record>,
+    outputs: Option<StepOutputs>,
+    steps: u64,
+}
+
+impl CpuProbe {
+    /// A probe for the tensors of `plan`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a setting outside its range.
+    pub fn new(plan: Plan, config: Config) -> Result<Self, Error> {
+        config.check()?;
+        let mut chunks = Vec::new();
+        let bytes = plan.chunks() * size_of::<Record>();
+        chunks.try_reserve_exact(plan.chunks()).map_err(|_| Error::OutOfMemory { bytes })?;
+        chunks.resize(plan.chunks(), Record::EMPTY);
+        Ok(Self { plan: Arc::new(plan), config, chunks, outputs: None, steps: 0 })
+    }
+
+    /// Reads every tensor once. `tensors` are those of the plan, in its order.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] or [`Error::TensorMismatch`] when they are not.
+    pub fn measure(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
+        self.plan.check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let plan = &*self.plan;
+        let threshold = self.config.dead_threshold;
+        let mut rest = self.chunks.as_mut_slice();
+        let mut work = Vec::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter().enumerate() {
+            let (records, after) = rest.split_at_mut(plan.chunks_of(index).len());
+            rest = after;
+            work.push((*tensor, records));
+        }
+        work.into_par_iter().for_each(|(tensor, records)| {
+            records.par_iter_mut().enumerate().for_each(|(index, record)| {
+                *record = with_elements!(HostTensor, tensor, elements => {
+                    let chunk = &elements[index * CHUNK..elements.len().min((index + 1) * CHUNK)];
+                    dispatch::chunk(chunk, dead_bits(chunk, threshold))
+                });
+            });
+        });
+        let records: Vec<Record> = (0..tensors.len())
+            .map(|index| {
+                let chunks = &self.chunks[plan.chunks_of(index)];
+                spec::fold(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
+            })
+            .collect();
+        self.steps += 1;
+        let outputs = StepOutputs::finish(&records, &self.config, self.steps);
+        self.outputs = Some(outputs);
+        Ok(Report::new(Arc::clone(&self.plan), outputs, records))
+    }
+
+    /// Clips every tensor in place by what the last measurement decided; writes only what must change.
+    ///
+    /// # Errors
+    /// [`Error::ClipBeforeMeasure`], and those of [`measure`](Self::measure).
+    pub fn clip(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
+        self.plan.check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
+        let outputs = self.outputs.ok_or(Error::ClipBeforeMeasure)?;
+        if outputs.action == StepOutputs::ACTION_NONE {
+            return Ok(());
+        }
+        let zero_nonfinite = outputs.action == StepOutputs::ACTION_ZERO_AND_SCALE;
+        tensors.par_iter_mut().for_each(|tensor| {
+            with_elements!(HostTensorMut, tensor, elements => {
+                elements.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, outputs.coefficient, zero_nonfinite));
+            });
+        });
+        Ok(())
+    }
+
+    /// The last step's scalars.
+    pub fn outputs(&self) -> Option<&StepOutputs> {
+        self.outputs.as_ref()
+    }
+
+    /// The plan this probe was made for.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+fn dead_bits<E: crate::Element>(_: &[E], threshold: f32) -> <E as Bits>::Word {
+    E::word(E::DTYPE.threshold_bits(threshold))
+}
+
+impl Backend for CpuProbe {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
+        self.measure(tensors)
+    }
+
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
+        self.clip(tensors)
+    }
+}

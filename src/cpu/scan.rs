@@ -1,0 +1,45 @@
+//! Counts and extremes: integer work on magnitude bits, exact in any order.
+
+use crate::{
+    Element,
+    dtype::sealed::{Bits, Word},
+};
+
+/// What the magnitude bits of some elements say.
+#[derive(Clone, Copy)]
+pub(super) struct Scan<W> {
+    /// Largest magnitude; at or above the pattern of Inf when an element is not finite.
+    pub max: W,
+    /// Smallest non-zero magnitude minus 1; all ones when there is none. The subtraction wraps a zero to the top, so
+    /// that no comparison with zero is needed.
+    pub min_nonzero_less_one: W,
+    /// Elements equal to 0.
+    pub zeros: u64,
+    /// Elements that are not 0 but below the dead threshold.
+    pub small: u64,
+}
+
+impl<W: Word> Scan<W> {
+    pub(super) fn new() -> Self {
+        Self { max: W::default(), min_nonzero_less_one: W::MAX, zeros: 0, small: 0 }
+    }
+
+    /// Adds these elements: at most 65,535 of them, so that a 16-bit count cannot wrap.
+    #[inline(always)]
+    pub(super) fn add<E: Element + Bits<Word = W>>(&mut self, elements: &[E], dead_bits: W) {
+        let (mut max, mut min, mut nonzeros) = (W::default(), W::MAX, W::default());
+        for x in elements {
+            let magnitude = x.magnitude();
+            max = max.max(magnitude);
+            min = min.min(magnitude.decrement());
+            nonzeros = nonzeros.add(magnitude.min(W::ONE));
+        }
+        self.max = self.max.max(max);
+        self.min_nonzero_less_one = self.min_nonzero_less_one.min(min);
+        self.zeros += elements.len() as u64 - u64::from(Into::<u32>::into(nonzeros));
+        // Counted only where there are any: it would add a third to the loop above.
+        if min < dead_bits.decrement() && dead_bits > W::ONE {
+            self.small += elements.iter().filter(|x| (W::ONE..dead_bits).contains(&x.magnitude())).count() as u64;
+        }
+    }
+}

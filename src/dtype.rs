@@ -1,0 +1,259 @@
+//! The three element types a gradient may have, and how their bits become numbers.
+//!
+//! Everything the backends need to know of an element type is in [`Element`]: the contract types, the CPU backend
+//! and the host side of the kernels are written once over it.
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+/// Type of the elements of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32 = 0,
+    /// IEEE 754 binary16.
+    F16 = 1,
+    /// bfloat16: the upper half of a binary32.
+    BF16 = 2,
+}
+
+impl DType {
+    /// All the types, in the order of their codes.
+    pub const ALL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// The name the safetensors format and the inspector use: `F32`, `F16`, `BF16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+        }
+    }
+
+    /// The code by which kernels know the type.
+    pub(crate) const fn code(self) -> u32 {
+        self as u32
+    }
+
+    /// Bits of the smallest non-negative number of this type that is at least `threshold` when widened to f32, so
+    /// that `|x| < threshold` is `bits(|x|) < result`. `threshold` must not be negative or NaN.
+    pub(crate) fn threshold_bits(self, threshold: f32) -> u32 {
+        // −0 is a threshold of 0.
+        let widened = threshold.abs().to_bits();
+        match self {
+            DType::F32 => widened,
+            // The 16 upper bits of a binary32; any bit lost means that the next pattern is the first at or above.
+            DType::BF16 => (widened >> 16) + u32::from(widened & 0xffff != 0),
+            DType::F16 => {
+                let nearest = f16::from_f32(threshold.abs());
+                u32::from(nearest.to_bits()) + u32::from(nearest.to_f32() < threshold)
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A type gradients are stored in: `f32`, [`half::f16`] or [`half::bf16`]. Sealed.
+pub trait Element: Pod + Send + Sync + PartialEq + std::fmt::Debug + sealed::Bits {
+    /// The dtype tag of this type.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+}
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
+pub(crate) mod sealed {
+    use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+    /// An unsigned integer that holds the bits of an element. Its methods stay this small so that the compiler
+    /// vectorises loops over them.
+    pub trait Word: Copy + Ord + Default + Into<u32> + 'static {
+        const MAX: Self;
+        const ONE: Self;
+        fn decrement(self) -> Self;
+        fn add(self, other: Self) -> Self;
+    }
+
+    macro_rules! word {
+        ($t:ty) => {
+            impl Word for $t {
+                const MAX: Self = <$t>::MAX;
+                const ONE: Self = 1;
+                #[inline(always)]
+                fn decrement(self) -> Self {
+                    self.wrapping_sub(1)
+                }
+                #[inline(always)]
+                fn add(self, other: Self) -> Self {
+                    self.wrapping_add(other)
+                }
+            }
+        };
+    }
+    word!(u16);
+    word!(u32);
+
+    /// The bit patterns of an element type.
+    pub trait Bits: Copy {
+        type Word: Word;
+        /// Bits of +Inf; a magnitude at or above is not finite.
+        const INFINITY: u32;
+        /// A quiet NaN.
+        const NAN: Self;
+        /// Bits of |self|.
+        fn magnitude(self) -> Self::Word;
+        /// The bits of a threshold as a word of this type; `bits` must fit.
+        fn word(bits: u32) -> Self::Word;
+        /// The exact value as f32. A NaN or Inf may come out as any number: the caller looks for those by bits.
+        fn widen_finite(self) -> f32;
+        /// The value of non-negative, finite bits as f32.
+        fn widen_bits(bits: u32) -> f32;
+        /// Exact values of `from`, NaN and Inf included.
+        fn widen_slice(from: &[Self], to: &mut [f32]);
+        /// The nearest values of this type, ties to even.
+        fn narrow_slice(from: &[f32], to: &mut [Self]);
+    }
+
+    impl Bits for f32 {
+        type Word = u32;
+        const INFINITY: u32 = 0x7f80_0000;
+        const NAN: Self = f32::NAN;
+        #[inline(always)]
+        fn magnitude(self) -> u32 {
+            self.to_bits() & 0x7fff_ffff
+        }
+        #[inline(always)]
+        fn word(bits: u32) -> u32 {
+            bits
+        }
+        #[inline(always)]
+        fn widen_finite(self) -> f32 {
+            self
+        }
+        fn widen_bits(bits: u32) -> f32 {
+            f32::from_bits(bits)
+        }
+        fn widen_slice(from: &[Self], to: &mut [f32]) {
+            to.copy_from_slice(from);
+        }
+        fn narrow_slice(from: &[f32], to: &mut [Self]) {
+            to.copy_from_slice(from);
+        }
+    }
+
+    impl Bits for f16 {
+        type Word = u16;
+        const INFINITY: u32 = 0x7c00;
+        const NAN: Self = f16::NAN;
+        #[inline(always)]
+        fn magnitude(self) -> u16 {
+            self.to_bits() & 0x7fff
+        }
+        #[inline(always)]
+        #[expect(clippy::cast_possible_truncation, reason = "the caller's bits are those of a 16-bit type")]
+        fn word(bits: u32) -> u16 {
+            bits as u16
+        }
+        #[inline(always)]
+        #[expect(clippy::cast_sign_loss, reason = "the sign extension is wanted as a bit pattern")]
+        fn widen_finite(self) -> f32 {
+            // Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two
+            // biases: exact, subnormals included. The sign comes along by sign extension. `half`'s own conversion
+            // is a call per element and keeps the loop around it from being vectorised.
+            let moved = (i32::from(self.to_bits().cast_signed()) << 13) as u32 & 0x8fff_ffff;
+            f32::from_bits(moved) * f32::from_bits((127 + 112) << 23)
+        }
+        fn widen_bits(bits: u32) -> f32 {
+            f16::from_bits(Self::word(bits)).to_f32()
+        }
+        fn widen_slice(from: &[Self], to: &mut [f32]) {
+            from.convert_to_f32_slice(to);
+        }
+        fn narrow_slice(from: &[f32], to: &mut [Self]) {
+            to.convert_from_f32_slice(from);
+        }
+    }
+
+    impl Bits for bf16 {
+        type Word = u16;
+        const INFINITY: u32 = 0x7f80;
+        const NAN: Self = bf16::NAN;
+        #[inline(always)]
+        fn magnitude(self) -> u16 {
+            self.to_bits() & 0x7fff
+        }
+        #[inline(always)]
+        #[expect(clippy::cast_possible_truncation, reason = "the caller's bits are those of a 16-bit type")]
+        fn word(bits: u32) -> u16 {
+            bits as u16
+        }
+        #[inline(always)]
+        fn widen_finite(self) -> f32 {
+            f32::from_bits(u32::from(self.to_bits()) << 16)
+        }
+        fn widen_bits(bits: u32) -> f32 {
+            f32::from_bits(bits << 16)
+        }
+        fn widen_slice(from: &[Self], to: &mut [f32]) {
+            from.convert_to_f32_slice(to);
+        }
+        fn narrow_slice(from: &[f32], to: &mut [Self]) {
+            to.convert_from_f32_slice(from);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{DType, sealed::Bits};
+    use half::{bf16, f16};
+
+    #[test]
+    fn widening_is_exact_for_every_finite_pattern() {
+        for bits in 0..=u16::MAX {
+            let (h, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+            if h.is_finite() {
+                assert_eq!(h.widen_finite().to_bits(), h.to_f32().to_bits(), "f16 {bits:#06x}");
+            }
+            if b.is_finite() {
+                assert_eq!(b.widen_finite().to_bits(), b.to_f32().to_bits(), "bf16 {bits:#06x}");
+            }
+        }
+    }
+
+    #[test]
+    fn threshold_bits_separate_below_from_at_least() {
+        let thresholds = [0.0, f32::from_bits(1), 1e-10, 6e-8, 1e-7, 0.1, 1.0, 65504.0, 65505.0, 70000.0, f32::MAX];
+        for threshold in thresholds {
+            for bits in 0..0x7c00u16 {
+                let below = f16::from_bits(bits).to_f32() < threshold;
+                assert_eq!(below, u32::from(bits) < DType::F16.threshold_bits(threshold), "{bits:#x} {threshold}");
+            }
+            for bits in 0..0x7f80u16 {
+                let below = bf16::from_bits(bits).to_f32() < threshold;
+                assert_eq!(below, u32::from(bits) < DType::BF16.threshold_bits(threshold), "{bits:#x} {threshold}");
+            }
+        }
+    }
+}

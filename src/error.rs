@@ -1,0 +1,128 @@
+//! The one error type. NaN and Inf in gradients are data, never errors.
+
+/// What can go wrong. Every message names the tensor, file, option or driver call at fault.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Two tensors of a plan have one name.
+    #[error("tensor {name:?} is in the plan twice")]
+    DuplicateTensor {
+        /// The name both have.
+        name: String,
+    },
+    /// A tensor, or all of them together, is beyond the 2^40 elements for which the accuracy is promised.
+    #[error("tensor {name:?}: {length} elements bring the plan above the limit of 2^40 elements")]
+    TooLarge {
+        /// The tensor with which the limit is passed.
+        name: String,
+        /// Its elements.
+        length: u64,
+    },
+    /// A configuration value outside its range.
+    #[error("{option} must be {expected}, not {value}")]
+    InvalidConfig {
+        /// The option's name.
+        option: &'static str,
+        /// What it may be.
+        expected: &'static str,
+        /// What it was.
+        value: String,
+    },
+    /// A step was given another number of tensors than its plan has.
+    #[error("the plan has {planned} tensors, the step gave {given}")]
+    TensorCount {
+        /// Tensors in the plan.
+        planned: usize,
+        /// Tensors given.
+        given: usize,
+    },
+    /// A step's tensor differs from the plan in dtype or length.
+    #[error("tensor {name:?}: the plan has {planned}, the step gave {given}")]
+    TensorMismatch {
+        /// The tensor's name.
+        name: String,
+        /// Length and dtype in the plan.
+        planned: String,
+        /// Length and dtype given.
+        given: String,
+    },
+    /// A tensor with elements has the address 0.
+    #[error("tensor {name:?}: the address is null")]
+    NullPointer {
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor's address is not a multiple of its element size.
+    #[error("tensor {name:?}: address {address:#x} is not a multiple of the {size} bytes of its elements")]
+    MisalignedPointer {
+        /// The tensor's name.
+        name: String,
+        /// The address.
+        address: u64,
+        /// Bytes of an element.
+        size: usize,
+    },
+    /// A tensor's last byte would lie beyond the address space.
+    #[error("tensor {name:?}: {length} elements at {address:#x} pass the end of the address space")]
+    AddressOverflow {
+        /// The tensor's name.
+        name: String,
+        /// The address.
+        address: u64,
+        /// Elements.
+        length: u64,
+    },
+    /// Two tensors of an in-place clip share memory; one would be scaled twice.
+    #[error("tensors {first:?} and {second:?} overlap in memory: an in-place clip would scale it twice")]
+    Overlap {
+        /// The one with the lower address.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A clip before any measurement: there is no coefficient yet.
+    #[error("clip was called before measure: there is no coefficient yet")]
+    ClipBeforeMeasure,
+    /// The CUDA driver library could not be loaded.
+    #[error("no CUDA driver: none of {searched} could be loaded ({reason})")]
+    DriverNotFound {
+        /// File names looked for in the loader's search path.
+        searched: String,
+        /// What the loader said of the last.
+        reason: String,
+    },
+    /// The driver is there but the device asked for is not.
+    #[error("no CUDA device {ordinal} ({reason})")]
+    DeviceNotFound {
+        /// The ordinal asked for.
+        ordinal: usize,
+        /// The driver's code.
+        reason: String,
+    },
+    /// A tensor lives in another CUDA context than the probe's stream.
+    #[error("tensor {name:?} belongs to another CUDA context than the probe's stream")]
+    WrongContext {
+        /// The tensor's name.
+        name: String,
+    },
+    /// A call to the CUDA driver failed. An error of an earlier asynchronous call may surface here.
+    #[error("CUDA driver: {call} failed with {code}")]
+    Driver {
+        /// What was being done.
+        call: &'static str,
+        /// The driver's code, as its header spells it.
+        code: String,
+    },
+    /// The kernels could be loaded neither from the embedded binary nor through NVRTC.
+    #[error("the kernels could not be loaded: {0}")]
+    KernelLoad(String),
+    /// Gradient addresses changed while the stream was being captured; a graph would keep the old ones.
+    #[error("gradient addresses changed during graph capture: call bind() with them before the capture")]
+    AddressesChangedInCapture,
+    /// The host ran out of memory, or the device did.
+    #[error("{bytes} bytes of memory could not be allocated")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+}

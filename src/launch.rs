@@ -1,0 +1,440 @@
+//! The host side of the kernels: tables, arguments, checks and read-out, written once for every device that runs them.
+//!
+//! [`DeviceProbe`] drives `kernels/*.cu` through the small trait [`Device`]; CUDA implements it, and so does the
+//! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
+
+use crate::{
+    Config, Error, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    spec::{CHUNK, LANES},
+};
+use bytemuck::{Pod, Zeroable};
+use std::{collections::VecDeque, sync::Arc};
+
+/// The kernels, by the names they are compiled under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// `gradprobe_measure`: all statistics of all tensors, norms, coefficient and flags.
+    Measure,
+    /// `gradprobe_clip`: scales in place what [`Kernel::Measure`] decided to scale.
+    Clip,
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Kernel; 2] = [Kernel::Measure, Kernel::Clip];
+    /// Threads of a block, for each of them.
+    #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
+    pub const THREADS: u32 = LANES as u32;
+
+    /// The name of the kernel's entry point.
+    pub const fn entry(self) -> &'static str {
+        match self {
+            Kernel::Measure => "gradprobe_measure",
+            Kernel::Clip => "gradprobe_clip",
+        }
+    }
+}
+
+/// The kernels as one source without includes, for NVRTC and for anyone who compiles them elsewhere.
+pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/gradprobe.cu"));
+
+/// Something that runs the kernels: memory, copies and launches, all ordered as on one CUDA stream.
+pub trait Device {
+    /// Memory of the device, freed when dropped.
+    type Buffer;
+    /// A copy of device memory on its way to the host.
+    type Read;
+
+    /// Memory of this many bytes, aligned to 256, content undefined. Called only when a probe is made.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    fn allocate(&self, bytes: usize) -> Result<Self::Buffer, Error>;
+
+    /// The address kernels know the memory by.
+    fn address(&self, buffer: &Self::Buffer) -> u64;
+
+    /// Copies into the start of `to`, ordered before what is launched later. `bytes` may change once this returns.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn upload(&self, bytes: &[u8], to: &mut Self::Buffer) -> Result<(), Error>;
+
+    /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and `arguments` as its one parameter.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error>;
+
+    /// Blocks that fill the device; more are never launched.
+    fn resident_blocks(&self, kernel: Kernel) -> u32;
+
+    /// Whether work is being recorded for later rather than run.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn is_capturing(&self) -> Result<bool, Error>;
+
+    /// Starts to copy the first `bytes` of `from`, ordered after what was launched before. Reads complete in order.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn read(&self, from: &Self::Buffer, bytes: usize) -> Result<Self::Read, Error>;
+
+    /// Whether the copy has arrived; never waits.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn is_complete(&self, read: &Self::Read) -> Result<bool, Error>;
+
+    /// Waits for the copy, hands its bytes to `parse`, and takes its memory back.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn complete<T>(&self, read: Self::Read, parse: impl FnOnce(&[u8]) -> T) -> Result<T, Error>;
+}
+
+/// One tensor of the plan, as the kernels read it.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct TensorEntry {
+    length: u64,
+    first_chunk: u32,
+    chunk_count: u32,
+    dtype: u32,
+    dead_bits: u32,
+}
+
+/// The one parameter of every kernel: device addresses and the step's settings (`kernels/arguments.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Arguments {
+    /// Table of the tensors' addresses.
+    pub addresses: u64,
+    /// Table of the tensors.
+    pub tensors: u64,
+    /// Table of each chunk's tensor.
+    pub chunk_tensors: u64,
+    /// One record a chunk: workspace.
+    pub chunk_records: u64,
+    /// One [`Record`] a tensor: a result.
+    pub records: u64,
+    /// The [`StepOutputs`]: a result.
+    pub outputs: u64,
+    /// Counters of finished chunks and tensors: workspace.
+    pub chunks_done: u64,
+    /// [`Config::max_norm`], or 0.
+    pub max_norm: f64,
+    /// Chunks in all.
+    pub chunk_count: u32,
+    /// Tensors in all.
+    pub tensor_count: u32,
+    /// Tensors that have elements.
+    pub busy_tensors: u32,
+    /// [`Config::non_finite`].
+    pub policy: u32,
+}
+
+// The other side of these numbers is in kernels/arguments.cuh.
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 80);
+
+/// Reports on their way to the host at one time; beyond, steps are measured but not reported.
+const READS: usize = 4;
+
+/// Measures and clips tensors in a device's memory. Made once; a step launches, and neither allocates nor waits.
+pub struct DeviceProbe<D: Device> {
+    device: D,
+    plan: Arc<Plan>,
+    arguments: Arguments,
+    addresses: D::Buffer,
+    /// Outputs, then records: what a report is read from.
+    results: D::Buffer,
+    /// Tables and workspace, kept alive for the kernels.
+    _workspace: [D::Buffer; 4],
+    /// The addresses in the device's table.
+    current: Vec<u64>,
+    /// Whether `current` was found free of overlaps.
+    disjoint: bool,
+    measured: bool,
+    /// Whether a measurement was launched since the last read began.
+    unread: bool,
+    reads: VecDeque<D::Read>,
+    reported: u64,
+}
+
+impl<D: Device> DeviceProbe<D> {
+    /// A probe on `device`, its tables uploaded and its workspace allocated.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], or the device's when it has not enough memory.
+    #[expect(clippy::cast_possible_truncation, reason = "2^40 elements are 2^25 chunks; tensors are checked")]
+    pub fn with_device(device: D, plan: Plan, config: Config) -> Result<Self, Error> {
+        config.check()?;
+        let tensor_count = plan.tensors().len();
+        let chunk_count = plan.chunks();
+        if u32::try_from(tensor_count + chunk_count).is_err() {
+            return Err(Error::OutOfMemory { bytes: (tensor_count + chunk_count) * size_of::<Record>() });
+        }
+        let mut entries = Vec::with_capacity(tensor_count);
+        let mut chunk_tensors = Vec::with_capacity(chunk_count);
+        for (index, tensor) in plan.tensors().iter().enumerate() {
+            let chunks = plan.chunks_of(index);
+            entries.push(TensorEntry {
+                length: tensor.len,
+                first_chunk: chunks.start as u32,
+                chunk_count: chunks.len() as u32,
+                dtype: tensor.dtype.code(),
+                dead_bits: tensor.dtype.threshold_bits(config.dead_threshold),
+            });
+            chunk_tensors.extend(chunks.map(|_| index as u32));
+        }
+
+        let upload = |bytes: &[u8]| -> Result<D::Buffer, Error> {
+            let mut buffer = device.allocate(bytes.len().max(1))?;
+            device.upload(bytes, &mut buffer)?;
+            Ok(buffer)
+        };
+        let addresses = upload(bytemuck::cast_slice(&vec![0u64; tensor_count]))?;
+        let mut results = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
+        results.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; tensor_count]));
+        let results = upload(&results)?;
+        let workspace = [
+            upload(bytemuck::cast_slice(&entries))?,
+            upload(bytemuck::cast_slice(&chunk_tensors))?,
+            device.allocate((chunk_count * size_of::<Record>()).max(1))?,
+            upload(bytemuck::cast_slice(&vec![0u32; tensor_count + 1]))?,
+        ];
+        let [tensors, chunk_tensors, chunk_records, chunks_done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
+        let outputs = device.address(&results);
+        let arguments = Arguments {
+            addresses: device.address(&addresses),
+            tensors,
+            chunk_tensors,
+            chunk_records,
+            records: outputs + size_of::<StepOutputs>() as u64,
+            outputs,
+            chunks_done,
+            max_norm: config.max_norm.unwrap_or(0.0),
+            chunk_count: chunk_count as u32,
+            tensor_count: tensor_count as u32,
+            busy_tensors: entries.iter().filter(|e| e.length > 0).count() as u32,
+            policy: config.non_finite as u32,
+        };
+        const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
+        Ok(Self {
+            current: vec![0; tensor_count],
+            disjoint: false,
+            measured: false,
+            unread: false,
+            reads: VecDeque::with_capacity(READS),
+            reported: 0,
+            plan: Arc::new(plan),
+            arguments,
+            addresses,
+            results,
+            _workspace: workspace,
+            device,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// The plan this probe was made for.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Device address of the [`StepOutputs`], written by each measurement; valid as long as the probe.
+    pub fn outputs_address(&self) -> u64 {
+        self.arguments.outputs
+    }
+
+    /// Device address of one [`Record`] a tensor, in the plan's order; valid as long as the probe.
+    pub fn records_address(&self) -> u64 {
+        self.arguments.records
+    }
+
+    /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor.
+    ///
+    /// # Safety
+    /// As for [`measure_addresses`](Self::measure_addresses).
+    ///
+    /// # Errors
+    /// For a null or misaligned address, and when addresses change during a capture.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn bind_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
+        if self.current == addresses {
+            return Ok(());
+        }
+        if addresses.len() != self.plan.tensors().len() {
+            return Err(Error::TensorCount { planned: self.plan.tensors().len(), given: addresses.len() });
+        }
+        for (tensor, &address) in self.plan.tensors().iter().zip(addresses).filter(|(tensor, _)| tensor.len > 0) {
+            let (name, size) = (tensor.name.clone(), tensor.dtype.size());
+            if address == 0 {
+                return Err(Error::NullPointer { name });
+            }
+            if address % size as u64 != 0 {
+                return Err(Error::MisalignedPointer { name, address, size });
+            }
+            if address.checked_add(tensor.len * size as u64).is_none() {
+                return Err(Error::AddressOverflow { name, address, length: tensor.len });
+            }
+        }
+        if self.device.is_capturing()? {
+            return Err(Error::AddressesChangedInCapture);
+        }
+        self.device.upload(bytemuck::cast_slice(addresses), &mut self.addresses)?;
+        self.current.copy_from_slice(addresses);
+        self.disjoint = false;
+        Ok(())
+    }
+
+    /// Launches the measurement of the tensors at these device addresses, in the plan's order.
+    ///
+    /// # Safety
+    /// Until the launch has run, each address must be that of as many initialised elements as the plan says, of the
+    /// plan's dtype, in memory this device can read, and nothing may write to them unordered with this stream. The
+    /// address of an empty tensor is not used.
+    ///
+    /// # Errors
+    /// Those of [`bind_addresses`](Self::bind_addresses), and the device's.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn measure_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.bind_addresses(addresses) }?;
+        self.launch(Kernel::Measure)?;
+        self.measured = true;
+        self.unread = true;
+        Ok(())
+    }
+
+    /// Launches the clip of the tensors at these device addresses by what the last measurement decided. Without a
+    /// [`Config::max_norm`] and zeroing there is nothing it could do, and nothing is launched.
+    ///
+    /// # Safety
+    /// As for [`measure_addresses`](Self::measure_addresses), and the memory must be writable and used by nothing else
+    /// until the launch has run.
+    ///
+    /// # Errors
+    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`bind_addresses`](Self::bind_addresses).
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn clip_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
+        if !self.measured {
+            return Err(Error::ClipBeforeMeasure);
+        }
+        // SAFETY: the caller's promise includes this one.
+        unsafe { self.bind_addresses(addresses) }?;
+        if !self.disjoint {
+            self.check_overlaps()?;
+            self.disjoint = true;
+        }
+        if self.arguments.max_norm == 0.0 && self.arguments.policy != NonFinitePolicy::ZeroNonFinite as u32 {
+            return Ok(());
+        }
+        self.launch(Kernel::Clip)
+    }
+
+    fn launch(&self, kernel: Kernel) -> Result<(), Error> {
+        let blocks = self.arguments.chunk_count.clamp(1, self.device.resident_blocks(kernel).max(1));
+        self.device.launch(kernel, blocks, &self.arguments)
+    }
+
+    /// An in-place clip would scale shared memory twice.
+    fn check_overlaps(&self) -> Result<(), Error> {
+        let mut ranges: Vec<(u64, u64, &str)> = self
+            .plan
+            .tensors()
+            .iter()
+            .zip(&self.current)
+            .filter(|(tensor, _)| tensor.len > 0)
+            .map(|(tensor, &start)| (start, start + tensor.len * tensor.dtype.size() as u64, tensor.name.as_str()))
+            .collect();
+        ranges.sort_unstable();
+        match ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            Some(pair) => Err(Error::Overlap { first: pair[0].2.to_owned(), second: pair[1].2.to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The oldest report that has arrived and was not given yet; `None` while there is none. Never waits: it starts to
+    /// copy the results of the last measurement, and hands out what earlier calls started. Called every step it gives
+    /// every step's report, a step or so late; when the host runs further ahead than four reports, steps are left out
+    /// (their numbers tell). During a capture it does nothing.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn poll(&mut self) -> Result<Option<Report>, Error> {
+        if !self.measured || self.device.is_capturing()? {
+            return Ok(None);
+        }
+        // A replayed graph measures without our knowing: with nothing on its way there may be something new.
+        if self.reads.is_empty() || (self.unread && self.reads.len() < READS) {
+            self.start_read()?;
+        }
+        while let Some(read) = self.reads.front() {
+            if !self.device.is_complete(read)? {
+                return Ok(None);
+            }
+            if let Some(report) = self.take_report()? {
+                return Ok(Some(report));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for the report of the last measurement.
+    ///
+    /// # Errors
+    /// [`Error::ClipBeforeMeasure`] when there was none, or the device's.
+    pub fn wait(&mut self) -> Result<Report, Error> {
+        if !self.measured {
+            return Err(Error::ClipBeforeMeasure);
+        }
+        while self.reads.len() >= READS {
+            self.take_report()?;
+        }
+        self.reported = 0;
+        self.start_read()?;
+        let mut last = None;
+        while !self.reads.is_empty() {
+            last = self.take_report()?.or(last);
+        }
+        last.ok_or(Error::ClipBeforeMeasure)
+    }
+
+    fn start_read(&mut self) -> Result<(), Error> {
+        let bytes = size_of::<StepOutputs>() + size_of::<Record>() * self.plan.tensors().len();
+        self.reads.push_back(self.device.read(&self.results, bytes)?);
+        self.unread = false;
+        Ok(())
+    }
+
+    /// Completes the oldest read; `None` if its step was reported already.
+    fn take_report(&mut self) -> Result<Option<Report>, Error> {
+        let Some(read) = self.reads.pop_front() else { return Ok(None) };
+        let (outputs, records) = self.device.complete(read, |bytes| {
+            let (outputs, rest) = bytes.split_at(size_of::<StepOutputs>());
+            let mut records = vec![Record::EMPTY; rest.len() / size_of::<Record>()];
+            bytemuck::cast_slice_mut(&mut records).copy_from_slice(rest);
+            (bytemuck::pod_read_unaligned::<StepOutputs>(outputs), records)
+        })?;
+        if outputs.step <= self.reported {
+            return Ok(None);
+        }
+        self.reported = outputs.step;
+        Ok(Some(Report::new(Arc::clone(&self.plan), outputs, records)))
+    }
+}
+
+impl<D: Device> std::fmt::Debug for DeviceProbe<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceProbe").field("plan", &self.plan).field("arguments", &self.arguments).finish_non_exhaustive()
+    }
+}
+
+/// Chunks are counted in u32 on the device: 2^40 elements are 2^25 of them.
+const _: () = assert!(Plan::MAX_ELEMENTS / CHUNK as u64 <= 1 << 25);

@@ -1,0 +1,49 @@
+//! One read of every gradient: statistics, norms and the global clip, on the GPU without the host waiting, with the
+//! same bits from the CPU.
+//!
+//! ```
+//! use gradprobe::{Config, CpuProbe, DType, HostTensor, HostTensorMut, Plan};
+//!
+//! let mut weight = vec![0.3f32; 4096];
+//! let mut bias = vec![half::bf16::from_f32(-4.0); 64];
+//! let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::BF16, 64)])?;
+//! let mut probe = CpuProbe::new(plan, Config::default().max_norm(1.0))?;
+//! // every step:
+//! let report = probe.measure(&[HostTensor::F32(&weight), HostTensor::BF16(&bias)])?;
+//! assert!((report.outputs().total_norm - 37.3).abs() < 0.1);
+//! probe.clip(&mut [HostTensorMut::F32(&mut weight), HostTensorMut::BF16(&mut bias)])?;
+//! # Ok::<(), gradprobe::Error>(())
+//! ```
+//!
+//! [`CpuProbe`] and, with the `cuda` feature, `CudaProbe` compute the same numbers to the bit; both are described by
+//! one [`Plan`], one [`Config`] and one [`Report`] of [`Record`]s.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod backend;
+mod config;
+pub mod cpu;
+#[cfg(feature = "cuda")] 
+// pub mod cuda;
+mod dtype;
+mod error;
+pub mod launch;
+mod outputs;
+mod plan;
+mod record;
+mod report;
+mod spec;
+
+pub use backend::{Backend, HostTensor, HostTensorMut};
+pub use config::{Config, NonFinitePolicy};
+pub use cpu::CpuProbe;
+#[cfg(feature = "cuda")] 
+// pub use cuda::CudaProbe;
+#[cfg(feature = "cuda")] 
+pub use cudarc;
+pub use dtype::{DType, Element};
+pub use error::Error;
+pub use outputs::StepOutputs;
+pub use plan::{Plan, TensorSpec};
+pub use record::Record;
+pub use report::{Report, TensorReport};

@@ -1,0 +1,141 @@
+//! What is to be measured every step: names, dtypes and lengths, and how they fall into chunks.
+
+use crate::{DType, Error, HostTensor, spec::CHUNK};
+use std::collections::HashSet;
+
+/// One tensor of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// The name reports use; unique within the plan.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Number of its elements; 0 is valid.
+    pub len: u64,
+}
+
+/// The tensors of a step, in the order in which every call gives them. Made once; steps only bring addresses.
+///
+/// ```
+/// use gradprobe::{DType, Plan};
+/// let plan = Plan::new([("embed.weight", DType::BF16, 50_304 * 768), ("head.bias", DType::F32, 768)])?;
+/// assert_eq!(plan.tensors().len(), 2);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    tensors: Vec<TensorSpec>,
+    /// First chunk of each tensor, and the number of all chunks at the end.
+    first_chunks: Vec<usize>,
+}
+
+impl Plan {
+    /// Elements a plan may hold in all: the accuracy is promised up to there.
+    pub const MAX_ELEMENTS: u64 = 1 << 40;
+
+    /// A plan of these (name, dtype, number of elements), in this order.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateTensor`] when two have one name, [`Error::TooLarge`] above 2^40 elements in all.
+    pub fn new<N: Into<String>>(tensors: impl IntoIterator<Item = (N, DType, u64)>) -> Result<Self, Error> {
+        let tensors: Vec<TensorSpec> =
+            tensors.into_iter().map(|(name, dtype, len)| TensorSpec { name: name.into(), dtype, len }).collect();
+        let mut names = HashSet::new();
+        let mut elements = 0u64;
+        let mut chunks = 0usize;
+        let mut first_chunks = vec![0];
+        for TensorSpec { name, len, .. } in &tensors {
+            if !names.insert(name) {
+                return Err(Error::DuplicateTensor { name: name.clone() });
+            }
+            let too_large = || Error::TooLarge { name: name.clone(), length: *len };
+            elements = elements.saturating_add(*len);
+            if elements > Self::MAX_ELEMENTS {
+                return Err(too_large());
+            }
+            chunks += usize::try_from(len.div_ceil(CHUNK as u64)).map_err(|_| too_large())?;
+            first_chunks.push(chunks);
+        }
+        Ok(Self { tensors, first_chunks })
+    }
+
+    /// The tensors in order.
+    pub fn tensors(&self) -> &[TensorSpec] {
+        &self.tensors
+    }
+
+    /// Elements of all the tensors.
+    pub fn elements(&self) -> u64 {
+        self.tensors.iter().map(|t| t.len).sum()
+    }
+
+    /// Bytes of all the tensors: what one read moves.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.len * t.dtype.size() as u64).sum()
+    }
+
+    /// Chunks of all the tensors.
+    pub(crate) fn chunks(&self) -> usize {
+        self.first_chunks[self.tensors.len()]
+    }
+
+    /// The chunks of tensor `index`, numbered through the plan.
+    pub(crate) fn chunks_of(&self, index: usize) -> std::ops::Range<usize> {
+        self.first_chunks[index]..self.first_chunks[index + 1]
+    }
+
+    /// Checks that a step gives what was planned.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs.
+    pub fn check(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
+        if given.len() != self.tensors.len() {
+            return Err(Error::TensorCount { planned: self.tensors.len(), given: given.len() });
+        }
+        for (spec, (dtype, len)) in self.tensors.iter().zip(given) {
+            if (spec.dtype, spec.len) != (dtype, len) {
+                return Err(Error::TensorMismatch {
+                    name: spec.name.clone(),
+                    planned: format!("{} {} elements", spec.len, spec.dtype),
+                    given: format!("{len} {dtype} elements"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// A plan for these host tensors under these names.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`].
+    pub fn of_host<'a, N: Into<String>>(
+        tensors: impl IntoIterator<Item = (N, HostTensor<'a>)>,
+    ) -> Result<Self, Error> {
+        Self::new(tensors.into_iter().map(|(name, tensor)| (name, tensor.dtype(), tensor.len() as u64)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_each_tensor_and_empties_have_none() {
+        let n = CHUNK as u64;
+        let plan = Plan::new([("a", DType::F32, 0), ("b", DType::F16, n), ("c", DType::BF16, 0), ("d", DType::F32, n + 1)]);
+        let plan = plan.unwrap();
+        let ranges: Vec<_> = (0..4).map(|t| plan.chunks_of(t)).collect();
+        assert_eq!(ranges, [0..0, 0..1, 1..1, 1..3]);
+        assert_eq!((plan.chunks(), plan.elements(), plan.bytes()), (3, 2 * n + 1, 6 * n + 4));
+    }
+
+    #[test]
+    fn refuses_two_of_a_name_and_too_many_elements() {
+        let twice = Plan::new([("a", DType::F32, 1), ("a", DType::F32, 1)]);
+        assert_eq!(twice, Err(Error::DuplicateTensor { name: "a".into() }));
+        for lengths in [[u64::MAX, 1], [1 << 39, (1 << 39) + 1]] {
+            let large = Plan::new([("a", DType::F32, lengths[0]), ("b", DType::F32, lengths[1])]);
+            assert!(matches!(large, Err(Error::TooLarge { .. })), "{large:?}");
+        }
+    }
+}

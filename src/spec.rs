@@ -1,0 +1,139 @@
+//! The shape of the reduction: every constant that decides which bits come out. `kernels/spec.cuh` holds the same
+//! numbers for the kernels, and a test compares the two.
+//!
+//! ```text
+//! tensor   runs of CHUNK elements, by index; nothing depends on the grid, the device or a pointer's alignment
+//! chunk    GROUPS rows of LANES × GROUP elements
+//! row      LANES / WARP warps, each TILE = WARP × GROUP contiguous elements
+//! tile     PACKETS runs of WARP packets; lane l of a warp has packet l of each run
+//! packet   PACKET contiguous elements (16 bytes of a 16-bit type), one slot each
+//! group    the PACKETS × PACKET elements of a lane in a row
+//! ```
+//!
+//! Element `i` of a chunk therefore belongs to row `i / 8192`, warp `i / 2048 % 4`, packet `i / 256 % 8`, lane
+//! `i / 8 % 32` and slot `i % 8`. The map is the same for the three dtypes, so bf16 data widened to f32 gives the
+//! same bits.
+//!
+//! # The sums of a chunk
+//!
+//! Σx, Σ|x| and Σx² run in f32 within a lane, always in pairs: packets (0,1), (2,3), … then pairs of pairs, then the
+//! eight slots, then the four groups. No element goes through more than 8 additions (9 roundings with its square), so
+//! with u = 2^-24 a chunk's sum is off by at most 8u·Σ|x|, its Σ|x| by 8u and its Σx² by 9u relative: 4.8e-7 of
+//! mean_abs, 4.8e-7 and, for the norm, 2.7e-7, whatever the data. Lanes and everything above them add in f64.
+//!
+//! The squared deviations are Σx² − (Σx)²/n when |mean| ≤ std/4, which keeps their error below 14u = 8.2e-7. Otherwise
+//! the chunk is read again (from a near cache) around its own mean, rounded to f32; so is a chunk that holds a NaN or
+//! Inf, which are left out, or whose magnitudes are so large or small that f32 squares would overflow or vanish, which
+//! is scaled by a power of two. Gradients are centred and finite, so the second read is rare; data made to provoke it
+//! costs at most three reads more.
+
+/// Contiguous elements a lane reads at once.
+pub const PACKET: usize = 8;
+/// Packets of a group.
+pub const PACKETS: usize = 8;
+/// Elements a lane sums before it merges with its other groups.
+pub const GROUP: usize = PACKET * PACKETS;
+/// Lanes of a warp.
+pub const WARP: usize = 32;
+/// Lanes that share a chunk: the threads of a block.
+pub const LANES: usize = 128;
+/// Groups of one lane in a chunk.
+pub const GROUPS: usize = 4;
+/// Elements of a warp's share of a row.
+pub const TILE: usize = WARP * GROUP;
+/// Elements of a row: one group of every lane.
+pub const ROW: usize = LANES * GROUP;
+/// Elements of a chunk. 32 Ki keep 25 M parameters at three waves of two blocks on 132 multiprocessors where 64 Ki
+/// would leave the second wave half empty.
+pub const CHUNK: usize = GROUPS * ROW;
+
+/// A chunk is read again around its mean when n·mean² is more than this share of its squared deviations.
+pub const CENTRED_SHARE: f64 = 1.0 / 16.0;
+
+/// A chunk whose largest magnitude is above 2^50 is scaled by 2^-80 before its f32 sums: the sum of a chunk's
+/// squares is then below 2^(2·51 + 15) and cannot overflow.
+pub const LARGE: f32 = f32::from_bits((127 + 50) << 23);
+/// See [`LARGE`].
+pub const LARGE_SCALE: f32 = f32::from_bits((127 - 80) << 23);
+/// A chunk whose largest magnitude is below 2^-48 is scaled by 2^98: squares of deviations as small as one unit in
+/// the last place of that magnitude would otherwise fall below f32's subnormals.
+pub const SMALL: f32 = f32::from_bits((127 - 48) << 23);
+/// See [`SMALL`].
+pub const SMALL_SCALE: f32 = f32::from_bits((127 + 98) << 23);
+
+/// The power of two by which a chunk with this largest finite magnitude is multiplied before its f32 sums. Elements
+/// that the downward scale rounds to nothing are 2^119 times smaller than the largest and cannot be seen in any sum.
+pub fn scale_of(max_abs: f32) -> f32 {
+    if max_abs > LARGE {
+        LARGE_SCALE
+    } else if max_abs < SMALL && max_abs > 0.0 {
+        SMALL_SCALE
+    } else {
+        1.0
+    }
+}
+
+/// Folds `length` items in the order that kernels and CPU share: up to [`LANES`] runs of equal length, each left to
+/// right, then neighbouring runs in pairs, pairs of pairs, and so on. `None` when there are no items.
+pub fn fold<T>(length: usize, item: impl Fn(usize) -> T, merge: impl Fn(&T, &T) -> T) -> Option<T> {
+    let run = length.div_ceil(LANES).max(1);
+    let mut runs: Vec<T> = (0..length.div_ceil(run))
+        .filter_map(|r| (r * run..length.min((r + 1) * run)).map(&item).reduce(|a, b| merge(&a, &b)))
+        .collect();
+    let mut stride = 1;
+    while stride < runs.len() {
+        for left in (0..runs.len() - stride).step_by(2 * stride) {
+            runs[left] = merge(&runs[left], &runs[left + stride]);
+        }
+        stride *= 2;
+    }
+    runs.into_iter().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_have_the_same_constants() {
+        let header = include_str!("../kernels/spec.cuh");
+        let constant = |name: &str| -> String {
+            let start = header.find(&format!(" {name} = ")).unwrap_or_else(|| panic!("{name} is not in spec.cuh"));
+            let value = &header[start + name.len() + 4..];
+            value[..value.find(';').unwrap()].to_owned()
+        };
+        for (name, value) in [
+            ("PACKET", PACKET),
+            ("PACKETS", PACKETS),
+            ("WARP", WARP),
+            ("LANES", LANES),
+            ("GROUPS", GROUPS),
+        ] {
+            assert_eq!(constant(name), value.to_string(), "{name}");
+        }
+        for (name, value) in
+            [("LARGE", LARGE), ("LARGE_SCALE", LARGE_SCALE), ("SMALL", SMALL), ("SMALL_SCALE", SMALL_SCALE)]
+        {
+            assert_eq!(constant(name), format!("{:#010x}u", value.to_bits()), "{name}");
+        }
+    }
+
+    #[test]
+    fn fold_keeps_order_and_pairs_neighbours() {
+        let join = |a: &String, b: &String| format!("({a}{b})");
+        assert_eq!(fold(0, |i| i.to_string(), join), None);
+        assert_eq!(fold(1, |i| i.to_string(), join).unwrap(), "0");
+        assert_eq!(fold(5, |i| i.to_string(), join).unwrap(), "(((01)(23))4)");
+        let long = fold(3 * LANES, |i| i.to_string(), join).unwrap();
+        assert!(long.trim_start_matches('(').starts_with("01)2)((34)5))"), "runs of three: {long}");
+    }
+
+    #[test]
+    fn scale_keeps_every_magnitude_in_the_safe_window() {
+        for bits in (1..0x7f80_0000u32).step_by(997) {
+            let x = f32::from_bits(bits);
+            let scaled = x * scale_of(x);
+            assert!(scaled <= LARGE && scaled >= SMALL * 0.125, "{x:e} becomes {scaled:e}");
+        }
+    }
+}

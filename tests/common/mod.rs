@@ -1,0 +1,281 @@
+//! What every backend's tests share: one table of cases, one exact oracle, one set of checkers, and the harness here
+//! that runs the three against anything that implements [`Backend`].
+//!
+//! A backend's test file is a call of [`run_all`] with a closure that makes its probe.
+
+#![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
+
+pub mod cases;
+pub mod check;
+pub mod oracle;
+
+use cases::{Case, Data};
+use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Record, StepOutputs};
+use half::{bf16, f16};
+use oracle::Truth;
+use rayon::prelude::*;
+
+/// How much of the table a backend can afford.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Whether to run the cases marked `large`.
+    pub large: bool,
+    /// At how many of the 16 misalignments every other case is measured; large ones are at 2 of these at most.
+    pub offsets: usize,
+}
+
+impl Effort {
+    /// Everything.
+    pub const FULL: Effort = Effort { large: true, offsets: 16 };
+}
+
+/// Runs the whole table of cases on a backend and panics with what is wrong, case by case.
+///
+/// `make` is called once a case, and gives a probe for this plan under this config. What is demanded of the probe:
+///
+/// * conformance: its report is within the contract's bounds of the exact statistics, and what follows from the norm
+///   (coefficient, flags) is exact;
+/// * bits: report and clipped tensors equal those of [`CpuProbe`] byte for byte, at every misalignment, and again
+///   after a step of nothing but NaN, so that nothing of an earlier step stays behind;
+/// * clip: each element has the bits the oracle says, nothing around a tensor is written, and with a coefficient of 1
+///   nothing at all;
+/// * refusal: tensors that are not those of the plan, and a clip before a measurement, are errors.
+///
+/// Tensors lie at `16 · a + offset · size` bytes with guard bytes on both sides; a backend that copies them elsewhere
+/// should keep the address modulo 16, or the misalignments test nothing.
+pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) {
+    let mut complaints = refuses_what_was_not_planned(make);
+    for case in cases::cases().iter().filter(|case| effort.large || !case.large) {
+        complaints.extend(run_case(case, make, effort).into_iter().map(|c| format!("{}: {c}", case.name)));
+    }
+    demand_none(&complaints);
+}
+
+/// Panics with the first of the complaints, unless there are none.
+pub fn demand_none(complaints: &[String]) {
+    const SHOWN: usize = 30;
+    let shown = complaints.iter().take(SHOWN).map(|c| format!("\n  {c}")).collect::<String>();
+    assert!(complaints.is_empty(), "{} complaints:{shown}", complaints.len());
+}
+
+/// [`run_all`] for one case; gives back what is wrong.
+pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) -> Vec<String> {
+    let Prepared { names, data, truths } = Prepared::new(case);
+    let plan = Plan::new(names.iter().zip(&data).map(|(name, d)| (name.as_str(), d.dtype(), d.len() as u64)));
+    let plan = plan.expect("a case is a valid plan");
+
+    let mut reference = CpuProbe::new(plan.clone(), case.config).expect("a case has a valid config");
+    let hosts: Vec<HostTensor<'_>> = data.iter().map(Data::tensor).collect();
+    let expected = reference.measure(&hosts).expect("the reference measures");
+    let mut expected_elements = data.clone();
+    let mut mutable: Vec<HostTensorMut<'_>> = expected_elements.iter_mut().map(Data::tensor_mut).collect();
+    reference.clip(&mut mutable).expect("the reference clips");
+
+    let mut complaints = Vec::new();
+    let mut probe = make(plan, case.config);
+    let offsets = if case.large { effort.offsets.min(2) } else { effort.offsets };
+    let mut step = 0;
+    for offset in 0..offsets {
+        // Each tensor of a list at another misalignment.
+        let mut placed: Vec<Placed> =
+            data.iter().enumerate().map(|(t, d)| Placed::new(d, (offset + t) % OFFSETS)).collect();
+        step += 1;
+        let tensors: Vec<HostTensor<'_>> = placed.iter().map(Placed::tensor).collect();
+        let report = match probe.measure_host(&tensors) {
+            Ok(report) => report,
+            Err(error) => {
+                complaints.push(format!("measure: {error}"));
+                return complaints;
+            }
+        };
+        if offset == 0 {
+            complaints.extend(check::check_step(
+                &names,
+                report.records(),
+                report.outputs(),
+                step,
+                &truths,
+                &case.config,
+            ));
+            let listed: Vec<_> = report.tensors().map(|t| (t.name.to_owned(), t.dtype)).collect();
+            let planned: Vec<_> = names.iter().cloned().zip(data.iter().map(Data::dtype)).collect();
+            if listed != planned {
+                complaints.push("the report does not list the tensors of the plan".to_owned());
+            }
+        }
+        let before: (&[Record], StepOutputs) = (expected.records(), StepOutputs { step, ..*expected.outputs() });
+        let at_offset = |c: String| format!("at offset {offset}, {c}");
+        let same = check::same_step(&names, (report.records(), report.outputs()), (before.0, &before.1));
+        complaints.extend(same.into_iter().map(at_offset));
+        let unread = |placed: &[Placed], elements: &[Data], after: &str| {
+            let mut wrong = Vec::new();
+            for ((name, placed), data) in names.iter().zip(placed).zip(elements) {
+                wrong.extend(check::same_elements(name, data.dtype().size(), placed.bytes(), data.bytes()));
+                if !placed.guards_are_intact() {
+                    wrong.push(format!("{name}: bytes around the tensor were written"));
+                }
+            }
+            wrong.into_iter().map(|c| at_offset(format!("after {after}, {c}"))).collect::<Vec<_>>()
+        };
+        complaints.extend(unread(&placed, &data, "measure"));
+
+        let mut tensors: Vec<HostTensorMut<'_>> = placed.iter_mut().map(Placed::tensor_mut).collect();
+        if let Err(error) = probe.clip_host(&mut tensors) {
+            complaints.push(format!("clip: {error}"));
+            return complaints;
+        }
+        if offset == 0 {
+            let clipped = clip_by_oracle(&data, report.outputs());
+            complaints.extend(unread(&placed, &clipped, "clip (expected by the oracle)"));
+        }
+        complaints.extend(unread(&placed, &expected_elements, "clip"));
+
+        if offset == 0 && !case.large {
+            step += 1;
+            let poison: Vec<Data> = data.iter().map(Data::all_nan).collect();
+            let poison: Vec<HostTensor<'_>> = poison.iter().map(Data::tensor).collect();
+            if let Err(error) = probe.measure_host(&poison) {
+                complaints.push(format!("measure of NaN: {error}"));
+            }
+        }
+    }
+    complaints
+}
+
+/// A case with its data made and its truth worked out.
+pub struct Prepared {
+    pub names: Vec<String>,
+    pub data: Vec<Data>,
+    pub truths: Vec<Truth>,
+}
+
+impl Prepared {
+    pub fn new(case: &Case) -> Self {
+        let (data, truths) = case
+            .tensors
+            .par_iter()
+            .map(|tensor| {
+                let data = tensor.data();
+                let truth = oracle::truth(data.dtype(), case.config.dead_threshold, data.bits());
+                (data, truth)
+            })
+            .unzip();
+        Self { names: (0..case.tensors.len()).map(|index| format!("tensor {index}")).collect(), data, truths }
+    }
+}
+
+/// What the clip should leave, by the decision in `outputs`.
+pub fn clip_by_oracle(data: &[Data], outputs: &StepOutputs) -> Vec<Data> {
+    let zero_nonfinite = outputs.action == StepOutputs::ACTION_ZERO_AND_SCALE;
+    let clip = |data: &Data| match outputs.action {
+        StepOutputs::ACTION_NONE => data.clone(),
+        _ => Data::of_bits(
+            data.dtype(),
+            data.bits().map(|bits| oracle::clip(data.dtype(), bits, outputs.coefficient, zero_nonfinite)),
+        ),
+    };
+    data.par_iter().map(clip).collect()
+}
+
+/// Offsets, in elements, at which a tensor is placed.
+pub const OFFSETS: usize = 16;
+
+/// A copy of a tensor at a chosen distance from a multiple of 16 bytes, with guard bytes before and behind.
+pub struct Placed {
+    words: Vec<u128>,
+    dtype: DType,
+    start: usize,
+    end: usize,
+}
+
+impl Placed {
+    const GUARD_BYTES: usize = 64;
+    /// A NaN in every dtype, so that a read beyond the tensor shows.
+    const GUARD: u8 = 0xff;
+
+    /// `data` at `offset` elements from a multiple of 16 bytes.
+    pub fn new(data: &Data, offset: usize) -> Self {
+        let start = Self::GUARD_BYTES + offset * data.dtype().size();
+        let end = start + data.bytes().len();
+        let words = vec![u128::MAX; (end + Self::GUARD_BYTES).div_ceil(size_of::<u128>())];
+        let mut placed = Self { words, dtype: data.dtype(), start, end };
+        bytemuck::cast_slice_mut::<u128, u8>(&mut placed.words)[start..end].copy_from_slice(data.bytes());
+        placed
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[self.start..self.end]
+    }
+
+    pub fn tensor(&self) -> HostTensor<'_> {
+        let bytes = self.bytes();
+        match self.dtype {
+            DType::F32 => HostTensor::F32(bytemuck::cast_slice(bytes)),
+            DType::F16 => HostTensor::F16(bytemuck::cast_slice(bytes)),
+            DType::BF16 => HostTensor::BF16(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    pub fn tensor_mut(&mut self) -> HostTensorMut<'_> {
+        let bytes = &mut bytemuck::cast_slice_mut::<u128, u8>(&mut self.words)[self.start..self.end];
+        match self.dtype {
+            DType::F32 => HostTensorMut::F32(bytemuck::cast_slice_mut(bytes)),
+            DType::F16 => HostTensorMut::F16(bytemuck::cast_slice_mut(bytes)),
+            DType::BF16 => HostTensorMut::BF16(bytemuck::cast_slice_mut(bytes)),
+        }
+    }
+
+    /// All the bytes, guards included.
+    pub fn surroundings(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.words)
+    }
+
+    pub fn guards_are_intact(&self) -> bool {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        bytes[..self.start].iter().chain(&bytes[self.end..]).all(|&byte| byte == Self::GUARD)
+    }
+}
+
+/// The errors every backend owes to a caller who gives it something else than was planned.
+pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>) -> Vec<String> {
+    let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).expect("a valid plan");
+    let mut probe = make(plan, Config::default().max_norm(1.0));
+    let (mut three, mut four) = ([1.0f32; 3], [1.0f32; 4]);
+    let (mut two, mut two_f16) = ([bf16::ONE; 2], [f16::ONE; 2]);
+    let mut complaints = Vec::new();
+    let mut demand = |what: &str, holds: bool| {
+        if !holds {
+            complaints.push(format!("not so: {what}"));
+        }
+    };
+
+    let early = probe.clip_host(&mut [HostTensorMut::F32(&mut three), HostTensorMut::BF16(&mut two)]);
+    demand("a clip before any measurement is refused", early == Err(Error::ClipBeforeMeasure));
+    let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
+    for (what, tensors) in [
+        ("a missing tensor is refused", &good[..1]),
+        ("a tensor too many is refused", &[good[0], good[1], good[1]][..]),
+        ("an empty list is refused", &[]),
+    ] {
+        let result = probe.measure_host(tensors).map(drop);
+        demand(what, result == Err(Error::TensorCount { planned: 2, given: tensors.len() }));
+    }
+    for (what, name, tensors) in [
+        ("another length is refused", "a", [HostTensor::F32(&four), good[1]]),
+        ("another dtype of the same size is refused", "b", [good[0], HostTensor::F16(&two_f16)]),
+        ("another order is refused", "a", [good[1], good[0]]),
+    ] {
+        let result = probe.measure_host(&tensors).map(drop);
+        demand(what, matches!(result, Err(Error::TensorMismatch { name: at, .. }) if at == name));
+    }
+    demand("what was refused is not counted as a step", probe.measure_host(&good).is_ok_and(|r| r.step() == 1));
+    let clip = probe.clip_host(&mut [HostTensorMut::F32(&mut four), HostTensorMut::BF16(&mut two)]);
+    demand("a clip of another length is refused", matches!(clip, Err(Error::TensorMismatch { .. })));
+    let clip = probe.clip_host(&mut [HostTensorMut::F32(&mut three), HostTensorMut::F16(&mut two_f16)]);
+    demand("a clip of another dtype is refused", matches!(clip, Err(Error::TensorMismatch { .. })));
+    let clip = probe.clip_host(&mut [HostTensorMut::F32(&mut three)]);
+    demand("a clip of too few is refused", matches!(clip, Err(Error::TensorCount { .. })));
+    let untouched = three == [1.0; 3] && four == [1.0; 4] && two == [bf16::ONE; 2] && two_f16 == [f16::ONE; 2];
+    demand("a refused clip writes nothing", untouched);
+    complaints
+}

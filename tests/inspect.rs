@@ -1,0 +1,513 @@
+//! The inspector, run as users run it: its numbers against known ones, its copies against a clip computed here, and
+//! its manners when something is wrong.
+
+#[path = "../examples/inspect/natural.rs"]
+mod natural;
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+use tempfile::TempDir;
+
+const GOLDEN: [&str; 6] =
+    ["gpt-bf16-step0", "gpt-mixed-step0", "exploding-step2", "exploding-step3", "dead", "vanishing"];
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name).with_extension("safetensors")
+}
+
+/// The inspector, on the CPU unless told otherwise.
+fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
+    let test = std::env::current_exe().unwrap();
+    let name = format!("inspect{}", std::env::consts::EXE_SUFFIX);
+    let binary = test.parent().and_then(Path::parent).unwrap().join("examples").join(name);
+    assert!(binary.exists(), "{} is missing: cargo build --example inspect", binary.display());
+    let mut command = Command::new(binary);
+    command.args(arguments);
+    if !command.get_args().any(|argument| argument == "--device") {
+        command.args(["--device", "cpu"]);
+    }
+    command
+}
+
+macro_rules! inspect {
+    ($($argument:expr),* $(,)?) => {
+        command([$(AsRef::<std::ffi::OsStr>::as_ref(&$argument)),*]).output().unwrap()
+    };
+}
+
+/// Standard output of a run that has nothing to complain about.
+fn text(output: Output) -> String {
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && complaint.is_empty(), "{}: {complaint}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn report(output: Output) -> Value {
+    serde_json::from_str(&text(output)).unwrap()
+}
+
+/// The run failed with this code and one line that holds `needles`.
+#[track_caller]
+fn assert_complains(output: Output, code: i32, needles: &[&str]) {
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{complaint}");
+    assert!(complaint.starts_with("error: ") && complaint.ends_with('\n'), "{complaint:?}");
+    assert_eq!(complaint.matches('\n').count(), 1, "{complaint:?}");
+    assert!(output.stdout.is_empty());
+    for needle in needles {
+        assert!(complaint.contains(needle), "{needle:?} is not in {complaint:?}");
+    }
+}
+
+/// A directory of files to inspect.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+/// A safetensors file with this header and data.
+fn raw(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+/// A safetensors file of F32 tensors, and spaces to bring its data to any address.
+fn file(tensors: &[(&str, &[f32])], padding: usize) -> Vec<u8> {
+    let (mut header, mut data) = (json!({}), Vec::new());
+    for (name, elements) in tensors {
+        let start = data.len();
+        data.extend(elements.iter().flat_map(|x| x.to_le_bytes()));
+        header[*name] = json!({"dtype": "F32", "shape": [elements.len()], "data_offsets": [start, data.len()]});
+    }
+    raw(&format!("{header}{:padding$}", ""), &data)
+}
+
+/// A report's number, with the strings JSON needs for some.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str().map(|text| text.parse().unwrap()))
+}
+
+#[test]
+fn natural_order_reads_numbers_as_numbers() {
+    let sorted = [
+        "",
+        "-1",
+        "0",
+        "00",
+        "01",
+        "1",
+        "1.weight",
+        "2",
+        "10",
+        "18446744073709551615",
+        "18446744073709551616",
+        "36893488147419103232",
+        "99999999999999999999999",
+        "a",
+        "a.",
+        "a.b",
+        "a0",
+        "a1",
+        "a01b",
+        "a1b",
+        "a1c",
+        "a2",
+        "a10",
+        "blocks.2",
+        "blocks.2.ln",
+        "blocks.2.ln1",
+        "blocks.2.ln10",
+        "blocks.10",
+        "é1",
+        "é10",
+    ];
+    // Every name of up to four characters from these: an order is total when sorting by it explains each pair.
+    let mut all: Vec<String> = vec![String::new()];
+    for first in 0..156 {
+        all.extend("019a.".chars().map(|c| format!("{}{c}", all[first])).collect::<Vec<_>>());
+    }
+    all.sort_by(|a, b| natural::compare(a, b));
+    for names in [&sorted[..], &all.iter().map(String::as_str).collect::<Vec<_>>()] {
+        for (i, a) in names.iter().enumerate() {
+            for (j, b) in names.iter().enumerate() {
+                assert_eq!(natural::compare(a, b), i.cmp(&j), "{a:?} {b:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_are_those_computed_in_float64() {
+    let expected = fs::read_to_string(golden("expected").with_extension("json")).unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    for name in GOLDEN {
+        let found = &report(inspect!["--json", golden(name)])["steps"][0];
+        let within = |what: &str, found: &Value, expected: &Value, bound: f64| {
+            let close = match (number(found), number(expected)) {
+                (Some(x), Some(y)) => x == y || (x.is_nan() && y.is_nan()) || (x - y).abs() <= bound,
+                (x, y) => x == y,
+            };
+            assert!(close, "{name} {what}: {found}, not {expected} ± {bound:e}");
+        };
+        let relative = |expected: &Value| 5e-7 * number(expected).unwrap_or(0.0);
+        for field in ["total_norm", "finite_total_norm"] {
+            within(field, &found[field], &expected[name][field], relative(&expected[name][field]));
+        }
+        let tensors = found["tensors"].as_array().unwrap();
+        assert_eq!(tensors.len(), expected[name]["tensors"].as_object().unwrap().len());
+        assert!(tensors.is_sorted_by(|a, b| {
+            natural::compare(a["name"].as_str().unwrap(), b["name"].as_str().unwrap()).is_lt()
+        }));
+        for found in tensors {
+            let expected = &expected[name]["tensors"][found["name"].as_str().unwrap()];
+            let value = |field: &str| number(&expected[field]).unwrap_or(0.0);
+            let std = value("variance").sqrt();
+            for (field, expected) in expected.as_object().unwrap() {
+                let bound = match field.as_str() {
+                    "l2_norm" | "finite_l2_norm" | "mean_abs" => relative(expected),
+                    "mean" => 5e-7 * value("mean_abs"),
+                    "variance" if std == 0.0 => 1e-13 * value("mean").powi(2),
+                    "variance" => 1e-6 * std.powi(2) + 1e-7 * value("mean").abs() * std,
+                    _ => 0.0,
+                };
+                within(&format!("{} {field}", found["name"]), &found[field], expected, bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn json_has_the_keys_of_the_contract_in_their_order() {
+    let files = Files::new();
+    let data = file(&[("none", &[]), ("bad", &[f32::NAN, 0.5, f32::NEG_INFINITY, -0.0, 1e-45])], 0);
+    let path = files.write("step.safetensors", &data);
+    let mut found =
+        report(inspect!["--json", path, "--clip-norm", "1", "--out", files.path("out"), "--dead-threshold", "0.5"]);
+    // A 0 for every number that has been rounded; compared as text, so that the order counts.
+    let expected = json!({
+        "device": "cpu",
+        "steps": [{
+            "file": path.to_str(), "total_norm": "nan", "finite_total_norm": 0, "clip_coefficient": 1.0,
+            "tensors": [{
+                "name": "bad", "dtype": "F32", "count": 5, "nan_count": 1, "inf_count": 1, "zero_count": 1,
+                "dead_count": 2, "l2_norm": "nan", "finite_l2_norm": 0, "max_abs": 0.5,
+                "min_nonzero_abs": f64::from(1e-45f32), "mean": 0, "mean_abs": 0, "variance": 0, "first_nonfinite": 0,
+            }, {
+                "name": "none", "dtype": "F32", "count": 0, "nan_count": 0, "inf_count": 0, "zero_count": 0,
+                "dead_count": 0, "l2_norm": 0.0, "finite_l2_norm": 0.0, "max_abs": null, "min_nonzero_abs": null,
+                "mean": null, "mean_abs": null, "variance": null, "first_nonfinite": null,
+            }],
+        }],
+        "noise_scale": null, "findings": null, "verdict": null,
+    });
+    for field in
+        ["finite_total_norm", "tensors/0/finite_l2_norm", "tensors/0/mean", "tensors/0/mean_abs", "tensors/0/variance"]
+    {
+        let number = found.pointer_mut(&format!("/steps/0/{field}")).unwrap();
+        assert!(number.is_f64());
+        *number = json!(0);
+    }
+    assert_eq!(found.to_string(), expected.to_string());
+    let without_clip = report(inspect!["--json", path]);
+    assert_eq!(without_clip["steps"][0].get("clip_coefficient"), None);
+}
+
+#[test]
+fn tables_name_the_file_the_tensors_and_the_rate() {
+    let found = text(inspect![golden("dead"), golden("dead")]);
+    let (first, second) = found.split_once("\n\n").unwrap();
+    for (step, table) in [(1, first), (2, second)] {
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!((lines.len(), lines[0]), (10, golden("dead").to_str().unwrap()));
+        assert!(lines[1].starts_with("tensor") && lines[2].starts_with("0.bias"), "{table}");
+        assert!(lines[8].starts_with(&format!("step {step}: total norm 9.1")), "{table}");
+        assert!(lines[9].starts_with("read 68.9 KB in ") && lines[9].ends_with(" GB/s on cpu"), "{table}");
+    }
+}
+
+#[test]
+#[expect(clippy::cast_possible_truncation, reason = "the coefficient is rounded to f32")]
+fn copies_differ_from_their_files_by_the_coefficient() {
+    let files = Files::new();
+    let odd = file(&[("b", &[3.0, -0.0, 1e-45]), ("none", &[]), ("a", &[4.0])], 3);
+    let inputs = [
+        golden("gpt-mixed-step0"),
+        golden("exploding-step2"),
+        golden("exploding-step3"),
+        files.write("odd.safetensors", &odd),
+    ];
+    for (input, clipped) in inputs.iter().zip([true, true, false, true]) {
+        let out = files.path("new/out");
+        let found = report(inspect!["--json", input, "--clip-norm", "0.125", "--out", out]);
+        let (before, after) = (fs::read(input).unwrap(), fs::read(out.join(input.file_name().unwrap())).unwrap());
+        assert_eq!(before == after, !clipped, "{input:?}");
+        let permissions = |path: &Path| fs::metadata(path).unwrap().permissions();
+        assert_eq!(permissions(&out.join(input.file_name().unwrap())), permissions(&inputs[3]), "not an ordinary file");
+
+        let (header, _) = SafeTensors::read_metadata(&before).unwrap();
+        assert_eq!(before[..8 + header], after[..8 + header]);
+        let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&after).unwrap());
+        let squares = before.iter().flat_map(|(_, tensor)| wide(tensor.dtype(), tensor.data())).map(f64::from);
+        let norm = squares.map(|x| x * x).sum::<f64>().sqrt();
+        let coefficient = if norm.is_nan() { 1.0 } else { 0.125 / (norm + 1e-6) };
+        let reported = found["steps"][0]["clip_coefficient"].as_f64().unwrap();
+        assert!((reported - coefficient).abs() <= 1e-6 * coefficient, "{reported}, not {coefficient}");
+        for (name, tensor) in before.iter() {
+            let scaled = wide(tensor.dtype(), tensor.data()).into_iter().map(|x| x * reported as f32);
+            let expected = if clipped { narrow(tensor.dtype(), scaled) } else { tensor.data().to_vec() };
+            assert!(after.tensor(name).unwrap().data() == expected, "{input:?} {name}");
+        }
+    }
+    let names = fs::read_dir(files.path("new/out")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(names.count(), inputs.len(), "something besides the copies is left");
+}
+
+/// Elements as f32.
+fn wide(dtype: Dtype, data: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
+        Dtype::F16 => data.as_chunks().0.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect(),
+        _ => data.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect(),
+    }
+}
+
+/// Bytes of the nearest elements of a type.
+fn narrow(dtype: Dtype, elements: impl Iterator<Item = f32>) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => elements.flat_map(f32::to_le_bytes).collect(),
+        Dtype::F16 => elements.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+        _ => elements.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+    }
+}
+
+#[test]
+fn the_place_of_the_data_and_the_order_of_the_tensors_in_the_file_do_not_matter() {
+    let files = Files::new();
+    let (a, b) = (("a.2", &[1.5f32, -3.0, 7e-20][..]), ("a.10", &[f32::INFINITY, 0.1][..]));
+    let reference = report(inspect!["--json", files.write("reference", &file(&[a, ("empty", &[]), b], 0))]);
+    for (tensors, padding) in [([b, a, ("empty", &[])], 1), ([a, ("empty", &[]), b], 2), ([("empty", &[]), b, a], 3)] {
+        let found = report(inspect!["--json", files.write("other", &file(&tensors, padding))]);
+        assert_eq!(found["steps"][0]["tensors"], reference["steps"][0]["tensors"]);
+    }
+    assert_eq!(reference["steps"][0]["tensors"][1]["name"], "a.10");
+}
+
+#[test]
+fn nothing_to_measure_is_a_valid_step() {
+    let files = Files::new();
+    for (name, header) in [("bare", "{}"), ("padded", "{}  "), ("noted", r#"{"__metadata__":{"step":"1"}}"#)] {
+        let path = files.write(name, &raw(header, &[]));
+        let found = report(inspect!["--json", path, path]);
+        assert_eq!((&found["steps"][1]["total_norm"], &found["steps"][1]["tensors"]), (&json!(0.0), &json!([])));
+        text(inspect![path, "--clip-norm", "1", "--out", files.path("out")]);
+        assert_eq!(fs::read(path).unwrap(), fs::read(files.path("out").join(name)).unwrap());
+    }
+}
+
+#[test]
+fn odd_names_pass_through_json_and_stay_on_one_line_elsewhere() {
+    let files = Files::new();
+    let name = "a \"quoted\"\nname\u{1b}[2J \\ é\u{0}";
+    let good = files.write("good\n\"file\".safetensors", &file(&[(name, &[1.0])], 0));
+    let bad = files.write("bad\nfile.safetensors", &file(&[(name, &[1.0, 2.0])], 0));
+    let found = report(inspect!["--json", good]);
+    assert_eq!(found["steps"][0]["tensors"][0]["name"], name);
+    assert_eq!(found["steps"][0]["file"], good.to_str().unwrap());
+    assert_eq!(text(inspect![good]).lines().count(), 5);
+    assert_complains(inspect![good, bad], 1, &[r"bad\nfile.safetensors", r#"tensor "a \"quoted\"\nname\u{1b}[2J"#]);
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_exits_with_2() {
+    let dead = golden("dead");
+    let dead = dead.to_str().unwrap();
+    let mut lines = vec![
+        (vec![], "<FILE.safetensors>..."),
+        (vec!["--json"], "<FILE.safetensors>..."),
+        (vec![dead, "--clip-norm", "1"], "--out"),
+        (vec![dead, "--out", "nowhere"], "--clip-norm"),
+        (vec![dead, "--unknown"], "--unknown"),
+        (vec![dead, "--lr", "1"], "--lr"),
+        (vec![dead, "--device", "tpu"], "tpu"),
+        (vec![dead, "--json", "--json"], "--json"),
+        (vec![dead, "--clip-norm"], "--clip-norm"),
+    ];
+    let norms =
+        ["0", "-0", "-1", "nan", "inf", "-inf", "1e999", "one", "", "1\n\n2"].map(|x| format!("--clip-norm={x}"));
+    lines.extend(norms.iter().map(|norm| (vec![dead, "--out", "nowhere", norm], "--clip-norm")));
+    let thresholds = ["-1", "-1e-30", "nan", "inf", "1e39", "x", "1,5"];
+    lines.extend(thresholds.map(|x| (vec![dead, "--dead-threshold", x], "--dead-threshold")));
+    for (arguments, needle) in lines {
+        assert_complains(command(&arguments).output().unwrap(), 2, &[needle]);
+    }
+    assert!(!Path::new("nowhere").exists());
+    assert!(text(inspect!["--help"]).contains("--clip-norm <X>"));
+}
+
+#[test]
+fn bad_files_are_named_before_anything_is_written() {
+    let files = Files::new();
+    let good = files.write("good", &file(&[("a.2", &[1.0, 2.0]), ("a.10", &[3.0])], 0));
+    let tensor = |dtype: &str, shape: &str, offsets: &str| {
+        format!(
+            r#"{{"a.2":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"t":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#
+        )
+    };
+    let cases: [(&str, Vec<u8>, &str); 25] = [
+        ("garbage", b"not a safetensors file at all".to_vec(), ""),
+        ("long header", u64::MAX.to_le_bytes().to_vec(), "header of 18446744073709551615 bytes"),
+        ("no JSON", raw("{", &[]), "malformed header"),
+        ("not an object", raw("[]", &[]), "malformed header"),
+        ("not UTF-8", [&[2u8, 0, 0, 0, 0, 0, 0, 0][..], b"\xff\xff"].concat(), "malformed header"),
+        ("deep", raw(&"[".repeat(100_000), &[]), "malformed header"),
+        ("metadata", raw(r#"{"__metadata__":{"step":1}}"#, &[]), "__metadata__"),
+        ("I64", raw(&tensor("I64", "[1]", "[8,16]"), &[0; 16]), r#"tensor "t": dtype I64 is not"#),
+        ("F64", raw(&tensor("F64", "[0]", "[8,8]"), &[0; 8]), r#"tensor "t": dtype F64 is not"#),
+        ("unknown", raw(&tensor("F33", "[1]", "[8,12]"), &[0; 12]), r#"tensor "t": unknown variant `F33`"#),
+        ("shape", raw(&tensor("F32", "[3]", "[8,16]"), &[0; 16]), r#"tensor "t": shape [3] of F32"#),
+        ("overflow", raw(&tensor("F32", "[4294967296,4294967296]", "[8,8]"), &[0; 8]), r#"tensor "t": shape"#),
+        (
+            "huge",
+            raw(&tensor("F16", "[9223372036854775807]", "[0,18446744073709551614]"), &[0; 8]),
+            r#"tensor "t": its data"#,
+        ),
+        ("negative", raw(&tensor("F32", "[-1]", "[8,12]"), &[0; 12]), r#"tensor "t": invalid value"#),
+        ("backwards", raw(&tensor("F32", "[1]", "[12,8]"), &[0; 12]), r#"tensor "t": shape"#),
+        ("overlap", raw(&tensor("F32", "[2]", "[4,12]"), &[0; 12]), r#"tensor "t": its data"#),
+        ("hole", raw(&tensor("F32", "[1]", "[12,16]"), &[0; 16]), r#"tensor "t": its data"#),
+        (
+            "too long",
+            raw(&tensor("F32", "[1]", "[8,12]"), &[0; 13]),
+            "12 bytes of tensors in the header, 13 in the file",
+        ),
+        (
+            "other dtype",
+            raw(&tensor("BF16", "[1]", "[8,10]").replace("\"t\"", "\"a.10\""), &[0; 10]),
+            r#"tensor "a.10": 1 BF16 elements here, 1 F32"#,
+        ),
+        ("other length", file(&[("a.2", &[1.0]), ("a.10", &[3.0])], 0), r#"tensor "a.2": 1 F32 elements here, 2 F32"#),
+        ("renamed", file(&[("a.3", &[1.0, 2.0]), ("a.10", &[3.0])], 0), r#"tensor "a.2": is missing here"#),
+        ("more", file(&[("a.2", &[1.0, 2.0]), ("a.5", &[]), ("a.10", &[3.0])], 0), r#"tensor "a.5": is not in"#),
+        ("last", file(&[("a.2", &[1.0, 2.0]), ("a.10", &[3.0]), ("b", &[])], 0), r#"tensor "b": is not in"#),
+        ("fewer", file(&[("a.2", &[1.0, 2.0])], 0), r#"tensor "a.10": is missing here"#),
+        ("none", file(&[], 0), r#"tensor "a.2": is missing here"#),
+    ];
+    let out = files.path("out");
+    for (name, bytes, needle) in cases {
+        let bad = files.write(name, &bytes);
+        for json in [&[][..], &["--json"]] {
+            let mut run = command([good.as_os_str(), bad.as_os_str(), "--clip-norm".as_ref(), "1".as_ref()]);
+            assert_complains(
+                run.args(json).arg("--out").arg(&out).output().unwrap(),
+                1,
+                &[bad.to_str().unwrap(), needle],
+            );
+        }
+    }
+    assert_complains(inspect![good, files.path("absent")], 1, &["absent"]);
+    assert_complains(inspect![good, files.0.path()], 1, &["not a regular file"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn every_truncation_and_every_changed_byte_is_reported_or_harmless() {
+    let files = Files::new();
+    let whole = file(&[("a", &[1.0, 2.0]), ("b", &[])], 0);
+    for length in 0..whole.len() {
+        let path = files.write("cut", &whole[..length]);
+        assert_complains(inspect![path], 1, &[path.to_str().unwrap()]);
+    }
+    let larger = fs::read(golden("dead")).unwrap();
+    for length in (0..larger.len()).step_by(4999) {
+        assert_complains(inspect![files.write("cut", &larger[..length])], 1, &["cut"]);
+    }
+    for place in 0..whole.len() - 8 {
+        let mut changed = whole.clone();
+        changed[place] ^= [1, 0x80, 0x22, 0xff][place % 4];
+        let path = files.write("changed", &changed);
+        let output = inspect!["--json", path];
+        if output.status.success() { drop(report(output)) } else { assert_complains(output, 1, &["changed"]) }
+    }
+}
+
+#[test]
+fn copies_never_replace_an_input_or_each_other() {
+    let files = Files::new();
+    let data = file(&[("a", &[3.0])], 0);
+    let (one, two) = (files.write("one/x", &data), files.write("two/x", &data));
+    let clip = |inputs: &[&Path], out: &Path| {
+        command(inputs).args(["--clip-norm", "1", "--out"]).arg(out).current_dir(files.0.path()).output().unwrap()
+    };
+    let fresh = files.path("fresh");
+    assert_complains(clip(&[&one, &two], &fresh), 1, &["has the file name of", "one"]);
+    assert_complains(clip(&[&one, &one], &fresh), 1, &["has the file name of"]);
+    assert!(!fresh.exists());
+    for out in [files.path("one"), "one".into(), "two/../one/.".into(), "created/../one".into()] {
+        assert_complains(clip(&[&one], &out), 1, &["would replace an input"]);
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::symlink;
+        symlink(files.path("one"), files.path("link")).unwrap();
+        assert_complains(clip(&[&one], &files.path("link")), 1, &["would replace an input"]);
+        assert_complains(clip(&[&files.path("link/x")], &files.path("one")), 1, &["would replace an input"]);
+        // A file that is a link: neither it nor what it leads to may be replaced.
+        fs::create_dir(files.path("three")).unwrap();
+        symlink(&one, files.path("three/x")).unwrap();
+        assert_complains(clip(&[&files.path("three/x")], &files.path("three")), 1, &["would replace an input"]);
+        assert_complains(clip(&[&one], &files.path("three")), 1, &["would replace an input"]);
+    }
+    // Neither a directory in the place of a copy nor a file in the place of the directory leaves anything behind.
+    fs::create_dir_all(files.path("full/x")).unwrap();
+    assert_complains(clip(&[&one], &files.path("full")), 1, &["full"]);
+    assert_eq!(fs::read_dir(files.path("full")).unwrap().count(), 1);
+    assert_complains(clip(&[&one], &two), 1, &["two"]);
+    assert_eq!((fs::read(&one).unwrap(), fs::read(&two).unwrap()), (data.clone(), data));
+}
+
+#[test]
+fn a_reader_who_leaves_is_no_failure() {
+    let files = Files::new();
+    for json in [&[][..], &["--json"]] {
+        let out = files.path(&format!("out{}", json.len()));
+        let mut run = command([golden("dead"), golden("dead")]);
+        let mut child = run.args(json).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        text(child.wait_with_output().unwrap());
+        let mut run = command([golden("dead")]);
+        run.args(json).args(["--clip-norm", "1e-3", "--out"]).arg(&out);
+        let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        text(child.wait_with_output().unwrap());
+        assert!(out.join("dead.safetensors").exists());
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_reported() {
+    for json in [&[][..], &["--json"]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = command([golden("dead")]).args(json).stdout(full).output().unwrap();
+        assert_complains(output, 1, &["standard output: "]);
+    }
+}
