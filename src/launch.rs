@@ -4,7 +4,7 @@
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
 use crate::{
-    Config, Error, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    Config, DType, Error, NonFinitePolicy, Plan, Record, Report, StepOutputs,
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
@@ -42,7 +42,7 @@ pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/gradprobe.cu"))
 pub trait Device {
     /// Memory of the device, freed when dropped.
     type Buffer;
-    /// A copy of device memory on its way to the host.
+    /// Host memory and what tells when a copy of device memory has arrived there.
     type Read;
 
     /// Memory of this many bytes, aligned to 256, content undefined. Called only when a probe is made.
@@ -75,11 +75,17 @@ pub trait Device {
     /// When the device fails.
     fn is_capturing(&self) -> Result<bool, Error>;
 
-    /// Starts to copy the first `bytes` of `from`, ordered after what was launched before. Reads complete in order.
+    /// Host memory for reads of this many bytes. Called only when a probe is made.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    fn prepare_read(&self, bytes: usize) -> Result<Self::Read, Error>;
+
+    /// Starts to copy the start of `from`, ordered after what was launched before. Reads complete in order.
     ///
     /// # Errors
     /// When the device fails.
-    fn read(&self, from: &Self::Buffer, bytes: usize) -> Result<Self::Read, Error>;
+    fn start_read(&self, from: &Self::Buffer, read: &mut Self::Read) -> Result<(), Error>;
 
     /// Whether the copy has arrived; never waits.
     ///
@@ -87,11 +93,22 @@ pub trait Device {
     /// When the device fails.
     fn is_complete(&self, read: &Self::Read) -> Result<bool, Error>;
 
-    /// Waits for the copy, hands its bytes to `parse`, and takes its memory back.
+    /// Waits for the copy and gives its bytes.
     ///
     /// # Errors
     /// When the device fails.
-    fn complete<T>(&self, read: Self::Read, parse: impl FnOnce(&[u8]) -> T) -> Result<T, Error>;
+    fn complete<'a>(&self, read: &'a Self::Read) -> Result<&'a [u8], Error>;
+}
+
+/// A tensor in device memory by its bare facts: for trainers whose memory no type of ours knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTensor {
+    /// Address of the first element. Not used when `len` is 0.
+    pub address: u64,
+    /// Number of elements.
+    pub len: u64,
+    /// Type of the elements.
+    pub dtype: DType,
 }
 
 /// One tensor of the plan, as the kernels read it.
@@ -158,7 +175,9 @@ pub struct DeviceProbe<D: Device> {
     measured: bool,
     /// Whether a measurement was launched since the last read began.
     unread: bool,
+    /// Reads under way, oldest first, and those that wait for use.
     reads: VecDeque<D::Read>,
+    idle: Vec<D::Read>,
     reported: u64,
 }
 
@@ -227,6 +246,9 @@ impl<D: Device> DeviceProbe<D> {
             measured: false,
             unread: false,
             reads: VecDeque::with_capacity(READS),
+            idle: (0..READS)
+                .map(|_| device.prepare_read(size_of::<StepOutputs>() + size_of::<Record>() * tensor_count))
+                .collect::<Result<_, _>>()?,
             reported: 0,
             plan: Arc::new(plan),
             arguments,
@@ -257,77 +279,87 @@ impl<D: Device> DeviceProbe<D> {
         self.arguments.records
     }
 
-    /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor.
+    /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor. Measuring and
+    /// clipping do so by themselves; call it before a graph capture, and before replaying a graph on new addresses.
     ///
     /// # Safety
-    /// As for [`measure_addresses`](Self::measure_addresses).
+    /// As for [`measure_raw`](Self::measure_raw), for every launch until the next call with other addresses.
     ///
     /// # Errors
-    /// For a null or misaligned address, and when addresses change during a capture.
+    /// When the tensors are not the plan's, for a null or misaligned address, and when addresses change during a capture.
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
-    pub unsafe fn bind_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
-        if self.current == addresses {
+    pub unsafe fn bind_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
+        self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
+        if self.current.iter().zip(tensors).all(|(&address, tensor)| address == tensor.address) {
             return Ok(());
         }
-        if addresses.len() != self.plan.tensors().len() {
-            return Err(Error::TensorCount { planned: self.plan.tensors().len(), given: addresses.len() });
-        }
-        for (tensor, &address) in self.plan.tensors().iter().zip(addresses).filter(|(tensor, _)| tensor.len > 0) {
-            let (name, size) = (tensor.name.clone(), tensor.dtype.size());
+        for (&RawTensor { address, len, dtype }, spec) in tensors.iter().zip(self.plan.tensors()) {
+            let (name, size) = (|| spec.name.clone(), dtype.size());
+            if len == 0 {
+                continue;
+            }
             if address == 0 {
-                return Err(Error::NullPointer { name });
+                return Err(Error::NullPointer { name: name() });
             }
             if address % size as u64 != 0 {
-                return Err(Error::MisalignedPointer { name, address, size });
+                return Err(Error::MisalignedPointer { name: name(), address, size });
             }
-            if address.checked_add(tensor.len * size as u64).is_none() {
-                return Err(Error::AddressOverflow { name, address, length: tensor.len });
+            if address.checked_add(len * size as u64).is_none() {
+                return Err(Error::AddressOverflow { name: name(), address, length: len });
             }
         }
         if self.device.is_capturing()? {
             return Err(Error::AddressesChangedInCapture);
         }
-        self.device.upload(bytemuck::cast_slice(addresses), &mut self.addresses)?;
-        self.current.copy_from_slice(addresses);
+        for (current, tensor) in self.current.iter_mut().zip(tensors) {
+            *current = tensor.address;
+        }
         self.disjoint = false;
-        Ok(())
+        let uploaded = self.device.upload(bytemuck::cast_slice(&self.current), &mut self.addresses);
+        if uploaded.is_err() {
+            self.current.fill(0);
+        }
+        uploaded
     }
 
-    /// Launches the measurement of the tensors at these device addresses, in the plan's order.
+    /// Launches the measurement of these tensors, in the plan's order.
     ///
     /// # Safety
-    /// Until the launch has run, each address must be that of as many initialised elements as the plan says, of the
-    /// plan's dtype, in memory this device can read, and nothing may write to them unordered with this stream. The
-    /// address of an empty tensor is not used.
+    /// Until the launch has run on the device:
+    /// * each address is that of `len` initialised elements of type `dtype`, in memory this device can read from the
+    ///   probe's context;
+    /// * nothing writes to them that is not ordered, by the probe's stream or by events, before or after the launch;
+    /// * they are not freed.
     ///
     /// # Errors
-    /// Those of [`bind_addresses`](Self::bind_addresses), and the device's.
+    /// Those of [`bind_raw`](Self::bind_raw), and the device's.
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
-    pub unsafe fn measure_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
+    pub unsafe fn measure_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
-        unsafe { self.bind_addresses(addresses) }?;
+        unsafe { self.bind_raw(tensors) }?;
         self.launch(Kernel::Measure)?;
         self.measured = true;
         self.unread = true;
         Ok(())
     }
 
-    /// Launches the clip of the tensors at these device addresses by what the last measurement decided. Without a
-    /// [`Config::max_norm`] and zeroing there is nothing it could do, and nothing is launched.
+    /// Launches the clip of these tensors by what the last measurement decided. Without [`Config::max_norm`] and
+    /// without zeroing there is nothing it could do, and nothing is launched.
     ///
     /// # Safety
-    /// As for [`measure_addresses`](Self::measure_addresses), and the memory must be writable and used by nothing else
-    /// until the launch has run.
+    /// As for [`measure_raw`](Self::measure_raw), and the memory is writable and nothing else uses it, unordered with
+    /// the launch.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`bind_addresses`](Self::bind_addresses).
+    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`bind_raw`](Self::bind_raw).
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
-    pub unsafe fn clip_addresses(&mut self, addresses: &[u64]) -> Result<(), Error> {
+    pub unsafe fn clip_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
+        self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
         if !self.measured {
             return Err(Error::ClipBeforeMeasure);
         }
         // SAFETY: the caller's promise includes this one.
-        unsafe { self.bind_addresses(addresses) }?;
+        unsafe { self.bind_raw(tensors) }?;
         if !self.disjoint {
             self.check_overlaps()?;
             self.disjoint = true;
@@ -372,7 +404,7 @@ impl<D: Device> DeviceProbe<D> {
             return Ok(None);
         }
         // A replayed graph measures without our knowing: with nothing on its way there may be something new.
-        if self.reads.is_empty() || (self.unread && self.reads.len() < READS) {
+        if self.reads.is_empty() || self.unread {
             self.start_read()?;
         }
         while let Some(read) = self.reads.front() {
@@ -394,11 +426,11 @@ impl<D: Device> DeviceProbe<D> {
         if !self.measured {
             return Err(Error::ClipBeforeMeasure);
         }
-        while self.reads.len() >= READS {
+        while self.idle.is_empty() {
             self.take_report()?;
         }
-        self.reported = 0;
         self.start_read()?;
+        self.reported = 0;
         let mut last = None;
         while !self.reads.is_empty() {
             last = self.take_report()?.or(last);
@@ -406,33 +438,39 @@ impl<D: Device> DeviceProbe<D> {
         last.ok_or(Error::ClipBeforeMeasure)
     }
 
+    /// Starts a read, if there is memory for one more.
     fn start_read(&mut self) -> Result<(), Error> {
-        let bytes = size_of::<StepOutputs>() + size_of::<Record>() * self.plan.tensors().len();
-        self.reads.push_back(self.device.read(&self.results, bytes)?);
-        self.unread = false;
+        if let Some(mut read) = self.idle.pop() {
+            self.device.start_read(&self.results, &mut read)?;
+            self.reads.push_back(read);
+            self.unread = false;
+        }
         Ok(())
     }
 
     /// Completes the oldest read; `None` if its step was reported already.
     fn take_report(&mut self) -> Result<Option<Report>, Error> {
         let Some(read) = self.reads.pop_front() else { return Ok(None) };
-        let (outputs, records) = self.device.complete(read, |bytes| {
-            let (outputs, rest) = bytes.split_at(size_of::<StepOutputs>());
-            let mut records = vec![Record::EMPTY; rest.len() / size_of::<Record>()];
+        let (outputs, rest) = self.device.complete(&read)?.split_at(size_of::<StepOutputs>());
+        let outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
+        let mut report = None;
+        if outputs.step > self.reported {
+            let mut records = vec![Record::EMPTY; self.plan.tensors().len()];
             bytemuck::cast_slice_mut(&mut records).copy_from_slice(rest);
-            (bytemuck::pod_read_unaligned::<StepOutputs>(outputs), records)
-        })?;
-        if outputs.step <= self.reported {
-            return Ok(None);
+            self.reported = outputs.step;
+            report = Some(Report::new(Arc::clone(&self.plan), outputs, records));
         }
-        self.reported = outputs.step;
-        Ok(Some(Report::new(Arc::clone(&self.plan), outputs, records)))
+        self.idle.push(read);
+        Ok(report)
     }
 }
 
 impl<D: Device> std::fmt::Debug for DeviceProbe<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceProbe").field("plan", &self.plan).field("arguments", &self.arguments).finish_non_exhaustive()
+        f.debug_struct("DeviceProbe")
+            .field("plan", &self.plan)
+            .field("arguments", &self.arguments)
+            .finish_non_exhaustive()
     }
 }
 

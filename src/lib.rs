@@ -23,8 +23,8 @@
 mod backend;
 mod config;
 pub mod cpu;
-#[cfg(feature = "cuda")] 
-// pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod error;
 pub mod launch;
@@ -37,9 +37,9 @@ mod spec;
 pub use backend::{Backend, HostTensor, HostTensorMut};
 pub use config::{Config, NonFinitePolicy};
 pub use cpu::CpuProbe;
-#[cfg(feature = "cuda")] 
-// pub use cuda::CudaProbe;
-#[cfg(feature = "cuda")] 
+#[cfg(feature = "cuda")]
+pub use cuda::CudaProbe;
+#[cfg(feature = "cuda")]
 pub use cudarc;
 pub use dtype::{DType, Element};
 pub use error::Error;

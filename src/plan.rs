@@ -108,9 +108,7 @@ impl Plan {
     ///
     /// # Errors
     /// Those of [`Plan::new`].
-    pub fn of_host<'a, N: Into<String>>(
-        tensors: impl IntoIterator<Item = (N, HostTensor<'a>)>,
-    ) -> Result<Self, Error> {
+    pub fn of_host<'a, N: Into<String>>(tensors: impl IntoIterator<Item = (N, HostTensor<'a>)>) -> Result<Self, Error> {
         Self::new(tensors.into_iter().map(|(name, tensor)| (name, tensor.dtype(), tensor.len() as u64)))
     }
 }
@@ -122,7 +120,8 @@ mod tests {
     #[test]
     fn chunks_cover_each_tensor_and_empties_have_none() {
         let n = CHUNK as u64;
-        let plan = Plan::new([("a", DType::F32, 0), ("b", DType::F16, n), ("c", DType::BF16, 0), ("d", DType::F32, n + 1)]);
+        let plan =
+            Plan::new([("a", DType::F32, 0), ("b", DType::F16, n), ("c", DType::BF16, 0), ("d", DType::F32, n + 1)]);
         let plan = plan.unwrap();
         let ranges: Vec<_> = (0..4).map(|t| plan.chunks_of(t)).collect();
         assert_eq!(ranges, [0..0, 0..1, 1..1, 1..3]);

@@ -45,11 +45,11 @@ impl Report {
 
     /// Names, dtypes and records, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorReport<'_>> {
-        self.plan
-            .tensors()
-            .iter()
-            .zip(&self.records)
-            .map(|(spec, record)| TensorReport { name: &spec.name, dtype: spec.dtype, record })
+        self.plan.tensors().iter().zip(&self.records).map(|(spec, record)| TensorReport {
+            name: &spec.name,
+            dtype: spec.dtype,
+            record,
+        })
     }
 }
 

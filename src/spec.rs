@@ -102,13 +102,9 @@ mod tests {
             let value = &header[start + name.len() + 4..];
             value[..value.find(';').unwrap()].to_owned()
         };
-        for (name, value) in [
-            ("PACKET", PACKET),
-            ("PACKETS", PACKETS),
-            ("WARP", WARP),
-            ("LANES", LANES),
-            ("GROUPS", GROUPS),
-        ] {
+        for (name, value) in
+            [("PACKET", PACKET), ("PACKETS", PACKETS), ("WARP", WARP), ("LANES", LANES), ("GROUPS", GROUPS)]
+        {
             assert_eq!(constant(name), value.to_string(), "{name}");
         }
         for (name, value) in

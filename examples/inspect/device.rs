@@ -21,21 +21,16 @@ fn cpu(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
     Ok(Box::new(CpuProbe::new(plan, config)?))
 }
 
-// enabled when the backends land
-// #[cfg(feature = "cuda")]
-// fn cuda(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
-//     Ok(Box::new(gradprobe::CudaProbe::on_device(0, plan, config)?))
-// }
-//
-// #[cfg(not(feature = "cuda"))]
+#[cfg(feature = "cuda")]
+fn cuda(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+    Ok(Box::new(gradprobe::CudaProbe::on_device(0, plan, config)?))
+}
+
+#[cfg(not(feature = "cuda"))]
 fn cuda(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
     Err(Error::DeviceNotFound { ordinal: 0, reason: "this build is without the feature `cuda`".to_owned() })
 }
 
-// enabled when the backends land
-// fn simt(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
-//     Ok(Box::new(gradprobe_simt::SimtProbe::new(plan, config)?))
-// }
-fn simt(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
-    Err(Error::KernelLoad("this build is without the host build of the kernels".to_owned()))
+fn simt(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+    Ok(Box::new(gradprobe_simt::SimtProbe::new(plan, config)?))
 }

@@ -10,7 +10,7 @@ mod block;
 
 use gradprobe::{
     Backend, Config, Error, HostTensor, HostTensorMut, Plan, Report,
-    launch::{Arguments, Device, DeviceProbe, Kernel},
+    launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
 pub use block::{Entry, Schedule};
@@ -32,17 +32,6 @@ struct Line([u8; 256]);
 /// Host memory that plays device memory.
 pub struct Buffer(Vec<Line>);
 
-impl Buffer {
-    fn as_ptr(&self) -> *const u8 {
-        self.0.as_ptr().cast()
-    }
-
-    /// The first `bytes` bytes.
-    fn bytes(&self, bytes: usize) -> Vec<u8> {
-        self.0.iter().flat_map(|line| line.0).take(bytes).collect()
-    }
-}
-
 impl Device for Simt {
     type Buffer = Buffer;
     type Read = Vec<u8>;
@@ -56,7 +45,7 @@ impl Device for Simt {
     }
 
     fn address(&self, buffer: &Buffer) -> u64 {
-        buffer.as_ptr() as u64
+        buffer.0.as_ptr() as u64
     }
 
     fn upload(&self, bytes: &[u8], to: &mut Buffer) -> Result<(), Error> {
@@ -84,16 +73,23 @@ impl Device for Simt {
         Ok(false)
     }
 
-    fn read(&self, from: &Buffer, bytes: usize) -> Result<Vec<u8>, Error> {
-        Ok(from.bytes(bytes))
+    fn prepare_read(&self, bytes: usize) -> Result<Vec<u8>, Error> {
+        Ok(vec![0xff; bytes])
+    }
+
+    fn start_read(&self, from: &Buffer, read: &mut Vec<u8>) -> Result<(), Error> {
+        for (line, bytes) in from.0.iter().zip(read.chunks_mut(256)) {
+            bytes.copy_from_slice(&line.0[..bytes.len()]);
+        }
+        Ok(())
     }
 
     fn is_complete(&self, _: &Vec<u8>) -> Result<bool, Error> {
         Ok(true)
     }
 
-    fn complete<T>(&self, read: Vec<u8>, parse: impl FnOnce(&[u8]) -> T) -> Result<T, Error> {
-        Ok(parse(&read))
+    fn complete<'a>(&self, read: &'a Vec<u8>) -> Result<&'a [u8], Error> {
+        Ok(read)
     }
 }
 
@@ -130,17 +126,25 @@ impl Backend for SimtProbe {
     }
 
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
-        self.0.plan().check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
-        let addresses: Vec<u64> = tensors.iter().map(|t| t.as_bytes().as_ptr() as u64).collect();
-        // SAFETY: each address is that of a slice with the plan's dtype and length, and the launch has run on return.
-        unsafe { self.0.measure_addresses(&addresses) }?;
+        let raw: Vec<RawTensor> = tensors.iter().map(|t| raw(t, t.as_bytes().as_ptr())).collect();
+        // SAFETY: each is a slice that lives through the launch, which has run on return.
+        unsafe { self.0.measure_raw(&raw) }?;
         self.0.wait()
     }
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
-        self.0.plan().check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
-        let addresses: Vec<u64> = tensors.iter_mut().map(|t| t.as_bytes_mut().as_mut_ptr() as u64).collect();
-        // SAFETY: as above, and the slices are borrowed mutably until the launch has run.
-        unsafe { self.0.clip_addresses(&addresses) }
+        let raw: Vec<RawTensor> = tensors
+            .iter_mut()
+            .map(|t| {
+                let address = t.as_bytes_mut().as_mut_ptr();
+                raw(&t.as_ref(), address)
+            })
+            .collect();
+        // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
+        unsafe { self.0.clip_raw(&raw) }
     }
+}
+
+fn raw(tensor: &HostTensor<'_>, address: *const u8) -> RawTensor {
+    RawTensor { address: address as u64, len: tensor.len() as u64, dtype: tensor.dtype() }
 }

@@ -1,0 +1,90 @@
+//! Tensors that lie on the host, measured on the device: copied there, and back after a clip. For tools and tests; a
+//! trainer's gradients are on the device already.
+
+use super::{CudaProbe, driver::failed};
+use crate::{Backend, Error, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use std::sync::Arc;
+
+/// Device memory with room for every tensor of a plan, at its own distance from a multiple of 256 bytes.
+pub(super) struct Staging {
+    stream: Arc<CudaStream>,
+    _memory: CudaSlice<u8>,
+    starts: Vec<u64>,
+}
+
+impl Staging {
+    const ALIGNMENT: u64 = 256;
+
+    fn new(stream: &Arc<CudaStream>, plan: &Plan) -> Result<Self, Error> {
+        let mut starts = Vec::with_capacity(plan.tensors().len());
+        let mut bytes = 0u64;
+        for tensor in plan.tensors() {
+            starts.push(bytes);
+            // One alignment more than it needs: a tensor keeps its distance from a multiple of 16.
+            bytes += (tensor.len * tensor.dtype.size() as u64).next_multiple_of(Self::ALIGNMENT) + Self::ALIGNMENT;
+        }
+        let size = usize::try_from(bytes.max(1)).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
+        // SAFETY: only what was copied there is read.
+        let memory = unsafe { stream.alloc::<u8>(size) }.map_err(failed("allocating device memory"))?;
+        let address = memory.device_ptr(stream).0;
+        starts.iter_mut().for_each(|start| *start += address);
+        Ok(Self { stream: Arc::clone(stream), _memory: memory, starts })
+    }
+
+    /// Copies the tensors in, each as misaligned as it is on the host. The plan is theirs.
+    fn upload<'a>(&self, tensors: impl Iterator<Item = HostTensor<'a>>) -> Result<Vec<RawTensor>, Error> {
+        self.stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        tensors
+            .zip(&self.starts)
+            .map(|(tensor, start)| {
+                let bytes = tensor.as_bytes();
+                let address = start + bytes.as_ptr() as u64 % 16;
+                if !bytes.is_empty() {
+                    // SAFETY: the tensor's room begins there and is large enough; pageable memory is copied on return.
+                    unsafe { result::memcpy_htod_async(address, bytes, self.stream.cu_stream()) }
+                        .map_err(failed("copying a tensor to the device"))?;
+                }
+                Ok(RawTensor { address, len: tensor.len() as u64, dtype: tensor.dtype() })
+            })
+            .collect()
+    }
+}
+
+impl CudaProbe {
+    fn upload<'a>(
+        &mut self,
+        tensors: impl ExactSizeIterator<Item = HostTensor<'a>> + Clone,
+    ) -> Result<Vec<RawTensor>, Error> {
+        self.plan().check(tensors.clone().map(|t| (t.dtype(), t.len() as u64)))?;
+        if self.staging.is_none() {
+            self.staging = Some(Staging::new(self.stream(), self.plan())?);
+        }
+        self.staging.as_ref().map_or(Ok(Vec::new()), |staging| staging.upload(tensors))
+    }
+}
+
+impl Backend for CudaProbe {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
+        let raw = self.upload(tensors.iter().copied())?;
+        // SAFETY: the staging memory holds the tensors just copied, on the same stream.
+        unsafe { self.probe.measure_raw(&raw) }?;
+        self.wait()
+    }
+
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
+        let raw = self.upload(tensors.iter().map(HostTensorMut::as_ref))?;
+        // SAFETY: as above, and the memory is the probe's own.
+        unsafe { self.probe.clip_raw(&raw) }?;
+        for (tensor, raw) in tensors.iter_mut().zip(&raw).filter(|(_, raw)| raw.len > 0) {
+            // SAFETY: the tensor lies there, with that many bytes.
+            unsafe { result::memcpy_dtoh_async(tensor.as_bytes_mut(), raw.address, self.stream().cu_stream()) }
+                .map_err(failed("copying a tensor to the host"))?;
+        }
+        self.stream().synchronize().map_err(failed("waiting for the copies"))
+    }
+}

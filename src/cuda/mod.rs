@@ -1,0 +1,179 @@
+//! The CUDA backend: the kernels on the caller's stream, over the caller's memory.
+//!
+//! ```no_run
+//! use gradprobe::{Config, CudaProbe, DType, Plan, cuda::{DeviceTensor, DeviceTensorMut}, cudarc::driver::CudaContext};
+//!
+//! let stream = CudaContext::new(0)?.new_stream()?;
+//! let mut weight = stream.alloc_zeros::<half::bf16>(4096)?;
+//! let mut bias = stream.alloc_zeros::<f32>(64)?;
+//! let plan = Plan::new([("weight", DType::BF16, 4096), ("bias", DType::F32, 64)])?;
+//! let mut probe = CudaProbe::new(&stream, plan, Config::default().max_norm(1.0))?;
+//! for _step in 0..100 {
+//!     // backward(...), and then:
+//!     probe.measure(&[&weight, &bias])?; // one launch
+//!     probe.clip(&mut [&mut weight, &mut bias])?; // one launch
+//!     if let Some(report) = probe.poll()? {
+//!         println!("{report}"); // of this step or an earlier one; never waits
+//!     }
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Streams and graphs
+//!
+//! Everything is ordered on the stream the probe was made with. Slices and views go through cudarc's own event
+//! tracking; with the unsafe calls of [`DeviceProbe`], which take bare addresses, order is the caller's matter.
+//! Measuring and clipping can be captured into a graph on a stream that is not the default one: make the probe, and
+//! [`bind`](CudaProbe::bind) the tensors, before the capture begins. A replay measures what the address table then
+//! holds, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are
+//! not legal in it: capture with its event tracking off, or use [`DeviceProbe::measure_raw`].
+//!
+//! An error may stem from an earlier asynchronous call, of the caller's or of a `drop`: CUDA and cudarc report those
+//! with whatever call comes next.
+#![allow(unsafe_code, reason = "calls the CUDA driver")]
+
+mod device;
+mod driver;
+mod host;
+mod module;
+mod tensor;
+
+pub use device::{Cuda, PinnedRead};
+pub use module::{FATBIN, compile};
+pub use tensor::{DeviceTensor, DeviceTensorMut};
+
+use crate::{
+    Config, Error, Plan, Report,
+    launch::{DeviceProbe, RawTensor},
+};
+use cudarc::driver::{CudaStream, SyncOnDrop};
+use host::Staging;
+use std::sync::Arc;
+
+/// Measures and clips gradients in device memory. Made once; a step is at most two launches, and nothing waits.
+pub struct CudaProbe {
+    probe: DeviceProbe<Cuda>,
+    /// For tensors that lie on the host; made when the first of those come.
+    staging: Option<Staging>,
+}
+
+impl CudaProbe {
+    /// A probe whose work is ordered on `stream`. Loads the kernels, allocates the workspace and uploads the plan.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::KernelLoad`], or the driver's.
+    pub fn new(stream: &Arc<CudaStream>, plan: Plan, config: Config) -> Result<Self, Error> {
+        let probe = DeviceProbe::with_device(Cuda::new(Arc::clone(stream))?, plan, config)?;
+        Ok(Self { probe, staging: None })
+    }
+
+    /// A probe on a new stream of a device. For those who have no stream yet: it also finds out whether there is a
+    /// driver, which cudarc answers with a panic.
+    ///
+    /// # Errors
+    /// [`Error::DriverNotFound`], [`Error::DeviceNotFound`], and those of [`new`](Self::new).
+    pub fn on_device(ordinal: usize, plan: Plan, config: Config) -> Result<Self, Error> {
+        let stream = driver::context(ordinal)?.new_stream().map_err(driver::failed("making a stream"))?;
+        Self::new(&stream, plan, config)
+    }
+
+    /// The tensors' addresses, and cudarc's guards to be dropped after the launch.
+    fn addresses<'a>(
+        &self,
+        stream: &'a CudaStream,
+        tensors: &'a [&dyn DeviceTensor],
+    ) -> Result<(Vec<RawTensor>, Vec<SyncOnDrop<'a>>), Error> {
+        self.check_contexts(tensors.iter().map(|t| *t as &dyn DeviceTensor))?;
+        Ok(tensors
+            .iter()
+            .map(|tensor| {
+                let (address, guard) = tensor.read_address(stream);
+                (RawTensor { address, len: tensor.element_count() as u64, dtype: tensor.dtype() }, guard)
+            })
+            .unzip())
+    }
+
+    fn check_contexts<'a>(&self, tensors: impl Iterator<Item = &'a dyn DeviceTensor>) -> Result<(), Error> {
+        let context = self.stream().context();
+        let mut pairs = tensors.zip(self.plan().tensors());
+        match pairs.find(|(tensor, _)| tensor.context() != context) {
+            Some((_, spec)) => Err(Error::WrongContext { name: spec.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the device where the tensors are, without a launch: before a graph capture, and when gradients have moved
+    /// between replays. The memory must stay until the graph is no longer replayed.
+    ///
+    /// # Errors
+    /// When the tensors are not the plan's, or of another context; [`Error::AddressesChangedInCapture`].
+    pub fn bind(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (raw, _guards) = self.addresses(&stream, tensors)?;
+        // SAFETY: the slices are of that dtype and length, in this context; only launches read them, and those that
+        // this type makes bind again.
+        unsafe { self.probe.bind_raw(&raw) }
+    }
+
+    /// Launches the measurement of `tensors`, those of the plan in its order.
+    ///
+    /// # Errors
+    /// When they are not, or belong to another context, or the driver fails.
+    pub fn measure(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (raw, _guards) = self.addresses(&stream, tensors)?;
+        // SAFETY: the slices are of that dtype and length, in this context, and borrowed until the launch is queued;
+        // the guards tell cudarc about the read, and its memory is freed in the order of its stream.
+        unsafe { self.probe.measure_raw(&raw) }
+    }
+
+    /// Launches the clip of `tensors`, in place, by what the last measurement decided.
+    ///
+    /// # Errors
+    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`measure`](Self::measure).
+    pub fn clip(&mut self, tensors: &mut [&mut dyn DeviceTensorMut]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        self.check_contexts(tensors.iter().map(|t| &**t as &dyn DeviceTensor))?;
+        let (raw, _guards): (Vec<_>, Vec<_>) = tensors
+            .iter_mut()
+            .map(|tensor| {
+                let (len, dtype) = (tensor.element_count() as u64, tensor.dtype());
+                let (address, guard) = tensor.write_address(&stream);
+                (RawTensor { address, len, dtype }, guard)
+            })
+            .unzip();
+        // SAFETY: as in `measure`, and the slices are borrowed mutably.
+        unsafe { self.probe.clip_raw(&raw) }
+    }
+
+    /// See [`DeviceProbe::poll`]: a report that has arrived, without waiting.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn poll(&mut self) -> Result<Option<Report>, Error> {
+        self.probe.poll()
+    }
+
+    /// See [`DeviceProbe::wait`]: the report of the last measurement.
+    ///
+    /// # Errors
+    /// [`Error::ClipBeforeMeasure`] when there was none, or the driver's.
+    pub fn wait(&mut self) -> Result<Report, Error> {
+        self.probe.wait()
+    }
+
+    /// The stream everything is ordered on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        self.probe.device().stream()
+    }
+
+    /// The plan this probe was made for.
+    pub fn plan(&self) -> &Plan {
+        self.probe.plan()
+    }
+
+    /// The calls that take bare addresses, and the device addresses of outputs and records.
+    pub fn raw(&mut self) -> &mut DeviceProbe<Cuda> {
+        &mut self.probe
+    }
+}
