@@ -151,6 +151,7 @@ DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u3
     switch (code) {                                                                                                  \
     case DTYPE_F32: call(F32); break;                                                                                \
     case DTYPE_F16: call(F16); break;                                                                                \
+    case DTYPE_BF16:                                                                                                 \
     default: call(BF16); break;                                                                                      \
     }
 

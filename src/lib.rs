@@ -28,6 +28,8 @@ pub mod cuda;
 mod dtype;
 mod error;
 pub mod launch;
+#[doc = include_str!("statistics.md")]
+pub mod statistics {}
 mod outputs;
 mod plan;
 mod record;

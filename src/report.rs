@@ -88,7 +88,7 @@ impl fmt::Display for Report {
         let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
         writeln!(
             f,
-            "{:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>10} {:>10} {:>7} {:>7}",
+            "{:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}",
             "tensor", "dtype", "elements", "l2 norm", "max |x|", "min≠0 |x|", "mean", "std", "zero %", "dead %"
         )?;
         for (tensor, name) in self.tensors().zip(&names) {
@@ -98,7 +98,7 @@ impl fmt::Display for Report {
             let remarks = tensor.remarks();
             writeln!(
                 f,
-                "{name:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>10} {:>10} {:>7} {:>7}{}{remarks}",
+                "{name:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}{}{remarks}",
                 tensor.dtype,
                 record.count,
                 number(Some(record.l2_norm())),

@@ -21,11 +21,15 @@
 //! with u = 2^-24 a chunk's sum is off by at most 8u·Σ|x|, its Σ|x| by 8u and its Σx² by 9u relative: 4.8e-7 of
 //! mean_abs, 4.8e-7 and, for the norm, 2.7e-7, whatever the data. Lanes and everything above them add in f64.
 //!
-//! The squared deviations are Σx² − (Σx)²/n when |mean| ≤ std/4, which keeps their error below 14u = 8.2e-7. Otherwise
-//! the chunk is read again (from a near cache) around its own mean, rounded to f32; so is a chunk that holds a NaN or
-//! Inf, which are left out, or whose magnitudes are so large or small that f32 squares would overflow or vanish, which
-//! is scaled by a power of two. Gradients are centred and finite, so the second read is rare; data made to provoke it
-//! costs at most three reads more.
+//! The squared deviations are Σx² − (Σx)²/n when |mean| ≤ std/4, which keeps their error below 14u. Otherwise the chunk
+//! is read again (from a near cache) around its own mean, rounded to f32, which costs 11u and leaves no term that grows
+//! with mean/std; its mean is then that shift plus what the deviations sum to. Chunks merge by Chan's formula in f64; an
+//! error of a chunk's mean enters the variance between chunks times the distance of the two means, and with it the
+//! worst case of the whole variance is 16.8u = 1.0e-6 in either case.
+//!
+//! Read again, too, is a chunk that holds a NaN or Inf, which are left out, and one whose magnitudes are so large or so
+//! small that f32 squares would overflow or vanish, which is scaled by a power of two. Gradients are centred, finite and
+//! of ordinary size, so a second read is rare; data made to provoke it costs at most three reads more.
 
 /// Contiguous elements a lane reads at once.
 pub const PACKET: usize = 8;

@@ -9,9 +9,10 @@ use common::cases::{CHUNK, Data, cauchy, hash, lognormal, normal, random_bits, r
 use common::check::{self, SUM_BOUND};
 use common::demand_none;
 use common::oracle::{self, Format, power_of_two};
-use gradprobe::{Config, CpuProbe, DType, Plan, Record, StepOutputs};
+use gradprobe::{Config, CpuProbe, DType, NonFinitePolicy, Plan, Record, StepOutputs};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use std::ops::Range;
 
 fn probe_of(tensors: &[Data], config: Config) -> CpuProbe {
     let plan = Plan::new(tensors.iter().enumerate().map(|(t, d)| (t.to_string(), d.dtype(), d.len() as u64)));
@@ -44,9 +45,14 @@ fn any_bits() -> impl Strategy<Value = Data> {
         .prop_map(move |(dtype, bits)| Data::of_bits(dtype, bits.into_iter().map(|b| b & mask(dtype))))
 }
 
-/// Tensors of `lengths` from a seed: of several spreads and means, with and without non-finite elements.
-fn seeded(lengths: std::ops::Range<usize>) -> impl Strategy<Value = Data> {
-    (dtype(), any::<u64>(), lengths, 0..7usize, -30..30i32).prop_map(|(dtype, seed, len, family, exponent)| {
+/// Tensors of `lengths` from a seed, of any dtype.
+fn seeded(lengths: Range<usize>) -> impl Strategy<Value = Data> {
+    dtype().prop_flat_map(move |dtype| seeded_of(dtype, lengths.clone()))
+}
+
+/// Of several spreads and means, with and without non-finite elements.
+fn seeded_of(dtype: DType, lengths: Range<usize>) -> impl Strategy<Value = Data> {
+    (any::<u64>(), lengths, 0..7usize, -30..30i32).prop_map(move |(seed, len, family, exponent)| {
         let format = Format::of(dtype);
         let largest = format.value(format.infinity() - 1);
         let scale = power_of_two(if dtype == DType::F16 { exponent / 4 } else { exponent });
@@ -66,10 +72,6 @@ fn seeded(lengths: std::ops::Range<usize>) -> impl Strategy<Value = Data> {
 
 fn tensor() -> impl Strategy<Value = Data> {
     prop_oneof![3 => any_bits(), 1 => seeded(0..CHUNK + 5000)]
-}
-
-fn bytes(record: &Record) -> &[u8] {
-    bytemuck::bytes_of(record)
 }
 
 /// Everything but the moments, which are exact however elements are grouped.
@@ -174,7 +176,7 @@ proptest! {
     #[test]
     fn merged_parts_are_the_whole(data in tensor(), split in 0.0..=1.0f64) {
         let at = (split * data.len() as f64) as usize;
-        let part = |range: std::ops::Range<usize>| {
+        let part = |range: Range<usize>| {
             Data::of_bits(data.dtype(), data.bits().skip(range.start).take(range.len()))
         };
         let merged = measure(&part(0..at)).merge(&measure(&part(at..data.len())));
@@ -186,10 +188,10 @@ proptest! {
     #[test]
     fn the_empty_record_is_the_identity(data in tensor()) {
         let record = measure(&data);
-        prop_assert_eq!(bytes(&record.merge(&Record::EMPTY)), bytes(&record));
-        prop_assert_eq!(bytes(&Record::EMPTY.merge(&record)), bytes(&record));
+        demand_none(&check::same_record("merged with nothing", &record.merge(&Record::EMPTY), &record));
+        demand_none(&check::same_record("merged onto nothing", &Record::EMPTY.merge(&record), &record));
         let empty = measure(&Data::zeros(data.dtype(), 0));
-        prop_assert_eq!(bytes(&empty), bytes(&Record::EMPTY));
+        demand_none(&check::same_record("of nothing", &empty, &Record::EMPTY));
     }
 
     #[test]
@@ -197,10 +199,13 @@ proptest! {
         let [a, b, c] = [a, b, c].map(|data| measure(&data));
         let (left, right) = (a.merge(&b).merge(&c), a.merge(&b.merge(&c)));
         demand_none(&check::same_record("exact part", &exact_part(&left), &exact_part(&right)));
-        let m = left.finite_count() as f64;
         let near = |x: f64, y: f64, unit: f64| (x - y).abs() <= 1e-12 * unit;
         prop_assert!(near(left.sum_abs, right.sum_abs, left.sum_abs));
-        prop_assert!(near(m * left.mean_or_zero, m * right.mean_or_zero, left.sum_abs), "{left:?} {right:?}");
+        // A merge moves the mean of what comes first; when that is one large element among many small ones the f64
+        // rounding of it stays behind.
+        let largest = [a, b, c].map(|r| r.mean_or_zero.abs()).into_iter().fold(0.0, f64::max);
+        let unit = left.mean_abs().unwrap_or(0.0) + 1e-3 * largest;
+        prop_assert!(near(left.mean_or_zero, right.mean_or_zero, unit), "{left:?} {right:?}");
         let (x, y) = (left.sum_squared_deviations, right.sum_squared_deviations);
         prop_assert!(near(x, y, left.finite_sum_squares()), "{left:?} {right:?}");
         prop_assert!(near(left.finite_l2_norm(), right.finite_l2_norm(), left.finite_l2_norm()));
@@ -214,7 +219,7 @@ proptest! {
         let ((records, outputs), (shuffled, other)) =
             (measure_list(&list, Config::default()), measure_list(&permuted, Config::default()));
         for (record, &t) in shuffled.iter().zip(&order) {
-            prop_assert_eq!(bytes(record), bytes(&records[t]));
+            demand_none(&check::same_record("elsewhere in the list", record, &records[t]));
         }
         prop_assert_eq!((outputs.nan_count, outputs.inf_count), (other.nan_count, other.inf_count));
         let (norm, other) = (outputs.finite_total_norm, other.finite_total_norm);
@@ -244,15 +249,16 @@ proptest! {
     fn the_clipped_norm_is_max_norm(list in vec(seeded(1..3000), 1..5), share in 1e-3..2.0f64) {
         let (_, before) = measure_list(&list, Config::default());
         let max_norm = share * before.finite_total_norm;
-        prop_assume!(before.found_inf == 0.0 && max_norm > 1e-3);
+        prop_assume!(max_norm > 0.0);
         let mut clipped = list.clone();
-        let mut probe = probe_of(&list, Config::default().max_norm(max_norm));
+        let config = Config::default().max_norm(max_norm).non_finite(NonFinitePolicy::ZeroNonFinite);
+        let mut probe = probe_of(&list, config);
         let report = probe.measure(&list.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
         probe.clip(&mut clipped.iter_mut().map(Data::tensor_mut).collect::<Vec<_>>()).unwrap();
         let (_, after) = measure_list(&clipped, Config::default());
 
         let coefficient = report.outputs().coefficient;
-        prop_assert!(coefficient > 0.0 && coefficient <= 1.0);
+        prop_assert!((0.0..=1.0).contains(&coefficient));
         let expected = before.finite_total_norm * f64::from(coefficient);
         prop_assert!(expected <= max_norm * (1.0 + 1e-6), "{expected:e} {max_norm:e}");
         // Half a unit in the last place of each dtype, relative for normal numbers and absolute for subnormal ones.
@@ -268,9 +274,10 @@ proptest! {
         prop_assert!(gap <= relative * expected + absolute, "{:e} {expected:e}", after.finite_total_norm);
         for (old, new) in list.iter().zip(&clipped) {
             let format = Format::of(old.dtype());
+            prop_assert!(new.bits().all(|bits| format.value(bits).is_finite()));
             let grew = old.bits().zip(new.bits()).any(|(old, new)| format.value(new).abs() > format.value(old).abs());
             prop_assert!(!grew);
-            if coefficient == 1.0 {
+            if coefficient == 1.0 && before.found_inf == 0.0 {
                 prop_assert_eq!(old.bytes(), new.bytes());
             }
         }
@@ -284,13 +291,12 @@ proptest! {
     /// four in the middle.
     #[test]
     fn merged_chunks_are_the_whole_to_the_bit(
-        (first, second) in (1..3usize).prop_flat_map(|half| {
+        (first, second) in (dtype(), 1..3usize).prop_flat_map(|(dtype, half)| {
             let chunks = half * CHUNK;
             // The second half may end within its last chunk.
-            (seeded(chunks..chunks + 1), seeded(chunks - CHUNK + 1..chunks + 1))
+            (seeded_of(dtype, chunks..chunks + 1), seeded_of(dtype, chunks - CHUNK + 1..chunks + 1))
         }),
     ) {
-        let second = Data::of_bits(first.dtype(), second.bits().map(|bits| bits & Format::of(first.dtype()).infinity() | bits & 0x83ff));
         let merged = measure(&first).merge(&measure(&second));
         demand_none(&check::same_record("merged", &merged, &measure(&concat(&first, &second))));
     }

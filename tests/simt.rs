@@ -1,15 +1,119 @@
-//! The kernels on the host over the table of cases: the same bits as the CPU backend, in whatever order threads and
-//! blocks run, on however many blocks.
+//! The kernels on the host: the same bits as the CPU backend over the table of cases, in whatever order threads and
+//! blocks run and on however many blocks; and the errors of the probe that drives them here and on CUDA.
+#![allow(unsafe_code, reason = "gives the probe bare addresses, good and bad")]
 
 mod common;
 
-use common::{Effort, run_all};
+use common::{
+    Effort,
+    cases::{self, Data},
+    demand_none, run_all, run_case,
+};
+use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, Plan, launch::RawTensor};
 use gradprobe_simt::{Schedule, Simt, SimtProbe};
-
-/// A sanitizer makes the kernels four times slower; it need not see every misalignment of every case.
-const EFFORT: Effort = Effort { large: true, offsets: 4 };
 
 #[test]
 fn kernels_conform_and_equal_the_cpu() {
-    run_all(&mut |plan, config| Box::new(SimtProbe::new(plan, config).unwrap()), &EFFORT);
+    let effort = Effort { large: true, offsets: 4 };
+    run_all(&mut |plan, config| Box::new(SimtProbe::new(plan, config).unwrap()), &effort);
+}
+
+/// What a missing barrier, a float atomic or a partial read too early would change.
+#[test]
+fn no_order_and_no_grid_changes_a_bit() {
+    let schedules = [Schedule::Reverse].into_iter().chain((0..8).map(Schedule::Shuffled));
+    let mut complaints = Vec::new();
+    for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7, 4, 13]) {
+        let mut make = |plan, config| -> Box<dyn Backend> {
+            Box::new(SimtProbe::with(Simt { schedule, blocks }, plan, config).unwrap())
+        };
+        // Lists of thousands of single elements give each block little to order and take most of the time.
+        for case in cases::cases().iter().filter(|case| !case.large && case.tensors.len() <= 1000) {
+            let found = run_case(case, &mut make, &Effort { large: false, offsets: 1 });
+            complaints.extend(found.into_iter().map(|c| format!("{}: {schedule:?}, {blocks} blocks: {c}", case.name)));
+        }
+    }
+    demand_none(&complaints);
+}
+
+/// 2^32 + 1 elements in a mapping of zero pages, of which a few hold numbers: an offset cut to 32 bits would find them
+/// elsewhere, or not at all.
+#[test]
+fn offsets_beyond_32_bits_are_right() {
+    const LENGTH: usize = (1 << 32) + 1;
+    let mut map = memmap2::MmapOptions::new().len(2 * LENGTH).no_reserve_swap().map_anon().unwrap();
+    let elements: &mut [u16] = bytemuck::cast_slice_mut(&mut map);
+    for (index, value) in [(0, 1.0f32), (1 << 31, 2.0), ((1 << 32) - 1, 3.0), (1 << 32, 4.0)] {
+        elements[index] = half::bf16::from_f32(value).to_bits();
+    }
+    elements[(1 << 31) + 7] = half::bf16::NAN.to_bits();
+    let tensor = HostTensor::BF16(bytemuck::cast_slice(elements));
+    let plan = Plan::new([("huge", DType::BF16, LENGTH as u64)]).unwrap();
+    let expected = CpuProbe::new(plan.clone(), Config::default()).unwrap().measure(&[tensor]).unwrap();
+    let report = SimtProbe::new(plan, Config::default()).unwrap().measure_host(&[tensor]).unwrap();
+    let record = report.records()[0];
+    assert_eq!(bytemuck::bytes_of(&record), bytemuck::bytes_of(&expected.records()[0]));
+    assert_eq!((record.count, record.nan_count, record.zero_count), (LENGTH as u64, 1, LENGTH as u64 - 5));
+    assert_eq!(record.first_nonfinite(), Some((1 << 31) + 7));
+    assert!((record.finite_l2_norm() - 30f64.sqrt()).abs() < 1e-6);
+    assert_eq!(record.max_abs(), Some(4.0));
+}
+
+fn raw(data: &Data) -> RawTensor {
+    let tensor = data.tensor();
+    RawTensor { address: tensor.as_bytes().as_ptr() as u64, len: tensor.len() as u64, dtype: tensor.dtype() }
+}
+
+#[test]
+fn bad_addresses_are_errors_that_name_the_tensor() {
+    let data = Data::of_bits(DType::F32, [1.0f32; 64].map(f32::to_bits).into_iter());
+    let good = raw(&data);
+    let plan = Plan::new([("first", DType::F32, 32), ("second", DType::F32, 32)]).unwrap();
+    let mut probe = SimtProbe::new(plan, Config::default().max_norm(1.0)).unwrap();
+    let at = |offset: u64| RawTensor { address: good.address + offset, len: 32, ..good };
+    let name = || "second".to_owned();
+    for (second, expected) in [
+        (RawTensor { address: 0, ..at(0) }, Error::NullPointer { name: name() }),
+        (at(2), Error::MisalignedPointer { name: name(), address: good.address + 2, size: 4 }),
+        (
+            RawTensor { address: u64::MAX - 63, ..at(0) },
+            Error::AddressOverflow { name: name(), address: u64::MAX - 63, length: 32 },
+        ),
+    ] {
+        // SAFETY: the second address is refused, so nothing is read.
+        let refused = unsafe { probe.inner().measure_raw(&[at(0), second]) };
+        assert_eq!(refused, Err(expected));
+    }
+    // SAFETY: both halves of `data`, then the same elements twice: reading may overlap.
+    unsafe {
+        probe.inner().measure_raw(&[at(0), at(128)]).unwrap();
+        probe.inner().measure_raw(&[at(0), at(64)]).unwrap();
+    }
+    // SAFETY: refused before anything is written.
+    let refused = unsafe { probe.inner().clip_raw(&[at(0), at(64)]) };
+    assert_eq!(refused, Err(Error::Overlap { first: "first".into(), second: name() }));
+    assert_eq!(data.bits().filter(|&bits| bits != 1.0f32.to_bits()).count(), 0);
+}
+
+#[test]
+fn polling_gives_each_step_once_and_waiting_the_last() {
+    let data = Data::of_bits(DType::F32, [3.0f32, 4.0].map(f32::to_bits).into_iter());
+    let plan = Plan::new([("pair", DType::F32, 2)]).unwrap();
+    let mut probe = SimtProbe::new(plan, Config::default()).unwrap();
+    let probe = probe.inner();
+    assert!(probe.poll().unwrap().is_none());
+    assert_eq!(probe.wait().unwrap_err(), Error::ClipBeforeMeasure);
+    for step in 1..=6 {
+        // SAFETY: `data` lives, and the launch has run on return.
+        unsafe { probe.measure_raw(&[raw(&data)]) }.unwrap();
+        let report = probe.poll().unwrap().expect("the emulation is done at once");
+        assert_eq!((report.step(), report.outputs().total_norm), (step, 5.0));
+        assert!(probe.poll().unwrap().is_none(), "a step is reported once");
+    }
+    for _ in 0..10 {
+        // SAFETY: as above.
+        unsafe { probe.measure_raw(&[raw(&data)]) }.unwrap();
+    }
+    assert_eq!(probe.wait().unwrap().step(), 16);
+    assert_eq!(probe.wait().unwrap().step(), 16, "waiting again gives the last step again");
 }

@@ -23,7 +23,7 @@ pub(super) fn chunk<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
     if max >= E::INFINITY {
         return with_nonfinite(elements, dead_bits);
     }
-    let mut record = counts::<E>(elements.len(), &scan, dead_bits);
+    let mut record = counts::<E>(elements.len(), &scan);
     let scale = scale_of(record.max_abs_or_zero);
     let sums = if scale == 1.0 { sums } else { careful_sums(elements, scale, 0.0) };
     set_moments(&mut record, elements, scale, sums);
@@ -52,7 +52,7 @@ fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
             .iter()
             .position(|x| x.magnitude().into() >= E::INFINITY)
             .map_or(Record::NONE, |index| index as u64),
-        ..counts::<E>(elements.len(), &scan, dead_bits)
+        ..counts::<E>(elements.len(), &scan)
     };
     let scale = scale_of(record.max_abs_or_zero);
     set_moments(&mut record, elements, scale, careful_sums(elements, scale, 0.0));
@@ -97,12 +97,11 @@ fn centred(sums: &Sums, count: f64) -> (f64, f64) {
 
 /// Counts and extremes as a record without moments.
 #[inline(always)]
-fn counts<E: Element>(length: usize, scan: &Scan<E::Word>, dead_bits: E::Word) -> Record {
+fn counts<E: Element>(length: usize, scan: &Scan<E::Word>) -> Record {
     Record {
         count: length as u64,
         zero_count: scan.zeros,
-        // Below a threshold of 0 there is nothing, not even a zero.
-        dead_count: if dead_bits == E::Word::default() { 0 } else { scan.zeros + scan.small },
+        dead_count: scan.dead,
         max_abs_or_zero: E::widen_bits(scan.max.into()),
         min_nonzero_abs_or_infinity: match scan.min_nonzero_less_one {
             none if none == E::Word::MAX => f32::INFINITY,

@@ -41,6 +41,8 @@ impl CpuProbe {
         let bytes = plan.chunks() * size_of::<Record>();
         chunks.try_reserve_exact(plan.chunks()).map_err(|_| Error::OutOfMemory { bytes })?;
         chunks.resize(plan.chunks(), Record::EMPTY);
+        // Starts the thread pool now rather than in the first step (2 ms).
+        rayon::join(|| (), || ());
         Ok(Self { plan: Arc::new(plan), config, chunks, outputs: None, steps: 0 })
     }
 

@@ -15,31 +15,29 @@ pub(super) struct Scan<W> {
     pub min_nonzero_less_one: W,
     /// Elements equal to 0.
     pub zeros: u64,
-    /// Elements that are not 0 but below the dead threshold.
-    pub small: u64,
+    /// Elements below the dead threshold, zeros included.
+    pub dead: u64,
 }
 
 impl<W: Word> Scan<W> {
     pub(super) fn new() -> Self {
-        Self { max: W::default(), min_nonzero_less_one: W::MAX, zeros: 0, small: 0 }
+        Self { max: W::default(), min_nonzero_less_one: W::MAX, zeros: 0, dead: 0 }
     }
 
     /// Adds these elements: at most 65,535 of them, so that a 16-bit count cannot wrap.
     #[inline(always)]
     pub(super) fn add<E: Element + Bits<Word = W>>(&mut self, elements: &[E], dead_bits: W) {
-        let (mut max, mut min, mut nonzeros) = (W::default(), W::MAX, W::default());
+        let (mut max, mut min, mut nonzeros, mut dead) = (W::default(), W::MAX, W::default(), W::default());
         for x in elements {
             let magnitude = x.magnitude();
             max = max.max(magnitude);
             min = min.min(magnitude.decrement());
             nonzeros = nonzeros.add(magnitude.min(W::ONE));
+            dead = dead.add(if magnitude < dead_bits { W::ONE } else { W::default() });
         }
         self.max = self.max.max(max);
         self.min_nonzero_less_one = self.min_nonzero_less_one.min(min);
         self.zeros += elements.len() as u64 - u64::from(Into::<u32>::into(nonzeros));
-        // Counted only where there are any: it would add a third to the loop above.
-        if min < dead_bits.decrement() && dead_bits > W::ONE {
-            self.small += elements.iter().filter(|x| (W::ONE..dead_bits).contains(&x.magnitude())).count() as u64;
-        }
+        self.dead += u64::from(Into::<u32>::into(dead));
     }
 }

@@ -40,13 +40,12 @@ impl Lanes {
         self.squares[lanes].copy_from_slice(&sum_slots(&squares));
     }
 
-    /// Lane by lane, `before` plus `self`.
     #[inline(always)]
-    fn add_onto(&mut self, before: &Self) {
+    fn add(&mut self, other: &Self) {
         for lane in 0..LANES {
-            self.sum[lane] = before.sum[lane] + self.sum[lane];
-            self.magnitude[lane] = before.magnitude[lane] + self.magnitude[lane];
-            self.squares[lane] = before.squares[lane] + self.squares[lane];
+            self.sum[lane] += other.sum[lane];
+            self.magnitude[lane] += other.magnitude[lane];
+            self.squares[lane] += other.squares[lane];
         }
     }
 }
@@ -97,10 +96,10 @@ pub(super) fn sums<E: Copy>(
         tile[..rest.len()].copy_from_slice(rest);
         rows[tiles.len() / WARPS].set_tile(tiles.len() % WARPS, &tile, value);
     }
-    let [first, mut second, third, mut fourth] = rows;
-    second.add_onto(&first);
-    fourth.add_onto(&third);
-    fourth.add_onto(&second);
-    let Lanes { sum, magnitude, squares } = &fourth;
+    let [mut first, second, mut third, fourth] = rows;
+    first.add(&second);
+    third.add(&fourth);
+    first.add(&third);
+    let Lanes { sum, magnitude, squares } = &first;
     Sums { sum: sum_lanes(sum), magnitude: sum_lanes(magnitude), squares: sum_lanes(squares) }
 }

@@ -13,7 +13,7 @@ use gradprobe::{
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
-pub use block::{Entry, Schedule};
+pub use block::{Entry, Schedule, launch};
 
 /// The host as a device. Everything has happened when a call returns.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,7 +61,7 @@ impl Device for Simt {
             Kernel::Clip => Entry::CLIP,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
-        unsafe { block::launch(entry, blocks, arguments, self.schedule) }
+        unsafe { launch(entry, blocks, arguments, self.schedule) }
             .map_err(|fault| Error::Driver { call: kernel.entry(), code: fault })
     }
 

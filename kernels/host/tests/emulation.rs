@@ -1,0 +1,71 @@
+//! The emulation finds what it is there to find: each wrong kernel of `simt.cpp` is caught, and the right one is not.
+#![allow(unsafe_code, reason = "launches kernels with addresses")]
+
+use bytemuck::Zeroable;
+use gradprobe::launch::{Arguments, Kernel};
+use gradprobe_simt::{Entry, Schedule, launch};
+
+const THREADS: usize = Kernel::THREADS as usize;
+
+/// Runs a kernel whose one output is a word for each thread, or for each block.
+fn run(entry: Entry, blocks: u32, schedule: Schedule) -> Result<Vec<u32>, String> {
+    // Aligned to 16 bytes, and with room beyond what a misaligned load touches.
+    let mut words = vec![0u128; THREADS];
+    let arguments = Arguments { records: words.as_mut_ptr() as u64, ..Arguments::zeroed() };
+    // SAFETY: the kernels of simt.cpp use `records` alone, as up to THREADS words.
+    unsafe { launch(entry, blocks, &arguments, schedule) }?;
+    Ok(bytemuck::cast_slice(&words)[..THREADS].to_vec())
+}
+
+fn schedules() -> impl Iterator<Item = Schedule> {
+    [Schedule::Forward, Schedule::Reverse].into_iter().chain((0..8).map(Schedule::Shuffled))
+}
+
+fn neighbours() -> Vec<u32> {
+    (1..=Kernel::THREADS).map(|neighbour| neighbour % Kernel::THREADS).collect()
+}
+
+#[test]
+fn a_barrier_orders_shared_memory_in_every_schedule() {
+    for schedule in schedules() {
+        assert_eq!(run(Entry::WITH_BARRIER, 1, schedule).unwrap(), neighbours(), "{schedule:?}");
+    }
+}
+
+#[test]
+fn a_missing_barrier_shows_in_every_schedule() {
+    for schedule in schedules() {
+        assert_ne!(run(Entry::MISSING_BARRIER, 1, schedule).unwrap(), neighbours(), "{schedule:?}");
+    }
+}
+
+#[test]
+fn threads_that_diverge_are_named() {
+    for schedule in schedules() {
+        let fault = run(Entry::DIVERGENT_BARRIER, 1, schedule).unwrap_err();
+        assert!(fault.contains("100 threads wait at the barrier in simt.cpp:"), "{fault}");
+        assert!(fault.contains("28 threads have ended"), "{fault}");
+        let fault = run(Entry::TWO_BARRIERS, 1, schedule).unwrap_err();
+        assert_eq!(fault.matches("64 threads wait at the barrier").count(), 2, "{fault}");
+        let fault = run(Entry::DIVERGENT_SHUFFLE, 1, schedule).unwrap_err();
+        assert!(fault.contains("64 threads wait at the shuffle"), "{fault}");
+    }
+}
+
+#[test]
+fn a_misaligned_load_is_a_fault() {
+    let fault = run(Entry::MISALIGNED, 1, Schedule::Forward).unwrap_err();
+    assert!(fault.contains("misaligned load of 16 bytes"), "{fault}");
+}
+
+#[test]
+fn shared_memory_is_garbage_at_the_start_of_each_block() {
+    let words = run(Entry::UNSET_SHARED, 3, Schedule::Forward).unwrap();
+    assert_eq!(words[..3], [u32::MAX; 3]);
+}
+
+#[test]
+fn a_fault_leaves_the_emulation_usable() {
+    run(Entry::DIVERGENT_BARRIER, 1, Schedule::Shuffled(1)).unwrap_err();
+    assert_eq!(run(Entry::WITH_BARRIER, 1, Schedule::Forward).unwrap(), neighbours());
+}

@@ -1,0 +1,332 @@
+//! What the compiler made of the kernels: the machine code for Hopper out of the embedded binary, held against what the
+//! design counts on. A GPU is not needed; nvcc at build time and `cuobjdump` are.
+#![cfg(feature = "cuda")]
+
+#[path = "sass/listing.rs"]
+mod listing;
+mod require;
+
+use gradprobe::{DType, cuda::FATBIN};
+use listing::{Cost, Instruction, Listing, lies_in};
+use require::skipped;
+use std::{env, ops::Range, path::PathBuf, process::Command};
+
+/// Elements of a lane's group: what one turn of a hot loop reads.
+const GROUP: usize = 64;
+/// Elements of a chunk for each lane of a warp.
+const CHUNK_PER_LANE: usize = 32_768 / 32;
+/// Threads of a block.
+const THREADS: usize = 128;
+/// What build.rs makes machine code for.
+const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+
+/// `cuobjdump`'s output on the embedded binary; `None` where there is no binary or no `cuobjdump`.
+fn cuobjdump(options: &[&str]) -> Option<String> {
+    if FATBIN.is_empty() {
+        skipped(require::NVCC, "the build found no nvcc: no binary is embedded");
+        return None;
+    }
+    let Some(tool) = find_cuobjdump() else {
+        skipped(require::NVCC, "there is no cuobjdump in GRADPROBE_CUOBJDUMP, CUDA_HOME/bin or PATH");
+        return None;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let binary = folder.path().join("gradprobe.fatbin");
+    std::fs::write(&binary, FATBIN).unwrap();
+    let output = Command::new(&tool).args(options).arg(&binary).output().unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{} {options:?}: {complaint}", tool.display());
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+fn find_cuobjdump() -> Option<PathBuf> {
+    if let Some(tool) = env::var_os("GRADPROBE_CUOBJDUMP") {
+        return Some(tool.into());
+    }
+    let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut folders = home.into_iter().chain(env::split_paths(&path));
+    folders.find_map(|folder| Some(folder.join("cuobjdump")).filter(|tool| tool.is_file()))
+}
+
+/// The kernels for Hopper: measure and clip.
+fn hopper() -> Option<[Listing; 2]> {
+    let output = cuobjdump(&["-sass", "-arch", "sm_90"])?;
+    let listings = ["gradprobe_measure", "gradprobe_clip"].map(|kernel| Listing::of(kernel, &output));
+    for listing in &listings {
+        assert!(listing.instructions().len() > 100, "{} instructions found", listing.instructions().len());
+    }
+    Some(listings)
+}
+
+/// The loop that reads whole tiles of one dtype, one group of a lane in a turn.
+struct HotLoop {
+    span: Range<usize>,
+    /// The part that runs twice in a turn, once for each half of the group: f32 has no registers for both at once.
+    half: Option<Range<usize>>,
+}
+
+impl HotLoop {
+    /// The outermost loops that read by 16 bytes and in no other way. Those that guard against a tensor's end have loads
+    /// of single elements as well.
+    fn all(code: &Listing) -> Vec<Self> {
+        let reads_vectors = |span: &Range<usize>| {
+            let vectors = code.count(span, Instruction::is_vector_load);
+            vectors > 0 && code.count(span, Instruction::is_load) == vectors
+        };
+        let hot = code.outermost(reads_vectors).into_iter().map(|span| {
+            let mut halves = code.loops();
+            halves.retain(|inner| lies_in(inner, &span) && reads_vectors(inner));
+            assert!(halves.len() <= 1, "{halves:?} in {span:?}");
+            Self { span, half: halves.pop() }
+        });
+        hot.collect()
+    }
+
+    /// Instructions of some kind that a turn executes, all branches taken.
+    fn executed(&self, code: &Listing, kind: impl Fn(&Instruction) -> bool + Copy) -> usize {
+        code.count(&self.span, kind) + self.half.as_ref().map_or(0, |half| code.count(half, kind))
+    }
+
+    /// By the bytes of a group, and by the conversion that only f16 needs.
+    fn dtype(&self, code: &Listing) -> DType {
+        let widens_f16 = |instruction: &Instruction| instruction.is("HADD2.F32") || instruction.is("F2F.F32.F16");
+        let loads = self.executed(code, Instruction::is_vector_load);
+        match (loads * 16 / GROUP, self.executed(code, widens_f16)) {
+            (4, 0) => DType::F32,
+            (2, 0) => DType::BF16,
+            (2, GROUP) => DType::F16,
+            (_, conversions) => panic!("{loads} loads of 16 bytes and {conversions} conversions for {GROUP} elements"),
+        }
+    }
+}
+
+/// The hot loop of each dtype, in the order of [`DType::ALL`].
+fn hot_loops(code: &Listing) -> [HotLoop; 3] {
+    let mut loops = HotLoop::all(code);
+    loops.sort_by_key(|hot| hot.dtype(code) as u32);
+    let dtypes: Vec<DType> = loops.iter().map(|hot| hot.dtype(code)).collect();
+    assert_eq!(dtypes, DType::ALL, "one hot loop for each dtype");
+    loops.try_into().unwrap_or_else(|_| unreachable!("three were just counted"))
+}
+
+/// An H200 issues about 15 instructions in the time its memory delivers a 16-bit element, and 30 for f32.
+#[test]
+fn hot_loops_stay_within_what_memory_allows() {
+    let Some([measure, _]) = hopper() else { return };
+    for (hot, limit) in hot_loops(&measure).iter().zip([22.0, 12.0, 12.0]) {
+        let dtype = hot.dtype(&measure);
+        let executed = hot.executed(&measure, |_| true) as f64 / GROUP as f64;
+        println!("{dtype}: {executed:.2} instructions an element");
+        assert!(executed <= limit, "{dtype}: {executed:.2} instructions an element, at most {limit} are hidden");
+        assert_eq!(hot.half.is_some(), dtype == DType::F32, "{dtype}: halves");
+        assert_eq!(hot.executed(&measure, Instruction::is_fp64), 0, "{dtype}: f64 in the hot loop");
+    }
+}
+
+/// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
+#[test]
+fn enough_bytes_are_in_flight() {
+    let (Some([measure, _]), Some(usage)) = (hopper(), resource_usage()) else { return };
+    let loads = hot_loops(&measure).map(|hot| measure.loads_in_flight(hot.half.as_ref().unwrap_or(&hot.span)));
+    for (architecture, kernel, usage) in usage {
+        if kernel != "gradprobe_measure" {
+            continue;
+        }
+        // Each of these has 65536 registers, dealt out by 8 to a thread, and at least 64 KiB of shared memory, of which
+        // a block takes 1 KiB for itself.
+        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
+        let by_shared = (64 << 10) / (usage.shared + (1 << 10));
+        let blocks = by_registers.min(by_shared);
+        let bytes = loads.map(|loads| blocks * THREADS * loads * 16);
+        println!("sm_{architecture}: {blocks} blocks, bytes in flight for f32, f16, bf16: {bytes:?}");
+        assert!(bytes.iter().all(|&bytes| bytes >= 48 << 10), "sm_{architecture}: {blocks} blocks, {bytes:?} bytes");
+    }
+}
+
+/// Few GPUs have more than one f64 unit to 64 f32 ones; on those, f64 must not take longer than the memory.
+#[test]
+fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
+    let Some([measure, _]) = hopper() else { return };
+    let hot_loops = hot_loops(&measure);
+    let chunks = measure.loops().into_iter().filter(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
+    let chunk = chunks.min_by_key(Range::len).expect("the hot loops lie in a loop over the chunks");
+    for hot in hot_loops {
+        // A chunk of ordinary numbers that is not the last of its tensor passes the fewest barriers: each of scanning
+        // for NaN, reading again and finishing a tensor or the step has some of its own. The most expensive of these
+        // paths is that of thread 0, whose warp merges the block's sums. The other three warps go around all of it, as
+        // the cheapest path shows. One instruction of that warp stands for what 32 lanes have read of the chunk.
+        let cost = measure.straight_path(hot.span.end, chunk.end - 1).expect("a chunk ends");
+        let share = cost.most_fp64 as f64 / CHUNK_PER_LANE as f64;
+        println!("{}: {} f64 instructions a chunk, {share:.4} an element", hot.dtype(&measure), cost.most_fp64);
+        assert!(cost.barriers >= 4, "merge, scan, moments and the last block's counter: {cost:?}");
+        assert_eq!(cost.least_fp64, 0, "{cost:?}");
+        assert!(cost.most_fp64 >= 36, "the merge alone has 36: {cost:?}");
+        assert!(share <= 1.0 / 16.0, "{cost:?}");
+    }
+}
+
+#[test]
+fn nothing_goes_to_local_memory() {
+    if let Some(kernels) = hopper() {
+        for kernel in kernels {
+            let local = |instruction: &Instruction| instruction.is("LDL") || instruction.is("STL");
+            assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
+        }
+    }
+    let Some(usage) = resource_usage() else { return };
+    let found: Vec<_> = usage.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
+    let both = |architecture| [(architecture, "gradprobe_clip"), (architecture, "gradprobe_measure")];
+    assert_eq!(found, ARCHITECTURES.map(both).concat(), "two kernels for each architecture");
+    for (architecture, kernel, usage) in usage {
+        assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
+    }
+}
+
+#[test]
+fn clip_reads_and_writes_by_16_bytes() {
+    let Some([_, clip]) = hopper() else { return };
+    let loads = |span: &Range<usize>| clip.count(span, Instruction::is_vector_load);
+    let chunks = clip.outermost(|span| loads(span) > 0);
+    let [chunks] = chunks.as_slice() else { panic!("one loop over the chunks: {chunks:?}") };
+    let dtypes = clip.outermost(|span| lies_in(span, chunks) && loads(span) > 0);
+    assert_eq!(dtypes.len(), DType::ALL.len(), "a loop for each dtype: {dtypes:?}");
+    for span in dtypes {
+        let stores = clip.count(&span, |instruction| instruction.is("STG.128") || instruction.is("ST.128"));
+        assert!(stores > 0, "{span:?}: no store of 16 bytes");
+    }
+}
+
+/// What a kernel takes of a multiprocessor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Usage {
+    registers: usize,
+    stack: usize,
+    shared: usize,
+    local: usize,
+}
+
+/// Of every kernel for every architecture.
+fn resource_usage() -> Option<Vec<(u32, String, Usage)>> {
+    Some(parse_usage(&cuobjdump(&["-res-usage"])?))
+}
+
+fn parse_usage(output: &str) -> Vec<(u32, String, Usage)> {
+    let (mut architecture, mut kernel, mut usages) = (0, "", Vec::new());
+    for line in output.lines().map(str::trim) {
+        if let Some(number) = line.strip_prefix("arch = sm_") {
+            architecture = number.parse().unwrap();
+        } else if let Some(name) = line.strip_prefix("Function ") {
+            kernel = name.trim_end_matches(':');
+        } else if line.starts_with("REG:") {
+            let field = |name: &str| {
+                let (_, value) =
+                    line.split_whitespace().filter_map(|word| word.split_once(':')).find(|w| w.0 == name)?;
+                value.parse().ok()
+            };
+            let field = |name: &str| field(name).unwrap_or_else(|| panic!("no {name} in {line:?}"));
+            let usage = Usage {
+                registers: field("REG"),
+                stack: field("STACK"),
+                shared: field("SHARED"),
+                local: field("LOCAL"),
+            };
+            usages.push((architecture, kernel.to_owned(), usage));
+        }
+    }
+    usages
+}
+
+/// Two small kernels as `cuobjdump` prints them, with every form the tests above look for.
+const SAMPLE: &str = "\
+\tcode for sm_90
+\t\tFunction : other
+        /*0000*/                   STL [R1], R2 ;                        /* 0x0000000000017387 */
+                                                                         /* 0x000fe20000100800 */
+        /*0010*/                   EXIT ;                                /* 0x000000000000794d */
+\t\tFunction : sample
+\t.headerflags\t@\"EF_CUDA_SM90\"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
+                                                                         /* 0x000ff00000000800 */
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR8][R2.64+0x200] ;
+        /*0030*/                   LDG.E.U16 R20, desc[UR4][R2.64+0x400] ;
+        /*0040*/                   FADD R16, |R7|, -R16.reuse ;
+        /*0050*/                   LDG.E.128.CONSTANT R12, desc[UR8][R2.64+0x400] ;
+        /*0060*/               @P1 BRA 0x10 ;
+        /*0070*/              @!P1 BRA P2, 0x10 ;
+        /*0080*/                   F2F.F64.F32 R4, R8 ;
+        /*0090*/               @P0 DADD R4, R4, R6 ;
+        /*00a0*/               @P0 BRA 0xd0 ;
+        /*00b0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00c0*/                   DMUL R4, R4, R6 ;
+        /*00d0*/                   BRA.DIV UR5, 0x110 ;
+        /*00e0*/                   MUFU.RCP64H R5, R5 ;
+        /*00f0*/               @P3 BRA 0x0 ;
+        /*0100*/                   EXIT ;
+        /*0110*/                   DADD R4, R4, R6 ;
+        /*0120*/                   BRA 0xe0 ;
+        /*0130*/                   BRA 0x130;
+        /*0140*/                   NOP;
+";
+
+#[test]
+fn listings_are_read() {
+    let code = Listing::of("sample", SAMPLE);
+    let addresses: Vec<u64> = code.instructions().iter().map(|instruction| instruction.address).collect();
+    assert_eq!(addresses, (0..=0x14).map(|index| index * 0x10).collect::<Vec<_>>());
+    assert_eq!(code.instructions()[1].opcode, "LDG.E.128.CONSTANT");
+    assert_eq!(Listing::of("other", SAMPLE).instructions().len(), 2, "a kernel ends where the next begins");
+    assert_eq!(Listing::of("none", SAMPLE).instructions().len(), 0);
+
+    let all = 0..addresses.len();
+    assert_eq!(code.count(&all, Instruction::is_load), 4);
+    assert_eq!(code.count(&all, Instruction::is_vector_load), 3);
+    assert_eq!(code.count(&all, Instruction::is_fp64), 5, "F2F.F64, DADD, DMUL, MUFU.RCP64H, DADD");
+    assert_eq!(code.count(&all, |instruction| instruction.is("LD")), 0, "LDG is no LD");
+}
+
+#[test]
+fn loops_are_those_that_a_branch_back_closes() {
+    let code = Listing::of("sample", SAMPLE);
+    // Of the two that start at 0x10, the longer; a branch to itself, which only pads, is none.
+    assert_eq!(code.loops(), [0x1..0x8, 0x0..0x10, 0xe..0x13]);
+    assert_eq!(code.outermost(|_| true), [0x0..0x10, 0xe..0x13]);
+    assert_eq!(code.outermost(|span| span.len() < 0x10), [0x1..0x8, 0xe..0x13]);
+    assert!(lies_in(&(1..8), &(0..16)) && !lies_in(&(0..16), &(0..16)) && !lies_in(&(14..19), &(0..16)));
+    // The third load comes after the use of what the first has brought.
+    assert_eq!(code.loads_in_flight(&(0x1..0x8)), 2);
+    assert_eq!(code.loads_in_flight(&(0x5..0x8)), 1);
+}
+
+#[test]
+fn straight_paths_pass_the_fewest_barriers() {
+    let code = Listing::of("sample", SAMPLE);
+    // Around the barrier and DMUL, and not into what lies behind BRA.DIV.
+    let around = Cost { barriers: 0, least_fp64: 2, most_fp64: 3 };
+    assert_eq!(code.straight_path(0x8, 0xf), Some(around));
+    assert_eq!(code.straight_path(0xb, 0xd), Some(Cost { barriers: 1, least_fp64: 1, most_fp64: 1 }));
+    assert_eq!(code.straight_path(0xf, 0x12), None, "EXIT");
+}
+
+#[test]
+fn resource_usage_is_read() {
+    let output = "
+Fatbin ptx code:
+================
+arch = sm_75
+code version = [9,0]
+
+Fatbin elf code:
+================
+arch = sm_90
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function gradprobe_measure:
+  REG:126 STACK:8 SHARED:14952 LOCAL:16 CONSTANT[0]:608 TEXTURE:0 SURFACE:0 SAMPLER:0
+";
+    let usage = Usage { registers: 126, stack: 8, shared: 14_952, local: 16 };
+    assert_eq!(parse_usage(output), [(90, "gradprobe_measure".to_owned(), usage)]);
+}

@@ -1,0 +1,197 @@
+//! Machine code as `cuobjdump -sass` lists it: instructions, loops, and paths through them.
+
+use std::ops::Range;
+
+/// One instruction.
+#[derive(Debug)]
+pub struct Instruction {
+    pub address: u64,
+    /// With its modifiers: `LDG.E.128.CONSTANT`.
+    pub opcode: String,
+    operands: Vec<String>,
+    /// Runs only where a predicate holds.
+    guarded: bool,
+}
+
+impl Instruction {
+    /// From a line such as `/*0050*/  @!P0 BRA P1, 0x7e0 ;  /* … */`; `None` for any other line.
+    fn parse(line: &str) -> Option<Self> {
+        let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
+        let address = u64::from_str_radix(address, 16).ok()?;
+        let mut text = rest.split(';').next()?.trim();
+        let guarded = text.starts_with('@');
+        if guarded {
+            text = text.split_once(' ')?.1.trim_start();
+        }
+        let (opcode, operands) = text.split_once(' ').unwrap_or((text, ""));
+        let operands = operands.split(',').map(|operand| operand.trim().to_owned()).filter(|o| !o.is_empty()).collect();
+        Some(Self { address, opcode: opcode.to_owned(), operands, guarded })
+    }
+
+    /// Whether the opcode is this one, with these modifiers among its own.
+    pub fn is(&self, opcode: &str) -> bool {
+        let mut wanted = opcode.split('.');
+        let mut parts = self.opcode.split('.');
+        parts.next() == wanted.next() && wanted.all(|modifier| parts.clone().any(|part| part == modifier))
+    }
+
+    /// A load from global memory.
+    pub fn is_load(&self) -> bool {
+        self.is("LDG") || self.is("LD")
+    }
+
+    /// A load of 16 bytes from global memory.
+    pub fn is_vector_load(&self) -> bool {
+        self.is("LDG.128") || self.is("LD.128")
+    }
+
+    /// Occupies the unit for f64: arithmetic, comparisons, conversions from and to f64, and their seeds.
+    pub fn is_fp64(&self) -> bool {
+        let mut parts = self.opcode.split('.');
+        let arithmetic = ["DADD", "DMUL", "DFMA", "DSETP", "DSET", "DMNMX", "DMMA"];
+        parts.next().is_some_and(|opcode| arithmetic.contains(&opcode))
+            || parts.any(|part| part == "F64" || part.ends_with("64H"))
+    }
+
+    /// The general registers it names, each by its number.
+    fn registers(&self) -> impl Iterator<Item = u32> {
+        self.operands.iter().flat_map(|operand| operand.split(|c: char| !c.is_ascii_alphanumeric())).filter_map(
+            |word| {
+                let number = word.strip_prefix('R')?;
+                number.parse().ok()
+            },
+        )
+    }
+
+    /// Where it may continue other than at the next instruction, if that is written in it.
+    fn target(&self) -> Option<u64> {
+        assert!(
+            !self.is("BRX") && !self.is("JMX"),
+            "{:#x}: a jump to a computed address is not understood",
+            self.address
+        );
+        if !self.is("BRA") {
+            return None;
+        }
+        let target = self.operands.last().and_then(|operand| operand.strip_prefix("0x"));
+        let target = target.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        Some(target.unwrap_or_else(|| panic!("{:#x}: no target in {:?}", self.address, self.operands)))
+    }
+
+    /// Whether it never continues at the next instruction.
+    fn ends(&self) -> bool {
+        let conditional = self.guarded || (self.is("BRA") && self.operands.len() > 1);
+        !conditional && (self.is("BRA") || self.is("EXIT") || self.is("RET"))
+    }
+}
+
+/// The instructions of a kernel, in the order of their addresses.
+#[derive(Debug)]
+pub struct Listing(Vec<Instruction>);
+
+/// What paths from one instruction to another cost.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Barriers of the block, on the paths with the fewest.
+    pub barriers: usize,
+    /// f64 instructions on the one of those paths that has the fewest.
+    pub least_fp64: usize,
+    /// And on the one that has the most.
+    pub most_fp64: usize,
+}
+
+impl Listing {
+    /// A kernel's code out of the output of `cuobjdump -sass`.
+    pub fn of(kernel: &str, output: &str) -> Self {
+        let function = |line: &str| line.trim().strip_prefix("Function : ").map(str::to_owned);
+        let lines = output.lines().skip_while(|line| function(line).as_deref() != Some(kernel)).skip(1);
+        let code = lines.take_while(|line| function(line).is_none()).filter_map(Instruction::parse).collect();
+        Self(code)
+    }
+
+    pub fn instructions(&self) -> &[Instruction] {
+        &self.0
+    }
+
+    /// How many instructions of a span are of some kind.
+    pub fn count(&self, span: &Range<usize>, kind: impl Fn(&Instruction) -> bool) -> usize {
+        self.0[span.clone()].iter().filter(|instruction| kind(instruction)).count()
+    }
+
+    fn index(&self, address: u64) -> Option<usize> {
+        self.0.binary_search_by_key(&address, |instruction| instruction.address).ok()
+    }
+
+    /// The spans that a branch back closes; the longest of those that start at one instruction.
+    pub fn loops(&self) -> Vec<Range<usize>> {
+        let mut loops: Vec<Range<usize>> = Vec::new();
+        for (end, instruction) in self.0.iter().enumerate() {
+            let start = instruction.target().and_then(|address| self.index(address)).filter(|&start| start < end);
+            let Some(start) = start else { continue };
+            match loops.iter_mut().find(|known| known.start == start) {
+                Some(known) => known.end = end + 1,
+                None => loops.push(start..end + 1),
+            }
+        }
+        loops
+    }
+
+    /// The loops of which `kind` holds and that lie in no other of which it does, by address.
+    pub fn outermost(&self, kind: impl Fn(&Range<usize>) -> bool) -> Vec<Range<usize>> {
+        let loops: Vec<_> = self.loops().into_iter().filter(kind).collect();
+        let mut outermost: Vec<_> =
+            loops.iter().filter(|inner| !loops.iter().any(|outer| lies_in(inner, outer))).cloned().collect();
+        outermost.sort_by_key(|span| span.start);
+        outermost
+    }
+
+    /// The 16-byte loads of a span that are issued before any of their results is used.
+    pub fn loads_in_flight(&self, span: &Range<usize>) -> usize {
+        let mut loaded: Vec<Range<u32>> = Vec::new();
+        for instruction in &self.0[span.clone()] {
+            let mut registers = instruction.registers();
+            if instruction.is_vector_load() {
+                let first = registers.next().expect("a load has a destination");
+                loaded.push(first..first + 4);
+            } else if registers.any(|register| loaded.iter().any(|quad| quad.contains(&register))) {
+                break;
+            }
+        }
+        loaded.len()
+    }
+
+    /// What the paths from one instruction to a later one cost that pass the fewest barriers and go through each loop
+    /// at most once. `None` if there is no path. Calls return; `BRA.DIV`, by which lanes that have lost each other do
+    /// the same elsewhere, is not taken.
+    pub fn straight_path(&self, from: usize, to: usize) -> Option<Cost> {
+        let mut costs: Vec<Option<Cost>> = (from..=to).map(|_| None).collect();
+        costs[0] = Some(Cost { barriers: 0, least_fp64: 0, most_fp64: 0 });
+        for index in from..to {
+            let Some(cost) = &costs[index - from] else { continue };
+            let instruction = &self.0[index];
+            let barriers = cost.barriers + usize::from(instruction.is("BAR.SYNC"));
+            let most_fp64 = cost.most_fp64 + usize::from(instruction.is_fp64());
+            let least_fp64 = cost.least_fp64 + usize::from(instruction.is_fp64() && !instruction.guarded);
+            let jump =
+                instruction.target().filter(|_| !instruction.is("BRA.DIV")).and_then(|address| self.index(address));
+            let next = (!instruction.ends()).then_some(index + 1);
+            for successor in jump.into_iter().chain(next).filter(|&s| s > index && s <= to) {
+                let known = &mut costs[successor - from];
+                match known {
+                    Some(known) if known.barriers < barriers => {}
+                    Some(known) if known.barriers == barriers => {
+                        known.least_fp64 = known.least_fp64.min(least_fp64);
+                        known.most_fp64 = known.most_fp64.max(most_fp64);
+                    }
+                    _ => *known = Some(Cost { barriers, least_fp64, most_fp64 }),
+                }
+            }
+        }
+        costs.pop().flatten()
+    }
+}
+
+/// Whether a span lies in another that is not the same.
+pub fn lies_in(inner: &Range<usize>, outer: &Range<usize>) -> bool {
+    inner != outer && outer.start <= inner.start && inner.end <= outer.end
+}
