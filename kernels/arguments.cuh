@@ -44,9 +44,9 @@ struct StepOutputs {
     u64 inf_count;
 };
 static_assert(sizeof(StepOutputs) == 80, "src/outputs.rs");
-static_assert(__builtin_offsetof(StepOutputs, total_norm_f32) == 24, "src/outputs.rs");
-static_assert(__builtin_offsetof(StepOutputs, skip) == 40, "src/outputs.rs");
-static_assert(__builtin_offsetof(StepOutputs, step) == 56, "src/outputs.rs");
+ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
+ASSERT_OFFSET(StepOutputs, skip, 40, "src/outputs.rs");
+ASSERT_OFFSET(StepOutputs, step, 56, "src/outputs.rs");
 
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements

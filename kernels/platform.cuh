@@ -10,6 +10,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// Checks a struct's layout against `mirror`, where the host has the same. Not with NVRTC, which knows no offsetof.
+#ifdef __CUDACC_RTC__
+#define ASSERT_OFFSET(type, field, bytes, mirror)
+#else
+#define ASSERT_OFFSET(type, field, bytes, mirror) static_assert(__builtin_offsetof(type, field) == bytes, mirror)
+#endif
+
 #ifdef GRADPROBE_SIMT
 #include <simt.hpp>
 #else

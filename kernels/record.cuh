@@ -20,10 +20,10 @@ struct Record {
     float min_nonzero_abs_or_infinity;
 };
 static_assert(sizeof(Record) == 80, "src/record.rs");
-static_assert(__builtin_offsetof(Record, first_nonfinite_index) == 40, "src/record.rs");
-static_assert(__builtin_offsetof(Record, mean_or_zero) == 48, "src/record.rs");
-static_assert(__builtin_offsetof(Record, max_abs_or_zero) == 72, "src/record.rs");
-static_assert(__builtin_offsetof(Record, min_nonzero_abs_or_infinity) == 76, "src/record.rs");
+ASSERT_OFFSET(Record, first_nonfinite_index, 40, "src/record.rs");
+ASSERT_OFFSET(Record, mean_or_zero, 48, "src/record.rs");
+ASSERT_OFFSET(Record, max_abs_or_zero, 72, "src/record.rs");
+ASSERT_OFFSET(Record, min_nonzero_abs_or_infinity, 76, "src/record.rs");
 
 DEVICE u64 finite_count(const Record &r) { return r.count - r.nan_count - r.inf_count; }
 
@@ -74,11 +74,11 @@ DEVICE Record merge(const Record &a, const Record &b) {
         r.mean_or_zero = b.mean_or_zero;
         r.sum_squared_deviations = b.sum_squared_deviations;
     } else {
-        double weight = m / (n + m);
+        double n_weight = n / (n + m), m_weight = m / (n + m);
         double gap = b.mean_or_zero - a.mean_or_zero;
         double within = a.sum_squared_deviations + b.sum_squared_deviations;
-        r.mean_or_zero = fma(gap, weight, a.mean_or_zero);
-        r.sum_squared_deviations = fma(gap * gap, n * weight, within);
+        r.mean_or_zero = n < m ? fma(-gap, n_weight, b.mean_or_zero) : fma(gap, m_weight, a.mean_or_zero);
+        r.sum_squared_deviations = fma(gap * gap, n * m_weight, within);
     }
     return r;
 }

@@ -119,6 +119,9 @@ pub enum Error {
     /// Gradient addresses changed while the stream was being captured; a graph would keep the old ones.
     #[error("gradient addresses changed during graph capture: call bind() with them before the capture")]
     AddressesChangedInCapture,
+    /// A report was waited for while the stream was being captured; it exists once the graph has run.
+    #[error("wait() was called during graph capture: there is a report only once the graph has run")]
+    WaitInCapture,
     /// The host ran out of memory, or the device did.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory {

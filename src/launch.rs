@@ -421,10 +421,13 @@ impl<D: Device> DeviceProbe<D> {
     /// Waits for the report of the last measurement.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`] when there was none, or the device's.
+    /// [`Error::ClipBeforeMeasure`] when there was none, [`Error::WaitInCapture`], or the device's.
     pub fn wait(&mut self) -> Result<Report, Error> {
         if !self.measured {
             return Err(Error::ClipBeforeMeasure);
+        }
+        if self.device.is_capturing()? {
+            return Err(Error::WaitInCapture);
         }
         while self.idle.is_empty() {
             self.take_report()?;

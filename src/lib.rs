@@ -49,3 +49,8 @@ pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use record::Record;
 pub use report::{Report, TensorReport};
+
+/// The README's code, compiled.
+#[cfg(all(doctest, feature = "cuda"))]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -66,7 +66,6 @@ impl StepOutputs {
     pub const VERDICT_SKIP: u32 = 8;
 
     /// The outputs of a step from its records: what the last block of the measure kernel does.
-    #[expect(clippy::cast_possible_truncation, reason = "the f32 fields are the f64 ones rounded")]
     pub(crate) fn finish(records: &[Record], config: &Config, step: u64) -> Self {
         let squares = spec::fold(records.len(), |t| records[t].finite_sum_squares(), |a, b| a + b).unwrap_or(0.0);
         let nan_count = records.iter().map(|r| r.nan_count).sum();
@@ -79,21 +78,27 @@ impl StepOutputs {
         let coefficient_f64 = match config.max_norm {
             Some(max_norm) if !skip => {
                 let ratio = max_norm / (if zero { finite_total_norm } else { total_norm } + 1e-6);
-                // Not `min`: a NaN ratio must stay NaN.
-                if ratio > 1.0 { 1.0 } else { ratio }
+                // Not `min`, which would drop a NaN; and NaN without payload, whatever arithmetic made of it.
+                if ratio.is_nan() {
+                    f64::NAN
+                } else if ratio > 1.0 {
+                    1.0
+                } else {
+                    ratio
+                }
             }
             _ => 1.0,
         };
-        let coefficient = coefficient_f64 as f32;
+        let coefficient = narrow(coefficient_f64);
         let clipped = coefficient != 1.0;
         let flag = |condition: bool, bit: u32| if condition { bit } else { 0 };
         Self {
             total_norm,
             finite_total_norm,
             coefficient_f64,
-            total_norm_f32: total_norm as f32,
+            total_norm_f32: narrow(total_norm),
             coefficient,
-            inverse_coefficient: (1.0 / coefficient_f64) as f32,
+            inverse_coefficient: narrow(1.0 / coefficient_f64),
             found_inf: if found { 1.0 } else { 0.0 },
             skip: i32::from(skip),
             action: match (zero, clipped) {
@@ -111,4 +116,10 @@ impl StepOutputs {
             inf_count,
         }
     }
+}
+
+/// The nearest f32; NaN without payload.
+#[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+fn narrow(value: f64) -> f32 {
+    if value.is_nan() { f32::NAN } else { value as f32 }
 }

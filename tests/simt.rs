@@ -27,7 +27,7 @@ fn no_order_and_no_grid_changes_a_bit() {
         let mut make = |plan, config| -> Box<dyn Backend> {
             Box::new(SimtProbe::with(Simt { schedule, blocks }, plan, config).unwrap())
         };
-        // Lists of thousands of single elements give each block little to order and take most of the time.
+        // Lists of thousands of tiny tensors give a block little to order and take most of the time.
         for case in cases::cases().iter().filter(|case| !case.large && case.tensors.len() <= 1000) {
             let found = run_case(case, &mut make, &Effort { large: false, offsets: 1 });
             complaints.extend(found.into_iter().map(|c| format!("{}: {schedule:?}, {blocks} blocks: {c}", case.name)));

@@ -10,7 +10,7 @@ pub mod check;
 pub mod oracle;
 
 use cases::{Case, Data};
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Record, StepOutputs};
+use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Report, StepOutputs};
 use half::{bf16, f16};
 use oracle::Truth;
 use rayon::prelude::*;
@@ -60,86 +60,104 @@ pub fn demand_none(complaints: &[String]) {
 
 /// [`run_all`] for one case; gives back what is wrong.
 pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) -> Vec<String> {
-    let Prepared { names, data, truths } = Prepared::new(case);
-    let plan = Plan::new(names.iter().zip(&data).map(|(name, d)| (name.as_str(), d.dtype(), d.len() as u64)));
-    let plan = plan.expect("a case is a valid plan");
-
-    let mut reference = CpuProbe::new(plan.clone(), case.config).expect("a case has a valid config");
-    let hosts: Vec<HostTensor<'_>> = data.iter().map(Data::tensor).collect();
-    let expected = reference.measure(&hosts).expect("the reference measures");
-    let mut expected_elements = data.clone();
-    let mut mutable: Vec<HostTensorMut<'_>> = expected_elements.iter_mut().map(Data::tensor_mut).collect();
-    reference.clip(&mut mutable).expect("the reference clips");
-
-    let mut complaints = Vec::new();
-    let mut probe = make(plan, case.config);
+    let prepared = Prepared::new(case);
+    let reference = Reference::new(&prepared, case.config);
+    let mut probe = make(prepared.plan(), case.config);
     let offsets = if case.large { effort.offsets.min(2) } else { effort.offsets };
+    let mut complaints = Vec::new();
     let mut step = 0;
     for offset in 0..offsets {
-        // Each tensor of a list at another misalignment.
-        let mut placed: Vec<Placed> =
-            data.iter().enumerate().map(|(t, d)| Placed::new(d, (offset + t) % OFFSETS)).collect();
         step += 1;
-        let tensors: Vec<HostTensor<'_>> = placed.iter().map(Placed::tensor).collect();
-        let report = match probe.measure_host(&tensors) {
-            Ok(report) => report,
-            Err(error) => {
-                complaints.push(format!("measure: {error}"));
-                return complaints;
-            }
-        };
-        if offset == 0 {
-            complaints.extend(check::check_step(
-                &names,
-                report.records(),
-                report.outputs(),
-                step,
-                &truths,
-                &case.config,
-            ));
-            let listed: Vec<_> = report.tensors().map(|t| (t.name.to_owned(), t.dtype)).collect();
-            let planned: Vec<_> = names.iter().cloned().zip(data.iter().map(Data::dtype)).collect();
-            if listed != planned {
-                complaints.push("the report does not list the tensors of the plan".to_owned());
-            }
-        }
-        let before: (&[Record], StepOutputs) = (expected.records(), StepOutputs { step, ..*expected.outputs() });
-        let at_offset = |c: String| format!("at offset {offset}, {c}");
-        let same = check::same_step(&names, (report.records(), report.outputs()), (before.0, &before.1));
-        complaints.extend(same.into_iter().map(at_offset));
-        let unread = |placed: &[Placed], elements: &[Data], after: &str| {
-            let mut wrong = Vec::new();
-            for ((name, placed), data) in names.iter().zip(placed).zip(elements) {
-                wrong.extend(check::same_elements(name, data.dtype().size(), placed.bytes(), data.bytes()));
-                if !placed.guards_are_intact() {
-                    wrong.push(format!("{name}: bytes around the tensor were written"));
+        match run_step(&mut *probe, &prepared, &reference, offset, step) {
+            Ok((report, found)) => {
+                complaints.extend(found.into_iter().map(|c| format!("at offset {offset}, {c}")));
+                if offset == 0 {
+                    complaints.extend(conformance(case, &prepared, &reference, &report, step));
                 }
             }
-            wrong.into_iter().map(|c| at_offset(format!("after {after}, {c}"))).collect::<Vec<_>>()
-        };
-        complaints.extend(unread(&placed, &data, "measure"));
-
-        let mut tensors: Vec<HostTensorMut<'_>> = placed.iter_mut().map(Placed::tensor_mut).collect();
-        if let Err(error) = probe.clip_host(&mut tensors) {
-            complaints.push(format!("clip: {error}"));
-            return complaints;
+            Err(error) => {
+                complaints.push(format!("at offset {offset}, {error}"));
+                return complaints;
+            }
         }
-        if offset == 0 {
-            let clipped = clip_by_oracle(&data, report.outputs());
-            complaints.extend(unread(&placed, &clipped, "clip (expected by the oracle)"));
-        }
-        complaints.extend(unread(&placed, &expected_elements, "clip"));
-
         if offset == 0 && !case.large {
             step += 1;
-            let poison: Vec<Data> = data.iter().map(Data::all_nan).collect();
+            let poison: Vec<Data> = prepared.data.iter().map(Data::all_nan).collect();
             let poison: Vec<HostTensor<'_>> = poison.iter().map(Data::tensor).collect();
             if let Err(error) = probe.measure_host(&poison) {
-                complaints.push(format!("measure of NaN: {error}"));
+                complaints.push(format!("measuring nothing but NaN: {error}"));
             }
         }
     }
     complaints
+}
+
+/// Measures and clips the tensors of a case, each at another misalignment, and compares all bytes with the reference.
+fn run_step(
+    probe: &mut dyn Backend,
+    prepared: &Prepared,
+    reference: &Reference,
+    offset: usize,
+    step: u64,
+) -> Result<(Report, Vec<String>), Error> {
+    let Prepared { names, data, .. } = prepared;
+    let place = |(t, data): (usize, &Data)| Placed::new(data, (offset + t) % OFFSETS);
+    let mut placed: Vec<Placed> = data.iter().enumerate().map(place).collect();
+    let compare = |placed: &[Placed], expected: &[Data], after: &str| {
+        let mut complaints = Vec::new();
+        for ((name, placed), expected) in names.iter().zip(placed).zip(expected) {
+            let size = expected.dtype().size();
+            complaints.extend(check::same_elements(name, size, placed.bytes(), expected.bytes()));
+            if !placed.guards_are_intact() {
+                complaints.push(format!("{name}: bytes around the tensor were written"));
+            }
+        }
+        complaints.into_iter().map(|c| format!("after {after}, {c}")).collect::<Vec<_>>()
+    };
+
+    let report = probe.measure_host(&placed.iter().map(Placed::tensor).collect::<Vec<_>>())?;
+    let outputs = StepOutputs { step, ..*reference.report.outputs() };
+    let expected = (reference.report.records(), &outputs);
+    let mut complaints = check::same_step(names, (report.records(), report.outputs()), expected);
+    complaints.extend(compare(&placed, data, "measure"));
+
+    probe.clip_host(&mut placed.iter_mut().map(Placed::tensor_mut).collect::<Vec<_>>())?;
+    complaints.extend(compare(&placed, &reference.clipped, "clip"));
+    Ok((report, complaints))
+}
+
+/// A report against the exact statistics, and the clipped tensors, which were compared with the reference, against
+/// the oracle's.
+fn conformance(case: &Case, prepared: &Prepared, reference: &Reference, report: &Report, step: u64) -> Vec<String> {
+    let Prepared { names, data, truths } = prepared;
+    let mut complaints = check::check_step(names, report.records(), report.outputs(), step, truths, &case.config);
+    let listed = report.tensors().map(|t| (t.name, t.dtype));
+    if !listed.eq(names.iter().map(String::as_str).zip(data.iter().map(Data::dtype))) {
+        complaints.push("the report does not list the tensors of the plan".to_owned());
+    }
+    let exact = clip_by_oracle(data, report.outputs());
+    for ((name, clipped), exact) in names.iter().zip(&reference.clipped).zip(&exact) {
+        complaints.extend(check::same_elements(name, exact.dtype().size(), clipped.bytes(), exact.bytes()));
+    }
+    complaints
+}
+
+/// What [`CpuProbe`] makes of a case.
+struct Reference {
+    report: Report,
+    clipped: Vec<Data>,
+}
+
+impl Reference {
+    fn new(prepared: &Prepared, config: Config) -> Self {
+        let mut probe = CpuProbe::new(prepared.plan(), config).expect("a case has a valid config");
+        let tensors: Vec<HostTensor<'_>> = prepared.data.iter().map(Data::tensor).collect();
+        let report = probe.measure(&tensors).expect("the reference measures");
+        let mut clipped = prepared.data.clone();
+        let mut tensors: Vec<HostTensorMut<'_>> = clipped.iter_mut().map(Data::tensor_mut).collect();
+        probe.clip(&mut tensors).expect("the reference clips");
+        Self { report, clipped }
+    }
 }
 
 /// A case with its data made and its truth worked out.
@@ -161,6 +179,12 @@ impl Prepared {
             })
             .unzip();
         Self { names: (0..case.tensors.len()).map(|index| format!("tensor {index}")).collect(), data, truths }
+    }
+
+    /// The plan of these tensors under their names.
+    pub fn plan(&self) -> Plan {
+        let tensors = self.names.iter().map(String::as_str).zip(self.data.iter().map(Data::tensor));
+        Plan::of_host(tensors).expect("a case is a valid plan")
     }
 }
 
