@@ -162,65 +162,50 @@ pub(crate) mod sealed {
         }
     }
 
-    impl Bits for f16 {
-        type Word = u16;
-        const INFINITY: u32 = 0x7c00;
-        const NAN: Self = f16::NAN;
-        #[inline(always)]
-        fn magnitude(self) -> u16 {
-            self.to_bits() & 0x7fff
-        }
-        #[inline(always)]
-        #[expect(clippy::cast_possible_truncation, reason = "the caller's bits are those of a 16-bit type")]
-        fn word(bits: u32) -> u16 {
-            bits as u16
-        }
-        #[inline(always)]
-        #[expect(clippy::cast_sign_loss, reason = "the sign extension is wanted as a bit pattern")]
-        fn widen_finite(self) -> f32 {
-            // Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two
-            // biases: exact, subnormals included. The sign comes along by sign extension. `half`'s own conversion
-            // is a call per element and keeps the loop around it from being vectorised.
-            let moved = (i32::from(self.to_bits().cast_signed()) << 13) as u32 & 0x8fff_ffff;
-            f32::from_bits(moved) * f32::from_bits((127 + 112) << 23)
-        }
-        fn widen_bits(bits: u32) -> f32 {
-            f16::from_bits(Self::word(bits)).to_f32()
-        }
-        fn widen_slice(from: &[Self], to: &mut [f32]) {
-            from.convert_to_f32_slice(to);
-        }
-        fn narrow_slice(from: &[f32], to: &mut [Self]) {
-            to.convert_from_f32_slice(from);
-        }
+    /// [`Bits`] of a 16-bit type, from the pattern of its +Inf and the widening of its finite bits.
+    macro_rules! half_bits {
+        ($t:ty, $infinity:literal, $widen:expr) => {
+            impl Bits for $t {
+                type Word = u16;
+                const INFINITY: u32 = $infinity;
+                const NAN: Self = <$t>::NAN;
+                #[inline(always)]
+                fn magnitude(self) -> u16 {
+                    self.to_bits() & 0x7fff
+                }
+                #[inline(always)]
+                #[expect(clippy::cast_possible_truncation, reason = "the caller's bits are those of a 16-bit type")]
+                fn word(bits: u32) -> u16 {
+                    bits as u16
+                }
+                #[inline(always)]
+                fn widen_finite(self) -> f32 {
+                    let widen: fn(u16) -> f32 = $widen;
+                    widen(self.to_bits())
+                }
+                fn widen_bits(bits: u32) -> f32 {
+                    Self::from_bits(Self::word(bits)).to_f32()
+                }
+                fn widen_slice(from: &[Self], to: &mut [f32]) {
+                    from.convert_to_f32_slice(to);
+                }
+                fn narrow_slice(from: &[f32], to: &mut [Self]) {
+                    to.convert_from_f32_slice(from);
+                }
+            }
+        };
     }
+    half_bits!(bf16, 0x7f80, |bits| f32::from_bits(u32::from(bits) << 16));
+    half_bits!(f16, 0x7c00, widen_finite_f16);
 
-    impl Bits for bf16 {
-        type Word = u16;
-        const INFINITY: u32 = 0x7f80;
-        const NAN: Self = bf16::NAN;
-        #[inline(always)]
-        fn magnitude(self) -> u16 {
-            self.to_bits() & 0x7fff
-        }
-        #[inline(always)]
-        #[expect(clippy::cast_possible_truncation, reason = "the caller's bits are those of a 16-bit type")]
-        fn word(bits: u32) -> u16 {
-            bits as u16
-        }
-        #[inline(always)]
-        fn widen_finite(self) -> f32 {
-            f32::from_bits(u32::from(self.to_bits()) << 16)
-        }
-        fn widen_bits(bits: u32) -> f32 {
-            f32::from_bits(bits << 16)
-        }
-        fn widen_slice(from: &[Self], to: &mut [f32]) {
-            from.convert_to_f32_slice(to);
-        }
-        fn narrow_slice(from: &[f32], to: &mut [Self]) {
-            to.convert_from_f32_slice(from);
-        }
+    /// Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two biases:
+    /// exact, subnormals included. The sign comes along by sign extension. `half`'s own conversion is a call for each
+    /// element and keeps the loop around it from being vectorised.
+    #[inline(always)]
+    #[expect(clippy::cast_sign_loss, reason = "the sign extension is wanted as a bit pattern")]
+    fn widen_finite_f16(bits: u16) -> f32 {
+        let moved = (i32::from(bits.cast_signed()) << 13) as u32 & 0x8fff_ffff;
+        f32::from_bits(moved) * f32::from_bits((127 + 112) << 23)
     }
 }
 

@@ -231,6 +231,22 @@ fn json_has_the_keys_of_the_contract_in_their_order() {
     assert_eq!(without_clip["steps"][0].get("clip_coefficient"), None);
 }
 
+/// The kernels on the host give the report of the CPU byte for byte, and the same clipped files.
+#[test]
+fn devices_differ_in_their_name_alone() {
+    let files = Files::new();
+    let steps = GOLDEN.map(golden);
+    for step in &steps {
+        let [cpu, simt] = ["cpu", "simt"].map(|device| {
+            let out = files.path(device);
+            let report = text(inspect!("--device", device, "--json", "--clip-norm", "0.01", "--out", out, step));
+            let copy = fs::read(out.join(step.file_name().unwrap())).unwrap();
+            (report.replacen(device, "…", 1), copy)
+        });
+        assert!(cpu == simt, "{}: {}\n{}", step.display(), cpu.0, simt.0);
+    }
+}
+
 #[test]
 fn tables_name_the_file_the_tensors_and_the_rate() {
     let found = text(inspect![golden("dead"), golden("dead")]);
