@@ -133,7 +133,7 @@ mod tests {
         for bits in (1..0x7f80_0000u32).step_by(997) {
             let x = f32::from_bits(bits);
             let scaled = x * scale_of(x);
-            assert!(scaled <= LARGE && scaled >= SMALL * 0.125, "{x:e} becomes {scaled:e}");
+            assert!((SMALL * 0.125..=LARGE).contains(&scaled), "{x:e} becomes {scaled:e}");
         }
     }
 }

@@ -187,7 +187,7 @@ fn every_case_has_the_bits_of_the_cpu() {
 fn repeated_steps_have_the_same_bits() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let lengths: Vec<usize> = (0..100).map(|tensor| 32_768 * (tensor % 7) + 1000 * tensor).collect();
+    let lengths: Vec<usize> = (0..100).map(|tensor| 32_768 * (tensor % 7) + 1000 * tensor + 1).collect();
     let plan = Plan::new(lengths.iter().enumerate().map(|(t, &len)| (t.to_string(), DType::F32, len as u64))).unwrap();
     let elements: Vec<f32> = (0..1_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 - 8e6).collect();
     let tensors: Vec<_> = lengths.iter().map(|&len| stream.clone_htod(&elements[..len]).unwrap()).collect();
@@ -341,6 +341,9 @@ fn next_report(probe: &mut CudaProbe) -> Report {
 #[test]
 fn polling_every_step_gives_every_report_in_order_and_never_waits() {
     let Some(context) = device() else { return };
+    if short() {
+        return pointless("the tools GRADPROBE_SHORT is for may wait for launches");
+    }
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
     let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
@@ -393,6 +396,9 @@ fn polling_every_step_gives_every_report_in_order_and_never_waits() {
 #[test]
 fn a_step_whose_gradients_have_moved_does_not_wait() {
     let Some(context) = device() else { return };
+    if short() {
+        return pointless("the tools GRADPROBE_SHORT is for may wait for launches");
+    }
     let stream = context.new_stream().unwrap();
     let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
     let places: Vec<_> = (0..5).map(|seed| OnDevice::new(&stream, &Tensors::of(seed))).collect();

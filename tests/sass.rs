@@ -127,7 +127,8 @@ fn hot_loops_stay_within_what_memory_allows() {
 /// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
 #[test]
 fn enough_bytes_are_in_flight() {
-    let (Some([measure, _]), Some(usages)) = (hopper(), resource_usage()) else { return };
+    let Some([measure, _]) = hopper() else { return };
+    let usages = resource_usage();
     let hopper = |(architecture, kernel, _): &&_| (*architecture, kernel) == (90, &"gradprobe_measure".to_owned());
     let (_, _, usage) = usages.iter().find(hopper).expect("the kernel has a resource usage");
     // 65536 registers, dealt out by 8 to a thread; 228 KiB of shared memory, of which a block takes 1 KiB for itself.
@@ -178,17 +179,16 @@ fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
 
 #[test]
 fn nothing_goes_to_local_memory() {
-    if let Some(kernels) = hopper() {
-        for kernel in kernels {
-            let local = |instruction: &Instruction| instruction.is("LDL") || instruction.is("STL");
-            assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
-        }
+    let Some(kernels) = hopper() else { return };
+    for kernel in kernels {
+        let local = |instruction: &Instruction| instruction.is("LDL") || instruction.is("STL");
+        assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
     }
-    let Some(usage) = resource_usage() else { return };
-    let found: Vec<_> = usage.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
+    let usages = resource_usage();
+    let found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
     let both = |architecture| [(architecture, "gradprobe_clip"), (architecture, "gradprobe_measure")];
     assert_eq!(found, ARCHITECTURES.map(both).concat(), "two kernels for each architecture");
-    for (architecture, kernel, usage) in usage {
+    for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
     }
 }
@@ -216,9 +216,9 @@ struct Usage {
     local: usize,
 }
 
-/// Of every kernel for every architecture.
-fn resource_usage() -> Option<Vec<(u32, String, Usage)>> {
-    Some(parse_usage(&cuobjdump(&["-res-usage"])?))
+/// Of every kernel for every architecture, where [`hopper`] gives their code.
+fn resource_usage() -> Vec<(u32, String, Usage)> {
+    parse_usage(&cuobjdump(&["-res-usage"]).expect("it listed the code"))
 }
 
 fn parse_usage(output: &str) -> Vec<(u32, String, Usage)> {

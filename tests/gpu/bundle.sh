@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Packs what a machine with a GPU but without Rust needs to run the tests and benches: their programs, stripped, the
+# inspector, data for it, and run.sh.
+#
+#     tests/gpu/bundle.sh [FOLDER]
+#
+# FOLDER is made anew; `dist` if none is given. With nvcc (CUDA_HOME) the kernels are in the programs; without it they
+# need NVRTC where they run. The tests of the inspector and of the build script are left out: they look for this checkout.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+folder=${1:-dist}
+rm -rf "$folder"
+mkdir -p "$folder"/{tests,benches,data}
+
+# Copies the programs that a cargo command says it made, without symbols and without the hash in their names.
+pack() {
+    local to=$1 program name
+    shift
+    "$@" 2>&1 | tee /dev/stderr | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
+        name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
+        case $name in
+        inspect | build_script) ;;
+        *) strip -o "$folder/$to/$name" "$program" ;;
+        esac
+    done
+}
+
+pack tests cargo test --no-run
+pack benches cargo bench --no-run
+cargo build --release --example inspect
+strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
+cp tests/data/*.safetensors "$folder/data/"
+cp tests/gpu/run.sh "$folder/"
+du -sh "$folder"
