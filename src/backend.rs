@@ -121,6 +121,6 @@ pub trait Backend {
     /// Clips these tensors by what the last measurement decided.
     ///
     /// # Errors
-    /// As [`measure_host`](Self::measure_host), and [`Error::ClipBeforeMeasure`].
+    /// As [`measure_host`](Self::measure_host), and [`Error::NotMeasured`].
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error>;
 }

@@ -80,9 +80,9 @@ pub enum Error {
         /// The other.
         second: String,
     },
-    /// A clip before any measurement: there is no coefficient yet.
-    #[error("clip was called before measure: there is no coefficient yet")]
-    ClipBeforeMeasure,
+    /// A clip or a wait before any measurement: there is no coefficient and no report yet.
+    #[error("nothing has been measured yet: there is no coefficient to clip by and no report to wait for")]
+    NotMeasured,
     /// The CUDA driver library could not be loaded.
     #[error("no CUDA driver: none of {searched} could be loaded ({reason})")]
     DriverNotFound {

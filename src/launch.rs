@@ -351,12 +351,12 @@ impl<D: Device> DeviceProbe<D> {
     /// the launch.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`bind_raw`](Self::bind_raw).
+    /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`bind_raw`](Self::bind_raw).
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     pub unsafe fn clip_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
         self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
         if !self.measured {
-            return Err(Error::ClipBeforeMeasure);
+            return Err(Error::NotMeasured);
         }
         // SAFETY: the caller's promise includes this one.
         unsafe { self.bind_raw(tensors) }?;
@@ -421,10 +421,10 @@ impl<D: Device> DeviceProbe<D> {
     /// Waits for the report of the last measurement.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`] when there was none, [`Error::WaitInCapture`], or the device's.
+    /// [`Error::NotMeasured`] when there was none, [`Error::WaitInCapture`], or the device's.
     pub fn wait(&mut self) -> Result<Report, Error> {
         if !self.measured {
-            return Err(Error::ClipBeforeMeasure);
+            return Err(Error::NotMeasured);
         }
         if self.device.is_capturing()? {
             return Err(Error::WaitInCapture);
@@ -438,7 +438,7 @@ impl<D: Device> DeviceProbe<D> {
         while !self.reads.is_empty() {
             last = self.take_report()?.or(last);
         }
-        last.ok_or(Error::ClipBeforeMeasure)
+        last.ok_or(Error::NotMeasured)
     }
 
     /// Starts a read, if there is memory for one more.

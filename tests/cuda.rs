@@ -348,7 +348,7 @@ fn polling_every_step_gives_every_report_in_order_and_never_waits() {
     let mut reference = Reference::new(clipping());
     let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
     assert!(probe.poll().unwrap().is_none(), "nothing was measured");
-    assert!(matches!(probe.wait(), Err(Error::ClipBeforeMeasure)));
+    assert!(matches!(probe.wait(), Err(Error::NotMeasured)));
 
     let steps: Vec<_> = (1..=6).map(Tensors::of).collect();
     let sources: Vec<_> = steps.iter().map(|tensors| OnDevice::new(&stream, tensors)).collect();
@@ -451,7 +451,7 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     let good = place.raw();
 
     let clip = probe.clip(&mut [&mut place.f32, &mut place.f16, &mut place.bf16]);
-    assert_eq!(clip, Err(Error::ClipBeforeMeasure));
+    assert_eq!(clip, Err(Error::NotMeasured));
     let few = probe.measure(&place.slices()[..2]);
     assert_eq!(few, Err(Error::TensorCount { planned: 3, given: 2 }));
     let mismatch = probe.measure(&[&place.f32, &place.f16.slice(1..), &place.bf16]);

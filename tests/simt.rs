@@ -102,7 +102,7 @@ fn polling_gives_each_step_once_and_waiting_the_last() {
     let mut probe = SimtProbe::new(plan, Config::default()).unwrap();
     let probe = probe.inner();
     assert!(probe.poll().unwrap().is_none());
-    assert_eq!(probe.wait().unwrap_err(), Error::ClipBeforeMeasure);
+    assert_eq!(probe.wait().unwrap_err(), Error::NotMeasured);
     for step in 1..=6 {
         // SAFETY: `data` lives, and the launch has run on return.
         unsafe { probe.measure_raw(&[raw(&data)]) }.unwrap();

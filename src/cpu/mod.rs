@@ -84,10 +84,10 @@ impl CpuProbe {
     /// Clips every tensor in place by what the last measurement decided; writes only what must change.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`], and those of [`measure`](Self::measure).
+    /// [`Error::NotMeasured`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.plan.check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
-        let outputs = self.outputs.ok_or(Error::ClipBeforeMeasure)?;
+        let outputs = self.outputs.ok_or(Error::NotMeasured)?;
         if outputs.action == StepOutputs::ACTION_NONE {
             return Ok(());
         }

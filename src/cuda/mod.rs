@@ -130,7 +130,7 @@ impl CudaProbe {
     /// Launches the clip of `tensors`, in place, by what the last measurement decided.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`], [`Error::Overlap`], and those of [`measure`](Self::measure).
+    /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn DeviceTensorMut]) -> Result<(), Error> {
         let stream = Arc::clone(self.stream());
         self.check_contexts(tensors.iter().map(|t| &**t as &dyn DeviceTensor))?;
@@ -157,7 +157,7 @@ impl CudaProbe {
     /// See [`DeviceProbe::wait`]: the report of the last measurement.
     ///
     /// # Errors
-    /// [`Error::ClipBeforeMeasure`] when there was none, or the driver's.
+    /// [`Error::NotMeasured`] when there was none, or the driver's.
     pub fn wait(&mut self) -> Result<Report, Error> {
         self.probe.wait()
     }

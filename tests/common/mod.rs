@@ -274,7 +274,7 @@ pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Box<dy
     };
 
     let early = probe.clip_host(&mut [HostTensorMut::F32(&mut three), HostTensorMut::BF16(&mut two)]);
-    demand("a clip before any measurement is refused", early == Err(Error::ClipBeforeMeasure));
+    demand("a clip before any measurement is refused", early == Err(Error::NotMeasured));
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
     for (what, tensors) in [
         ("a missing tensor is refused", &good[..1]),

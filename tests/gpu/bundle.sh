@@ -10,6 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 folder=${1:-dist}
+if [ -e "$folder" ] && [ ! -e "$folder/run.sh" ]; then
+    echo "$folder is there and is no bundle" >&2
+    exit 1
+fi
 rm -rf "$folder"
 mkdir -p "$folder"/{tests,benches,data}
 
@@ -17,7 +21,7 @@ mkdir -p "$folder"/{tests,benches,data}
 pack() {
     local to=$1 program name
     shift
-    "$@" 2>&1 | tee /dev/stderr | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
+    "$@" 2>&1 | tee >(cat >&2) | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
         name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
         case $name in
         inspect | build_script) ;;
@@ -27,7 +31,7 @@ pack() {
 }
 
 pack tests cargo test --no-run
-pack benches cargo bench --no-run
+pack benches cargo bench --no-run --bench '*'
 cargo build --release --example inspect
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
 cp tests/data/*.safetensors "$folder/data/"
