@@ -211,3 +211,15 @@ fn nvcc_is_asked_for_every_architecture_and_for_exact_arithmetic() {
         assert!(arguments.contains(&argument), "{argument} is not in {command}");
     }
 }
+
+#[test]
+fn an_older_nvcc_is_asked_for_what_it_knows() {
+    let mut machine = Machine::new();
+    let script = r#"[ "$1" = --list-gpu-code ] && echo sm_80 sm_90 sm_90a || echo "$@" > "$3""#;
+    let nvcc = machine.program("nvcc", script);
+    machine.set("NVCC", nvcc);
+    let command = machine.build().binary();
+    let codes: Vec<&str> = command.split_whitespace().filter(|argument| argument.starts_with("-gencode")).collect();
+    let code = |architecture, kind| format!("-gencode=arch=compute_{architecture},code={kind}_{architecture}");
+    assert_eq!(codes, [code(80, "sm"), code(90, "sm"), code(80, "compute")]);
+}

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use cudarc::driver::{CudaContext, DriverError, sys::CUresult};
-use std::sync::Arc;
+use std::{error::Error as _, sync::Arc};
 
 /// Names under which the driver is installed, in the order cudarc looks for it.
 const DRIVER: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
@@ -24,7 +24,8 @@ fn find(names: &[&str]) -> Result<(), (String, String)> {
                 std::mem::forget(library);
                 return Ok(());
             }
-            Err(error) => reason = error.to_string(),
+            // What the loader said; the error itself says no more than that it failed.
+            Err(error) => reason = error.source().map_or_else(|| error.to_string(), ToString::to_string),
         }
     }
     Err((names.join(", "), reason))

@@ -6,7 +6,7 @@ use cudarc::{
     driver::{CudaContext, CudaModule, sys::CUdevice_attribute_enum as Attribute},
     nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts},
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Machine code for each architecture, and PTX; empty when the build found no nvcc.
 pub static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gradprobe.fatbin"));
@@ -35,6 +35,18 @@ pub fn compile((major, minor): (i32, i32)) -> Result<Ptx, Error> {
     })
 }
 
+/// [`compile`], once for each compute capability: it takes 1 to 3 seconds.
+fn compile_once(capability: (i32, i32)) -> Result<Ptx, Error> {
+    static COMPILED: Mutex<Vec<((i32, i32), Ptx)>> = Mutex::new(Vec::new());
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, ptx)) = compiled.iter().find(|(known, _)| *known == capability) {
+        return Ok(ptx.clone());
+    }
+    let ptx = compile(capability)?;
+    compiled.push((capability, ptx.clone()));
+    Ok(ptx)
+}
+
 /// The kernels, loaded.
 pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>, Error> {
     let attribute = |which| context.attribute(which).map_err(failed("asking for the compute capability"));
@@ -51,7 +63,7 @@ pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>, Error>
         }
     };
     let device = format!("compute capability {}.{}", capability.0, capability.1);
-    let ptx = compile(capability).map_err(|error| Error::KernelLoad(format!("{embedded} ({device}); {error}")))?;
+    let ptx = compile_once(capability).map_err(|error| Error::KernelLoad(format!("{embedded} ({device}); {error}")))?;
     context.load_module(ptx).map_err(|error| {
         Error::KernelLoad(format!("{embedded} ({device}); what NVRTC made was refused with {:?}", error.0))
     })
