@@ -32,8 +32,8 @@ DEVICE Scan operator+(const Scan &a, const Scan &b) {
 }
 
 // The block's totals, in thread 0: lane i with lane i + 64, then i + 32, down to i + 1. One warp does all the merging:
-// 36 f64 instructions for the 1024 elements each of its lanes stands for, so that a GPU with one f64 unit to 64 f32
-// ones stays bound by memory. A barrier must follow before `lanes` is used again.
+// 36 f64 instructions (52 with the record made of them) for the 1024 elements that each of its lanes stands for, so that
+// a GPU with one f64 unit to 64 f32 ones stays bound by memory. A barrier must follow before `lanes` is used again.
 DEVICE Totals block_totals(Lane *lanes, const Lane &lane) {
     static_assert(LANES == 4 * WARP, "the merge below");
     u32 t = threadIdx.x;
