@@ -178,10 +178,17 @@ DEVICE void set_counts(Record &record, const Chunk &chunk, const FiniteScan &fin
                                              : widen(chunk.dtype, finite.scan.min_nonzero_less_one + 1);
 }
 
+// Puts the moments of elements that were scaled into `record`.
+DEVICE void set_centred(Record &record, double mean, double deviations, float scale) {
+    double unscale = 1.0 / (double)scale;
+    record.mean_or_zero = mean * unscale;
+    record.sum_squared_deviations = (deviations > 0.0 ? deviations : 0.0) * unscale * unscale;
+}
+
 // Fills the moments of `record` from the sums of its finite elements times `scale`, in thread 0, and says whether they
 // are too far from centred, and if so around what they are to be read again.
 DEVICE void set_moments(Record &record, Decision &decision, const Sums &sums, float scale) {
-    double count = (double)finite_count(record), unscale = 1.0 / (double)scale;
+    double count = (double)finite_count(record);
     Centred moments = {};
     decision.again = 0;
     if (count > 0.0) {
@@ -189,9 +196,8 @@ DEVICE void set_moments(Record &record, Decision &decision, const Sums &sums, fl
         decision.again = sums.sum * moments.mean > CENTRED_SHARE * moments.deviations;
         decision.shift = (float)moments.mean;
     }
-    record.mean_or_zero = moments.mean * unscale;
-    record.sum_squared_deviations = (moments.deviations > 0.0 ? moments.deviations : 0.0) * unscale * unscale;
-    record.sum_abs = sums.magnitude * unscale;
+    set_centred(record, moments.mean, moments.deviations, scale);
+    record.sum_abs = sums.magnitude * (1.0 / (double)scale);
 }
 
 // Measures a chunk; `scratch.record` holds the result, for thread 0.
@@ -226,10 +232,8 @@ DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk) {
         float shift = decision.shift;
         Sums sums = careful_sums(scratch, chunk, scale, shift);
         if (first) {
-            double unscale = 1.0 / (double)scale;
             Centred moments = centred(sums, (double)finite_count(record));
-            record.mean_or_zero = ((double)shift + moments.mean) * unscale;
-            record.sum_squared_deviations = (moments.deviations > 0.0 ? moments.deviations : 0.0) * unscale * unscale;
+            set_centred(record, (double)shift + moments.mean, moments.deviations, scale);
         }
     }
 }

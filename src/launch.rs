@@ -158,7 +158,8 @@ const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() =
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
 
-/// Measures and clips tensors in a device's memory. Made once; a step launches, and neither allocates nor waits.
+/// Measures and clips tensors in a device's memory. Made once; a step launches, and neither
+/// allocates device memory nor waits.
 pub struct DeviceProbe<D: Device> {
     device: D,
     plan: Arc<Plan>,

@@ -7,6 +7,7 @@
 
 pub mod cases;
 pub mod check;
+pub mod data;
 pub mod oracle;
 
 use cases::{Case, Data};
