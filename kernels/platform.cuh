@@ -46,6 +46,20 @@ DEVICE Words4 load_words4(const void *address) {
     return w;
 }
 
+// Sixteen bytes that this thread will write, and their way back.
+DEVICE Words4 load_words4_to_change(u64 address) {
+    Words4 w;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+                 : "l"(address));
+    return w;
+}
+DEVICE void store_words4(u64 address, const Words4 &w) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w.word[0]), "r"(w.word[1]),
+                 "r"(w.word[2]), "r"(w.word[3])
+                 : "memory");
+}
+
 // One element through the read-only path.
 DEVICE u32 load_element(const u32 *address) {
     u32 value;

@@ -63,6 +63,11 @@ inline Words4 load_words4(const void *address) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of 16 bytes");
     return *static_cast<const Words4 *>(address);
 }
+inline Words4 load_words4_to_change(u64 address) { return load_words4(reinterpret_cast<const void *>(address)); }
+inline void store_words4(u64 address, const Words4 &words) {
+    if (address % 16 != 0) gradprobe_simt_fault("misaligned store of 16 bytes");
+    *reinterpret_cast<Words4 *>(address) = words;
+}
 inline u32 load_element(const u32 *address) { return *address; }
 inline u32 load_element(const u16 *address) { return *address; }
 inline LongPair load_fresh(const u64 *address) {
