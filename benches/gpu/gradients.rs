@@ -1,7 +1,7 @@
 //! The data that our kernels and other libraries (`peers.py`) are timed on.
 
 use gradprobe::{
-    Config, CudaProbe, Element, Plan,
+    Element,
     cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr},
     launch::RawTensor,
 };
@@ -71,23 +71,25 @@ impl<T: Element + DeviceRepr + Into<f32>> Gradients<T> {
         (self.lengths.iter().sum::<usize>() * size_of::<T>()) as u64
     }
 
-    /// The tensors in each place, and a probe for them that allows `share` of their norm. One probe a place, so that
-    /// no address is uploaded between turns.
-    pub fn probes(&self, share: Option<f64>) -> Vec<(CudaProbe, Vec<RawTensor>)> {
-        let config = share.map_or(Config::default(), |share| Config::default().max_norm(share * self.norm));
-        let names = self.lengths.iter().enumerate().map(|(t, &len)| (t.to_string(), T::DTYPE, len as u64));
-        let plan = Plan::new(names).unwrap();
-        let probe = |place: &CudaSlice<T>| {
-            let mut address = place.device_ptr(&self.stream).0 + (self.offset * size_of::<T>()) as u64;
-            let tensor = |&len: &usize| {
-                let tensor = RawTensor { address, len: len as u64, dtype: T::DTYPE };
-                address += (len * size_of::<T>()) as u64;
-                tensor
-            };
-            let tensors = self.lengths.iter().map(tensor).collect();
-            (CudaProbe::new(&self.stream, plan.clone(), config).unwrap(), tensors)
+    /// How many places there are.
+    pub fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// The tensors in a place.
+    pub fn tensors(&self, place: usize) -> Vec<RawTensor> {
+        let mut address = self.places[place].device_ptr(&self.stream).0 + (self.offset * size_of::<T>()) as u64;
+        let tensor = |&len: &usize| {
+            let tensor = RawTensor { address, len: len as u64, dtype: T::DTYPE };
+            address += (len * size_of::<T>()) as u64;
+            tensor
         };
-        self.places.iter().map(probe).collect()
+        self.lengths.iter().map(tensor).collect()
+    }
+
+    /// The norm that is this share of the data's own.
+    pub fn max_norm(&self, share: f64) -> f64 {
+        share * self.norm
     }
 
     /// Undoes the clip in a place.

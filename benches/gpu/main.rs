@@ -5,12 +5,14 @@
 //! cases take turns between copies of their data, 4 GiB in all, so that nothing of the last turn is in the cache. What a
 //! clip does is undone before the next turn, outside the time.
 //!
-//! `--counters` only runs a step of `cached`, for a profiler to look at. Without a GPU nothing is measured.
+//! `--counters` only runs a step of `cached`, for a profiler to look at; `--variants DIR` times what `variants.py` has
+//! built there. Without a GPU nothing is measured.
 #![allow(unsafe_code, reason = "launches the ceiling's kernels, and measures parts of one allocation")]
 
 mod ceiling;
 mod clock;
 mod gradients;
+mod variants;
 
 use ceiling::Ceiling;
 use clock::Clock;
@@ -42,6 +44,23 @@ fn cached(stream: &Arc<CudaStream>) -> Gradients<bf16> {
 
 fn small(stream: &Arc<CudaStream>) -> Gradients<f32> {
     Gradients::new(stream, vec![1024; 1000], 1, 0, |x| x)
+}
+
+/// A probe for tensors that stay where they are.
+fn probe(stream: &Arc<CudaStream>, tensors: &[RawTensor], max_norm: Option<f64>) -> CudaProbe {
+    let plan = Plan::new(tensors.iter().enumerate().map(|(t, tensor)| (t.to_string(), tensor.dtype, tensor.len)));
+    let config = max_norm.map_or(Config::default(), |max_norm| Config::default().max_norm(max_norm));
+    CudaProbe::new(stream, plan.unwrap(), config).unwrap()
+}
+
+/// The tensors in each place and a probe for them: one a place, so that no address is uploaded between turns.
+fn probes<T: Element + DeviceRepr + Into<f32>>(
+    stream: &Arc<CudaStream>,
+    gradients: &Gradients<T>,
+    max_norm: Option<f64>,
+) -> Vec<(CudaProbe, Vec<RawTensor>)> {
+    let tensors = (0..gradients.places()).map(|place| gradients.tensors(place));
+    tensors.map(|tensors| (probe(stream, &tensors, max_norm), tensors)).collect()
 }
 
 fn measure(probe: &mut CudaProbe, tensors: &[RawTensor]) {
@@ -92,7 +111,7 @@ impl Bench<'_> {
 
     /// All statistics of `gradients`, in each place in turn.
     fn measure<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &Gradients<T>) {
-        let mut places = gradients.probes(None);
+        let mut places = probes(&self.stream, gradients, None);
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
             let (probe, tensors) = &mut places[turn % count];
@@ -120,7 +139,7 @@ impl Bench<'_> {
         gradients: &mut Gradients<T>,
         share: f64,
     ) {
-        let mut places = gradients.probes(Some(share));
+        let mut places = probes(&self.stream, gradients, Some(gradients.max_norm(share)));
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
             if share < 1.0 {
@@ -136,7 +155,7 @@ impl Bench<'_> {
 
     /// The same as a captured graph.
     fn graph<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &mut Gradients<T>) {
-        let (mut probe, tensors) = gradients.probes(Some(CLIPS)).remove(0);
+        let (mut probe, tensors) = probes(&self.stream, gradients, Some(gradients.max_norm(CLIPS))).remove(0);
         // SAFETY: as for the measurements that are captured.
         unsafe { probe.raw().bind_raw(&tensors) }.unwrap();
         self.stream.begin_capture(THIS_THREAD).unwrap();
@@ -148,6 +167,21 @@ impl Bench<'_> {
             begin();
             graph.launch().unwrap();
         });
+    }
+
+    /// Tensors of two types in turn, and the same tensors by type.
+    fn mixed(&mut self) {
+        let f32s = Gradients::new(&self.stream, vec![1 << 20; 128], 1, 0, |x| x);
+        let bf16s = Gradients::new(&self.stream, vec![1 << 20; 128], 1, 0, bf16::from_f32);
+        let sorted = [f32s.tensors(0), bf16s.tensors(0)].concat();
+        let interleaved: Vec<RawTensor> = (0..256).map(|t| sorted[t % 2 * 128 + t / 2]).collect();
+        for (name, tensors) in [("interleaved", interleaved), ("sorted", sorted)] {
+            let mut probe = probe(&self.stream, &tensors, None);
+            self.time("mixed", name, f32s.bytes() + bf16s.bytes(), |_, begin| {
+                begin();
+                measure(&mut probe, &tensors);
+            });
+        }
     }
 
     /// What the calls of a step cost the host, with a list of slices made for each, as a trainer makes it.
@@ -190,6 +224,7 @@ impl Bench<'_> {
             self.step("step", "clips", &mut gradients, CLIPS);
             self.step("step", "does-not-clip", &mut gradients, DOES_NOT_CLIP);
         }
+        self.mixed();
         self.measure("cached", "measure", &cached(&stream));
         self.step("cached", "step", &mut cached(&stream), CLIPS);
         self.step("small", "device", &mut small(&stream), CLIPS);
@@ -213,9 +248,14 @@ fn main() {
     // SAFETY: everything is on one stream; the one other, of `host-tracked`, has a context object of its own.
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream().unwrap();
+    let clock = Clock::new(&stream);
+    let mut arguments = std::env::args().skip_while(|argument| argument != "--variants");
+    if let (Some(_), Some(folder)) = (arguments.next(), arguments.next()) {
+        return variants::run(&stream, &clock, folder.as_ref());
+    }
     if std::env::args().any(|argument| argument == "--counters") {
         let mut gradients = cached(&stream);
-        let (mut probe, tensors) = gradients.probes(Some(CLIPS)).remove(0);
+        let (mut probe, tensors) = probes(&stream, &gradients, Some(gradients.max_norm(CLIPS))).remove(0);
         for _ in 0..2 {
             gradients.restore(0);
             measure(&mut probe, &tensors);
@@ -228,7 +268,6 @@ fn main() {
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(1200))
         .configure_from_args();
-    let clock = Clock::new(&stream);
     Bench { criterion: &mut criterion, stream, clock }.all();
     criterion.final_summary();
 }
