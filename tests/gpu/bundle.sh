@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what a machine with a GPU but without Rust needs to run the tests and benches: their programs, stripped, the
-# inspector, data for it, and run.sh.
+# inspector, data for it, the peers, what was built from what (build.json), and run.sh.
 #
 #     tests/gpu/bundle.sh [FOLDER]
 #
@@ -30,10 +30,24 @@ pack() {
     done
 }
 
+# The nvcc that build.rs takes, or none.
+nvcc=null
+for candidate in "${NVCC:-}" {"${CUDA_HOME:-}","${CUDA_PATH:-}"}/bin/nvcc nvcc /usr/local/cuda/bin/nvcc; do
+    if version=$("$candidate" --version 2>/dev/null); then
+        nvcc="\"$(grep release <<<"$version")\""
+        break
+    fi
+done
+dirty=false
+[ -z "$(git status --porcelain)" ] || dirty=true
+printf '{"commit": "%s", "dirty": %s, "kernels": "%s", "nvcc": %s}\n' \
+    "$(git rev-parse HEAD)" "$dirty" "$(python3 benches/record.py hash)" "$nvcc" >"$folder/build.json"
+
 pack tests cargo test --no-run
-pack benches cargo bench --no-run --bench '*'
+pack benches cargo bench --no-run --bench gpu
 cargo build --release --example inspect
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
 cp tests/data/*.safetensors "$folder/data/"
+cp benches/{peers,record}.py "$folder/benches/"
 cp tests/gpu/run.sh "$folder/"
 du -sh "$folder"
