@@ -1,13 +1,14 @@
-"""Times what else there is for the same work, on the data and cases of `benches/gpu.rs`, and writes one JSON file.
+"""Times what else there is for the same work, on the data and cases of `benches/gpu`, and writes one JSON file.
 
     python3 benches/peers.py PEERS_JSON [--device cuda|cpu] [--limit SECONDS] [--scale FACTOR]
 
 Peers: PyTorch (the norm alone, the same statistics in its operators, those compiled, `get_total_norm`,
-`clip_grad_norm_`), CuPy with CUB, TransformerEngine and apex. What is not installed, fails or does not fit into the time
-is listed under `left_out`, with the reason. The file is written anew after each peer, so that a run that is ended from
-outside leaves what it had. `--device cpu --scale 0.001` tries the program where no GPU is; no figure comes from that.
+`clip_grad_norm_`), CuPy with CUB, TransformerEngine and apex. What is not installed, fails or does not fit into the
+time is listed under `left_out`, with the reason. The file is written anew after each peer, so that a run that is ended
+from outside leaves what it had. `--device cpu --scale 0.001` tries the program where no GPU is; no figure comes from
+that.
 
-The data, which `benches/gpu.rs` makes in the same way: element i of tensor t, counted from 0, is made from
+The data, which `benches/gpu` makes in the same way: element i of tensor t, counted from 0, is made from
 h = splitmix64(t << 40 | i mod 2^20). The sum of the four 16-bit parts of h, less its mean of 131070, times 2^-25, is
 exact in f32, with a standard deviation of 1.13e-3; it is then rounded to the tensor's type, to nearest even.
 """

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs a bundle (bundle.sh) on a machine with a GPU, and ends with the table of what it measured:
 #
-#     ./run.sh [PART...]        tests, benches, peers, counters, inspector, sanitizer, record; all of them if none is named
+#     ./run.sh [PART...]        tests, benches, peers, counters, inspector, sanitizer, record; all if none is named
 #
 # Output goes to GRADPROBE_LOGS, or `logs` beside this file: a file for each run, and records/<gpu>/<date>.json, to be
-# copied to benches/records/. Parts can be named in several calls; `record` uses what the logs then hold, on any machine.
-# No setting of the GPU is changed. Needs Python. The exit status is 0 if nothing failed.
+# copied to benches/records/. Parts can be named in several calls; `record` uses what the logs then hold, and needs no
+# GPU. No setting of the GPU is changed. Needs Python. The exit status is 0 if nothing failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
@@ -39,11 +39,13 @@ note() {
     'not measured') unmeasured+=("$name") ;;
     esac
     printf -- '---- %s: %s, %d s%s\n' "$name" "$result" "$seconds" "${why:+: $why}"
-    [ "$name" = record ] || python3 benches/record.py part "$logs/parts.json" "$name" "$result" "$seconds" ${why:+"$why"}
+    [ "$name" = record ] ||
+        python3 benches/record.py part "$logs/parts.json" "$name" "$result" "$seconds" ${why:+"$why"}
 }
 
 # Runs a command with its output in a file of that name, in the time that is left to the part, and shows how it ended.
-# One that fails counts as `otherwise`; one that runs out of time has failed. Of one that passes the last lines are shown.
+# One that fails counts as `otherwise`; one that runs out of time has failed. Of one that passes the last lines are
+# shown.
 otherwise=failed lines=2
 run() {
     local name=$1 start=$SECONDS left=$((deadline - SECONDS))
@@ -73,7 +75,7 @@ tests() {
 
 benches() {
     rm -rf "$logs/criterion"
-    run benches "${with_nvrtc[@]}" CRITERION_HOME="$logs/criterion" ./benches/gpu --bench
+    run benches "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 CRITERION_HOME="$logs/criterion" ./benches/gpu --bench
 }
 
 # They end by themselves before their time, so that what they have is written down.
