@@ -60,7 +60,7 @@ run() {
     elif tail -n 40 "$logs/$name.log" && [ "$SECONDS" -ge "$deadline" ]; then
         note "$name" failed $((SECONDS - start)) "out of time, ${limits[$part]} s"
     else
-        note "$name" "$otherwise" $((SECONDS - start)) "$(tail -n 1 "$logs/$name.log")"
+        note "$name" "$otherwise" $((SECONDS - start)) "$(grep . "$logs/$name.log" | tail -n 1)"
     fi
     return 1
 }
