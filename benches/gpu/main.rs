@@ -29,6 +29,8 @@ use gradprobe::{
 };
 use half::{bf16, f16};
 use std::{
+    collections::BTreeMap,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -77,6 +79,8 @@ struct Bench<'c> {
     criterion: &'c mut Criterion,
     stream: Arc<CudaStream>,
     clock: Clock,
+    /// Of the data of each case: with the same norm another library has measured the same data.
+    norms: BTreeMap<String, f64>,
 }
 
 impl Bench<'_> {
@@ -111,6 +115,7 @@ impl Bench<'_> {
 
     /// All statistics of `gradients`, in each place in turn.
     fn measure<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &Gradients<T>) {
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
         let mut places = probes(&self.stream, gradients, None);
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
@@ -139,6 +144,7 @@ impl Bench<'_> {
         gradients: &mut Gradients<T>,
         share: f64,
     ) {
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
         let mut places = probes(&self.stream, gradients, Some(gradients.max_norm(share)));
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
@@ -155,6 +161,7 @@ impl Bench<'_> {
 
     /// The same as a captured graph.
     fn graph<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &mut Gradients<T>) {
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
         let (mut probe, tensors) = probes(&self.stream, gradients, Some(gradients.max_norm(CLIPS))).remove(0);
         // SAFETY: as for the measurements that are captured.
         unsafe { probe.raw().bind_raw(&tensors) }.unwrap();
@@ -240,7 +247,9 @@ fn main() {
     match CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
         Ok(_) => {}
         Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
-            return println!("nothing to measure: {error}");
+            eprintln!("nothing to measure: {error}");
+            let required = std::env::var("GRADPROBE_REQUIRE_GPU").as_deref() == Ok("1");
+            std::process::exit(i32::from(required));
         }
         Err(error) => panic!("{error}"),
     }
@@ -268,6 +277,12 @@ fn main() {
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(1200))
         .configure_from_args();
-    Bench { criterion: &mut criterion, stream, clock }.all();
+    let mut bench = Bench { criterion: &mut criterion, stream, clock, norms: BTreeMap::new() };
+    bench.all();
+    // Beside criterion's own results, for record.py.
+    if let Some(folder) = std::env::var_os("CRITERION_HOME") {
+        let norms = serde_json::to_vec(&bench.norms).unwrap();
+        std::fs::write(Path::new(&folder).join("norms.json"), norms).unwrap();
+    }
     criterion.final_summary();
 }

@@ -1,7 +1,7 @@
 """Variants of the kernels that a GPU has to decide on: makes them, says what the compiler says of each.
 
     python3 benches/gpu/variants.py check               whether each still fits the kernels' source
-    python3 benches/gpu/variants.py build DIR [sm_90]   DIR/<name>.cubin and DIR/variants.json; nvcc from CUDA_HOME or PATH
+    python3 benches/gpu/variants.py build DIR [sm_90]   DIR/<name>.cubin and DIR/variants.json, with build.rs's nvcc
 
 `benches/gpu --variants DIR` then times them all in one run, in turns. A variant is the source in kernels/ with some of
 its text replaced. What became of each belongs into kernels/TUNING.md.
@@ -217,9 +217,9 @@ def source(variant):
 
 
 def nvcc():
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    return found or sys.exit("no nvcc in CUDA_HOME/bin or PATH")
+    folders = [f"{os.environ[home]}/bin" for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ]
+    path = os.pathsep.join(folders + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    return os.environ.get("NVCC") or shutil.which("nvcc", path=path) or sys.exit("no nvcc where build.rs looks for it")
 
 
 def build(folder, architecture):

@@ -25,7 +25,7 @@ pack() {
     "$@" 2>&1 | tee >(cat >&2) | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
         name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
         case $name in
-        inspect | build_script | records) ;;
+        inspect | build_script | records | variants) ;;
         *) strip -o "$folder/$to/$name" "$program" ;;
         esac
     done
@@ -48,6 +48,7 @@ pack tests cargo test --no-run
 pack benches cargo bench --no-run --bench gpu
 cargo build --release --example inspect
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
+[ "$nvcc" = null ] || python3 benches/gpu/variants.py build "$folder/variants"
 cp tests/data/*.safetensors "$folder/data/"
 cp benches/{peers,record}.py "$folder/benches/"
 cp tests/gpu/run.sh "$folder/"

@@ -2,6 +2,7 @@
 # Runs a bundle (bundle.sh) on a machine with a GPU, and ends with the table of what it measured:
 #
 #     ./run.sh [PART...]        tests, benches, peers, counters, inspector, sanitizer, record; all if none is named
+#     ./run.sh variants         times variants of the kernels, for whoever tunes them
 #
 # Output goes to GRADPROBE_LOGS, or `logs` beside this file: a file for each run, and records/<gpu>/<date>.json, to be
 # copied to benches/records/. Parts can be named in several calls; `record` uses what the logs then hold, and needs no
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 # The seconds each part may take: less than 600 in all, and the most valuable first.
 parts=(tests benches peers counters inspector sanitizer record)
 declare -A limits=([tests]=120 [benches]=150 [peers]=145 [counters]=30 [inspector]=20 [sanitizer]=110 [record]=10)
+limits[variants]=200
 
 logs=${GRADPROBE_LOGS:-logs}
 mkdir -p "$logs"
@@ -141,6 +143,11 @@ sanitizer() {
             note "$tool" 'not measured' 0 'compute-sanitizer is not on PATH'
         fi
     done
+}
+
+variants() {
+    local lines=+1
+    run variants "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 ./benches/gpu --variants variants
 }
 
 record() {
