@@ -1,6 +1,6 @@
 // What the host hands the kernels and what they hand back: src/launch.rs and src/outputs.rs hold the other side.
 #pragma once
-#include "record.cuh"
+#include "gsnr.cuh"
 
 constexpr u32 DTYPE_F32 = 0;
 constexpr u32 DTYPE_F16 = 1;
@@ -61,5 +61,13 @@ struct Arguments {
     u32 tensor_count;
     u32 busy_tensors;           // that have elements
     u32 policy;
+    u32 window;                 // steps after which tracking starts anew; 0: never
+    u32 reserved;
+    Track *tracks;              // of the tensors; null when none is tracked, as all below
+    float *means;               // of the tracked elements
+    float *deviations;
+    GsnrRecord *gsnr_records;
+    GsnrSums *gsnr_sums;        // a slot a chunk
+    u32 *gsnr_bins;             // BINS a tensor; 0 between launches
 };
-static_assert(sizeof(Arguments) == 80, "src/launch.rs");
+static_assert(sizeof(Arguments) == 136, "src/launch.rs");

@@ -20,25 +20,44 @@ struct FinishScratch {
 // Whether the calling block is the last of `count` to get here; resets the counter if so. What thread 0 of the others
 // wrote to global memory before is then there for this block to load fresh. A barrier must follow on the way to the
 // next call; where it returns true, one has.
-DEVICE bool last_of(FinishScratch &scratch, u32 *counter, u32 count) {
+DEVICE bool last_of(u32 &scratch, u32 *counter, u32 count) {
     if (threadIdx.x == 0) {
-        scratch.last = count_released(counter) == count - 1;
-        if (scratch.last) {
+        scratch = count_released(counter) == count - 1;
+        if (scratch) {
             acquire();
             *counter = 0;
         }
     }
     BARRIER();
-    bool last = scratch.last;
+    bool last = scratch;
     if (last) BARRIER(); // all have read it
     return last;
 }
 
 // Merges `count` records that lie `stride` apart.
-DEVICE void merge_records(FinishScratch &scratch, const Record *records, u32 stride, u32 count, Record *to) {
+template <typename R> DEVICE void merge_records(R *runs, const R *records, u32 stride, u32 count, R *to) {
     auto item = [&](u64 i) { return load_record(records + i * stride); };
-    Record all = block_fold(scratch.records, count, item, [](const Record &x, const Record &y) { return merge(x, y); });
+    R all = block_fold(runs, count, item, [](const R &x, const R &y) { return merge(x, y); });
     if (threadIdx.x == 0) *to = all;
+}
+
+// Puts a chunk's record, which thread 0 knows, in its slot, and merges what it is the last part of: its span, its
+// tensor. True when that is the tensor: its record is then at `to`, put there by thread 0. `parts` has a slot a chunk.
+template <typename R>
+DEVICE bool merge_chunk(R *runs, u32 &last, const Arguments &a, const R &part, u32 index, u32 tensor, R *parts, R *to) {
+    u32 first = a.tensors[tensor].first_chunk, chunks = a.tensors[tensor].chunk_count;
+    u32 spans = (chunks + SPAN - 1) / SPAN, span_first = index - (index - first) % SPAN;
+    if (threadIdx.x == 0) (chunks == 1 ? *to : parts[index]) = part;
+    if (chunks > 1) {
+        u32 rest = first + chunks - span_first, length = rest < SPAN ? rest : SPAN;
+        if (!last_of(last, a.done + span_first, length)) return false;
+        merge_records(runs, parts + span_first, 1, length, spans == 1 ? to : parts + span_first);
+    }
+    if (spans > 1) {
+        if (!last_of(last, a.done + a.chunk_count + tensor, spans)) return false;
+        merge_records(runs, parts + first, SPAN, spans, to);
+    }
+    return true;
 }
 
 DEVICE double propagate(u64 nan_count, u64 inf_count, double finite) {
@@ -61,6 +80,11 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
         return StepSums{x.squares + y.squares, x.nan_count + y.nan_count, x.inf_count + y.inf_count};
     };
     StepSums all = block_fold<4>(scratch.sums, a.tensor_count, item, add);
+    if (a.tracks) {
+        for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
+            if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], load_record(a.records + i), a.window);
+        }
+    }
     if (threadIdx.x != 0) return;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     bool found = nan_count + inf_count > 0;
@@ -88,23 +112,4 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     *a.outputs = o;
-}
-
-// Puts a chunk's record, which thread 0 reads, in its place, and finishes what it is the last part of: its span, its
-// tensor, the step.
-DEVICE void finish_chunk(FinishScratch &scratch, const Arguments &a, const Record &record, u32 index, u32 tensor) {
-    u32 first = a.tensors[tensor].first_chunk, chunks = a.tensors[tensor].chunk_count;
-    u32 spans = (chunks + SPAN - 1) / SPAN, span_first = index - (index - first) % SPAN;
-    if (threadIdx.x == 0) (chunks == 1 ? a.records[tensor] : a.chunk_records[index]) = record;
-    if (chunks > 1) {
-        u32 rest = first + chunks - span_first, length = rest < SPAN ? rest : SPAN;
-        if (!last_of(scratch, a.done + span_first, length)) return;
-        Record *span = a.chunk_records + span_first;
-        merge_records(scratch, span, 1, length, spans == 1 ? a.records + tensor : span);
-    }
-    if (spans > 1) {
-        if (!last_of(scratch, a.done + a.chunk_count + tensor, spans)) return;
-        merge_records(scratch, a.chunk_records + first, SPAN, spans, a.records + tensor);
-    }
-    if (last_of(scratch, a.done + a.chunk_count + a.tensor_count, a.busy_tensors)) finish_step(scratch, a);
 }

@@ -72,11 +72,17 @@ DEVICE u32 load_element(const u16 *address) {
     return value;
 }
 
-// Two words other blocks have written in this launch: from L2, since a line of L1 may be older than the write.
+// Words other blocks have written in this launch: from L2, since a line of L1 may be older than the write.
 DEVICE LongPair load_fresh(const u64 *address) {
     LongPair pair;
     asm volatile("ld.global.cg.v2.u64 {%0, %1}, [%2];" : "=l"(pair.x), "=l"(pair.y) : "l"(address) : "memory");
     return pair;
+}
+
+DEVICE u32 load_fresh(const u32 *address) {
+    u32 word;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
 }
 
 // Adds 1 to a counter, and gives what it was. What this thread wrote before is there for the block that finds all

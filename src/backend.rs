@@ -3,7 +3,7 @@
 //! A trainer's loop uses a probe's own methods, which take the tensors where they are. [`Backend`] is for data on the
 //! host, wherever the statistics are to be computed: the inspector, the tests and the benches are written over it.
 
-use crate::{DType, Element, Error, Report, dtype::sealed::Bits};
+use crate::{DType, Element, Error, GsnrConfig, GsnrReport, Report, dtype::sealed::Bits};
 use half::{bf16, f16};
 
 /// Elements of one tensor on the host.
@@ -123,4 +123,22 @@ pub trait Backend {
     /// # Errors
     /// As [`measure_host`](Self::measure_host), and [`Error::NotMeasured`].
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error>;
+
+    /// Tracks tensors across the steps from now on; what was tracked before is forgotten.
+    ///
+    /// # Errors
+    /// Those of [`GsnrConfig::bytes`], and [`Error::OutOfMemory`].
+    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error>;
+
+    /// Forgets all steps that were tracked.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`].
+    fn reset_tracking(&mut self) -> Result<(), Error>;
+
+    /// Signal and noise of the tracked tensors, up to the last step.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], [`Error::TooFewSteps`], or the device's.
+    fn gsnr(&mut self) -> Result<GsnrReport, Error>;
 }

@@ -28,6 +28,29 @@ pub enum Error {
         /// What it was.
         value: String,
     },
+    /// A pattern that selects tensors by name matches none of the plan's.
+    #[error("no tensor's name matches {pattern:?}")]
+    NoSuchTensor {
+        /// The pattern.
+        pattern: String,
+    },
+    /// A tensor of more than 2^32 - 1 elements cannot be tracked across steps.
+    #[error("tensor {name:?}: {length} elements are more than the 2^32 - 1 that can be tracked")]
+    TooLargeToTrack {
+        /// The tensor's name.
+        name: String,
+        /// Its elements.
+        length: u64,
+    },
+    /// What is known across steps was asked for, but the probe tracks none.
+    #[error("no tensors are tracked: call `track` first")]
+    NotTracked,
+    /// A variance needs two steps.
+    #[error("signal and noise need at least 2 tracked steps, there were {steps}")]
+    TooFewSteps {
+        /// Steps so far.
+        steps: u32,
+    },
     /// A step was given another number of tensors than its plan has.
     #[error("the plan has {planned} tensors, the step gave {given}")]
     TensorCount {

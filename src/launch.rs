@@ -4,7 +4,8 @@
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
 use crate::{
-    Config, DType, Error, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    gsnr::{BINS, GsnrSums, Layout, Track},
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
@@ -17,11 +18,15 @@ pub enum Kernel {
     Measure,
     /// `gradprobe_clip`: scales in place what [`Kernel::Measure`] decided to scale.
     Clip,
+    /// `gradprobe_update`: merges the step that [`Kernel::Measure`] measured into what is tracked across steps.
+    Update,
+    /// `gradprobe_gsnr`: reduces what is tracked to one [`GsnrRecord`] a tensor.
+    Gsnr,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 2] = [Kernel::Measure, Kernel::Clip];
+    pub const ALL: [Kernel; 4] = [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
@@ -31,6 +36,8 @@ impl Kernel {
         match self {
             Kernel::Measure => "gradprobe_measure",
             Kernel::Clip => "gradprobe_clip",
+            Kernel::Update => "gradprobe_update",
+            Kernel::Gsnr => "gradprobe_gsnr",
         }
     }
 }
@@ -150,10 +157,26 @@ pub struct Arguments {
     pub busy_tensors: u32,
     /// [`Config::non_finite`].
     pub policy: u32,
+    /// Steps after which tracking starts anew, or 0.
+    pub window: u32,
+    /// Unused; 0.
+    pub reserved: u32,
+    /// How far each tensor has been tracked; 0 when none is, as all that follow.
+    pub tracks: u64,
+    /// f32 means of the tracked elements.
+    pub means: u64,
+    /// Their summed squared deviations, f32.
+    pub deviations: u64,
+    /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
+    pub gsnr_records: u64,
+    /// Sums of each chunk: workspace.
+    pub gsnr_sums: u64,
+    /// Bins of each tensor: workspace.
+    pub gsnr_bins: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 80);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 136);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -169,6 +192,7 @@ pub struct DeviceProbe<D: Device> {
     results: D::Buffer,
     /// Tables and workspace, kept alive for the kernels.
     _workspace: [D::Buffer; 4],
+    tracking: Option<Tracking<D>>,
     /// The addresses in the device's table.
     current: Vec<u64>,
     /// Whether `current` was found free of overlaps.
@@ -239,6 +263,7 @@ impl<D: Device> DeviceProbe<D> {
             tensor_count: tensor_count as u32,
             busy_tensors: entries.iter().filter(|e| e.length > 0).count() as u32,
             policy: config.non_finite as u32,
+            ..Arguments::zeroed()
         };
         const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
         Ok(Self {
@@ -256,6 +281,7 @@ impl<D: Device> DeviceProbe<D> {
             addresses,
             results,
             _workspace: workspace,
+            tracking: None,
             device,
         })
     }
@@ -339,6 +365,9 @@ impl<D: Device> DeviceProbe<D> {
         // SAFETY: the caller's promise is the same.
         unsafe { self.bind_raw(tensors) }?;
         self.launch(Kernel::Measure)?;
+        if self.tracking.is_some() {
+            self.launch(Kernel::Update)?;
+        }
         self.measured = true;
         self.unread = true;
         Ok(())
@@ -369,6 +398,73 @@ impl<D: Device> DeviceProbe<D> {
             return Ok(());
         }
         self.launch(Kernel::Clip)
+    }
+
+    /// Tracks tensors across the steps from now on; what was tracked before is forgotten. Allocates
+    /// [`GsnrConfig::bytes`] of device memory; a graph captured before goes on without.
+    ///
+    /// # Errors
+    /// Those of [`GsnrConfig::bytes`], and the device's when it has not enough memory. What was tracked before then
+    /// stays.
+    pub fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        let tracking = Tracking::new(&self.device, &self.plan, config)?;
+        let address = |buffer: &D::Buffer| self.device.address(buffer);
+        self.arguments = Arguments {
+            window: config.steps_of_window(),
+            tracks: address(&tracking.tracks),
+            means: address(&tracking.means),
+            deviations: address(&tracking.deviations),
+            gsnr_records: address(&tracking.records),
+            gsnr_sums: address(&tracking.sums),
+            gsnr_bins: address(&tracking.bins),
+            ..self.arguments
+        };
+        self.tracking = Some(tracking);
+        Ok(())
+    }
+
+    /// Forgets all steps that were tracked: one upload.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], or the device's.
+    pub fn reset_tracking(&mut self) -> Result<(), Error> {
+        let tracking = self.tracking.as_mut().ok_or(Error::NotTracked)?;
+        self.device.upload(bytemuck::cast_slice(&tracking.fresh), &mut tracking.tracks)
+    }
+
+    /// Launches the reduction of what is tracked, which leaves one [`GsnrRecord`] a tensor at
+    /// [`gsnr_records_address`](Self::gsnr_records_address). For those who read them on the device; does not wait.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], or the device's.
+    pub fn launch_gsnr(&mut self) -> Result<(), Error> {
+        if self.tracking.is_none() {
+            return Err(Error::NotTracked);
+        }
+        self.launch(Kernel::Gsnr)
+    }
+
+    /// Device address of one [`GsnrRecord`] a tensor of the plan, set by [`launch_gsnr`](Self::launch_gsnr) for the
+    /// tracked ones. `None` when none is tracked.
+    pub fn gsnr_records_address(&self) -> Option<u64> {
+        self.tracking.as_ref().map(|_| self.arguments.gsnr_records)
+    }
+
+    /// Signal and noise of the tracked tensors up to the last step. Waits for them.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], [`Error::TooFewSteps`] before the second step, [`Error::WaitInCapture`], or the device's.
+    pub fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+        if self.device.is_capturing()? {
+            return Err(Error::WaitInCapture);
+        }
+        self.launch_gsnr()?;
+        let Some(tracking) = &mut self.tracking else { return Err(Error::NotTracked) };
+        self.device.start_read(&tracking.records, &mut tracking.read)?;
+        let bytes = self.device.complete(&tracking.read)?;
+        let records = bytes.chunks_exact(size_of::<GsnrRecord>()).map(bytemuck::pod_read_unaligned::<GsnrRecord>);
+        let tracked = records.enumerate().filter(|(index, _)| tracking.fresh[*index].is_tracked());
+        GsnrReport::new(Arc::clone(&self.plan), tracked.collect())
     }
 
     fn launch(&self, kernel: Kernel) -> Result<(), Error> {
@@ -466,6 +562,44 @@ impl<D: Device> DeviceProbe<D> {
         }
         self.idle.push(read);
         Ok(report)
+    }
+}
+
+/// What is tracked across steps, in device memory.
+struct Tracking<D: Device> {
+    /// The tracks of no step.
+    fresh: Vec<Track>,
+    tracks: D::Buffer,
+    means: D::Buffer,
+    deviations: D::Buffer,
+    records: D::Buffer,
+    sums: D::Buffer,
+    bins: D::Buffer,
+    read: D::Read,
+}
+
+impl<D: Device> Tracking<D> {
+    fn new(device: &D, plan: &Plan, config: &GsnrConfig) -> Result<Self, Error> {
+        let Layout { tracks: fresh, elements } = config.layout(plan)?;
+        let count = fresh.len();
+        let bytes = usize::try_from(elements * 4).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
+        let records = count * size_of::<GsnrRecord>();
+        let upload = |bytes: &[u8]| -> Result<D::Buffer, Error> {
+            let mut buffer = device.allocate(bytes.len().max(1))?;
+            device.upload(bytes, &mut buffer)?;
+            Ok(buffer)
+        };
+        Ok(Self {
+            // The first step writes the state before any reads it.
+            means: device.allocate(bytes.max(1))?,
+            deviations: device.allocate(bytes.max(1))?,
+            tracks: upload(bytemuck::cast_slice(&fresh))?,
+            records: device.allocate(records.max(1))?,
+            sums: device.allocate((plan.chunks() * size_of::<GsnrSums>()).max(1))?,
+            bins: upload(bytemuck::cast_slice(&vec![0u32; count * BINS]))?,
+            read: device.prepare_read(records)?,
+            fresh,
+        })
     }
 }
 

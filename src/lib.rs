@@ -27,6 +27,7 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod error;
+mod gsnr;
 pub mod launch;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
@@ -45,6 +46,7 @@ pub use cuda::CudaProbe;
 pub use cudarc;
 pub use dtype::{DType, Element};
 pub use error::Error;
+pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use record::Record;

@@ -77,7 +77,7 @@ impl TensorReport<'_> {
 }
 
 /// A name as one line of printable characters, however odd the original.
-fn printable(name: &str) -> String {
+pub(crate) fn printable(name: &str) -> String {
     name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 

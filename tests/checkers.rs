@@ -11,8 +11,8 @@ use common::check::{self, CONSTANT_VARIANCE_BOUND, SUM_BOUND, Seen, variance_bou
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
-    StepOutputs,
+    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
+    Record, Report, StepOutputs,
 };
 
 /// What a perfect backend would say.
@@ -398,7 +398,24 @@ struct Faulty {
     step: u64,
 }
 
+/// What a faulty backend does not change.
+macro_rules! tracks_as {
+    ($field:tt) => {
+        fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+            self.$field.track(config)
+        }
+        fn reset_tracking(&mut self) -> Result<(), Error> {
+            self.$field.reset_tracking()
+        }
+        fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+            self.$field.gsnr()
+        }
+    };
+}
+
 impl Backend for Faulty {
+    tracks_as!(probe);
+
     fn name(&self) -> &'static str {
         "faulty"
     }
@@ -529,6 +546,8 @@ fn the_harness_complains_of_faulty_clips() {
 fn the_harness_complains_of_wrong_refusals() {
     struct Careless(CpuProbe);
     impl Backend for Careless {
+        tracks_as!(0);
+
         fn name(&self) -> &'static str {
             "careless"
         }

@@ -199,6 +199,7 @@ impl Tables {
             tensor_count: u32::try_from(count).unwrap(),
             busy_tensors: u32::try_from(count).unwrap(),
             policy: 0,
+            ..Arguments::zeroed()
         };
         Self { arguments, outputs, _kept: kept }
     }

@@ -2,6 +2,8 @@
 #define GRADPROBE_SIMT
 #include "../measure.cu"
 #include "../clip.cu"
+#include "../update.cu"
+#include "../gsnr.cu"
 
 thread_local SimtState gradprobe_simt_state;
 
@@ -9,7 +11,9 @@ extern "C" {
 void gradprobe_simt_enter(u32 thread, u32 block, u32 grid, void *shared, u64 shared_bytes) {
     gradprobe_simt_state = {thread, block, grid, shared, shared_bytes};
 }
-u64 gradprobe_simt_shared_bytes() { return sizeof(MeasureScratch); }
+u64 gradprobe_simt_shared_bytes() {
+    return sizeof(MeasureScratch) > sizeof(GsnrScratch) ? sizeof(MeasureScratch) : sizeof(GsnrScratch);
+}
 }
 
 // Each lane publishes its index and reads its neighbour's: right with a barrier between, and up to the order of the

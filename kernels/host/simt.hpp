@@ -49,6 +49,11 @@ template <typename T> inline T simt_shuffle_down(T value, uint32_t delta, uint32
     return value;
 }
 
+inline u32 atomicAdd(u32 *address, u32 value) {
+    u32 old = *address;
+    *address = old + value;
+    return old;
+}
 inline u32 count_released(u32 *counter) { return (*counter)++; }
 inline void acquire() {}
 
@@ -74,6 +79,7 @@ inline LongPair load_fresh(const u64 *address) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of two words");
     return {address[0], address[1]};
 }
+inline u32 load_fresh(const u32 *address) { return *address; }
 // Reads, so that AddressSanitizer sees an address outside a tensor.
 inline void prefetch(u64 address) { (void)*reinterpret_cast<const volatile char *>(address); }
 

@@ -5,6 +5,7 @@
 //! when, and why the result is as exact as it is).
 
 use super::{
+    dispatch::Work,
     scan::Scan,
     sums::{Sums, sums},
 };
@@ -14,9 +15,24 @@ use crate::{
     spec::{CENTRED_SHARE, TILE, scale_of},
 };
 
-/// The record of at most one chunk of elements. `dead_bits` is the dead threshold as a magnitude of this type.
+/// The record of at most one chunk of elements.
+pub(super) struct Measure<'a, E: Element> {
+    pub elements: &'a [E],
+    /// The dead threshold as a magnitude of this type.
+    pub dead_bits: E::Word,
+}
+
+impl<E: Element> Work for Measure<'_, E> {
+    type Output = Record;
+
+    #[inline(always)]
+    fn run(self) -> Record {
+        chunk(self.elements, self.dead_bits)
+    }
+}
+
 #[inline(always)]
-pub(super) fn chunk<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
+fn chunk<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
     let mut scan = Scan::new();
     let sums = sums(elements, E::zeroed(), |x: E| x.widen_finite(), |tile| scan.add(tile, dead_bits));
     let max = scan.max.into();

@@ -6,16 +6,18 @@
 mod chunk;
 mod clip;
 mod dispatch;
-
+mod gsnr;
 mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
     backend::with_elements,
     dtype::sealed::Bits,
     spec::{self, CHUNK},
 };
+use chunk::Measure;
+use gsnr::Tracking;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -26,6 +28,7 @@ pub struct CpuProbe {
     config: Config,
     /// One record a chunk.
     chunks: Vec<Record>,
+    tracking: Option<Tracking>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -43,7 +46,7 @@ impl CpuProbe {
         chunks.resize(plan.chunks(), Record::EMPTY);
         // Starts the thread pool now rather than in the first step (2 ms).
         rayon::join(|| (), || ());
-        Ok(Self { plan: Arc::new(plan), config, chunks, outputs: None, steps: 0 })
+        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, outputs: None, steps: 0 })
     }
 
     /// Reads every tensor once. `tensors` are those of the plan, in its order.
@@ -64,8 +67,8 @@ impl CpuProbe {
         work.into_par_iter().for_each(|(tensor, records)| {
             records.par_iter_mut().enumerate().for_each(|(index, record)| {
                 *record = with_elements!(HostTensor, tensor, elements => {
-                    let chunk = &elements[index * CHUNK..elements.len().min((index + 1) * CHUNK)];
-                    dispatch::chunk(chunk, dead_bits(chunk, threshold))
+                    let elements = &elements[index * CHUNK..elements.len().min((index + 1) * CHUNK)];
+                    dispatch::run(Measure { elements, dead_bits: dead_bits(elements, threshold) })
                 });
             });
         });
@@ -76,6 +79,9 @@ impl CpuProbe {
             })
             .collect();
         self.steps += 1;
+        if let Some(tracking) = &mut self.tracking {
+            tracking.update(tensors, &records);
+        }
         let outputs = StepOutputs::finish(&records, &self.config, self.steps);
         self.outputs = Some(outputs);
         Ok(Report::new(Arc::clone(&self.plan), outputs, records))
@@ -98,6 +104,32 @@ impl CpuProbe {
             });
         });
         Ok(())
+    }
+
+    /// Tracks tensors across the steps from now on; what was tracked before is forgotten.
+    ///
+    /// # Errors
+    /// Those of [`GsnrConfig::bytes`], and [`Error::OutOfMemory`]. What was tracked before then stays.
+    pub fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        self.tracking = Some(Tracking::new(&self.plan, config)?);
+        Ok(())
+    }
+
+    /// Forgets all steps that were tracked.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`].
+    pub fn reset_tracking(&mut self) -> Result<(), Error> {
+        self.tracking.as_mut().map(Tracking::reset).ok_or(Error::NotTracked)
+    }
+
+    /// Signal and noise of the tracked tensors, up to the last step.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], and [`Error::TooFewSteps`] before the second step.
+    pub fn gsnr(&self) -> Result<GsnrReport, Error> {
+        let tracking = self.tracking.as_ref().ok_or(Error::NotTracked)?;
+        GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
     }
 
     /// The last step's scalars.
@@ -126,5 +158,17 @@ impl Backend for CpuProbe {
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.clip(tensors)
+    }
+
+    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        self.track(config)
+    }
+
+    fn reset_tracking(&mut self) -> Result<(), Error> {
+        self.reset_tracking()
+    }
+
+    fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+        CpuProbe::gsnr(self)
     }
 }

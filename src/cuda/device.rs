@@ -17,8 +17,8 @@ unsafe impl DeviceRepr for Arguments {}
 /// The kernels on a stream of the caller's.
 pub struct Cuda {
     stream: Arc<CudaStream>,
-    measure: (CudaFunction, u32),
-    clip: (CudaFunction, u32),
+    /// In the order of [`Kernel::ALL`], with the blocks that fill the device.
+    kernels: [(CudaFunction, u32); Kernel::ALL.len()],
 }
 
 impl Cuda {
@@ -37,8 +37,8 @@ impl Cuda {
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
-        let (measure, clip) = (function(Kernel::Measure)?, function(Kernel::Clip)?);
-        Ok(Self { stream, measure, clip })
+        let [measure, clip, update, gsnr] = Kernel::ALL.map(function);
+        Ok(Self { kernels: [measure?, clip?, update?, gsnr?], stream })
     }
 
     /// The stream everything is ordered on.
@@ -51,10 +51,7 @@ impl Cuda {
     }
 
     fn kernel(&self, kernel: Kernel) -> &(CudaFunction, u32) {
-        match kernel {
-            Kernel::Measure => &self.measure,
-            Kernel::Clip => &self.clip,
-        }
+        &self.kernels[kernel as usize]
     }
 }
 

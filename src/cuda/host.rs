@@ -2,7 +2,7 @@
 //! trainer's gradients are on the device already.
 
 use super::{CudaProbe, driver::failed};
-use crate::{Backend, Error, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor};
+use crate::{Backend, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
 
@@ -65,6 +65,18 @@ impl CudaProbe {
 }
 
 impl Backend for CudaProbe {
+    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        self.probe.track(config)
+    }
+
+    fn reset_tracking(&mut self) -> Result<(), Error> {
+        self.probe.reset_tracking()
+    }
+
+    fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+        self.probe.gsnr()
+    }
+
     fn name(&self) -> &'static str {
         "cuda"
     }

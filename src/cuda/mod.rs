@@ -43,7 +43,7 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    Config, Error, Plan, Report,
+    Config, Error, GsnrConfig, GsnrReport, Plan, Report,
     launch::{DeviceProbe, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -160,6 +160,30 @@ impl CudaProbe {
     /// [`Error::NotMeasured`] when there was none, or the driver's.
     pub fn wait(&mut self) -> Result<Report, Error> {
         self.probe.wait()
+    }
+
+    /// See [`DeviceProbe::track`]: signal and noise of the gradients, from now on.
+    ///
+    /// # Errors
+    /// Those of [`GsnrConfig::bytes`], or the driver's when there is not enough memory.
+    pub fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        self.probe.track(config)
+    }
+
+    /// See [`DeviceProbe::reset_tracking`].
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], or the driver's.
+    pub fn reset_tracking(&mut self) -> Result<(), Error> {
+        self.probe.reset_tracking()
+    }
+
+    /// See [`DeviceProbe::gsnr`]. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NotTracked`], [`Error::TooFewSteps`], or the driver's.
+    pub fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+        self.probe.gsnr()
     }
 
     /// The stream everything is ordered on.

@@ -50,6 +50,10 @@ entries! {
     MEASURE = gradprobe_measure;
     /// [`Kernel::Clip`].
     CLIP = gradprobe_clip;
+    /// [`Kernel::Update`].
+    UPDATE = gradprobe_update;
+    /// [`Kernel::Gsnr`].
+    GSNR = gradprobe_gsnr;
     /// Lanes read their neighbours' words behind a barrier: right.
     WITH_BARRIER = gradprobe_simt_with_barrier;
     /// Lanes read their neighbours' words without a barrier.

@@ -9,7 +9,7 @@
 mod block;
 
 use gradprobe::{
-    Backend, Config, Error, HostTensor, HostTensorMut, Plan, Report,
+    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Report,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
@@ -59,6 +59,8 @@ impl Device for Simt {
         let entry = match kernel {
             Kernel::Measure => Entry::MEASURE,
             Kernel::Clip => Entry::CLIP,
+            Kernel::Update => Entry::UPDATE,
+            Kernel::Gsnr => Entry::GSNR,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
@@ -142,6 +144,18 @@ impl Backend for SimtProbe {
             .collect();
         // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
         unsafe { self.0.clip_raw(&raw) }
+    }
+
+    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        self.0.track(config)
+    }
+
+    fn reset_tracking(&mut self) -> Result<(), Error> {
+        self.0.reset_tracking()
+    }
+
+    fn gsnr(&mut self) -> Result<GsnrReport, Error> {
+        self.0.gsnr()
     }
 }
 

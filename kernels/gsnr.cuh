@@ -1,0 +1,64 @@
+// What is kept of the tracked tensors across steps: src/gsnr.rs documents it, with the same layouts and the same
+// operations.
+#pragma once
+#include "record.cuh"
+#include "spec.cuh"
+
+constexpr u64 UNTRACKED = ~0ull;
+
+struct Track {
+    u64 offset; // of its first element in the state
+    u32 steps, skipped;
+    u32 merge; // whether the last step is to be merged
+    u32 reserved;
+    double norm_mean, norm_deviations;
+};
+static_assert(sizeof(Track) == 40, "src/gsnr.rs");
+ASSERT_OFFSET(Track, merge, 16, "src/gsnr.rs");
+ASSERT_OFFSET(Track, norm_mean, 24, "src/gsnr.rs");
+
+constexpr u32 BINS = 4096;
+constexpr u32 BIN_SHIFT = 19;
+
+// What a chunk, and then a tensor, adds up over its elements.
+struct GsnrSums {
+    u64 defined, below_one;
+    double ratios, deviations, squared_means;
+    u64 reserved;
+};
+static_assert(sizeof(GsnrSums) == 48, "src/gsnr.rs");
+
+struct GsnrRecord {
+    u32 steps, skipped;
+    u64 defined, constant, below_one;
+    double sum_ratio, sum_variance, sum_squared_mean, median_or_nan, norm_mean, norm_deviations;
+};
+static_assert(sizeof(GsnrRecord) == 80, "src/gsnr.rs");
+
+DEVICE GsnrSums merge(const GsnrSums &a, const GsnrSums &b) {
+    return {a.defined + b.defined, a.below_one + b.below_one, a.ratios + b.ratios, a.deviations + b.deviations,
+            a.squared_means + b.squared_means, 0};
+}
+
+// Sums that another block has written in this launch.
+DEVICE GsnrSums load_record(const GsnrSums *from) {
+    const u64 *words = (const u64 *)from;
+    LongPair counts = load_fresh(words), sums = load_fresh(words + 2), rest = load_fresh(words + 4);
+    return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), 0};
+}
+
+// Takes note of a step of a tensor with this record.
+DEVICE void track_step(Track &track, const Record &record, u32 window) {
+    bool merge = record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= bits_to_float(LARGE);
+    track.merge = merge ? 1 : 0;
+    if (!merge) {
+        track.skipped++;
+        return;
+    }
+    if (window != 0 && track.steps == window) track = {track.offset, 0, 0, 1, 0, 0.0, 0.0};
+    track.steps++;
+    double norm = sqrt(sum_squares((double)finite_count(record), record.mean_or_zero, record.sum_squared_deviations));
+    double gap = norm - track.norm_mean;
+    track.norm_mean += gap / (double)track.steps;
+    track.norm_deviations += gap * (norm - track.norm_mean);
+}

@@ -1,0 +1,67 @@
+// Update: Welford's mean and squared deviations of every tracked element, after the measurement of the same step.
+//
+// A launch of its own and not a part of measure: a step with a NaN anywhere in a tensor is merged into none of its
+// elements, so that nothing may be written before the whole tensor has been read, and f32 sums cannot be taken back.
+// Chunks are taken from the last to the first, since the last ones measured are the ones still in L2: of a model that
+// fits there, no gradient is read from memory twice.
+//
+// Reads n·size bytes, and reads and writes 8 for each element.
+#include "elements.cuh"
+
+// Eight elements' means or deviations.
+struct Floats8 {
+    Words4 half[2];
+};
+DEVICE Floats8 load_floats(const float *address) {
+    return {{load_words4_to_change((u64)address), load_words4_to_change((u64)(address + 4))}};
+}
+DEVICE void store_floats(float *address, const Floats8 &floats) {
+    store_words4((u64)address, floats.half[0]);
+    store_words4((u64)(address + 4), floats.half[1]);
+}
+
+template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps) {
+    const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
+    bool aligned = chunk.address % 16 == 0;
+    float share = 1.0f / (float)steps;
+#pragma unroll 1
+    for (u32 index = threadIdx.x * PACKET; index < chunk.length; index += LANES * PACKET) {
+        u32 words[E::WORDS];
+        // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
+        if (aligned && index + PACKET <= chunk.length) {
+            load_packet_aligned<E>(elements + index, words);
+        } else {
+            load_packet_scalar<E>(elements + index, chunk.length - index, words);
+        }
+        Floats8 mean = {}, deviation = {};
+        if (steps > 1) {
+            mean = load_floats(means + index);
+            deviation = load_floats(deviations + index);
+        }
+#pragma unroll
+        for (u32 slot = 0; slot < PACKET; slot++) {
+            u32 &m = mean.half[slot / 4].word[slot % 4], &d = deviation.half[slot / 4].word[slot % 4];
+            float x = E::widen(E::element(words, slot));
+            float old = bits_to_float(m), gap = x - old, now = fmaf(gap, share, old);
+            // The first is taken as it is: x·1 + 0 would be the same but for -0.
+            if (steps == 1) now = x;
+            d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap, x - now, bits_to_float(d)));
+            m = float_to_bits(now);
+        }
+        store_floats(means + index, mean);
+        store_floats(deviations + index, deviation);
+    }
+}
+
+KERNEL(8) gradprobe_update(Arguments a) {
+    for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
+        u32 index = a.chunk_count - 1 - from_end, tensor = a.chunk_tensors[index];
+        const Track &track = a.tracks[tensor];
+        if (track.offset == UNTRACKED || !track.merge) continue;
+        Chunk chunk = chunk_of(a, index, tensor);
+        u64 first = track.offset + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
+#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, track.steps)
+        FOR_DTYPE(chunk.dtype, UPDATE)
+#undef UPDATE
+    }
+}

@@ -1,0 +1,162 @@
+//! Welford's update of each element's mean and deviations, and their reduction to one record a tensor.
+
+use super::dispatch::{self, Work};
+use crate::{
+    Element, Error, GsnrConfig, GsnrRecord, HostTensor, Plan, Record,
+    backend::with_elements,
+    gsnr::{BINS, GsnrSums, Track, bin_of},
+    spec::{self, CHUNK, LANES},
+};
+use rayon::prelude::*;
+
+/// The state of the tracked tensors.
+#[derive(Clone, Debug)]
+pub(super) struct Tracking {
+    window: u32,
+    tracks: Vec<Track>,
+    means: Vec<f32>,
+    deviations: Vec<f32>,
+}
+
+impl Tracking {
+    pub(super) fn new(plan: &Plan, config: &GsnrConfig) -> Result<Self, Error> {
+        let layout = config.layout(plan)?;
+        let zeros = || {
+            let bytes = layout.elements.saturating_mul(4);
+            let out_of_memory = || Error::OutOfMemory { bytes: usize::try_from(bytes).unwrap_or(usize::MAX) };
+            let elements = usize::try_from(layout.elements).map_err(|_| out_of_memory())?;
+            let mut zeros = Vec::new();
+            zeros.try_reserve_exact(elements).map_err(|_| out_of_memory())?;
+            zeros.resize(elements, 0.0);
+            Ok::<Vec<f32>, Error>(zeros)
+        };
+        let (means, deviations) = (zeros()?, zeros()?);
+        Ok(Self { window: config.steps_of_window(), tracks: layout.tracks, means, deviations })
+    }
+
+    /// Forgets all steps.
+    pub(super) fn reset(&mut self) {
+        for track in &mut self.tracks {
+            *track = Track { offset: track.offset, ..bytemuck::Zeroable::zeroed() };
+        }
+    }
+
+    /// Merges a step whose records are known.
+    pub(super) fn update(&mut self, tensors: &[HostTensor<'_>], records: &[Record]) {
+        let (mut means, mut deviations) = (self.means.as_mut_slice(), self.deviations.as_mut_slice());
+        let mut work = Vec::new();
+        for ((track, tensor), record) in self.tracks.iter_mut().zip(tensors).zip(records) {
+            if !track.is_tracked() {
+                continue;
+            }
+            track.step(record, self.window);
+            let padded = tensor.len().next_multiple_of(spec::GROUP);
+            let (mean, deviation);
+            (mean, means) = means.split_at_mut(padded);
+            (deviation, deviations) = deviations.split_at_mut(padded);
+            if track.merge != 0 {
+                work.push((*tensor, &mut mean[..tensor.len()], &mut deviation[..tensor.len()], track.steps));
+            }
+        }
+        work.into_par_iter().for_each(|(tensor, means, deviations, steps)| {
+            let state = means.par_chunks_mut(CHUNK).zip(deviations.par_chunks_mut(CHUNK));
+            with_elements!(HostTensor, tensor, elements => {
+                elements.par_chunks(CHUNK).zip(state).for_each(|(elements, (means, deviations))| {
+                    dispatch::run(Update { elements, means, deviations, steps });
+                });
+            });
+        });
+    }
+
+    /// The records of the tracked tensors, with their places in the plan.
+    pub(super) fn records(&self, plan: &Plan) -> Vec<(usize, GsnrRecord)> {
+        let tracked = self.tracks.iter().enumerate().filter(|(_, track)| track.is_tracked());
+        let tracked: Vec<_> = tracked.collect();
+        let record = |&(index, track): &(usize, &Track)| {
+            let length = plan.tensors()[index].len;
+            #[expect(clippy::cast_possible_truncation, reason = "the state is in memory")]
+            let place = track.offset as usize..(track.offset + length) as usize;
+            let (means, deviations) = (&self.means[place.clone()], &self.deviations[place]);
+            let mut bins = vec![0; BINS];
+            let mut sums = GsnrSums::default();
+            if track.steps >= 2 {
+                let chunks = means.par_chunks(CHUNK).zip(deviations.par_chunks(CHUNK));
+                let chunks: Vec<(GsnrSums, Vec<u32>)> = chunks
+                    .map(|(means, deviations)| dispatch::run(Reduce { means, deviations, steps: track.steps }))
+                    .collect();
+                for (_, chunk) in &chunks {
+                    bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
+                }
+                sums = spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default();
+            }
+            (index, GsnrRecord::new(track, length, &sums, &bins))
+        };
+        tracked.par_iter().map(record).collect()
+    }
+}
+
+/// Welford (1962): the mean moves by the difference over the steps; the deviations grow by the differences from the old
+/// and the new mean. The same three operations as in `kernels/update.cu`.
+struct Update<'a, E> {
+    elements: &'a [E],
+    means: &'a mut [f32],
+    deviations: &'a mut [f32],
+    /// This one included.
+    steps: u32,
+}
+
+impl<E: Element> Work for Update<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let state = self.means.iter_mut().zip(self.deviations);
+        if self.steps == 1 {
+            for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
+                (*mean, *deviation) = (x.widen_finite(), 0.0);
+            }
+            return;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "rounded the same on every backend")]
+        let share = 1.0 / self.steps as f32;
+        for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
+            let x = x.widen_finite();
+            let gap = x - *mean;
+            *mean = gap.mul_add(share, *mean);
+            *deviation = gap.mul_add(x - *mean, *deviation);
+        }
+    }
+}
+
+/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order, in f64.
+struct Reduce<'a> {
+    means: &'a [f32],
+    deviations: &'a [f32],
+    steps: u32,
+}
+
+impl Work for Reduce<'_> {
+    type Output = (GsnrSums, Vec<u32>);
+
+    #[inline(always)]
+    fn run(self) -> (GsnrSums, Vec<u32>) {
+        let mut lanes = [GsnrSums::default(); LANES];
+        let mut bins = vec![0; BINS];
+        let degrees = f64::from(self.steps - 1);
+        for (means, deviations) in self.means.chunks(LANES).zip(self.deviations.chunks(LANES)) {
+            for ((lane, &mean), &deviation) in lanes.iter_mut().zip(means).zip(deviations) {
+                let (square, deviation) = (f64::from(mean) * f64::from(mean), f64::from(deviation));
+                lane.squared_means += square;
+                lane.deviations += deviation;
+                if deviation > 0.0 {
+                    let ratio = square * degrees / deviation;
+                    lane.defined += 1;
+                    lane.below_one += u64::from(ratio < 1.0);
+                    lane.ratios += ratio;
+                    bins[bin_of(ratio)] += 1;
+                }
+            }
+        }
+        (spec::fold(LANES, |lane| lanes[lane], GsnrSums::add).unwrap_or_default(), bins)
+    }
+}
