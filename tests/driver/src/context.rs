@@ -6,7 +6,7 @@ use crate::{
     memory,
     stream::{EVENTS, STREAMS, Stream},
 };
-use gradprobe::cudarc::driver::sys::{CUcontext, CUresult};
+use cudarc::driver::sys::{CUcontext, CUresult};
 use std::{
     cell::Cell,
     ptr,

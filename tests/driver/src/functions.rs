@@ -9,14 +9,12 @@ use crate::{
     stream::{EVENTS, Event, STREAMS, Stream, stream},
     trace,
 };
-use gradprobe::{
-    cudarc::driver::sys::{
-        self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec,
-        CUgraphNode, CUgraphNodeType, CUhostFn, CUmodule, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
-        CUstreamCaptureStatus,
-    },
-    launch::{Arguments, Kernel},
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUgraphNode,
+    CUgraphNodeType, CUhostFn, CUmodule, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
+    CUstreamCaptureStatus,
 };
+use gradprobe::launch::{Arguments, Kernel};
 use std::{
     env,
     ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void},

@@ -6,9 +6,9 @@ use crate::{
     memory::{self, demand_at_work},
     stream::STREAMS,
 };
+use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
 use gradprobe::{
     Record, StepOutputs,
-    cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode},
     launch::{Arguments, Device, Kernel},
 };
 use gradprobe_simt::{Schedule, Simt};

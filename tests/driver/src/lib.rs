@@ -32,7 +32,7 @@ mod memory;
 mod stream;
 mod trace;
 
-use gradprobe::cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::CUresult;
 
 /// What a call comes to: a value or one of the driver's errors.
 type Outcome<T = ()> = Result<T, CUresult>;

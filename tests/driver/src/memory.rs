@@ -1,7 +1,7 @@
 //! Device memory and page-locked memory: both the host's, filled with garbage, fenced, and watched after it is freed.
 
 use crate::{Outcome, context, die};
-use gradprobe::cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::CUresult;
 use std::{
     alloc::{Layout, alloc, dealloc},
     collections::{BTreeMap, VecDeque},

@@ -5,7 +5,7 @@ use crate::{
     graph::{Capture, Work},
     handles::Registry,
 };
-use gradprobe::cudarc::driver::sys::{CUresult, CUstream};
+use cudarc::driver::sys::{CUresult, CUstream};
 use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
