@@ -14,7 +14,7 @@ use require::{pointless, skipped};
 use std::{
     ffi::c_void,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, Sender, channel},
     },
     time::Duration,
@@ -39,8 +39,9 @@ const ADDRESSES: &str = "cuMemcpyHtoDAsync_v2 24 bytes pageable";
 /// Outputs of 80 bytes and three records of 80.
 const REPORT: &str = "cuMemcpyDtoHAsync_v2 320 bytes page-locked";
 
-/// The host driver's trace.
+/// The host driver's trace, which is that of all threads: one test has it at a time.
 struct Trace {
+    _alone: MutexGuard<'static, ()>,
     begin: unsafe extern "C" fn(),
     end: unsafe extern "C" fn(*mut u8, usize) -> usize,
 }
@@ -60,6 +61,8 @@ impl Trace {
 
 /// The host driver's trace and a stream, if that is the driver.
 fn driver() -> Option<(Trace, Arc<CudaStream>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Err(error) = CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
         assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
         skipped(require::GPU, &error.to_string());
@@ -75,7 +78,7 @@ fn driver() -> Option<(Trace, Arc<CudaStream>)> {
         pointless("the driver keeps no trace of its calls");
         return None;
     };
-    Some((Trace { begin: *begin, end: *end }, CudaContext::new(0).unwrap().new_stream().unwrap()))
+    Some((Trace { _alone: alone, begin: *begin, end: *end }, CudaContext::new(0).unwrap().new_stream().unwrap()))
 }
 
 /// Holds a stream until it is dropped, or for so long that something must have waited for the stream.

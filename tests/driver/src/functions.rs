@@ -298,7 +298,7 @@ entry_points! {
     }
 
     fn cuEventSynchronize(event: CUevent)
-    [(if EVENTS.get(event).is_reached() == Ok(true) { "already reached" } else { "waits" }).to_owned()] {
+    [if EVENTS.get(event).is_reached() == Ok(true) { "already reached" } else { "waits" }] {
         context::current();
         refuse_in_any_capture()?;
         EVENTS.get(event).wait()
