@@ -1,7 +1,7 @@
 //! Contexts: the primary one, which is counted, and others; and which of them is current on a thread.
 
 use crate::{
-    Outcome, die,
+    Outcome, die, die_at_exit,
     handles::Registry,
     memory,
     stream::{EVENTS, STREAMS, Stream},
@@ -77,7 +77,9 @@ pub fn destroy(context: CUcontext) {
     let events = EVENTS.all().iter().filter(|event| event.context == id).count();
     let blocks = memory::count(id);
     if (streams, events, blocks) != (0, 0, 0) {
-        die(&format!("a context ends before {streams} streams, {events} events and {blocks} allocations made in it"));
+        die_at_exit(&format!(
+            "a context ends before {streams} streams, {events} events and {blocks} allocations made in it"
+        ));
     }
     if CURRENT.get() == id {
         CURRENT.set(0);

@@ -12,7 +12,7 @@
 //!   behind each allocation;
 //! * what would be undefined – a copy outside of all allocations, a kernel whose tables are freed or too short, a handle
 //!   that is gone, a call without a current context – ends the process with a line that says so;
-//! * so does a context that ends before what was made in it.
+//! * so does, but only when the process ends, a context that ended before what was made in it.
 //!
 //! A function that is not here cannot be called: cudarc panics with its name.
 //!
@@ -33,6 +33,7 @@ mod stream;
 mod trace;
 
 use cudarc::driver::sys::CUresult;
+use std::ffi::c_int;
 
 /// What a call comes to: a value or one of the driver's errors.
 type Outcome<T = ()> = Result<T, CUresult>;
@@ -41,4 +42,18 @@ type Outcome<T = ()> = Result<T, CUresult>;
 fn die(why: &str) -> ! {
     eprintln!("host driver: {why}");
     std::process::abort()
+}
+
+/// Says what is wrong and lets the process fail when it ends: for what a test that fails may leave behind, of which the
+/// test harness still has to tell.
+fn die_at_exit(why: &str) {
+    unsafe extern "C" {
+        fn atexit(function: extern "C" fn()) -> c_int;
+    }
+    extern "C" fn fail() {
+        die("see above");
+    }
+    eprintln!("host driver: {why}");
+    // SAFETY: this library is never unloaded, and the function does not return.
+    unsafe { atexit(fail) };
 }

@@ -74,85 +74,100 @@ impl Stream {
     }
 }
 
-/// A moment in a stream.
-pub struct Event {
-    pub context: context::Id,
-    state: Mutex<State>,
+/// The moment that all work queued before it in a stream is done.
+#[derive(Default)]
+struct Moment {
+    has_come: Mutex<bool>,
     changed: Condvar,
 }
 
-#[derive(Clone, Copy, Default)]
-struct State {
-    /// How often it was recorded, and how many of these moments have come.
-    recorded: u64,
-    reached: u64,
-    /// The capture it was recorded in, if that was the last time.
-    capture: Option<u64>,
+impl Moment {
+    fn come(&self) {
+        *self.has_come.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        drop(self.changed.wait_while(self.has_come.lock().unwrap(), |has_come| !*has_come).unwrap());
+    }
+}
+
+/// Stands for the moment it was last recorded at. Who waits for an earlier one goes on waiting for that.
+pub struct Event {
+    pub context: context::Id,
+    last: Mutex<Recorded>,
+}
+
+#[derive(Clone, Default)]
+enum Recorded {
+    #[default]
+    Never,
+    At(Arc<Moment>),
+    /// In this capture, where it is no moment.
+    Captured(u64),
 }
 
 impl Event {
     pub fn new(context: context::Id) -> Self {
-        Self { context, state: Mutex::default(), changed: Condvar::new() }
+        Self { context, last: Mutex::default() }
     }
 
-    /// The moment that all work queued in this stream so far is done.
-    pub fn record(self: &Arc<Self>, stream: &Stream) -> Outcome {
+    fn last(&self) -> Recorded {
+        self.last.lock().unwrap().clone()
+    }
+
+    pub fn record(&self, stream: &Stream) -> Outcome {
         if self.context != stream.context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
-        if let Some(capture) = &*stream.capture() {
-            self.state.lock().unwrap().capture = Some(capture.id()?);
-            return Ok(());
-        }
-        let mut state = self.state.lock().unwrap();
-        state.capture = None;
-        state.recorded += 1;
-        let (event, moment) = (Arc::clone(self), state.recorded);
-        stream.enqueue(move || {
-            event.state.lock().unwrap().reached = moment;
-            event.changed.notify_all();
-        });
+        *self.last.lock().unwrap() = match &*stream.capture() {
+            Some(capture) => Recorded::Captured(capture.id()?),
+            None => {
+                let moment = Arc::new(Moment::default());
+                let comes = Arc::clone(&moment);
+                stream.enqueue(move || comes.come());
+                Recorded::At(moment)
+            }
+        };
         Ok(())
     }
 
-    /// The last moment recorded; an error if that was in a capture, where it stands for no moment.
-    fn moment(&self) -> Outcome<u64> {
-        let state = *self.state.lock().unwrap();
-        if state.capture.is_some() { Err(CUresult::CUDA_ERROR_CAPTURED_EVENT) } else { Ok(state.recorded) }
-    }
-
-    fn await_moment(&self, moment: u64) {
-        drop(self.changed.wait_while(self.state.lock().unwrap(), |state| state.reached < moment).unwrap());
-    }
-
-    /// Whether the moment has come; also if there never was one.
+    /// Whether the moment has come; also if it was never recorded.
     pub fn is_reached(&self) -> Outcome<bool> {
-        let moment = self.moment()?;
-        Ok(self.state.lock().unwrap().reached >= moment)
+        match self.last() {
+            Recorded::Never => Ok(true),
+            Recorded::At(moment) => Ok(*moment.has_come.lock().unwrap()),
+            Recorded::Captured(_) => Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
+        }
     }
 
     /// Waits for the moment.
     pub fn wait(&self) -> Outcome {
-        self.await_moment(self.moment()?);
+        match self.last() {
+            Recorded::Never => {}
+            Recorded::At(moment) => moment.wait(),
+            Recorded::Captured(_) => return Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
+        }
         Ok(())
     }
 
     /// Lets a stream go on only when the moment has come. In a capture that is a dependency within the graph, which
     /// nothing outside of it can be. (A stream that waits for an event of a capture would join the capture; nothing here
     /// wants to, and it is an error.)
-    pub fn hold(self: &Arc<Self>, stream: &Stream) -> Outcome {
-        if let Some(capture) = &mut *stream.capture() {
-            let id = capture.id()?;
-            let state = *self.state.lock().unwrap();
-            return match state.capture {
-                None if state.recorded == 0 => Ok(()),
-                None => Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION)),
-                Some(other) if other != id => Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_MERGE)),
-                Some(_) => Ok(()),
-            };
+    pub fn hold(&self, stream: &Stream) -> Outcome {
+        match (self.last(), &mut *stream.capture()) {
+            (Recorded::Never, _) => {}
+            (Recorded::At(moment), None) => stream.enqueue(move || moment.wait()),
+            (Recorded::Captured(_), None) => return Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
+            (Recorded::At(_), Some(capture)) => {
+                return Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION));
+            }
+            (Recorded::Captured(id), Some(capture)) => {
+                if capture.id()? != id {
+                    return Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_MERGE));
+                }
+            }
         }
-        let (event, moment) = (Arc::clone(self), self.moment()?);
-        stream.enqueue(move || event.await_moment(moment));
         Ok(())
     }
 }
