@@ -55,7 +55,7 @@ struct Arguments {
     Record *chunk_records;
     Record *records;            // of the tensors; those of empty ones are set by the host, once
     StepOutputs *outputs;
-    u32 *chunks_done;           // per tensor, and one more for tensors done; 0 between launches
+    u32 *done;                  // counters: per chunk (the first of a span is used), per tensor, and one; 0 between launches
     double max_norm;            // 0: no clip
     u32 chunk_count;
     u32 tensor_count;

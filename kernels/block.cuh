@@ -58,8 +58,8 @@ DEVICE Totals block_totals(Lane *lanes, const Lane &lane) {
 
 // Folds item(0), item(1), … item(length - 1) by merge(left, right), in the order of `spec::fold`: up to LANES runs of
 // equal length, each left to right by one thread, then neighbours in pairs. Thread 0 gets the result, meaningless when
-// length is 0. A barrier must follow before `runs` is used again.
-template <typename T, typename Item, typename Merge>
+// length is 0. A barrier must follow before `runs` is used again. UNROLL items are loaded before the first is merged.
+template <u32 UNROLL = 1, typename T, typename Item, typename Merge>
 DEVICE T block_fold(T *runs, u64 length, const Item &item, const Merge &merge) {
     u64 t = threadIdx.x;
     u64 run = (length + LANES - 1) / LANES;
@@ -67,6 +67,7 @@ DEVICE T block_fold(T *runs, u64 length, const Item &item, const Merge &merge) {
     if (t < count) {
         u64 end = (t + 1) * run < length ? (t + 1) * run : length;
         T all = item(t * run);
+#pragma unroll UNROLL
         for (u64 i = t * run + 1; i < end; i++) all = merge(all, item(i));
         runs[t] = all;
     }

@@ -163,8 +163,8 @@ DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
     return block_fold(scratch.finite, LANES, look, merge);
 }
 
-// Fills `record` but for its moments, in thread 0.
-DEVICE void set_counts(Record &record, const Chunk &chunk, const FiniteScan &finite) {
+// Fills `record` but for its moments, in thread 0, and decides by what its elements are to be scaled.
+DEVICE void set_counts(Record &record, Decision &decision, const Chunk &chunk, const FiniteScan &finite) {
     record.count = chunk.length;
     record.nan_count = finite.nan_count;
     record.inf_count = finite.inf_count;
@@ -176,11 +176,15 @@ DEVICE void set_counts(Record &record, const Chunk &chunk, const FiniteScan &fin
     record.min_nonzero_abs_or_infinity = finite.scan.nonzeros == 0
                                              ? bits_to_float(INFINITY_BITS)
                                              : widen(chunk.dtype, finite.scan.min_nonzero_less_one + 1);
+    decision.scale = scale_of(float_to_bits(record.max_abs_or_zero));
 }
+
+// 1 / scale, for a power of two: in its bits, a division being a chain of instructions that the block waits for.
+DEVICE double unscale_of(float scale) { return (double)bits_to_float(2 * 0x3f800000u - float_to_bits(scale)); }
 
 // Puts the moments of elements that were scaled into `record`.
 DEVICE void set_centred(Record &record, double mean, double deviations, float scale) {
-    double unscale = 1.0 / (double)scale;
+    double unscale = unscale_of(scale);
     record.mean_or_zero = mean * unscale;
     record.sum_squared_deviations = (deviations > 0.0 ? deviations : 0.0) * unscale * unscale;
 }
@@ -197,11 +201,23 @@ DEVICE void set_moments(Record &record, Decision &decision, const Sums &sums, fl
         decision.shift = (float)moments.mean;
     }
     set_centred(record, moments.mean, moments.deviations, scale);
-    record.sum_abs = sums.magnitude * (1.0 / (double)scale);
+    record.sum_abs = sums.magnitude * unscale_of(scale);
 }
 
-// Measures a chunk; `scratch.record` holds the result, for thread 0.
-DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk) {
+// Has the first row of a chunk fetched to L2, by all warps but the first.
+DEVICE void prefetch_row(const Chunk &chunk) {
+    constexpr u32 LINE = 128, HELPERS = LANES - WARP;
+    u32 size = chunk.dtype == DTYPE_F32 ? 4 : 2, bytes = smaller(chunk.length, ROW) * size;
+#pragma unroll 1
+    for (u32 offset = (threadIdx.x - WARP) * LINE; offset < bytes; offset += HELPERS * LINE) {
+        prefetch(chunk.address + offset);
+    }
+}
+
+// Measures a chunk; `scratch.record` holds the result, for thread 0. `meanwhile` is called by all threads, while the
+// first warp merges what the lanes have seen and no load is under way.
+template <typename Meanwhile>
+DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanwhile &meanwhile) {
     bool first = threadIdx.x == 0;
     Record &record = scratch.record;
     Decision &decision = scratch.decision;
@@ -211,17 +227,21 @@ DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk) {
     FOR_DTYPE(chunk.dtype, MEASURE_LANE)
 #undef MEASURE_LANE
     Totals totals = block_totals(scratch.lanes, lane);
-    if (first) decision.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
-    BARRIER();
-    FiniteScan finite = {totals.scan, 0, 0, 0xffffffffu};
-    bool nonfinite = decision.nonfinite;
-    if (nonfinite) finite = scan_finite(scratch, chunk);
+    meanwhile();
     if (first) {
-        set_counts(record, chunk, finite);
-        decision.scale = scale_of(float_to_bits(record.max_abs_or_zero));
-        set_moments(record, decision, totals.sums, 1.0f);
+        decision.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
+        if (!decision.nonfinite) {
+            set_counts(record, decision, chunk, {totals.scan, 0, 0, 0xffffffffu});
+            set_moments(record, decision, totals.sums, 1.0f);
+        }
     }
     BARRIER();
+    bool nonfinite = decision.nonfinite;
+    if (nonfinite) {
+        FiniteScan finite = scan_finite(scratch, chunk);
+        if (first) set_counts(record, decision, chunk, finite);
+        BARRIER();
+    }
     float scale = decision.scale;
     if (nonfinite || scale != 1.0f) {
         Sums sums = careful_sums(scratch, chunk, scale, 0.0f);

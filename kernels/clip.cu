@@ -1,54 +1,76 @@
 // Clip: every element times the coefficient, in place, rounded to its type; or non-finite elements zeroed; or nothing.
 //
 // What to do was decided by the measure kernel and is one word: when it says nothing, a block ends after one load.
-// Chunks are taken from the last to the first, since the last ones measured are the ones still in L2. A packet that
-// does not change is not written.
+// Chunks are taken from the last to the first, since the last ones measured are the ones still in L2. Sixteen bytes
+// that do not change are not written.
 //
-// Reads and writes each element once when it clips: 2·n·size bytes.
+// Reads and writes each element once when it clips: 2·n·size bytes. Elements do not depend on each other, so 16-byte
+// accesses begin where the memory allows, wherever a tensor begins, and a few elements at both ends go alone.
 #include "elements.cuh"
 
+// 16-byte loads a thread has in flight. With one, which 2048 threads make 32 KiB of a multiprocessor, an H200's memory
+// would wait: it needs 48 KiB.
+constexpr u32 TOGETHER = 4;
+
 // What becomes of one element's bits.
-template <typename E> DEVICE u32 clipped(u32 bits, float coefficient, bool zero_nonfinite) {
-    if (zero_nonfinite && magnitude<E>(bits) >= E::INFINITY_MAGNITUDE) return 0;
+template <typename E, bool ZERO_NONFINITE> DEVICE u32 clipped(u32 bits, float coefficient) {
+    if (ZERO_NONFINITE && magnitude<E>(bits) >= E::INFINITY_MAGNITUDE) return 0;
     float product = E::widen(bits) * coefficient;
-    // A NaN gets no payload, so that its bits do not depend on the machine.
-    return product == product ? E::narrow(product) : E::QUIET_NAN;
+    // A NaN gets no payload, so that its bits do not depend on the machine. By a mask: a choice became a branch for
+    // each element.
+    u32 nan = product == product ? 0 : 0xffffffffu;
+    return (E::narrow(product) & ~nan) | (E::QUIET_NAN & nan);
 }
 
-template <typename E> DEVICE void clip_chunk(const Chunk &chunk, float coefficient, bool zero_nonfinite) {
-    typename E::Bits *elements = (typename E::Bits *)chunk.address;
-    bool aligned = chunk.address % 16 == 0;
-    for (u32 index = threadIdx.x * PACKET; index < chunk.length; index += LANES * PACKET) {
-        if (aligned && index + PACKET <= chunk.length) {
-            Words4 *packet = (Words4 *)(elements + index);
-            for (u32 i = 0; i < E::WORDS / 4; i++) {
-                Words4 before = packet[i], after = before;
-                for (u32 slot = 0; slot < PACKET * 4 / E::WORDS; slot++) {
-                    E::set(after.word, slot, clipped<E>(E::element(before.word, slot), coefficient, zero_nonfinite));
-                }
-                u32 changed = 0;
-                for (u32 j = 0; j < 4; j++) changed |= before.word[j] ^ after.word[j];
-                if (changed) packet[i] = after;
-            }
-        } else {
-            for (u32 i = index; i < index + PACKET && i < chunk.length; i++) {
-                u32 after = clipped<E>(elements[i], coefficient, zero_nonfinite);
-                if (elements[i] != after) elements[i] = (typename E::Bits)after;
-            }
-        }
+template <typename E, bool ZERO_NONFINITE> DEVICE void clip_chunk(const Chunk &chunk, float coefficient) {
+    typedef typename E::Bits Bits;
+    constexpr u32 SIZE = sizeof(Bits), VECTOR = 16 / SIZE;
+    u32 to_boundary = (u32)(-chunk.address % 16) / SIZE;
+    u32 head = to_boundary < chunk.length ? to_boundary : chunk.length;
+    u32 vectors = (chunk.length - head) / VECTOR;
+    u64 vector = chunk.address + head * SIZE;
+
+    u32 alone = chunk.length - vectors * VECTOR;
+    if (threadIdx.x < alone) {
+        u32 index = threadIdx.x < head ? threadIdx.x : threadIdx.x + vectors * VECTOR;
+        Bits *element = (Bits *)chunk.address + index;
+        Bits after = (Bits)clipped<E, ZERO_NONFINITE>(*element, coefficient);
+        if (*element != after) *element = after;
     }
+    auto clip = [&](u64 address, const Words4 &before) {
+        Words4 after = before;
+        for (u32 slot = 0; slot < VECTOR; slot++) {
+            E::set(after.word, slot, clipped<E, ZERO_NONFINITE>(E::element(before.word, slot), coefficient));
+        }
+        u32 changed = 0;
+        for (u32 i = 0; i < 4; i++) changed |= before.word[i] ^ after.word[i];
+        if (changed) store_words4(address, after);
+    };
+    u32 i = threadIdx.x;
+    for (; i + (TOGETHER - 1) * LANES < vectors; i += TOGETHER * LANES) {
+        Words4 before[TOGETHER];
+        for (u32 j = 0; j < TOGETHER; j++) before[j] = load_words4_to_change(vector + (i + j * LANES) * 16);
+        for (u32 j = 0; j < TOGETHER; j++) clip(vector + (i + j * LANES) * 16, before[j]);
+    }
+#pragma unroll 1
+    for (; i < vectors; i += LANES) clip(vector + i * 16, load_words4_to_change(vector + i * 16));
 }
 
 KERNEL(8) gradprobe_clip(Arguments a) {
     u32 action = a.outputs->action;
     if (action == ACTION_NONE) return;
     float coefficient = a.outputs->coefficient;
-    bool zero_nonfinite = action == ACTION_ZERO_AND_SCALE;
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end;
         Chunk chunk = chunk_of(a, index, a.chunk_tensors[index]);
-#define CLIP_CHUNK(E) clip_chunk<E>(chunk, coefficient, zero_nonfinite)
-        FOR_DTYPE(chunk.dtype, CLIP_CHUNK)
-#undef CLIP_CHUNK
+#define SCALE(E) clip_chunk<E, false>(chunk, coefficient)
+#define ZERO_AND_SCALE(E) clip_chunk<E, true>(chunk, coefficient)
+        if (action == ACTION_SCALE) {
+            FOR_DTYPE(chunk.dtype, SCALE)
+        } else {
+            FOR_DTYPE(chunk.dtype, ZERO_AND_SCALE)
+        }
+#undef SCALE
+#undef ZERO_AND_SCALE
     }
 }

@@ -3,35 +3,42 @@
 #pragma once
 #include "block.cuh"
 
+// What the step needs of a tensor, and of all of them.
+struct StepSums {
+    double squares;
+    u64 nan_count, inf_count;
+};
+
 struct FinishScratch {
     union {
         Record records[LANES];
-        double squares[LANES];
-        u64 counts[LANES][2];
+        StepSums sums[LANES];
     };
     u32 last;
 };
 
-// Whether the calling block is the last of `count` to get here; resets the counter if so. What thread 0 wrote to
-// global memory before is then visible to the block that gets true.
+// Whether the calling block is the last of `count` to get here; resets the counter if so. What thread 0 of the others
+// wrote to global memory before is then there for this block to load fresh. A barrier must follow on the way to the
+// next call; where it returns true, one has.
 DEVICE bool last_of(FinishScratch &scratch, u32 *counter, u32 count) {
     if (threadIdx.x == 0) {
-        __threadfence();
-        scratch.last = atomicAdd(counter, 1u) == count - 1;
-        if (scratch.last) *counter = 0;
-        __threadfence();
+        scratch.last = count_released(counter) == count - 1;
+        if (scratch.last) {
+            acquire();
+            *counter = 0;
+        }
     }
     BARRIER();
     bool last = scratch.last;
-    BARRIER();
+    if (last) BARRIER(); // all have read it
     return last;
 }
 
-DEVICE void finish_tensor(FinishScratch &scratch, const Arguments &a, u32 tensor, u32 chunk_count) {
-    const Record *chunks = a.chunk_records + a.tensors[tensor].first_chunk;
-    auto item = [&](u64 i) { return load_record(chunks + i); };
-    Record all = block_fold(scratch.records, chunk_count, item, [](const Record &x, const Record &y) { return merge(x, y); });
-    if (threadIdx.x == 0) a.records[tensor] = all;
+// Merges `count` records that lie `stride` apart.
+DEVICE void merge_records(FinishScratch &scratch, const Record *records, u32 stride, u32 count, Record *to) {
+    auto item = [&](u64 i) { return load_record(records + i * stride); };
+    Record all = block_fold(scratch.records, count, item, [](const Record &x, const Record &y) { return merge(x, y); });
+    if (threadIdx.x == 0) *to = all;
 }
 
 DEVICE double propagate(u64 nan_count, u64 inf_count, double finite) {
@@ -44,26 +51,21 @@ DEVICE double propagate(u64 nan_count, u64 inf_count, double finite) {
 DEVICE float narrow(double value) { return value == value ? (float)value : bits_to_float(0x7fc00000u); }
 
 DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
-    auto square = [&](u64 i) { return finite_sum_squares(load_record(a.records + i)); };
-    double squares = block_fold(scratch.squares, a.tensor_count, square, [](double x, double y) { return x + y; });
-    BARRIER();
-    u64 counts[2] = {};
-    for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
-        Record record = load_record(a.records + i);
-        counts[0] += record.nan_count;
-        counts[1] += record.inf_count;
-    }
-    for (u32 k = 0; k < 2; k++) scratch.counts[threadIdx.x][k] = counts[k];
-    BARRIER();
+    auto item = [&](u64 tensor) {
+        const u64 *words = (const u64 *)(a.records + tensor);
+        LongPair counts = load_fresh(words), more = load_fresh(words + 2), moments = load_fresh(words + 6);
+        double finite = (double)(counts.x - counts.y - more.x);
+        return StepSums{sum_squares(finite, bits_to_double(moments.x), bits_to_double(moments.y)), counts.y, more.x};
+    };
+    auto add = [](const StepSums &x, const StepSums &y) {
+        return StepSums{x.squares + y.squares, x.nan_count + y.nan_count, x.inf_count + y.inf_count};
+    };
+    StepSums all = block_fold<4>(scratch.sums, a.tensor_count, item, add);
     if (threadIdx.x != 0) return;
-    u64 nan_count = 0, inf_count = 0;
-    for (u32 i = 0; i < LANES; i++) {
-        nan_count += scratch.counts[i][0];
-        inf_count += scratch.counts[i][1];
-    }
+    u64 nan_count = all.nan_count, inf_count = all.inf_count;
     bool found = nan_count + inf_count > 0;
     StepOutputs o = {};
-    o.finite_total_norm = a.tensor_count == 0 ? 0.0 : sqrt(squares);
+    o.finite_total_norm = sqrt(all.squares);
     o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
     bool skip = found && a.policy == POLICY_SKIP;
     bool zero = found && a.policy == POLICY_ZERO_NONFINITE;
@@ -86,4 +88,23 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     *a.outputs = o;
+}
+
+// Puts a chunk's record, which thread 0 reads, in its place, and finishes what it is the last part of: its span, its
+// tensor, the step.
+DEVICE void finish_chunk(FinishScratch &scratch, const Arguments &a, const Record &record, u32 index, u32 tensor) {
+    u32 first = a.tensors[tensor].first_chunk, chunks = a.tensors[tensor].chunk_count;
+    u32 spans = (chunks + SPAN - 1) / SPAN, span_first = index - (index - first) % SPAN;
+    if (threadIdx.x == 0) (chunks == 1 ? a.records[tensor] : a.chunk_records[index]) = record;
+    if (chunks > 1) {
+        u32 rest = first + chunks - span_first, length = rest < SPAN ? rest : SPAN;
+        if (!last_of(scratch, a.done + span_first, length)) return;
+        Record *span = a.chunk_records + span_first;
+        merge_records(scratch, span, 1, length, spans == 1 ? a.records + tensor : span);
+    }
+    if (spans > 1) {
+        if (!last_of(scratch, a.done + a.chunk_count + tensor, spans)) return;
+        merge_records(scratch, a.chunk_records + first, SPAN, spans, a.records + tensor);
+    }
+    if (last_of(scratch, a.done + a.chunk_count + a.tensor_count, a.busy_tensors)) finish_step(scratch, a);
 }

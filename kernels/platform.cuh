@@ -33,6 +33,9 @@ typedef unsigned long long u64;
 struct alignas(16) Words4 {
     u32 word[4];
 };
+struct LongPair {
+    u64 x, y;
+};
 
 // Sixteen bytes through the read-only path: gradients do not change while they are measured.
 DEVICE Words4 load_words4(const void *address) {
@@ -41,6 +44,20 @@ DEVICE Words4 load_words4(const void *address) {
         : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
         : "l"(address));
     return w;
+}
+
+// Sixteen bytes that this thread will write, and their way back.
+DEVICE Words4 load_words4_to_change(u64 address) {
+    Words4 w;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+                 : "l"(address));
+    return w;
+}
+DEVICE void store_words4(u64 address, const Words4 &w) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w.word[0]), "r"(w.word[1]),
+                 "r"(w.word[2]), "r"(w.word[3])
+                 : "memory");
 }
 
 // One element through the read-only path.
@@ -55,12 +72,24 @@ DEVICE u32 load_element(const u16 *address) {
     return value;
 }
 
-// A word other blocks have written in this launch: from L2, since a line of L1 may be older than the write.
-DEVICE u64 load_fresh(const u64 *address) {
-    u64 value;
-    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return value;
+// Two words other blocks have written in this launch: from L2, since a line of L1 may be older than the write.
+DEVICE LongPair load_fresh(const u64 *address) {
+    LongPair pair;
+    asm volatile("ld.global.cg.v2.u64 {%0, %1}, [%2];" : "=l"(pair.x), "=l"(pair.y) : "l"(address) : "memory");
+    return pair;
 }
+
+// Adds 1 to a counter, and gives what it was. What this thread wrote before is there for the block that finds all
+// others counted, once that has passed `acquire`.
+DEVICE u32 count_released(u32 *counter) {
+    u32 before;
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Has a line of 128 bytes fetched to L2.
+DEVICE void prefetch(u64 address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 DEVICE float half_to_float(u16 bits) {
     float value;

@@ -27,26 +27,26 @@ ASSERT_OFFSET(Record, min_nonzero_abs_or_infinity, 76, "src/record.rs");
 
 DEVICE u64 finite_count(const Record &r) { return r.count - r.nan_count - r.inf_count; }
 
-DEVICE double finite_sum_squares(const Record &r) {
-    double sum = (double)finite_count(r) * r.mean_or_zero;
-    return fma(sum, r.mean_or_zero, r.sum_squared_deviations);
-}
+// Of elements with these moments.
+DEVICE double sum_squares(double count, double mean, double deviations) { return fma(count * mean, mean, deviations); }
 
 // A record that another block has written in this launch.
 DEVICE Record load_record(const Record *from) {
-    auto word = [&](u32 i) { return load_fresh((const u64 *)from + i); };
+    const u64 *words = (const u64 *)from;
+    LongPair counts = load_fresh(words), more = load_fresh(words + 2), dead = load_fresh(words + 4);
+    LongPair moments = load_fresh(words + 6), rest = load_fresh(words + 8);
     Record r;
-    r.count = word(0);
-    r.nan_count = word(1);
-    r.inf_count = word(2);
-    r.zero_count = word(3);
-    r.dead_count = word(4);
-    r.first_nonfinite_index = word(5);
-    r.mean_or_zero = bits_to_double(word(6));
-    r.sum_squared_deviations = bits_to_double(word(7));
-    r.sum_abs = bits_to_double(word(8));
-    r.max_abs_or_zero = bits_to_float((u32)word(9));
-    r.min_nonzero_abs_or_infinity = bits_to_float((u32)(word(9) >> 32));
+    r.count = counts.x;
+    r.nan_count = counts.y;
+    r.inf_count = more.x;
+    r.zero_count = more.y;
+    r.dead_count = dead.x;
+    r.first_nonfinite_index = dead.y;
+    r.mean_or_zero = bits_to_double(moments.x);
+    r.sum_squared_deviations = bits_to_double(moments.y);
+    r.sum_abs = bits_to_double(rest.x);
+    r.max_abs_or_zero = bits_to_float((u32)rest.y);
+    r.min_nonzero_abs_or_infinity = bits_to_float((u32)(rest.y >> 32));
     return r;
 }
 

@@ -11,6 +11,7 @@ constexpr u32 RUN = WARP * PACKET;
 constexpr u32 TILE = PACKETS * RUN;
 constexpr u32 ROW = LANES / WARP * TILE;
 constexpr u32 CHUNK = GROUPS * ROW;
+constexpr u32 SPAN = 128;
 
 // f32 bit patterns.
 constexpr u32 LARGE = 0x58800000u;

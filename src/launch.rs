@@ -138,8 +138,8 @@ pub struct Arguments {
     pub records: u64,
     /// The [`StepOutputs`]: a result.
     pub outputs: u64,
-    /// Counters of finished chunks and tensors: workspace.
-    pub chunks_done: u64,
+    /// Counters of what is done, one a chunk, one a tensor and one more: workspace.
+    pub done: u64,
     /// [`Config::max_norm`], or 0.
     pub max_norm: f64,
     /// Chunks in all.
@@ -222,9 +222,9 @@ impl<D: Device> DeviceProbe<D> {
             upload(bytemuck::cast_slice(&entries))?,
             upload(bytemuck::cast_slice(&chunk_tensors))?,
             device.allocate((chunk_count * size_of::<Record>()).max(1))?,
-            upload(bytemuck::cast_slice(&vec![0u32; tensor_count + 1]))?,
+            upload(bytemuck::cast_slice(&vec![0u32; chunk_count + tensor_count + 1]))?,
         ];
-        let [tensors, chunk_tensors, chunk_records, chunks_done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
+        let [tensors, chunk_tensors, chunk_records, done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
         let outputs = device.address(&results);
         let arguments = Arguments {
             addresses: device.address(&addresses),
@@ -233,7 +233,7 @@ impl<D: Device> DeviceProbe<D> {
             chunk_records,
             records: outputs + size_of::<StepOutputs>() as u64,
             outputs,
-            chunks_done,
+            done,
             max_norm: config.max_norm.unwrap_or(0.0),
             chunk_count: chunk_count as u32,
             tensor_count: tensor_count as u32,

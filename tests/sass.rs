@@ -67,16 +67,17 @@ struct HotLoop {
 }
 
 impl HotLoop {
-    /// The outermost loops that read by 16 bytes and in no other way. Those that guard against a tensor's end have loads
-    /// of single elements as well.
+    /// The outermost loops that read by 16 bytes, through the read-only path, and in no other way. Those that guard
+    /// against a tensor's end have loads of single elements as well, and those that merge records read fresh words.
     fn all(code: &Listing) -> Vec<Self> {
+        let reads_elements = |load: &Instruction| load.is_vector_load() && load.is("LDG.CONSTANT");
         let reads_vectors = |span: &Range<usize>| {
-            let vectors = code.count(span, Instruction::is_vector_load);
+            let vectors = code.count(span, reads_elements);
             vectors > 0 && code.count(span, Instruction::is_load) == vectors
         };
         let hot = code.outermost(reads_vectors).into_iter().map(|span| {
-            let mut halves = code.loops();
-            halves.retain(|inner| lies_in(inner, &span) && reads_vectors(inner));
+            let mut halves = loops_in(code, &span);
+            halves.retain(reads_vectors);
             assert!(halves.len() <= 1, "{halves:?} in {span:?}");
             Self { span, half: halves.pop() }
         });
@@ -128,13 +129,7 @@ fn hot_loops_stay_within_what_memory_allows() {
 #[test]
 fn enough_bytes_are_in_flight() {
     let Some([measure, _]) = hopper() else { return };
-    let usages = resource_usage();
-    let hopper = |(architecture, kernel, _): &&_| (*architecture, kernel) == (90, &"gradprobe_measure".to_owned());
-    let (_, _, usage) = usages.iter().find(hopper).expect("the kernel has a resource usage");
-    // 65536 registers, dealt out by 8 to a thread; 228 KiB of shared memory, of which a block takes 1 KiB for itself.
-    let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
-    let by_shared = (228 << 10) / (usage.shared + (1 << 10));
-    let blocks = by_registers.min(by_shared);
+    let blocks = resident_blocks("gradprobe_measure");
     for hot in hot_loops(&measure) {
         // Before the first of its loads is used a lane has issued these, and then waits.
         let loads = measure.loads_in_flight(hot.half.as_ref().unwrap_or(&hot.span));
@@ -142,6 +137,21 @@ fn enough_bytes_are_in_flight() {
         let dtype = hot.dtype(&measure);
         println!("{dtype}: {loads} loads of 16 bytes in flight, in {blocks} blocks {} KiB", bytes >> 10);
         assert!(bytes >= 48 << 10, "{dtype}: {blocks} blocks with {loads} loads in flight are {bytes} bytes");
+    }
+}
+
+/// A block that merges a chunk reads nothing; the next chunk's first row is then on its way to L2.
+#[test]
+fn the_next_chunk_is_fetched_while_one_is_merged() {
+    let Some([measure, _]) = hopper() else { return };
+    let all = measure.instructions().iter().enumerate();
+    let fetches: Vec<usize> = all.filter(|(_, code)| code.is("CCTL.PF2")).map(|(index, _)| index).collect();
+    assert!(!fetches.is_empty());
+    for hot in hot_loops(&measure) {
+        // Behind the barrier after which the first warp alone merges.
+        let barriers =
+            fetches.iter().map(|&fetch| measure.straight_path(hot.span.end, fetch).map(|cost| cost.barriers));
+        assert!(barriers.clone().all(|count| count == Some(1)), "{:?}", barriers.collect::<Vec<_>>());
     }
 }
 
@@ -153,8 +163,8 @@ fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
     let chunks = measure.loops().into_iter().filter(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
     let chunk = chunks.min_by_key(Range::len).expect("the hot loops lie in a loop over the chunks");
     for hot in hot_loops {
-        // A chunk of ordinary numbers that is not the last of its tensor passes the fewest barriers: each of scanning
-        // for NaN, reading again and finishing a tensor or the step has some of its own. The most expensive of these
+        // A chunk of ordinary numbers that is not the last of its span passes the fewest barriers: each of scanning for
+        // NaN, reading again and finishing a span, a tensor or the step has some of its own. The most expensive of these
         // paths is that of thread 0, whose warp merges the block's sums. The other three warps go around all of it, as
         // the cheapest path shows. One instruction of that warp stands for what 32 lanes have read of the chunk.
         let (start, end) = (hot.span.end, chunk.end - 1);
@@ -170,7 +180,7 @@ fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
             let (Some(to), Some(from)) = ways else { continue };
             assert!(to.barriers + from.barriers > cost.barriers, "an ordinary chunk runs the loop {span:?}, with f64");
         }
-        assert!(cost.barriers >= 4, "merge, scan, moments and the last block's counter: {cost:?}");
+        assert!(cost.barriers >= 3, "the lanes, the decision and the last block's counter: {cost:?}");
         assert_eq!(cost.least_fp64, 0, "{cost:?}");
         assert!(cost.most_fp64 >= 36, "the merge alone has 36: {cost:?}");
         assert!(share <= 1.0 / 16.0, "{cost:?}");
@@ -193,18 +203,28 @@ fn nothing_goes_to_local_memory() {
     }
 }
 
+/// Per 16 bytes read and 16 written an H200 issues 250 instructions in the time its memory takes.
 #[test]
-fn clip_reads_and_writes_by_16_bytes() {
+fn clip_keeps_the_memory_busy_both_ways() {
     let Some([_, clip]) = hopper() else { return };
+    let blocks = resident_blocks("gradprobe_clip");
     let loads = |span: &Range<usize>| clip.count(span, Instruction::is_vector_load);
-    let chunks = clip.outermost(|span| loads(span) > 0);
-    let [chunks] = chunks.as_slice() else { panic!("one loop over the chunks: {chunks:?}") };
-    let dtypes = clip.outermost(|span| lies_in(span, chunks) && loads(span) > 0);
-    assert_eq!(dtypes.len(), DType::ALL.len(), "a loop for each dtype: {dtypes:?}");
-    for span in dtypes {
-        let stores = clip.count(&span, |instruction| instruction.is("STG.128") || instruction.is("ST.128"));
-        assert!(stores > 0, "{span:?}: no store of 16 bytes");
+    let mut loops = clip.loops();
+    loops.retain(|span| loads(span) > 1 && !loops_in(&clip, span).iter().any(|inner| loads(inner) > 0));
+    assert_eq!(loops.len(), 2 * DType::ALL.len(), "for each dtype one that scales and one that zeroes: {loops:?}");
+    for span in loops {
+        let stores = clip.count(&span, |instruction| instruction.is("STG.128"));
+        assert_eq!(stores, loads(&span), "{span:?}");
+        let bytes = blocks * THREADS * clip.loads_in_flight(&span) * 16;
+        let executed = span.len() / stores;
+        println!("{} KiB in flight in {blocks} blocks, {executed} instructions for 16 bytes", bytes >> 10);
+        assert!(bytes >= 48 << 10 && executed <= 200, "{span:?}");
     }
+}
+
+/// The loops within another.
+fn loops_in(code: &Listing, span: &Range<usize>) -> Vec<Range<usize>> {
+    code.loops().into_iter().filter(|inner| lies_in(inner, span)).collect()
 }
 
 /// What a kernel takes of a multiprocessor.
@@ -214,6 +234,16 @@ struct Usage {
     stack: usize,
     shared: usize,
     local: usize,
+}
+
+/// Blocks of a kernel that fit on a multiprocessor of Hopper: 65536 registers, dealt out by 8 to a thread; 228 KiB of
+/// shared memory, of which a block takes 1 KiB for itself; 2048 threads.
+fn resident_blocks(kernel: &str) -> usize {
+    let usages = resource_usage();
+    let hopper = |(architecture, name, _): &&_| (*architecture, name) == (90, &kernel.to_owned());
+    let (_, _, usage) = usages.iter().find(hopper).expect("the kernel has a resource usage");
+    let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
+    by_registers.min((228 << 10) / (usage.shared + (1 << 10))).min(2048 / THREADS)
 }
 
 /// Of every kernel for every architecture, where [`hopper`] gives their code.

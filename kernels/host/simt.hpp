@@ -49,24 +49,33 @@ template <typename T> inline T simt_shuffle_down(T value, uint32_t delta, uint32
     return value;
 }
 
-inline u32 atomicAdd(u32 *address, u32 value) {
-    u32 old = *address;
-    *address = old + value;
-    return old;
-}
-inline void __threadfence() {}
+inline u32 count_released(u32 *counter) { return (*counter)++; }
+inline void acquire() {}
 
 struct alignas(16) Words4 {
     u32 word[4];
+};
+struct LongPair {
+    u64 x, y;
 };
 
 inline Words4 load_words4(const void *address) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of 16 bytes");
     return *static_cast<const Words4 *>(address);
 }
+inline Words4 load_words4_to_change(u64 address) { return load_words4(reinterpret_cast<const void *>(address)); }
+inline void store_words4(u64 address, const Words4 &words) {
+    if (address % 16 != 0) gradprobe_simt_fault("misaligned store of 16 bytes");
+    *reinterpret_cast<Words4 *>(address) = words;
+}
 inline u32 load_element(const u32 *address) { return *address; }
 inline u32 load_element(const u16 *address) { return *address; }
-inline u64 load_fresh(const u64 *address) { return *address; }
+inline LongPair load_fresh(const u64 *address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of two words");
+    return {address[0], address[1]};
+}
+// Reads, so that AddressSanitizer sees an address outside a tensor.
+inline void prefetch(u64 address) { (void)*reinterpret_cast<const volatile char *>(address); }
 
 inline float bits_to_float(u32 bits) {
     float value;

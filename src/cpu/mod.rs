@@ -72,7 +72,7 @@ impl CpuProbe {
         let records: Vec<Record> = (0..tensors.len())
             .map(|index| {
                 let chunks = &self.chunks[plan.chunks_of(index)];
-                spec::fold(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
+                spec::fold_spans(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
             })
             .collect();
         self.steps += 1;

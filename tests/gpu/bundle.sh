@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Packs what a machine with a GPU but without Rust needs to run the tests and benches: their programs, stripped, the
-# inspector, data for it, and run.sh.
+# inspector, data for it, the peers, what was built from what (build.json), and run.sh.
 #
 #     tests/gpu/bundle.sh [FOLDER]
 #
 # FOLDER is made anew; `dist` if none is given. With nvcc (CUDA_HOME) the kernels are in the programs; without it they
-# need NVRTC where they run. The tests of the inspector and of the build script are left out: they look for this checkout.
+# need NVRTC where they run. The tests of the inspector, the build script and the records are left out: they look for
+# this checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -24,16 +25,31 @@ pack() {
     "$@" 2>&1 | tee >(cat >&2) | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
         name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
         case $name in
-        inspect | build_script) ;;
+        inspect | build_script | records | variants) ;;
         *) strip -o "$folder/$to/$name" "$program" ;;
         esac
     done
 }
 
+# The nvcc that build.rs takes, or none.
+nvcc=null
+for candidate in "${NVCC:-}" {"${CUDA_HOME:-}","${CUDA_PATH:-}"}/bin/nvcc nvcc /usr/local/cuda/bin/nvcc; do
+    if version=$("$candidate" --version 2>/dev/null); then
+        nvcc="\"$(grep release <<<"$version")\""
+        break
+    fi
+done
+dirty=false
+[ -z "$(git status --porcelain)" ] || dirty=true
+printf '{"commit": "%s", "dirty": %s, "kernels": "%s", "nvcc": %s}\n' \
+    "$(git rev-parse HEAD)" "$dirty" "$(python3 benches/record.py hash)" "$nvcc" >"$folder/build.json"
+
 pack tests cargo test --no-run
-pack benches cargo bench --no-run --bench '*'
+pack benches cargo bench --no-run --bench gpu
 cargo build --release --example inspect
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
+[ "$nvcc" = null ] || python3 benches/gpu/variants.py build "$folder/variants"
 cp tests/data/*.safetensors "$folder/data/"
+cp benches/{peers,record}.py "$folder/benches/"
 cp tests/gpu/run.sh "$folder/"
 du -sh "$folder"

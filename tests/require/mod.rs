@@ -8,6 +8,8 @@ use std::{io::Write, thread};
 pub const NVCC: &str = "GRADPROBE_REQUIRE_NVCC";
 /// Set to 1, it makes a missing GPU a failure.
 pub const GPU: &str = "GRADPROBE_REQUIRE_GPU";
+/// Set to 1, it makes a missing Python a failure.
+pub const PYTHON: &str = "GRADPROBE_REQUIRE_PYTHON";
 
 /// Says that the running test is skipped and why; or fails it when the environment sets `variable` to 1.
 #[track_caller]

@@ -84,7 +84,7 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         ("the chunks' records", arguments.chunk_records, chunks * size_of::<Record>()),
         ("the tensors' records", arguments.records, tensors * size_of::<Record>()),
         ("the outputs", arguments.outputs, size_of::<StepOutputs>()),
-        ("the counters", arguments.chunks_done, (tensors + 1) * 4),
+        ("the counters", arguments.done, (chunks + tensors + 1) * 4),
     ] {
         demand_at_work(what, address, bytes);
     }
