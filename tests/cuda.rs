@@ -413,6 +413,37 @@ fn a_step_whose_gradients_have_moved_does_not_wait() {
     assert_eq!(bytemuck::cast_slice::<_, u8>(probe.wait().unwrap().records()), bytemuck::cast_slice(last.records()));
 }
 
+/// By cudarc's events, whatever comes first on either stream.
+#[test]
+fn other_streams_wait_for_the_probe_and_it_waits_for_them() {
+    let Some(context) = device() else { return };
+    if short() {
+        return pointless("the tools GRADPROBE_SHORT is for may wait for launches");
+    }
+    let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let mut reference = Reference::new(clipping());
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let sources = [1, 2].map(|seed| OnDevice::new(&other, &Tensors::of(seed)));
+    let mut place = OnDevice::new(&other, &Tensors::of(0));
+    probe.bind(&place.slices()).unwrap();
+    other.synchronize().unwrap();
+
+    // A write that has yet to run, a measurement of what it writes, and a write that must not come before that.
+    let gate = Gate::shut(&other);
+    place.copy(&sources[0]);
+    probe.measure(&place.slices()).unwrap();
+    place.copy(&sources[1]);
+    assert!(gate.open(), "something waited for the device");
+    assert_same_bits(&probe.wait().unwrap(), &reference.step(Tensors::of(1)).0);
+
+    // A read of what a clip has yet to write.
+    let (report, clipped) = reference.step(Tensors::of(2));
+    probe.measure(&place.slices()).unwrap();
+    probe.clip(&mut [&mut place.f32, &mut place.f16, &mut place.bf16]).unwrap();
+    assert!(place.get() == clipped, "read after the clip");
+    assert_same_bits(&probe.wait().unwrap(), &report);
+}
+
 #[test]
 fn slices_and_views_are_measured_and_clipped_wherever_they_begin() {
     let Some(context) = device() else { return };

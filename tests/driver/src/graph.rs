@@ -1,0 +1,199 @@
+//! Work for streams, captures of it, and graphs made of captures.
+
+use crate::{
+    Outcome, die,
+    handles::Registry,
+    memory::{self, demand_at_work},
+    stream::STREAMS,
+};
+use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
+use gradprobe::{
+    GsnrRecord, Record, StepOutputs,
+    launch::{Arguments, Device, Kernel},
+};
+use gradprobe_simt::{Schedule, Simt};
+use std::{
+    env,
+    ffi::c_void,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, ThreadId},
+};
+
+/// What a stream does and a graph holds.
+#[derive(Clone, Copy)]
+pub enum Work {
+    /// Runs a kernel.
+    Kernel { kernel: Kernel, blocks: u32, arguments: Arguments },
+    /// Copies bytes.
+    Copy { to: u64, from: u64, bytes: usize },
+    /// Sets bytes.
+    Set { to: u64, value: u8, bytes: usize },
+    /// Calls a function of the host, with the address of its argument.
+    Host { function: unsafe extern "C" fn(*mut c_void), argument: usize },
+}
+
+impl Work {
+    /// Does it, on the stream's thread.
+    pub fn run(self) {
+        match self {
+            Work::Kernel { kernel, blocks, arguments } => run_kernel(kernel, blocks, &arguments),
+            Work::Copy { to, from, bytes } => {
+                memory::demand_not_freed(to);
+                memory::demand_not_freed(from);
+                // SAFETY: one side was live device memory when the copy was asked for, the other the caller's, and both
+                // are still there. They may overlap.
+                unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+            }
+            Work::Set { to, value, bytes } => {
+                demand_at_work("the target of a memset", to, bytes);
+                // SAFETY: it is live device memory.
+                unsafe { (to as *mut u8).write_bytes(value, bytes) };
+            }
+            // SAFETY: whoever queued it vouches for the function and its argument.
+            Work::Host { function, argument } => unsafe { function(argument as *mut c_void) },
+        }
+    }
+
+    /// The kind of node it is in a graph.
+    pub fn node_type(self) -> CUgraphNodeType {
+        match self {
+            Work::Kernel { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
+            Work::Copy { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY,
+            Work::Set { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET,
+            Work::Host { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_HOST,
+        }
+    }
+}
+
+/// Runs a kernel in emulation, in another order each time, after a look at whether its tables are there.
+fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
+    static SEED: LazyLock<AtomicU64> = LazyLock::new(|| {
+        AtomicU64::new(env::var("GRADPROBE_HOST_DRIVER_SEED").map_or(0, |seed| seed.parse().expect("a number")))
+    });
+    /// Of a tensor's entry in its table: kernels/arguments.cuh.
+    const TENSOR_ENTRY: usize = 24;
+
+    let (tensors, chunks) = (arguments.tensor_count as usize, arguments.chunk_count as usize);
+    for (what, address, bytes) in [
+        ("the addresses", arguments.addresses, tensors * 8),
+        ("the tensors' entries", arguments.tensors, tensors * TENSOR_ENTRY),
+        ("the chunks' tensors", arguments.chunk_tensors, chunks * 4),
+        ("the chunks' records", arguments.chunk_records, chunks * size_of::<Record>()),
+        ("the tensors' records", arguments.records, tensors * size_of::<Record>()),
+        ("the outputs", arguments.outputs, size_of::<StepOutputs>()),
+        ("the counters", arguments.done, (chunks + tensors + 1) * 4),
+    ] {
+        demand_at_work(what, address, bytes);
+    }
+    // What is tracked across steps is there as a whole or not at all. The sizes are those of kernels/gsnr.cuh; how long
+    // the state is, its tracks alone know.
+    if arguments.tracks != 0 || matches!(kernel, Kernel::Update | Kernel::Gsnr) {
+        for (what, address, bytes) in [
+            ("the tracks", arguments.tracks, tensors * 40),
+            ("the means", arguments.means, 1),
+            ("the deviations", arguments.deviations, 1),
+            ("the tracked tensors' records", arguments.gsnr_records, tensors * size_of::<GsnrRecord>()),
+            ("the chunks' sums", arguments.gsnr_sums, chunks * 48),
+            ("the bins", arguments.gsnr_bins, tensors * 4096 * 4),
+        ] {
+            demand_at_work(what, address, bytes);
+        }
+    }
+    let schedule = Schedule::Shuffled(SEED.fetch_add(1, Ordering::Relaxed));
+    if let Err(error) = (Simt { schedule, blocks: 0 }).launch(kernel, blocks, arguments) {
+        die(&error.to_string());
+    }
+}
+
+/// Work that is recorded in place of being done.
+pub struct Capture {
+    id: u64,
+    mode: CUstreamCaptureMode,
+    thread: ThreadId,
+    nodes: Vec<Work>,
+    invalidated: bool,
+}
+
+impl Capture {
+    /// One that begins on this thread.
+    pub fn begin(mode: CUstreamCaptureMode) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let (id, thread) = (NEXT.fetch_add(1, Ordering::Relaxed), thread::current().id());
+        Self { id, mode, thread, nodes: Vec::new(), invalidated: false }
+    }
+
+    /// By which events know it; an error if it is beyond use.
+    pub fn id(&self) -> Outcome<u64> {
+        if self.invalidated { Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED) } else { Ok(self.id) }
+    }
+
+    pub fn add(&mut self, work: Work) -> Outcome {
+        self.id()?;
+        self.nodes.push(work);
+        Ok(())
+    }
+
+    /// Puts it beyond use because of `error`, and says what the call that did so should return.
+    pub fn invalidate(&mut self, error: CUresult) -> CUresult {
+        let result = self.id().map_or_else(|invalidated| invalidated, |_| error);
+        self.invalidated = true;
+        result
+    }
+
+    /// What was captured.
+    pub fn end(self) -> Outcome<Vec<Work>> {
+        if self.thread != thread::current().id() && self.mode != CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED {
+            return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+        }
+        self.id()?;
+        Ok(self.nodes)
+    }
+}
+
+/// For calls that are not allowed while a capture is going on, on whatever stream: on this thread, or in global mode
+/// anywhere.
+pub fn refuse_in_any_capture() -> Outcome {
+    for stream in STREAMS.all() {
+        if let Some(capture) = &mut *stream.capture() {
+            let forbidden = match capture.mode {
+                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL => true,
+                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL => capture.thread == thread::current().id(),
+                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED => false,
+            };
+            if forbidden {
+                return Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
+            }
+        }
+    }
+    Ok(())
+}
+
+pub static NODES: Registry<Work> = Registry::new("graph node");
+pub static GRAPHS: Registry<Graph> = Registry::new("graph");
+pub static EXECUTABLES: Registry<Vec<Work>> = Registry::new("executable graph");
+
+/// The handles of its nodes, in the order of their capture.
+pub struct Graph(Vec<usize>);
+
+impl Graph {
+    pub fn new(nodes: Vec<Work>) -> Self {
+        Self(nodes.into_iter().map(|work| NODES.insert::<()>(work).addr()).collect())
+    }
+
+    pub fn nodes(&self) -> Vec<CUgraphNode> {
+        self.0.iter().map(|&node| std::ptr::without_provenance_mut(node)).collect()
+    }
+
+    pub fn work(&self) -> Vec<Work> {
+        self.nodes().into_iter().map(|node| *NODES.get(node)).collect()
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.nodes().into_iter().for_each(|node| drop::<Arc<Work>>(NODES.remove(node)));
+    }
+}

@@ -1,0 +1,199 @@
+//! Which calls of the CUDA driver a step makes, one by one, as the host driver in `tests/driver` counts them: no more
+//! launches and copies than are promised, no allocation, nothing that waits. Skipped on any other driver.
+#![cfg(feature = "cuda")]
+#![allow(unsafe_code, reason = "calls functions of the host driver, and holds a stream by a host function")]
+
+mod require;
+
+use gradprobe::{
+    Config, CudaProbe, DType, Error, Plan,
+    cudarc::driver::{CudaContext, CudaSlice, CudaStream, result, sys},
+};
+use half::{bf16, f16};
+use require::{pointless, skipped};
+use std::{
+    ffi::c_void,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
+    time::Duration,
+};
+
+/// cudarc's and ours, neither of which starts or moves anything: which context is current, whether a capture is going
+/// on, and the events by which cudarc orders streams and a probe learns of its reports.
+const BYSTANDERS: [&str; 6] = [
+    "cuCtxGetCurrent",
+    "cuStreamIsCapturing",
+    "cuStreamWaitEvent",
+    "cuEventRecord",
+    "cuEventQuery",
+    // Of a report that the query before it has found; it has nothing to wait for.
+    "cuEventSynchronize already reached",
+];
+
+/// The calls that do start something. A grid fills the host driver's device.
+const MEASURE: &str = "cuLaunchKernel gradprobe_measure of 12 blocks";
+const CLIP: &str = "cuLaunchKernel gradprobe_clip of 12 blocks";
+const ADDRESSES: &str = "cuMemcpyHtoDAsync_v2 24 bytes pageable";
+/// Outputs of 80 bytes and three records of 80.
+const REPORT: &str = "cuMemcpyDtoHAsync_v2 320 bytes page-locked";
+
+/// The host driver's trace, which is that of all threads: one test has it at a time.
+struct Trace {
+    _alone: MutexGuard<'static, ()>,
+    begin: unsafe extern "C" fn(),
+    end: unsafe extern "C" fn(*mut u8, usize) -> usize,
+}
+
+impl Trace {
+    /// The calls made by `step`.
+    fn of(&self, step: impl FnOnce()) -> Vec<String> {
+        let mut text = vec![0; 1 << 20];
+        // SAFETY: no obligations.
+        unsafe { (self.begin)() };
+        step();
+        // SAFETY: the buffer has that size.
+        let length = unsafe { (self.end)(text.as_mut_ptr(), text.len()) };
+        String::from_utf8_lossy(&text[..length]).lines().map(str::to_owned).collect()
+    }
+}
+
+/// The host driver's trace and a stream, if that is the driver.
+fn driver() -> Option<(Trace, Arc<CudaStream>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Err(error) = CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+        assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
+        skipped(require::GPU, &error.to_string());
+        return None;
+    }
+    // SAFETY: the driver is there.
+    let library = unsafe { sys::culib() };
+    // SAFETY: only the host driver has a function of this name, and it has this type.
+    let begin = unsafe { library.get(b"gradprobe_host_driver_trace_begin\0") };
+    // SAFETY: the same.
+    let end = unsafe { library.get(b"gradprobe_host_driver_trace_end\0") };
+    let (Ok(begin), Ok(end)) = (begin, end) else {
+        pointless("the driver keeps no trace of its calls");
+        return None;
+    };
+    Some((Trace { _alone: alone, begin: *begin, end: *end }, CudaContext::new(0).unwrap().new_stream().unwrap()))
+}
+
+/// Holds a stream until it is dropped, or for so long that something must have waited for the stream.
+struct Held(#[expect(dead_code, reason = "its drop is what counts")] Sender<()>);
+
+impl Held {
+    fn new(stream: &CudaStream) -> Self {
+        unsafe extern "C" fn hold(until: *mut c_void) {
+            // SAFETY: it was made from a box below, and the driver calls this once.
+            let until = unsafe { Box::from_raw(until.cast::<Receiver<()>>()) };
+            // An error when the other end is dropped, and when the time is over.
+            let _ = until.recv_timeout(Duration::from_secs(5));
+        }
+        let (held, until) = channel::<()>();
+        let until = Box::into_raw(Box::new(until)).cast();
+        // SAFETY: the stream is alive, and the function makes no call of CUDA.
+        unsafe { result::stream::launch_host_function(stream.cu_stream(), hold, until) }.unwrap();
+        Self(held)
+    }
+}
+
+/// Gradients, of each type more chunks than a third of the grid.
+struct Gradients {
+    f32: CudaSlice<f32>,
+    f16: CudaSlice<f16>,
+    bf16: CudaSlice<bf16>,
+}
+
+const LENGTH: usize = 200_000;
+
+impl Gradients {
+    fn plan() -> Plan {
+        Plan::new(DType::ALL.map(|dtype| (dtype.name(), dtype, LENGTH as u64))).unwrap()
+    }
+
+    fn new(stream: &Arc<CudaStream>) -> Self {
+        Self {
+            f32: stream.clone_htod(&vec![0.5; LENGTH]).unwrap(),
+            f16: stream.clone_htod(&vec![f16::ONE; LENGTH]).unwrap(),
+            bf16: stream.clone_htod(&vec![bf16::ONE; LENGTH]).unwrap(),
+        }
+    }
+
+    /// A step as a trainer makes it: which calls it made, and of which step it got the report.
+    fn step(&mut self, trace: &Trace, probe: &mut CudaProbe) -> (Vec<String>, Option<u64>) {
+        let mut reported = None;
+        let calls = trace.of(|| {
+            probe.measure(&[&self.f32, &self.f16, &self.bf16]).unwrap();
+            probe.clip(&mut [&mut self.f32, &mut self.f16, &mut self.bf16]).unwrap();
+            reported = probe.poll().unwrap().map(|report| report.step());
+        });
+        (calls, reported)
+    }
+}
+
+/// Compares the calls of a step, but for those of [`BYSTANDERS`].
+#[track_caller]
+fn assert_calls(step: &str, calls: &[String], expected: &[&str]) {
+    println!("{step}:");
+    calls.iter().for_each(|call| println!("    {call}"));
+    let seen: Vec<&str> = calls.iter().map(String::as_str).filter(|call| !BYSTANDERS.contains(call)).collect();
+    assert_eq!(seen, expected, "{step}");
+}
+
+#[test]
+fn a_step_is_two_launches_and_a_copy_of_the_report() {
+    let Some((trace, stream)) = driver() else { return };
+    let mut gradients = Gradients::new(&stream);
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    // The first step tells the device where the gradients are.
+    let (calls, _) = gradients.step(&trace, &mut probe);
+    assert_calls("the first step", &calls, &[ADDRESSES, MEASURE, CLIP, REPORT]);
+    probe.wait().unwrap();
+
+    // The device does nothing meanwhile. Four reports can be on their way.
+    let held = Held::new(&stream);
+    for step in 2..=7 {
+        let (calls, reported) = gradients.step(&trace, &mut probe);
+        let expected = [MEASURE, CLIP, REPORT];
+        assert_calls(&format!("step {step}"), &calls, if step <= 5 { &expected } else { &expected[..2] });
+        assert_eq!(reported, None, "step {step}");
+    }
+    drop(held);
+    stream.synchronize().unwrap();
+
+    // One step behind, which gives a report.
+    let held = Held::new(&stream);
+    let (calls, reported) = gradients.step(&trace, &mut probe);
+    assert_calls("step 8, with the report of step 2", &calls, &[MEASURE, CLIP]);
+    assert_eq!(reported, Some(2));
+    let (calls, reported) = gradients.step(&trace, &mut probe);
+    assert_calls("step 9, with the report of step 3", &calls, &[MEASURE, CLIP, REPORT]);
+    assert_eq!(reported, Some(3));
+    drop(held);
+}
+
+#[test]
+fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
+    let Some((trace, stream)) = driver() else { return };
+    let mut places = [Gradients::new(&stream), Gradients::new(&stream)];
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let _held = Held::new(&stream);
+    for step in 0..4 {
+        let (calls, _) = places[step % 2].step(&trace, &mut probe);
+        assert_calls(&format!("moved, step {step}"), &calls, &[ADDRESSES, MEASURE, CLIP, REPORT]);
+    }
+}
+
+#[test]
+fn without_a_clip_a_step_is_one_launch() {
+    let Some((trace, stream)) = driver() else { return };
+    let mut gradients = Gradients::new(&stream);
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    gradients.step(&trace, &mut probe);
+    let _held = Held::new(&stream);
+    let (calls, _) = gradients.step(&trace, &mut probe);
+    assert_calls("without a clip", &calls, &[MEASURE, REPORT]);
+}
