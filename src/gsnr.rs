@@ -305,10 +305,12 @@ pub struct GsnrReport {
 
 impl GsnrReport {
     /// # Errors
-    /// [`Error::TooFewSteps`] when no tensor has seen two steps.
+    /// [`Error::TooFewSteps`] when there are tensors and none has seen two steps.
     pub(crate) fn new(plan: Arc<Plan>, records: Vec<(usize, GsnrRecord)>) -> Result<Self, Error> {
-        let steps = records.iter().map(|(_, record)| record.steps + record.skipped).max().unwrap_or(0);
-        if steps < 2 { Err(Error::TooFewSteps { steps }) } else { Ok(Self { plan, records }) }
+        match records.iter().map(|(_, record)| record.steps + record.skipped).max() {
+            Some(steps @ 0..2) => Err(Error::TooFewSteps { steps }),
+            _ => Ok(Self { plan, records }),
+        }
     }
 
     /// Names and records of the tracked tensors, in the plan's order.
@@ -371,6 +373,13 @@ mod tests {
         }
         assert_eq!(middle_of(bin_of(0.0)), 0.0);
         assert!(bin_of(f64::MAX) < BINS);
+    }
+
+    #[test]
+    fn a_plan_without_tensors_has_a_report_without_records() {
+        let plan = Arc::new(Plan::new([] as [(&str, crate::DType, u64); 0]).unwrap());
+        let report = GsnrReport::new(plan, Vec::new()).unwrap();
+        assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
     }
 
     #[test]
