@@ -337,13 +337,13 @@ impl fmt::Display for GsnrReport {
         let percent = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{:.1}", 100.0 * x));
         writeln!(
             f,
-            "{:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>8} {:>10} {:>8}",
-            "tensor", "steps", "skipped", "gsnr median", "gsnr mean", "corrected", "< 1 %", "constant", "norm cv"
+            "{:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>9} {:>10} {:>8}",
+            "tensor", "steps", "skipped", "gsnr median", "gsnr mean", "corrected", "% below 1", "constant", "norm cv"
         )?;
         for ((_, record), name) in self.tensors().zip(&names) {
             writeln!(
                 f,
-                "{name:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>8} {:>10} {:>8}",
+                "{name:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>9} {:>10} {:>8}",
                 record.steps,
                 record.skipped,
                 number(record.median()),
