@@ -1,6 +1,6 @@
 //! The numbers of one step, read back to the host.
 
-use crate::{DType, Plan, Record, StepOutputs};
+use crate::{DType, Error, Plan, Record, StepOutputs};
 use std::{fmt, sync::Arc};
 
 /// The statistics of one step. `Display` prints a table.
@@ -9,6 +9,8 @@ pub struct Report {
     plan: Arc<Plan>,
     outputs: StepOutputs,
     records: Vec<Record>,
+    /// Of the weights, one a tensor, when they were given.
+    param_norms: Option<Vec<f64>>,
 }
 
 /// One tensor of a report.
@@ -20,12 +22,26 @@ pub struct TensorReport<'a> {
     pub dtype: DType,
     /// Its statistics.
     pub record: &'a Record,
+    /// L2 norm of the weight whose gradient it is, if that was given.
+    pub param_norm: Option<f64>,
 }
 
 impl Report {
     pub(crate) fn new(plan: Arc<Plan>, outputs: StepOutputs, records: Vec<Record>) -> Self {
         debug_assert_eq!(plan.tensors().len(), records.len());
-        Self { plan, outputs, records }
+        Self { plan, outputs, records, param_norms: None }
+    }
+
+    /// With the L2 norms of the weights whose gradients these are, in the plan's order.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] when there are not as many as tensors.
+    pub fn with_param_norms(self, norms: &[f64]) -> Result<Self, Error> {
+        let (planned, given) = (self.records.len(), norms.len());
+        if planned != given {
+            return Err(Error::TensorCount { planned, given });
+        }
+        Ok(Self { param_norms: Some(norms.to_vec()), ..self })
     }
 
     /// Which measurement of its probe this is, from 1.
@@ -43,17 +59,23 @@ impl Report {
         &self.records
     }
 
-    /// Names, dtypes and records, in the plan's order.
+    /// The tensors, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorReport<'_>> {
-        self.plan.tensors().iter().zip(&self.records).map(|(spec, record)| TensorReport {
+        self.plan.tensors().iter().zip(&self.records).enumerate().map(|(index, (spec, record))| TensorReport {
             name: &spec.name,
             dtype: spec.dtype,
             record,
+            param_norm: self.param_norms.as_ref().map(|norms| norms[index]),
         })
     }
 }
 
 impl TensorReport<'_> {
+    /// Norm of the gradient over that of its weight; `None` when that is not known, or 0.
+    pub fn ratio(&self) -> Option<f64> {
+        self.param_norm.filter(|&norm| norm != 0.0).map(|norm| self.record.l2_norm() / norm)
+    }
+
     /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:
     /// non-finite elements and where they begin, a tensor that is all zero, and a dead share of at least a tenth.
     pub fn remarks(&self) -> String {
@@ -86,10 +108,24 @@ impl fmt::Display for Report {
         let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
         let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max("tensor".len());
         let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
+        // Two columns that are there when the weights are known.
+        let beside_weights = |norm: &str, ratio: &str| {
+            if self.param_norms.is_some() { format!(" {norm:>10} {ratio:>10}") } else { String::new() }
+        };
         writeln!(
             f,
-            "{:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}",
-            "tensor", "dtype", "elements", "l2 norm", "max |x|", "min≠0 |x|", "mean", "std", "zero %", "dead %"
+            "{:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}",
+            "tensor",
+            "dtype",
+            "elements",
+            "l2 norm",
+            beside_weights("param norm", "ratio"),
+            "max |x|",
+            "min≠0 |x|",
+            "mean",
+            "std",
+            "zero %",
+            "dead %"
         )?;
         for (tensor, name) in self.tensors().zip(&names) {
             let record = tensor.record;
@@ -98,10 +134,11 @@ impl fmt::Display for Report {
             let remarks = tensor.remarks();
             writeln!(
                 f,
-                "{name:width$} {:>5} {:>12} {:>10} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}{}{remarks}",
+                "{name:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}{}{remarks}",
                 tensor.dtype,
                 record.count,
                 number(Some(record.l2_norm())),
+                beside_weights(&number(tensor.param_norm), &number(tensor.ratio())),
                 number(record.max_abs().map(f64::from)),
                 number(record.min_nonzero_abs().map(f64::from)),
                 number(record.mean()),
