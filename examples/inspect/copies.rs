@@ -1,4 +1,4 @@
-//! The directory of the clipped copies: never over an input, never half a file.
+//! The directory of the clipped copies: never over a file that is read, never half a file.
 
 use crate::{elements::Elements, failure::Failure, gradients::Gradients};
 use std::{
@@ -14,12 +14,12 @@ pub struct Copies<'a> {
 }
 
 impl<'a> Copies<'a> {
-    /// Makes the directory, unless a copy would replace an input or another copy.
-    pub fn prepare(directory: &'a Path, inputs: &[PathBuf]) -> Result<Self, Failure> {
-        refuse_overwriting(directory, inputs)?;
+    /// Makes the directory, unless a copy would replace another copy, an input or the file of the weights.
+    pub fn prepare(directory: &'a Path, inputs: &[PathBuf], weights: Option<&PathBuf>) -> Result<Self, Failure> {
+        refuse_overwriting(directory, inputs, weights)?;
         fs::create_dir_all(directory).map_err(|error| Failure::file(directory, error))?;
         // Again: until it was made, a path like `new/../inputs` could not be resolved.
-        refuse_overwriting(directory, inputs)?;
+        refuse_overwriting(directory, inputs, weights)?;
         Ok(Self { directory })
     }
 
@@ -37,17 +37,19 @@ impl<'a> Copies<'a> {
     }
 }
 
-fn refuse_overwriting(directory: &Path, inputs: &[PathBuf]) -> Result<(), Failure> {
+fn refuse_overwriting(directory: &Path, inputs: &[PathBuf], weights: Option<&PathBuf>) -> Result<(), Failure> {
     let mut names = HashMap::new();
-    // Two paths an input has: where its data is, and the entry by which it was found, which may be a link.
-    let mut occupied = HashSet::new();
     for input in inputs {
-        let fail = |error: std::io::Error| Failure::file(input, error);
-        let name = input.file_name().unwrap_or_default();
-        if let Some(other) = names.insert(name, input) {
+        if let Some(other) = names.insert(input.file_name(), input) {
             let reason = format!("has the file name of {}; their copies would be one file", other.display());
             return Err(Failure::file(input, reason));
         }
+    }
+    // Two paths an input has: where its data is, and the entry by which it was found, which may be a link.
+    let mut occupied = HashSet::new();
+    for input in inputs.iter().chain(weights) {
+        let fail = |error: std::io::Error| Failure::file(input, error);
+        let name = input.file_name().unwrap_or_default();
         let parent = input.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         occupied.insert(parent.canonicalize().map_err(fail)?.join(name));
         occupied.insert(input.canonicalize().map_err(fail)?);

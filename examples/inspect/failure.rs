@@ -18,6 +18,9 @@ pub enum Failure {
     /// The device could not be opened.
     #[error(transparent)]
     Probe(#[from] gradprobe::Error),
+    /// Several files are more than can be compared with each other.
+    #[error("signal and noise across the files, which one file alone would not need: {0}")]
+    Tracking(gradprobe::Error),
     /// The report could not be written.
     #[error("standard output: {0}")]
     Output(io::Error),

@@ -27,8 +27,13 @@ pub struct Entry {
     pub start: usize,
 }
 
-/// The bytes of `file` up to the data, and its tensors in natural order. `file` holds `size` bytes.
-pub fn read(path: &Path, file: &mut impl Read, size: u64) -> Result<(Vec<u8>, Vec<Entry>), Failure> {
+/// The bytes of `file` up to the data, and its `wanted` tensors in natural order. `file` holds `size` bytes.
+pub fn read(
+    path: &Path,
+    file: &mut impl Read,
+    size: u64,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<(Vec<u8>, Vec<Entry>), Failure> {
     let fail = |reason: String| Failure::file(path, reason);
     let Some(room) = size.checked_sub(LENGTH) else {
         return Err(fail(format!("not a safetensors file: {size} bytes are too few")));
@@ -46,7 +51,7 @@ pub fn read(path: &Path, file: &mut impl Read, size: u64) -> Result<(Vec<u8>, Ve
     }
     let mut head = length.to_vec();
     file.take(header).read_to_end(&mut head).map_err(|error| Failure::file(path, error))?;
-    let (entries, data) = parse(path, &head[length.len()..])?;
+    let (entries, data) = parse(path, &head[length.len()..], wanted)?;
     let given = size - LENGTH - header;
     if data as u64 != given {
         let what = if given < data as u64 { "truncated" } else { "malformed" };
@@ -55,8 +60,8 @@ pub fn read(path: &Path, file: &mut impl Read, size: u64) -> Result<(Vec<u8>, Ve
     Ok((head, entries))
 }
 
-/// The tensors that this header describes, and the bytes they take.
-fn parse(path: &Path, header: &[u8]) -> Result<(Vec<Entry>, usize), Failure> {
+/// The `wanted` tensors that this header describes, and the bytes that all of them take.
+fn parse(path: &Path, header: &[u8], wanted: impl Fn(&str) -> bool) -> Result<(Vec<Entry>, usize), Failure> {
     let malformed = |error: &dyn std::fmt::Display| Failure::file(path, format!("malformed header: {error}"));
     let mut fields: Map<String, Value> = serde_json::from_slice(header).map_err(|error| malformed(&error))?;
     let metadata = fields.remove("__metadata__").unwrap_or(Value::Null);
@@ -65,8 +70,10 @@ fn parse(path: &Path, header: &[u8]) -> Result<(Vec<Entry>, usize), Failure> {
     let mut entries = Vec::with_capacity(fields.len());
     for (name, value) in fields {
         let info: TensorInfo = serde_json::from_value(value).map_err(|error| Failure::tensor(path, &name, error))?;
-        let (dtype, len) = check(&info).map_err(|reason| Failure::tensor(path, &name, reason))?;
-        entries.push(Entry { name: name.clone(), dtype, len, start: info.data_offsets.0 });
+        if wanted(&name) {
+            let (dtype, len) = check(&info).map_err(|reason| Failure::tensor(path, &name, reason))?;
+            entries.push(Entry { name: name.clone(), dtype, len, start: info.data_offsets.0 });
+        }
         infos.push((name, info));
     }
     infos.sort_by_key(|(_, info)| info.data_offsets);

@@ -1,12 +1,21 @@
 //! The report for machines.
 
-use gradprobe::{Report, TensorReport};
+use gradprobe::{GsnrRecord, GsnrReport, Report, TensorReport};
 use serde_json::{Map, Number, Value, json};
 use std::path::Path;
 
-/// The whole report. What is null here is not computed by this version.
-pub fn report(device: &str, steps: Vec<Value>) -> Value {
-    json!({ "device": device, "steps": steps, "noise_scale": null, "findings": null, "verdict": null })
+/// The whole report; `gsnr` when there is more than one step. What is null here is not computed by this version.
+pub fn report(device: &str, steps: Vec<Value>, gsnr: Option<&GsnrReport>) -> Value {
+    let mut report = Map::new();
+    report.insert("device".to_owned(), device.into());
+    report.insert("steps".to_owned(), steps.into());
+    if let Some(gsnr) = gsnr {
+        report.insert("gsnr".to_owned(), gsnr.tensors().map(|(name, record)| signal_and_noise(name, record)).collect());
+    }
+    report.insert("noise_scale".to_owned(), optional(gsnr.and_then(GsnrReport::noise_scale)));
+    report.insert("findings".to_owned(), Value::Null);
+    report.insert("verdict".to_owned(), Value::Null);
+    report.into()
 }
 
 /// One step.
@@ -23,10 +32,11 @@ pub fn step(file: &Path, report: &Report, clipped: bool) -> Value {
     step.into()
 }
 
-fn tensor(TensorReport { name, dtype, record }: TensorReport<'_>) -> Value {
-    json!({
-        "name": name,
-        "dtype": dtype.name(),
+fn tensor(tensor: TensorReport<'_>) -> Value {
+    let record = tensor.record;
+    let mut value = json!({
+        "name": tensor.name,
+        "dtype": tensor.dtype.name(),
         "count": record.count,
         "nan_count": record.nan_count,
         "inf_count": record.inf_count,
@@ -34,13 +44,41 @@ fn tensor(TensorReport { name, dtype, record }: TensorReport<'_>) -> Value {
         "dead_count": record.dead_count,
         "l2_norm": number(record.l2_norm()),
         "finite_l2_norm": number(record.finite_l2_norm()),
-        "max_abs": record.max_abs().map(|x| number(x.into())),
-        "min_nonzero_abs": record.min_nonzero_abs().map(|x| number(x.into())),
-        "mean": record.mean().map(number),
-        "mean_abs": record.mean_abs().map(number),
-        "variance": record.variance().map(number),
+        "max_abs": optional(record.max_abs().map(f64::from)),
+        "min_nonzero_abs": optional(record.min_nonzero_abs().map(f64::from)),
+        "mean": optional(record.mean()),
+        "mean_abs": optional(record.mean_abs()),
+        "variance": optional(record.variance()),
         "first_nonfinite": record.first_nonfinite(),
+    });
+    if let Some(norm) = tensor.param_norm {
+        value["param_norm"] = number(norm);
+        value["ratio"] = optional(tensor.ratio());
+    }
+    value
+}
+
+/// One tensor across the steps.
+fn signal_and_noise(name: &str, record: &GsnrRecord) -> Value {
+    // Of fewer than two steps, the sums say nothing.
+    let sum = |sum: f64| optional((record.steps >= 2).then_some(sum));
+    json!({
+        "name": name,
+        "steps": record.steps,
+        "skipped": record.skipped,
+        "defined": record.defined,
+        "constant": record.constant,
+        "mean": optional(record.mean()),
+        "median": optional(record.median()),
+        "fraction_below_one": optional(record.fraction_below_one()),
+        "sum_variance": sum(record.sum_variance),
+        "sum_squared_mean": sum(record.sum_squared_mean),
+        "norm_cv": optional(record.norm_cv()),
     })
+}
+
+fn optional(x: Option<f64>) -> Value {
+    x.map_or(Value::Null, number)
 }
 
 /// A number with all its bits; the ones JSON cannot hold are strings.

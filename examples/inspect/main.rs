@@ -1,7 +1,7 @@
 //! Inspects gradients in safetensors files: `cargo run --release --example inspect -- FILE.safetensors...`
 //!
 //! Every file holds the gradients of one step. All are checked before the first is measured; then each is read,
-//! measured, clipped if that was asked for, and reported. Exit code 2 for a command line that cannot be understood, 1
+//! measured, clipped if that was asked for, and reported; at last, what they say together. Exit code 2 for a command line that cannot be understood, 1
 //! for every other failure, with one line on standard error.
 
 mod copies;
@@ -14,15 +14,16 @@ mod json;
 mod natural;
 mod options;
 mod progress;
+mod tensor_file;
 mod units;
+mod weights;
 
 use clap::Parser;
 use copies::Copies;
 use elements::Elements;
 use failure::Failure;
 use gradients::Gradients;
-use gradprobe::{HostTensor, HostTensorMut, Plan};
-use header::Entry;
+use gradprobe::{GsnrConfig, HostTensor, HostTensorMut};
 use options::Options;
 use progress::Progress;
 use std::{
@@ -30,6 +31,7 @@ use std::{
     process::ExitCode,
     time::Instant,
 };
+use weights::Weights;
 
 fn main() -> ExitCode {
     let options = match Options::try_parse() {
@@ -68,27 +70,35 @@ fn run(options: &Options) -> Result<(), Failure> {
     for file in &files[1..] {
         Gradients::open(file)?.require_same(&first)?;
     }
-    let entries = first.entries();
-    let plan = Plan::new(entries.iter().map(|t| (t.name.as_str(), t.dtype, t.len)));
-    let plan = plan.map_err(|error| Failure::file(&files[0], error))?;
+    let params = options.params.as_ref();
+    let weights = params.map(|path| Weights::open(path, &files[0], &first.tensors.entries)).transpose()?;
+    let mut progress = Progress::new(files.len() + usize::from(params.is_some()));
+    // First, so that weights and gradients need not be in memory together.
+    let norms = weights.map(|weights| weights.norms(options.device, |path| progress.reading(0, path))).transpose()?;
+
+    let plan = first.tensors.plan()?;
     let bytes = plan.bytes();
     let mut probe = device::open(options.device, plan, options.config())?;
-    let zeros = |t: &Entry| Elements::zeros(t.dtype, t.len).map_err(|error| Failure::tensor(&files[0], &t.name, error));
-    let mut tensors = entries.iter().map(zeros).collect::<Result<Vec<Elements>, _>>()?;
-    let copies = options.out.as_deref().map(|directory| Copies::prepare(directory, files)).transpose()?;
+    if files.len() > 1 {
+        probe.track(&GsnrConfig::new()).map_err(Failure::Tracking)?;
+    }
+    let mut tensors = first.tensors.room()?;
+    let copies = options.out.as_deref().map(|directory| Copies::prepare(directory, files, params)).transpose()?;
 
-    let mut progress = Progress::new();
     let mut steps = Vec::new();
     for (index, file) in files.iter().enumerate() {
         // Opened and compared again: the run may be long, and the file another one by now.
         let mut step = Gradients::open(file)?;
         step.require_same(&first)?;
-        step.read(&mut tensors, || progress.reading(index, files.len(), file))?;
+        step.tensors.read(&mut tensors, |path| progress.reading(index + usize::from(params.is_some()), path))?;
         let failed = |error: gradprobe::Error| Failure::file(file, error);
         let views: Vec<HostTensor> = tensors.iter().map(Elements::view).collect();
         let began = Instant::now();
-        let report = probe.measure_host(&views).map_err(failed)?;
+        let mut report = probe.measure_host(&views).map_err(failed)?;
         let time = began.elapsed();
+        if let Some(norms) = &norms {
+            report = report.with_param_norms(norms).map_err(failed)?;
+        }
         if let Some(copies) = &copies {
             let mut views: Vec<HostTensorMut> = tensors.iter_mut().map(Elements::view_mut).collect();
             probe.clip_host(&mut views).map_err(failed)?;
@@ -109,7 +119,12 @@ fn run(options: &Options) -> Result<(), Failure> {
         }
     }
     progress.clear();
-    if options.json { print(&format!("{}\n", json::report(probe.name(), steps))) } else { Ok(()) }
+    let gsnr = if files.len() > 1 { Some(probe.gsnr()?) } else { None };
+    match &gsnr {
+        _ if options.json => print(&format!("{}\n", json::report(probe.name(), steps, gsnr.as_ref()))),
+        Some(gsnr) => print(&format!("\nsignal and noise across {} steps\n{gsnr}", files.len())),
+        None => Ok(()),
+    }
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -5,7 +5,7 @@ use gradprobe::Config;
 use std::{path::PathBuf, str::FromStr};
 
 /// Reads gradients from safetensors files and reports what is in them: norms, moments, extremes, zero and dead
-/// shares, NaN and Inf with their place. Each file holds the gradients of one step.
+/// shares, NaN and Inf with their place; across steps, signal and noise. Each file holds the gradients of one step.
 #[derive(Debug, Parser)]
 #[command(name = "inspect")]
 pub struct Options {
@@ -21,6 +21,10 @@ pub struct Options {
     #[arg(long, value_name = "DIR", requires = "clip_norm")]
     pub out: Option<PathBuf>,
 
+    /// The weights by the names of their gradients: adds the norm of each, and that of its gradient over it
+    #[arg(long, value_name = "FILE")]
+    pub params: Option<PathBuf>,
+
     /// Elements with |x| below this count as dead [default: 1e-10]
     #[arg(long, value_name = "X", value_parser = not_negative, allow_hyphen_values = true)]
     pub dead_threshold: Option<f32>,
@@ -29,7 +33,8 @@ pub struct Options {
     #[arg(long)]
     pub json: bool,
 
-    /// Gradients of one step each, in step order
+    /// Gradients of one step each, in step order. From two on, signal and noise across the steps are reported; that
+    /// takes 8 bytes of memory an element
     #[arg(required = true, value_name = "FILE.safetensors")]
     pub files: Vec<PathBuf>,
 }

@@ -13,21 +13,23 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Progress {
     began: Instant,
     terminal: bool,
+    total: usize,
     shown: Option<usize>,
 }
 
 impl Progress {
-    pub fn new() -> Self {
-        Self { began: Instant::now(), terminal: io::stderr().is_terminal(), shown: None }
+    /// Of this many files.
+    pub fn new(total: usize) -> Self {
+        Self { began: Instant::now(), terminal: io::stderr().is_terminal(), total, shown: None }
     }
 
-    /// File `index` of `total` is being read. May be called often.
-    pub fn reading(&mut self, index: usize, total: usize, file: &Path) {
+    /// File `index` is being read. May be called often.
+    pub fn reading(&mut self, index: usize, file: &Path) {
         if self.terminal && self.shown != Some(index) && self.began.elapsed() > PATIENCE {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             // Cut, as a line that wraps is not cleared by a carriage return.
             let name: String = name.chars().filter(|c| !c.is_control()).take(50).collect();
-            self.write(&format!("reading {}/{total} {name}…", index + 1));
+            self.write(&format!("reading {}/{} {name}…", index + 1, self.total));
             self.shown = Some(index);
         }
     }

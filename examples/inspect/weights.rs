@@ -1,0 +1,41 @@
+//! The weights whose gradients are inspected: of them, their norms are of interest.
+
+use crate::{device, elements::Elements, failure::Failure, header::Entry, options::Device, tensor_file::TensorFile};
+use gradprobe::{Config, HostTensor};
+use std::{collections::HashSet, path::Path};
+
+/// An open file with a weight for every gradient. What else it holds is left alone, of whatever dtype.
+pub struct Weights {
+    tensors: TensorFile,
+}
+
+impl Weights {
+    /// Opens a file, and fails unless it has all the weights: those of the `gradients`, which lie in `of`.
+    pub fn open(path: &Path, of: &Path, gradients: &[Entry]) -> Result<Self, Failure> {
+        let names: HashSet<&str> = gradients.iter().map(|gradient| gradient.name.as_str()).collect();
+        let tensors = TensorFile::open(path, |name| names.contains(name))?;
+        // Both are in the same order, and every weight has a gradient.
+        let mut weights = tensors.entries.iter().peekable();
+        for gradient in gradients {
+            let reason = match weights.next_if(|weight| weight.name == gradient.name) {
+                None => format!("is missing here, but its gradient is in {}", of.display()),
+                Some(weight) if weight.len != gradient.len => {
+                    format!("{} elements here, {} of its gradient in {}", weight.len, gradient.len, of.display())
+                }
+                Some(_) => continue,
+            };
+            return Err(Failure::tensor(path, &gradient.name, reason));
+        }
+        Ok(Self { tensors })
+    }
+
+    /// Reads the weights and gives the L2 norm of each.
+    pub fn norms(mut self, device: Option<Device>, progress: impl FnMut(&Path)) -> Result<Vec<f64>, Failure> {
+        let mut probe = device::open(device, self.tensors.plan()?, Config::default())?;
+        let mut elements = self.tensors.room()?;
+        self.tensors.read(&mut elements, progress)?;
+        let views: Vec<HostTensor> = elements.iter().map(Elements::view).collect();
+        let report = probe.measure_host(&views).map_err(|error| Failure::file(&self.tensors.path, error))?;
+        Ok(report.records().iter().map(|record| record.l2_norm()).collect())
+    }
+}
