@@ -356,6 +356,9 @@ impl fmt::Display for GsnrReport {
         }
         match self.noise_scale() {
             Some(scale) => writeln!(f, "noise scale {scale:.4} batches"),
+            None if self.records.iter().all(|(_, record)| record.steps < 2) => {
+                writeln!(f, "noise scale: no tensor has two steps")
+            }
             None => writeln!(f, "noise scale: the gradient is not significant beside its noise"),
         }
     }

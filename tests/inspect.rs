@@ -21,6 +21,16 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name).with_extension("safetensors")
 }
 
+/// The eight steps that have statistics across steps.
+fn eight_steps() -> [PathBuf; 8] {
+    std::array::from_fn(|step| golden(&format!("gpt-bf16-step{step}")))
+}
+
+fn expected() -> Value {
+    let text = fs::read_to_string(golden("expected").with_extension("json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
 /// The inspector, on the CPU unless told otherwise.
 fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
     let test = std::env::current_exe().unwrap();
@@ -157,8 +167,7 @@ fn natural_order_reads_numbers_as_numbers() {
 
 #[test]
 fn numbers_are_those_computed_in_float64() {
-    let expected = fs::read_to_string(golden("expected").with_extension("json")).unwrap();
-    let expected: Value = serde_json::from_str(&expected).unwrap();
+    let expected = expected();
     for name in GOLDEN {
         let found = &report(inspect!["--json", golden(name)])["steps"][0];
         let within = |what: &str, found: &Value, expected: &Value, bound: f64| {
@@ -190,6 +199,55 @@ fn numbers_are_those_computed_in_float64() {
                     _ => 0.0,
                 };
                 within(&format!("{} {field}", found["name"]), &found[field], expected, bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_across_steps_are_those_computed_in_float64() {
+    let expected = expected();
+    let across = expected["gpt-bf16-gsnr"].as_object().unwrap();
+    let found =
+        report(command(eight_steps()).arg("--params").arg(golden("gpt-params")).arg("--json").output().unwrap());
+    #[track_caller]
+    fn within(found: &Value, expected: f64, bound: f64, what: &str) {
+        let error = (found.as_f64().unwrap() - expected).abs();
+        assert!(error <= bound, "{what}: {found}, not {expected} ± {bound:e}");
+    }
+
+    let tensors = found["gsnr"].as_array().unwrap();
+    let names = |tensors: &Value| tensors.as_array().unwrap().iter().map(|t| t["name"].clone()).collect::<Vec<_>>();
+    assert_eq!(tensors.len(), across.len());
+    assert_eq!(names(&found["gsnr"]), names(&found["steps"][0]["tensors"]));
+    for tensor in tensors {
+        let name = tensor["name"].as_str().unwrap();
+        assert_eq!(tensor["skipped"], 0);
+        for (field, expected) in across[name].as_object().unwrap() {
+            let relative = match field.as_str() {
+                "mean" | "sum_variance" | "sum_squared_mean" => 1e-4,
+                "median" => 0.05,
+                "norm_cv" => 2e-6 / expected.as_f64().unwrap(),
+                _ => 0.0,
+            };
+            let expected = expected.as_f64().unwrap();
+            within(&tensor[field], expected, relative * expected, &format!("{name} {field}"));
+        }
+    }
+    let sum = |field: &str| across.values().map(|tensor| tensor[field].as_f64().unwrap()).sum::<f64>();
+    let noise = sum("sum_variance");
+    let scale = noise / (sum("sum_squared_mean") - noise / 8.0);
+    within(&found["noise_scale"], scale, 3e-4 * scale, "noise scale");
+
+    for (index, step) in found["steps"].as_array().unwrap().iter().enumerate() {
+        for tensor in step["tensors"].as_array().unwrap() {
+            let name = tensor["name"].as_str().unwrap();
+            let norm = expected["gpt-param-norms"][name].as_f64().unwrap();
+            within(&tensor["param_norm"], norm, 5e-7 * norm, name);
+            if index == 0 {
+                let gradient = &expected["gpt-bf16-step0"]["tensors"][name]["l2_norm"];
+                let ratio = gradient.as_f64().unwrap() / norm;
+                within(&tensor["ratio"], ratio, 1e-6 * ratio, name);
             }
         }
     }
@@ -231,6 +289,116 @@ fn json_has_the_keys_of_the_contract_in_their_order() {
     assert_eq!(without_clip["steps"][0].get("clip_coefficient"), None);
 }
 
+/// Of two steps whose statistics are exact: one element of two varies, and the weights are of other types.
+#[test]
+fn json_of_several_files_with_weights_has_the_keys_of_the_contract_in_their_order() {
+    let files = Files::new();
+    let [one, two] = [[3.0, 4.0], [5.0, 4.0]].map(|a| {
+        let data = file(&[("none", &[]), ("still", &[0.0]), ("a", &a)], 0);
+        files.write(&format!("{}", a[0]), &data)
+    });
+    let halves: Vec<u8> = [f16::ONE, f16::INFINITY].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let header = json!({
+        "still": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [8, 10]},
+        "batches": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
+        "none": {"dtype": "F16", "shape": [3, 0], "data_offsets": [8, 8]},
+        "a": {"dtype": "F16", "shape": [1, 2], "data_offsets": [10, 14]},
+    });
+    let weights = [&[7; 8][..], &[0; 2], &halves].concat();
+    let weights = files.write("weights", &raw(&header.to_string(), &weights));
+    let mut found = report(inspect!["--json", one, two, "--params", weights]);
+    let steps = found["steps"].take();
+    let median = found["gsnr"][0]["median"].take().as_f64().unwrap();
+    assert!((median / 8.0 - 1.0).abs() < 0.05, "{median}");
+    let cv = found["gsnr"][0]["norm_cv"].take().as_f64().unwrap();
+    let norms = [5.0, 41f64.sqrt()];
+    assert!((cv - (norms[1] - norms[0]) / (norms[1] + norms[0])).abs() < 1e-15, "{cv}");
+    let none = json!({
+        "name": "none", "steps": 2, "skipped": 0, "defined": 0, "constant": 0, "mean": null, "median": null,
+        "fraction_below_one": null, "sum_variance": 0.0, "sum_squared_mean": 0.0, "norm_cv": null,
+    });
+    let mut still = none.clone();
+    (still["name"], still["constant"]) = ("still".into(), 1.into());
+    let expected = json!({
+        "device": "cpu",
+        "steps": null,
+        "gsnr": [{
+            "name": "a", "steps": 2, "skipped": 0, "defined": 1, "constant": 1, "mean": 8.0, "median": null,
+            "fraction_below_one": 0.0, "sum_variance": 2.0, "sum_squared_mean": 32.0, "norm_cv": null,
+        }, none, still],
+        "noise_scale": 2.0 / (32.0 - 2.0 / 2.0), "findings": null, "verdict": null,
+    });
+    assert_eq!(found.to_string(), expected.to_string());
+
+    let of = |tensor: usize| {
+        let tensor = steps[0]["tensors"][tensor].as_object().unwrap();
+        let last: Vec<&str> = tensor.keys().map(String::as_str).skip(tensor.len() - 3).collect();
+        assert_eq!(last, ["first_nonfinite", "param_norm", "ratio"]);
+        (&tensor["dtype"], &tensor["l2_norm"], &tensor["param_norm"], &tensor["ratio"])
+    };
+    assert_eq!(of(0), (&json!("F32"), &json!(5.0), &json!("inf"), &json!(0.0)));
+    assert_eq!(of(1), (&json!("F32"), &json!(0.0), &json!(0.0), &Value::Null));
+    assert_eq!(of(2), of(1));
+
+    let one_step = report(inspect!["--json", one]);
+    assert_eq!((one_step.get("gsnr"), one_step.get("noise_scale")), (None, Some(&Value::Null)));
+    assert_eq!(one_step["steps"][0]["tensors"][0].get("param_norm"), None);
+    let itself = report(inspect!["--json", one, "--params", one]);
+    assert_eq!(itself["steps"][0]["tensors"][0]["ratio"], 1.0);
+    let nan = files.write("nan", &file(&[("none", &[]), ("still", &[1.0]), ("a", &[f32::NAN, 4.0])], 0));
+    let broken = report(inspect!["--json", nan, "--params", one]);
+    assert_eq!(broken["steps"][0]["tensors"][0]["ratio"], "nan");
+}
+
+#[test]
+fn a_step_that_cannot_be_merged_is_as_if_it_had_not_been() {
+    let files = Files::new();
+    let write = |name: &str, a: f32, b: f32| files.write(name, &file(&[("a", &[a, 1.0]), ("b", &[b])], 0));
+    let (one, two, three) = (write("one", 1.0, 4.0), write("two", 2.0, 6.0), write("three", 4.0, 5.0));
+    let gsnr = |found: &Value, tensor: usize, fields: &[&str]| -> Vec<Value> {
+        fields.iter().map(|field| found["gsnr"][tensor][field].clone()).collect()
+    };
+    let numbers =
+        ["steps", "defined", "constant", "mean", "median", "sum_variance", "sum_squared_mean", "norm_cv"].as_slice();
+    let [without, all] = [report(inspect!["--json", one, three]), report(inspect!["--json", one, two, three])];
+    for (name, bad) in [("NaN", f32::NAN), ("Inf", f32::NEG_INFINITY), ("large", f32::MAX)] {
+        let bad = write(name, bad, 6.0);
+        let found = report(inspect!["--json", one, bad, three]);
+        assert_eq!(gsnr(&found, 0, &["steps", "skipped"]), [2, 1]);
+        assert_eq!(gsnr(&found, 0, numbers), gsnr(&without, 0, numbers), "{name}");
+        assert_eq!(gsnr(&found, 1, numbers), gsnr(&all, 1, numbers), "{name}");
+
+        // One step is left of it: no variance, and the noise scale is that of the other tensor.
+        let found = report(inspect!["--json", one, bad]);
+        assert_eq!(gsnr(&found, 0, &["steps", "skipped", "defined", "constant"]), [1, 1, 0, 0]);
+        let sums = ["mean", "median", "fraction_below_one", "sum_variance", "sum_squared_mean"];
+        assert_eq!(gsnr(&found, 0, &sums), [const { Value::Null }; 5]);
+        assert_eq!(found["noise_scale"], 2.0 / (25.0 - 2.0 / 2.0));
+    }
+    let nothing = files.write("nothing", &file(&[("a", &[f32::NAN, 1.0]), ("b", &[f32::INFINITY])], 0));
+    let found = report(inspect!["--json", nothing, nothing]);
+    assert_eq!(gsnr(&found, 1, &["steps", "skipped", "norm_cv"]), [json!(0), json!(2), Value::Null]);
+    assert_eq!(found["noise_scale"], Value::Null);
+    assert!(text(inspect![nothing, nothing]).ends_with("noise scale: no tensor has two steps\n"));
+    // +1 and −1: all noise.
+    let [plus, minus] = [1.0, -1.0].map(|x| files.write(&format!("{x}"), &file(&[("a", &[x])], 0)));
+    let found = text(inspect![plus, minus]);
+    assert!(found.ends_with("noise scale: the gradient is not significant beside its noise\n"), "{found}");
+}
+
+#[test]
+fn gradients_that_do_not_vary_are_counted_and_have_no_noise() {
+    let found = report(inspect!["--json", golden("dead"), golden("dead"), golden("dead")]);
+    for tensor in found["gsnr"].as_array().unwrap() {
+        let count = found["steps"][0]["tensors"].as_array().unwrap().iter().find(|t| t["name"] == tensor["name"]);
+        assert_eq!((&tensor["defined"], &tensor["constant"]), (&json!(0), &count.unwrap()["count"]));
+        let absent = ["mean", "median", "fraction_below_one"].map(|field| &tensor[field]);
+        assert_eq!(absent, [&Value::Null; 3]);
+        assert_eq!(tensor["sum_variance"], 0.0);
+    }
+    assert_eq!(found["noise_scale"], 0.0);
+}
+
 /// The kernels on the host give the report of the CPU byte for byte, and the same clipped files.
 #[test]
 fn devices_differ_in_their_name_alone() {
@@ -245,18 +413,42 @@ fn devices_differ_in_their_name_alone() {
         });
         assert!(cpu == simt, "{}: {}\n{}", step.display(), cpu.0, simt.0);
     }
+    let [cpu, simt] = ["cpu", "simt"].map(|device| {
+        let mut run = command(eight_steps().iter().map(PathBuf::as_path).chain(["--device".as_ref(), device.as_ref()]));
+        text(run.arg("--json").arg("--params").arg(golden("gpt-params")).output().unwrap()).replacen(device, "…", 1)
+    });
+    assert!(cpu == simt, "{cpu}\n{simt}");
 }
 
 #[test]
 fn tables_name_the_file_the_tensors_and_the_rate() {
     let found = text(inspect![golden("dead"), golden("dead")]);
-    let (first, second) = found.split_once("\n\n").unwrap();
-    for (step, table) in [(1, first), (2, second)] {
+    let tables: Vec<&str> = found.split("\n\n").collect();
+    assert_eq!(tables.len(), 3);
+    for (step, table) in [(1, tables[0]), (2, tables[1])] {
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!((lines.len(), lines[0]), (10, golden("dead").to_str().unwrap()));
         assert!(lines[1].starts_with("tensor") && lines[2].starts_with("0.bias"), "{table}");
         assert!(lines[8].starts_with(&format!("step {step}: total norm 9.1")), "{table}");
         assert!(lines[9].starts_with("read 68.9 KB in ") && lines[9].ends_with(" GB/s on cpu"), "{table}");
+    }
+    let lines: Vec<&str> = tables[2].lines().collect();
+    assert_eq!((lines.len(), lines[0]), (9, "signal and noise across 2 steps"));
+    assert!(lines[1].starts_with("tensor") && lines[1].contains(" gsnr median "), "{lines:?}");
+    assert!(lines[2].starts_with("0.bias ") && lines[8].starts_with("noise scale 0.0000 batches"), "{lines:?}");
+    assert_eq!(text(inspect![golden("dead")]).lines().count(), 10);
+}
+
+#[test]
+fn tables_show_the_weights_beside_the_gradients() {
+    let files = Files::new();
+    let path = files.write("step", &file(&[("a", &[3.0, 4.0]), ("b", &[1.0])], 0));
+    let weights = files.write("weights", &file(&[("a", &[0.0, 10.0]), ("b", &[0.0])], 0));
+    let found = text(inspect![path, "--params", weights]);
+    let expected =
+        ["l2 norm param norm      ratio ", " 5.000e0    1.000e1   5.000e-1 ", " 1.000e0    0.000e0          – "];
+    for (line, expected) in found.lines().skip(1).zip(expected) {
+        assert!(line.contains(expected), "{expected:?} is not in {line:?}");
     }
 }
 
@@ -334,6 +526,8 @@ fn nothing_to_measure_is_a_valid_step() {
         let path = files.write(name, &raw(header, &[]));
         let found = report(inspect!["--json", path, path]);
         assert_eq!((&found["steps"][1]["total_norm"], &found["steps"][1]["tensors"]), (&json!(0.0), &json!([])));
+        assert_eq!((&found["gsnr"], &found["noise_scale"]), (&json!([]), &Value::Null));
+        text(inspect![path, path, "--params", path]);
         text(inspect![path, "--clip-norm", "1", "--out", files.path("out")]);
         assert_eq!(fs::read(path).unwrap(), fs::read(files.path("out").join(name)).unwrap());
     }
@@ -345,10 +539,14 @@ fn odd_names_pass_through_json_and_stay_on_one_line_elsewhere() {
     let name = "a \"quoted\"\nname\u{1b}[2J \\ é\u{0}";
     let good = files.write("good\n\"file\".safetensors", &file(&[(name, &[1.0])], 0));
     let bad = files.write("bad\nfile.safetensors", &file(&[(name, &[1.0, 2.0])], 0));
-    let found = report(inspect!["--json", good]);
+    let found = report(inspect!["--json", good, good]);
     assert_eq!(found["steps"][0]["tensors"][0]["name"], name);
+    assert_eq!(found["gsnr"][0]["name"], name);
     assert_eq!(found["steps"][0]["file"], good.to_str().unwrap());
     assert_eq!(text(inspect![good]).lines().count(), 5);
+    let tables = text(inspect![good, good, "--params", good]);
+    assert_eq!(tables.lines().count(), 16);
+    assert_eq!(tables.matches(r#"a "quoted"\nname\u{1b}[2J"#).count(), 3);
     assert_complains(inspect![good, bad], 1, &[r"bad\nfile.safetensors", r#"tensor "a \"quoted\"\nname\u{1b}[2J"#]);
 }
 
@@ -363,6 +561,9 @@ fn a_command_line_that_makes_no_sense_exits_with_2() {
         (vec![dead, "--out", "nowhere"], "--clip-norm"),
         (vec![dead, "--unknown"], "--unknown"),
         (vec![dead, "--lr", "1"], "--lr"),
+        (vec![dead, "--preset", "gpt"], "--preset"),
+        (vec![dead, "--params"], "--params"),
+        (vec![dead, "--params", dead, "--params", dead], "--params"),
         (vec![dead, "--device", "tpu"], "tpu"),
         (vec![dead, "--json", "--json"], "--json"),
         (vec![dead, "--clip-norm"], "--clip-norm"),
@@ -445,6 +646,64 @@ fn bad_files_are_named_before_anything_is_written() {
 }
 
 #[test]
+fn bad_weights_are_named_before_anything_is_measured() {
+    let files = Files::new();
+    let step = files.write("step", &file(&[("a.2", &[1.0, 2.0]), ("a.10", &[3.0])], 0));
+    let name = "w\n\"10\"";
+    let odd = files.write("odd", &file(&[(name, &[1.0])], 0));
+    let integers = r#"{"a.2":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},"a.10":{"dtype":"F32","shape":[1],"data_offsets":[16,20]}}"#;
+    let cases = [
+        (&step, "first", file(&[("a.10", &[3.0])], 0), r#"tensor "a.2": is missing here, but its gradient is in"#),
+        (&step, "last", file(&[("a.2", &[1.0, 2.0]), ("b", &[])], 0), r#"tensor "a.10": is missing here"#),
+        (&step, "none", file(&[], 0), r#"tensor "a.2": is missing here"#),
+        (
+            &step,
+            "longer",
+            file(&[("a.2", &[1.0; 3]), ("a.10", &[3.0])], 0),
+            r#"tensor "a.2": 3 elements here, 2 of its"#,
+        ),
+        (&step, "empty", file(&[("a.2", &[1.0; 2]), ("a.10", &[])], 0), r#"tensor "a.10": 0 elements here, 1 of its"#),
+        (&step, "integers", raw(integers, &[0; 20]), r#"tensor "a.2": dtype I64 is not"#),
+        (&step, "cut", file(&[("a.2", &[1.0; 2]), ("a.10", &[3.0])], 0)[..100].to_vec(), "truncated"),
+        (&step, "garbage", b"no weights".to_vec(), "not a safetensors file"),
+        (&odd, "odd\nweights", file(&[("w", &[1.0])], 0), r#"tensor "w\n\"10\"": is missing here"#),
+    ];
+    let out = files.path("out");
+    for (step, weights, bytes, needle) in cases {
+        let weights = files.write(weights, &bytes);
+        for json in [&[][..], &["--json"]] {
+            let mut run =
+                command([step.as_os_str(), "--clip-norm=1".as_ref(), "--params".as_ref(), weights.as_os_str()]);
+            let output = run.args(json).arg("--out").arg(&out).output().unwrap();
+            let shown = weights.to_str().unwrap().replace('\n', r"\n");
+            assert_complains(output, 1, &[&shown, needle]);
+        }
+    }
+    assert_complains(inspect![step, "--params", files.path("absent")], 1, &["absent"]);
+    assert_complains(inspect![step, "--params", files.0.path()], 1, &["not a regular file"]);
+    assert!(!out.exists());
+}
+
+/// A file that takes no room on the disk, with a tensor twice as large as the memory that the run may have.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_that_is_missing_is_reported() {
+    let files = Files::new();
+    let header = r#"{"t":{"dtype":"F32","shape":[536870912],"data_offsets":[0,2147483648]}}"#;
+    let path = files.write("large", &raw(header, &[]));
+    fs::File::options().write(true).open(&path).unwrap().set_len(8 + header.len() as u64 + (2 << 30)).unwrap();
+    let limited = |arguments: &[&Path]| {
+        let inspector = command(arguments);
+        let mut run = Command::new("sh");
+        run.args(["-c", r#"ulimit -v 1048576; exec "$0" "$@""#]).arg(inspector.get_program());
+        // A thread reserves address space of its own.
+        run.args(inspector.get_args()).env("RAYON_NUM_THREADS", "1").output().unwrap()
+    };
+    assert_complains(limited(&[&path]), 1, &["large: tensor \"t\": 2147483648 bytes"]);
+    assert_complains(limited(&[&path, &path]), 1, &["signal and noise across the files", "2147483648 bytes"]);
+}
+
+#[test]
 fn every_truncation_and_every_changed_byte_is_reported_or_harmless() {
     let files = Files::new();
     let whole = file(&[("a", &[1.0, 2.0]), ("b", &[])], 0);
@@ -492,6 +751,13 @@ fn copies_never_replace_an_input_or_each_other() {
         assert_complains(clip(&[&files.path("three/x")], &files.path("three")), 1, &["would replace an input"]);
         assert_complains(clip(&[&one], &files.path("three")), 1, &["would replace an input"]);
     }
+    // Nor the weights, which may well have the name of a step elsewhere.
+    let weights = |out: &str| {
+        let mut run = command([&one]);
+        run.arg("--params").arg(&two).args(["--clip-norm", "1", "--out"]).arg(files.path(out)).output().unwrap()
+    };
+    assert_complains(weights("two"), 1, &["would replace an input"]);
+    text(weights("elsewhere"));
     // Neither a directory in the place of a copy nor a file in the place of the directory leaves anything behind.
     fs::create_dir_all(files.path("full/x")).unwrap();
     assert_complains(clip(&[&one], &files.path("full")), 1, &["full"]);
