@@ -86,6 +86,29 @@ VARIANTS = {
         chunk=65536,
         same_bits=False,
     ),
+    "threads-256": dict(
+        why="half as many merges a multiprocessor, each of twice the lanes: expected the same. Two groups a lane",
+        edits=groups(2)
+        + FEW_GROUPS
+        + [
+            ("constexpr u32 LANES = 128;", "constexpr u32 LANES = 256;"),
+            ("LANES == 4 * WARP", "LANES == 8 * WARP"),
+            (
+                "totals.sums = (wide(a.sums) + wide(c.sums)) + (wide(b.sums) + wide(d.sums));",
+                "totals.sums = (wide(a.sums) + wide(c.sums)) + (wide(b.sums) + wide(d.sums));\n"
+                "        const Lane &e = lanes[t + 128], &f = lanes[t + 160], &g = lanes[t + 192], &h = lanes[t + 224];\n"
+                "        totals.sums = totals.sums + ((wide(e.sums) + wide(g.sums)) + (wide(f.sums) + wide(h.sums)));",
+            ),
+            (
+                "totals.scan = (a.scan + b.scan) + (c.scan + d.scan);",
+                "totals.scan = ((a.scan + b.scan) + (c.scan + d.scan)) + ((e.scan + f.scan) + (g.scan + h.scan));",
+            ),
+            ("KERNEL(8) gradprobe_clip", "KERNEL(4) gradprobe_clip"),
+        ]
+        + blocks(2),
+        threads=256,
+        same_bits=False,
+    ),
     "no-prefetch": dict(
         why="expected slower by what the merge leaves the memory idle: up to 10 % (bf16)",
         edits=[("if (next < a.chunk_count && threadIdx.x >= WARP) prefetch_row", "if (false) prefetch_row")],
@@ -239,7 +262,7 @@ def build(folder, architecture):
         )
         facts = {kernel: dict(registers=int(registers), spilled=int(spilled)) for kernel, spilled, registers in facts}
         print(f"{name:22}", *(f"{k.removeprefix('gradprobe_')} {f['registers']} registers, {f['spilled']} spilled;" for k, f in sorted(facts.items())))
-        defaults = dict(chunk=32768, launch="two", same_bits=True)
+        defaults = dict(chunk=32768, threads=128, launch="two", same_bits=True)
         listing.append(dict(defaults, name=name, facts=facts, **{k: v for k, v in variant.items() if k != "edits"}))
     (folder / "variants.json").write_text(json.dumps(listing, indent=1))
 

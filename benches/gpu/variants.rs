@@ -40,6 +40,7 @@ enum Launch {
 struct Variant {
     name: String,
     chunk: u64,
+    threads: u32,
     same_bits: bool,
     launch: Launch,
     measure: CudaFunction,
@@ -49,8 +50,6 @@ struct Variant {
 }
 
 impl Variant {
-    const THREADS: u32 = 128;
-
     fn load(stream: &Arc<CudaStream>, folder: &Path, facts: &Value) -> Self {
         let context = stream.context();
         let name = facts["name"].as_str().unwrap().to_owned();
@@ -64,6 +63,7 @@ impl Variant {
         };
         Self {
             chunk: facts["chunk"].as_u64().unwrap(),
+            threads: facts["threads"].as_u64().unwrap().try_into().unwrap(),
             same_bits: facts["same_bits"].as_bool().unwrap(),
             measure: module.load_function("gradprobe_measure").unwrap(),
             clip: module.load_function("gradprobe_clip").unwrap(),
@@ -75,9 +75,9 @@ impl Variant {
     }
 
     fn config(&self, function: &CudaFunction, arguments: &Arguments) -> LaunchConfig {
-        let resident = function.occupancy_max_active_blocks_per_multiprocessor(Self::THREADS, 0, None).unwrap();
+        let resident = function.occupancy_max_active_blocks_per_multiprocessor(self.threads, 0, None).unwrap();
         let blocks = arguments.chunk_count.min(resident * self.multiprocessors);
-        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (Self::THREADS, 1, 1), shared_mem_bytes: 0 }
+        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (self.threads, 1, 1), shared_mem_bytes: 0 }
     }
 
     fn measure(&self, stream: &CudaStream, arguments: &Arguments) {
@@ -117,7 +117,7 @@ impl Variant {
             gridDimX: config.grid_dim.0,
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: Self::THREADS,
+            blockDimX: self.threads,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: 0,

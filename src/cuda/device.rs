@@ -9,7 +9,7 @@ use cudarc::driver::{
     CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
     sys::{CUdevice_attribute_enum as Attribute, CUstreamCaptureStatus},
 };
-use std::{ptr::NonNull, sync::Arc};
+use std::{cell::Cell, ptr::NonNull, sync::Arc};
 
 // SAFETY: a `repr(C)` struct of integers and a float without padding, as the kernels declare it.
 unsafe impl DeviceRepr for Arguments {}
@@ -61,6 +61,8 @@ pub struct PinnedRead {
     memory: NonNull<u8>,
     bytes: usize,
     event: CudaEvent,
+    /// Whether the event is known to have come: what is asked for once is not asked for again.
+    arrived: Cell<bool>,
 }
 
 // SAFETY: the memory belongs to this value alone; the device writes to it only between `start_read` and the event.
@@ -68,7 +70,7 @@ unsafe impl Send for PinnedRead {}
 
 impl Drop for PinnedRead {
     fn drop(&mut self) {
-        // A copy may be under way. Errors have nowhere to go: the context is then beyond use, and so is the memory.
+        // A copy may be under way. Errors have nowhere to go, and memory that may still be written is better left.
         if self.event.synchronize().is_ok() {
             // SAFETY: allocated by `malloc_host`, and no copy to it is under way.
             let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
@@ -129,11 +131,12 @@ impl Device for Cuda {
         // SAFETY: `bytes` bytes were just allocated there.
         unsafe { memory.write_bytes(0, bytes) };
         let event = self.stream.context().new_event(None).map_err(failed("making an event"))?;
-        Ok(PinnedRead { memory, bytes, event })
+        Ok(PinnedRead { memory, bytes, event, arrived: Cell::new(true) })
     }
 
     fn start_read(&self, from: &Self::Buffer, read: &mut PinnedRead) -> Result<(), Error> {
         self.bind()?;
+        read.arrived.set(false);
         // SAFETY: the memory holds that many bytes, and no copy to it is under way: DeviceProbe starts only idle reads.
         let memory = unsafe { std::slice::from_raw_parts_mut(read.memory.as_ptr(), read.bytes) };
         // SAFETY: the buffer holds at least as many bytes, and `read` outlives the copy: its `drop` waits for it.
@@ -143,11 +146,17 @@ impl Device for Cuda {
     }
 
     fn is_complete(&self, read: &PinnedRead) -> Result<bool, Error> {
-        read.event.try_is_complete().map_err(failed("asking for an event"))
+        if !read.arrived.get() {
+            read.arrived.set(read.event.try_is_complete().map_err(failed("asking for an event"))?);
+        }
+        Ok(read.arrived.get())
     }
 
     fn complete<'a>(&self, read: &'a PinnedRead) -> Result<&'a [u8], Error> {
-        read.event.synchronize().map_err(failed("waiting for the results"))?;
+        if !read.arrived.get() {
+            read.event.synchronize().map_err(failed("waiting for the results"))?;
+            read.arrived.set(true);
+        }
         // SAFETY: initialised when allocated, and the copy recorded before the event has arrived.
         Ok(unsafe { std::slice::from_raw_parts(read.memory.as_ptr(), read.bytes) })
     }

@@ -43,7 +43,7 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    Config, Error, GsnrConfig, GsnrReport, Plan, Report,
+    Config, DType, Error, GsnrConfig, GsnrReport, Plan, Report,
     launch::{DeviceProbe, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -55,6 +55,25 @@ pub struct CudaProbe {
     probe: DeviceProbe<Cuda>,
     /// For tensors that lie on the host; made when the first of those come.
     staging: Option<Staging>,
+}
+
+/// A step's tensors by their addresses, and cudarc's guards, to be dropped after the launch. Filled in one loop: to a
+/// model of 1000 tensors, iterators that pass on pairs cost more than all else the host does.
+struct Given<'a> {
+    tensors: Vec<RawTensor>,
+    guards: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Given<'a> {
+    fn with_capacity(count: usize) -> Self {
+        Self { tensors: Vec::with_capacity(count), guards: Vec::with_capacity(count) }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, dtype: DType, count: usize, (address, guard): (u64, SyncOnDrop<'a>)) {
+        self.tensors.push(RawTensor { address, len: count as u64, dtype });
+        self.guards.push(guard);
+    }
 }
 
 impl CudaProbe {
@@ -77,29 +96,23 @@ impl CudaProbe {
         Self::new(&stream, plan, config)
     }
 
-    /// The tensors' addresses, and cudarc's guards to be dropped after the launch.
-    fn addresses<'a>(
-        &self,
-        stream: &'a CudaStream,
-        tensors: &'a [&dyn DeviceTensor],
-    ) -> Result<(Vec<RawTensor>, Vec<SyncOnDrop<'a>>), Error> {
-        self.check_contexts(tensors.iter().map(|t| *t as &dyn DeviceTensor))?;
-        Ok(tensors
-            .iter()
-            .map(|tensor| {
-                let (address, guard) = tensor.read_address(stream);
-                (RawTensor { address, len: tensor.element_count() as u64, dtype: tensor.dtype() }, guard)
-            })
-            .unzip())
+    /// Fails if a tensor, the plan's at `index`, belongs to another context.
+    fn check_context(&self, tensor: &(impl DeviceTensor + ?Sized), index: usize) -> Result<(), Error> {
+        match self.plan().tensors().get(index) {
+            Some(spec) if tensor.context() != self.stream().context() => {
+                Err(Error::WrongContext { name: spec.name.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
-    fn check_contexts<'a>(&self, tensors: impl Iterator<Item = &'a dyn DeviceTensor>) -> Result<(), Error> {
-        let context = self.stream().context();
-        let mut pairs = tensors.zip(self.plan().tensors());
-        match pairs.find(|(tensor, _)| tensor.context() != context) {
-            Some((_, spec)) => Err(Error::WrongContext { name: spec.name.clone() }),
-            None => Ok(()),
+    fn read<'a>(&self, stream: &'a CudaStream, tensors: &'a [&dyn DeviceTensor]) -> Result<Given<'a>, Error> {
+        let mut given = Given::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter().enumerate() {
+            self.check_context(*tensor, index)?;
+            given.push(tensor.dtype(), tensor.element_count(), tensor.read_address(stream));
         }
+        Ok(given)
     }
 
     /// Tells the device where the tensors are, without a launch: before a graph capture, and when gradients have moved
@@ -109,10 +122,10 @@ impl CudaProbe {
     /// When the tensors are not the plan's, or of another context; [`Error::AddressesChangedInCapture`].
     pub fn bind(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
         let stream = Arc::clone(self.stream());
-        let (raw, _guards) = self.addresses(&stream, tensors)?;
+        let given = self.read(&stream, tensors)?;
         // SAFETY: the slices are of that dtype and length, in this context; only launches read them, and those that
         // this type makes bind again.
-        unsafe { self.probe.bind_raw(&raw) }
+        unsafe { self.probe.bind_raw(&given.tensors) }
     }
 
     /// Launches the measurement of `tensors`, those of the plan in its order.
@@ -121,10 +134,10 @@ impl CudaProbe {
     /// When they are not, or belong to another context, or the driver fails.
     pub fn measure(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
         let stream = Arc::clone(self.stream());
-        let (raw, _guards) = self.addresses(&stream, tensors)?;
+        let given = self.read(&stream, tensors)?;
         // SAFETY: the slices are of that dtype and length, in this context, and borrowed until the launch is queued;
         // the guards tell cudarc about the read, and its memory is freed in the order of its stream.
-        unsafe { self.probe.measure_raw(&raw) }
+        unsafe { self.probe.measure_raw(&given.tensors) }
     }
 
     /// Launches the clip of `tensors`, in place, by what the last measurement decided.
@@ -133,17 +146,14 @@ impl CudaProbe {
     /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn DeviceTensorMut]) -> Result<(), Error> {
         let stream = Arc::clone(self.stream());
-        self.check_contexts(tensors.iter().map(|t| &**t as &dyn DeviceTensor))?;
-        let (raw, _guards): (Vec<_>, Vec<_>) = tensors
-            .iter_mut()
-            .map(|tensor| {
-                let (len, dtype) = (tensor.element_count() as u64, tensor.dtype());
-                let (address, guard) = tensor.write_address(&stream);
-                (RawTensor { address, len, dtype }, guard)
-            })
-            .unzip();
+        let mut given = Given::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter_mut().enumerate() {
+            self.check_context(&**tensor, index)?;
+            let (dtype, count) = (tensor.dtype(), tensor.element_count());
+            given.push(dtype, count, tensor.write_address(&stream));
+        }
         // SAFETY: as in `measure`, and the slices are borrowed mutably.
-        unsafe { self.probe.clip_raw(&raw) }
+        unsafe { self.probe.clip_raw(&given.tensors) }
     }
 
     /// See [`DeviceProbe::poll`]: a report that has arrived, without waiting.
