@@ -16,13 +16,16 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 24, "src/launch.rs");
 
-constexpr u32 ACTION_NONE = 0;
+// Bits of what the clip has to do; 0 is nothing.
 constexpr u32 ACTION_SCALE = 1;
-constexpr u32 ACTION_ZERO_AND_SCALE = 2;
+constexpr u32 ACTION_ZERO_NONFINITE = 2;
+constexpr u32 ACTION_SCALE_TENSORS = 4;
+constexpr u32 ACTION_CLAMP = 8;
 constexpr u32 VERDICT_NAN = 1;
 constexpr u32 VERDICT_INF = 2;
 constexpr u32 VERDICT_CLIPPED = 4;
 constexpr u32 VERDICT_SKIP = 8;
+constexpr u32 VERDICT_SPIKE = 16;
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
 
@@ -48,6 +51,14 @@ ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, skip, 40, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, step, 56, "src/outputs.rs");
 
+// What a clip policy keeps from step to step, before its history or averages.
+struct ClipState {
+    u64 steps; // that were learnt from
+    double mean, variance; // of the norms
+    u64 reserved;
+};
+static_assert(sizeof(ClipState) == 32, "src/policy.rs");
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -62,6 +73,11 @@ struct Arguments {
     u32 busy_tensors;           // that have elements
     u32 policy;
     u32 window;                 // steps after which tracking starts anew; 0: never
+    u32 clip;                   // policy, and its parameters
+    double clip_threshold, clip_smoothing;
+    ClipState *clip_state;
+    float *coefficients;        // of the tensors, under a policy that has them
+    u32 clip_steps;
     u32 reserved;
     Track *tracks;              // of the tensors; null when none is tracked, as all below
     float *means;               // of the tracked elements
@@ -70,4 +86,4 @@ struct Arguments {
     GsnrSums *gsnr_sums;        // a slot a chunk
     u32 *gsnr_bins;             // BINS a tensor; 0 between launches
 };
-static_assert(sizeof(Arguments) == 136, "src/launch.rs");
+static_assert(sizeof(Arguments) == 176, "src/launch.rs");

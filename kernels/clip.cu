@@ -1,4 +1,5 @@
-// Clip: every element times the coefficient, in place, rounded to its type; or non-finite elements zeroed; or nothing.
+// Clip: every element times a coefficient, that of all tensors or its tensor's own, or between two limits; in place,
+// rounded to its type. Non-finite elements may become 0.
 //
 // What to do was decided by the measure kernel and is one word: when it says nothing, a block ends after one load.
 // Chunks are taken from the last to the first, since the last ones measured are the ones still in L2. Sixteen bytes
@@ -12,17 +13,28 @@
 // would wait: it needs 48 KiB.
 constexpr u32 TOGETHER = 4;
 
-// What becomes of one element's bits.
-template <typename E, bool ZERO_NONFINITE> DEVICE u32 clipped(u32 bits, float coefficient) {
-    if (ZERO_NONFINITE && magnitude<E>(bits) >= E::INFINITY_MAGNITUDE) return 0;
-    float product = E::widen(bits) * coefficient;
+// What is done to each element of a tensor.
+struct Clipping {
+    float coefficient;
+    float limit; // of magnitudes, or Inf
+    bool zero_nonfinite;
+};
+
+// What becomes of one element's bits. ZERO_OR_CLAMP keeps what is rare out of the common case.
+template <typename E, bool ZERO_OR_CLAMP> DEVICE u32 clipped(u32 bits, const Clipping &how) {
+    if (ZERO_OR_CLAMP && how.zero_nonfinite && magnitude<E>(bits) >= E::INFINITY_MAGNITUDE) return 0;
+    float product = E::widen(bits) * how.coefficient;
+    if (ZERO_OR_CLAMP) {
+        if (product > how.limit) product = how.limit;
+        if (product < -how.limit) product = -how.limit;
+    }
     // A NaN gets no payload, so that its bits do not depend on the machine. By a mask: a choice became a branch for
     // each element.
     u32 nan = product == product ? 0 : 0xffffffffu;
     return (E::narrow(product) & ~nan) | (E::QUIET_NAN & nan);
 }
 
-template <typename E, bool ZERO_NONFINITE> DEVICE void clip_chunk(const Chunk &chunk, float coefficient) {
+template <typename E, bool ZERO_OR_CLAMP> DEVICE void clip_chunk(const Chunk &chunk, const Clipping &how) {
     typedef typename E::Bits Bits;
     constexpr u32 SIZE = sizeof(Bits), VECTOR = 16 / SIZE;
     u32 to_boundary = (u32)(-chunk.address % 16) / SIZE;
@@ -34,13 +46,13 @@ template <typename E, bool ZERO_NONFINITE> DEVICE void clip_chunk(const Chunk &c
     if (threadIdx.x < alone) {
         u32 index = threadIdx.x < head ? threadIdx.x : threadIdx.x + vectors * VECTOR;
         Bits *element = (Bits *)chunk.address + index;
-        Bits after = (Bits)clipped<E, ZERO_NONFINITE>(*element, coefficient);
+        Bits after = (Bits)clipped<E, ZERO_OR_CLAMP>(*element, how);
         if (*element != after) *element = after;
     }
     auto clip = [&](u64 address, const Words4 &before) {
         Words4 after = before;
         for (u32 slot = 0; slot < VECTOR; slot++) {
-            E::set(after.word, slot, clipped<E, ZERO_NONFINITE>(E::element(before.word, slot), coefficient));
+            E::set(after.word, slot, clipped<E, ZERO_OR_CLAMP>(E::element(before.word, slot), how));
         }
         u32 changed = 0;
         for (u32 i = 0; i < 4; i++) changed |= before.word[i] ^ after.word[i];
@@ -58,19 +70,25 @@ template <typename E, bool ZERO_NONFINITE> DEVICE void clip_chunk(const Chunk &c
 
 KERNEL(8) gradprobe_clip(Arguments a) {
     u32 action = a.outputs->action;
-    if (action == ACTION_NONE) return;
-    float coefficient = a.outputs->coefficient;
+    if (action == 0) return;
+    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & ACTION_ZERO_NONFINITE) != 0};
+    if (action & ACTION_CLAMP) how.limit = (float)a.clip_threshold;
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end;
-        Chunk chunk = chunk_of(a, index, a.chunk_tensors[index]);
-#define SCALE(E) clip_chunk<E, false>(chunk, coefficient)
-#define ZERO_AND_SCALE(E) clip_chunk<E, true>(chunk, coefficient)
-        if (action == ACTION_SCALE) {
-            FOR_DTYPE(chunk.dtype, SCALE)
+        u32 tensor = a.chunk_tensors[index];
+        if (action & ACTION_SCALE_TENSORS) {
+            how.coefficient = a.coefficients[tensor];
+            if (how.coefficient == 1.0f && !how.zero_nonfinite) continue;
+        }
+        Chunk chunk = chunk_of(a, index, tensor);
+#define SCALE(E) clip_chunk<E, false>(chunk, how)
+#define ZERO_OR_CLAMP(E) clip_chunk<E, true>(chunk, how)
+        if (action & (ACTION_ZERO_NONFINITE | ACTION_CLAMP)) {
+            FOR_DTYPE(chunk.dtype, ZERO_OR_CLAMP)
         } else {
-            FOR_DTYPE(chunk.dtype, ZERO_AND_SCALE)
+            FOR_DTYPE(chunk.dtype, SCALE)
         }
 #undef SCALE
-#undef ZERO_AND_SCALE
+#undef ZERO_OR_CLAMP
     }
 }

@@ -1,7 +1,7 @@
 // What the last blocks do: a tensor's record from its chunks', and the step's outputs from the records.
 // StepOutputs::finish in src/outputs.rs does the second on the host.
 #pragma once
-#include "block.cuh"
+#include "policy.cuh"
 
 // What the step needs of a tensor, and of all of them.
 struct StepSums {
@@ -14,6 +14,7 @@ struct FinishScratch {
         Record records[LANES];
         StepSums sums[LANES];
     };
+    Clip clip;
     u32 last;
 };
 
@@ -60,15 +61,6 @@ DEVICE bool merge_chunk(R *runs, u32 &last, const Arguments &a, const R &part, u
     return true;
 }
 
-DEVICE double propagate(u64 nan_count, u64 inf_count, double finite) {
-    if (nan_count > 0) return bits_to_double(0x7ff8000000000000ull);
-    if (inf_count > 0) return bits_to_double(0x7ff0000000000000ull);
-    return finite;
-}
-
-// NaN in f32 with the bits the CPU gives it: a conversion would set all the fraction's bits.
-DEVICE float narrow(double value) { return value == value ? (float)value : bits_to_float(0x7fc00000u); }
-
 DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     auto item = [&](u64 tensor) {
         const u64 *words = (const u64 *)(a.records + tensor);
@@ -85,29 +77,31 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
             if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], load_record(a.records + i), a.window);
         }
     }
-    if (threadIdx.x != 0) return;
+    Clip &clip = scratch.clip;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     bool found = nan_count + inf_count > 0;
-    StepOutputs o = {};
-    o.finite_total_norm = sqrt(all.squares);
-    o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
     bool skip = found && a.policy == POLICY_SKIP;
     bool zero = found && a.policy == POLICY_ZERO_NONFINITE;
-    o.coefficient_f64 = 1.0;
-    if (a.max_norm > 0.0 && !skip) {
-        double norm = zero ? o.finite_total_norm : o.total_norm;
-        double ratio = norm == norm ? a.max_norm / (norm + 1e-6) : norm;
-        if (!(ratio > 1.0)) o.coefficient_f64 = ratio;
+    StepOutputs o = {};
+    if (threadIdx.x == 0) {
+        o.finite_total_norm = sqrt(all.squares);
+        o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
+        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, 1.0, 0, 0, {0, 0}};
     }
+    BARRIER();
+    decide_clip(clip, a);
+    if (threadIdx.x != 0) return;
+    o.coefficient_f64 = clip.coefficient;
     o.total_norm_f32 = narrow(o.total_norm);
     o.coefficient = narrow(o.coefficient_f64);
     o.inverse_coefficient = narrow(o.coefficient_f64 == o.coefficient_f64 ? 1.0 / o.coefficient_f64 : o.coefficient_f64);
     o.found_inf = found ? 1.0f : 0.0f;
     o.skip = skip ? 1 : 0;
-    bool clipped = o.coefficient != 1.0f;
-    o.action = zero ? ACTION_ZERO_AND_SCALE : clipped ? ACTION_SCALE : ACTION_NONE;
-    o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) | (clipped ? VERDICT_CLIPPED : 0) |
-                (skip ? VERDICT_SKIP : 0);
+    bool scales = o.coefficient != 1.0f, parts = clip.clips_parts;
+    u32 part = a.clip == CLIP_VALUE ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
+    o.action = (scales ? ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? ACTION_ZERO_NONFINITE : 0);
+    o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) |
+                (scales || parts ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0);
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
     o.inf_count = inf_count;

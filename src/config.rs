@@ -1,6 +1,6 @@
 //! What a probe is told once: the dead threshold, the clip, and what to do when a gradient is not finite.
 
-use crate::Error;
+use crate::{ClipPolicy, Error};
 
 /// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,15 +21,18 @@ pub enum NonFinitePolicy {
 pub struct Config {
     /// |x| below which an element counts as dead. Finite, not negative. Default 1e-10.
     pub dead_threshold: f32,
-    /// Norm to which the gradients are clipped together; `None` leaves the coefficient at 1. Finite, above 0.
+    /// Norm to which the gradients are clipped together; without it and under the default policy the coefficient is 1.
+    /// Finite, above 0.
     pub max_norm: Option<f64>,
+    /// What decides the clip.
+    pub clip: ClipPolicy,
     /// What a NaN or Inf does to the clip.
     pub non_finite: NonFinitePolicy,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { dead_threshold: 1e-10, max_norm: None, non_finite: NonFinitePolicy::Skip }
+        Self { dead_threshold: 1e-10, max_norm: None, clip: ClipPolicy::GlobalNorm, non_finite: NonFinitePolicy::Skip }
     }
 }
 
@@ -44,6 +47,12 @@ impl Config {
     #[must_use]
     pub fn max_norm(self, max_norm: f64) -> Self {
         Self { max_norm: Some(max_norm), ..self }
+    }
+
+    /// With the clip decided by this policy.
+    #[must_use]
+    pub fn clip(self, clip: ClipPolicy) -> Self {
+        Self { clip, ..self }
     }
 
     /// With this policy for NaN and Inf.
@@ -63,7 +72,7 @@ impl Config {
             Some(x) if !(x.is_finite() && x > 0.0) => {
                 Err(Error::InvalidConfig { option: "max_norm", expected: "finite and above 0", value: x.to_string() })
             }
-            _ => Ok(()),
+            _ => self.clip.check(self.max_norm),
         }
     }
 }

@@ -159,6 +159,18 @@ pub struct Arguments {
     pub policy: u32,
     /// Steps after which tracking starts anew, or 0.
     pub window: u32,
+    /// [`Config::clip`], and its parameters.
+    pub clip: u32,
+    /// Its threshold.
+    pub clip_threshold: f64,
+    /// Its smoothing.
+    pub clip_smoothing: f64,
+    /// What it keeps from step to step.
+    pub clip_state: u64,
+    /// One f32 coefficient a tensor, under a policy that clips tensors on their own.
+    pub coefficients: u64,
+    /// Its history or warm-up.
+    pub clip_steps: u32,
     /// Unused; 0.
     pub reserved: u32,
     /// How far each tensor has been tracked; 0 when none is, as all that follow.
@@ -176,7 +188,7 @@ pub struct Arguments {
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 136);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 176);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -191,12 +203,14 @@ pub struct DeviceProbe<D: Device> {
     /// Outputs, then records: what a report is read from.
     results: D::Buffer,
     /// Tables and workspace, kept alive for the kernels.
-    _workspace: [D::Buffer; 4],
+    _workspace: [D::Buffer; 6],
     tracking: Option<Tracking<D>>,
     /// The addresses in the device's table.
     current: Vec<u64>,
     /// Whether `current` was found free of overlaps.
     disjoint: bool,
+    /// Whether a clip could change anything.
+    may_change: bool,
     measured: bool,
     /// Whether a measurement was launched since the last read began.
     unread: bool,
@@ -247,8 +261,12 @@ impl<D: Device> DeviceProbe<D> {
             upload(bytemuck::cast_slice(&chunk_tensors))?,
             device.allocate((chunk_count * size_of::<Record>()).max(1))?,
             upload(bytemuck::cast_slice(&vec![0u32; chunk_count + tensor_count + 1]))?,
+            upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?,
+            upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
         ];
-        let [tensors, chunk_tensors, chunk_records, done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
+        let [tensors, chunk_tensors, chunk_records, done, clip_state, coefficients] =
+            workspace.each_ref().map(|buffer| device.address(buffer));
+        let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         let outputs = device.address(&results);
         let arguments = Arguments {
             addresses: device.address(&addresses),
@@ -263,12 +281,19 @@ impl<D: Device> DeviceProbe<D> {
             tensor_count: tensor_count as u32,
             busy_tensors: entries.iter().filter(|e| e.length > 0).count() as u32,
             policy: config.non_finite as u32,
+            clip: config.clip.code(),
+            clip_threshold,
+            clip_smoothing,
+            clip_state,
+            coefficients,
+            clip_steps,
             ..Arguments::zeroed()
         };
         const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
         Ok(Self {
             current: vec![0; tensor_count],
             disjoint: false,
+            may_change: config.clip.may_clip(config.max_norm) || config.non_finite == NonFinitePolicy::ZeroNonFinite,
             measured: false,
             unread: false,
             reads: VecDeque::with_capacity(READS),
@@ -304,6 +329,12 @@ impl<D: Device> DeviceProbe<D> {
     /// Device address of one [`Record`] a tensor, in the plan's order; valid as long as the probe.
     pub fn records_address(&self) -> u64 {
         self.arguments.records
+    }
+
+    /// Device address of one f32 coefficient a tensor, in the plan's order, under a
+    /// [`ClipPolicy`](crate::ClipPolicy) that clips tensors on their own: for optimizers that apply them.
+    pub fn coefficients_address(&self) -> u64 {
+        self.arguments.coefficients
     }
 
     /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor. Measuring and
@@ -394,10 +425,7 @@ impl<D: Device> DeviceProbe<D> {
             self.check_overlaps()?;
             self.disjoint = true;
         }
-        if self.arguments.max_norm == 0.0 && self.arguments.policy != NonFinitePolicy::ZeroNonFinite as u32 {
-            return Ok(());
-        }
-        self.launch(Kernel::Clip)
+        if self.may_change { self.launch(Kernel::Clip) } else { Ok(()) }
     }
 
     /// Tracks tensors across the steps from now on; what was tracked before is forgotten. Allocates

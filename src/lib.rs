@@ -33,6 +33,7 @@ pub mod launch;
 pub mod statistics {}
 mod outputs;
 mod plan;
+mod policy;
 mod record;
 mod report;
 mod spec;
@@ -49,6 +50,7 @@ pub use error::Error;
 pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
+pub use policy::ClipPolicy;
 pub use record::Record;
 pub use report::{Report, TensorReport};
 

@@ -14,9 +14,11 @@ use crate::{
     Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
     backend::with_elements,
     dtype::sealed::Bits,
+    policy::ClipState,
     spec::{self, CHUNK},
 };
 use chunk::Measure;
+use clip::Clipping;
 use gsnr::Tracking;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -29,6 +31,7 @@ pub struct CpuProbe {
     /// One record a chunk.
     chunks: Vec<Record>,
     tracking: Option<Tracking>,
+    clip: ClipState,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -46,7 +49,8 @@ impl CpuProbe {
         chunks.resize(plan.chunks(), Record::EMPTY);
         // Starts the thread pool now rather than in the first step (2 ms).
         rayon::join(|| (), || ());
-        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, outputs: None, steps: 0 })
+        let clip = ClipState::new(config.clip, config.max_norm, plan.tensors().len());
+        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, clip, outputs: None, steps: 0 })
     }
 
     /// Reads every tensor once. `tensors` are those of the plan, in its order.
@@ -82,7 +86,7 @@ impl CpuProbe {
         if let Some(tracking) = &mut self.tracking {
             tracking.update(tensors, &records);
         }
-        let outputs = StepOutputs::finish(&records, &self.config, self.steps);
+        let outputs = StepOutputs::finish(&records, self.config.non_finite, &mut self.clip, self.steps);
         self.outputs = Some(outputs);
         Ok(Report::new(Arc::clone(&self.plan), outputs, records))
     }
@@ -94,13 +98,21 @@ impl CpuProbe {
     pub fn clip(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.plan.check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
         let outputs = self.outputs.ok_or(Error::NotMeasured)?;
-        if outputs.action == StepOutputs::ACTION_NONE {
+        let does = |bit: u32| outputs.action & bit != 0;
+        if outputs.action == 0 {
             return Ok(());
         }
-        let zero_nonfinite = outputs.action == StepOutputs::ACTION_ZERO_AND_SCALE;
-        tensors.par_iter_mut().for_each(|tensor| {
+        let limit = if does(StepOutputs::ACTION_CLAMP) { self.clip.limit() } else { f32::INFINITY };
+        let zero_nonfinite = does(StepOutputs::ACTION_ZERO_NONFINITE);
+        let by_tensor = does(StepOutputs::ACTION_SCALE_TENSORS).then_some(&self.clip.coefficients);
+        tensors.par_iter_mut().enumerate().for_each(|(index, tensor)| {
+            let coefficient = by_tensor.map_or(outputs.coefficient, |coefficients| coefficients[index]);
+            let how = Clipping { coefficient, limit, zero_nonfinite };
+            if by_tensor.is_some() && coefficient == 1.0 && !zero_nonfinite {
+                return;
+            }
             with_elements!(HostTensorMut, tensor, elements => {
-                elements.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, outputs.coefficient, zero_nonfinite));
+                elements.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, how));
             });
         });
         Ok(())
@@ -130,6 +142,11 @@ impl CpuProbe {
     pub fn gsnr(&self) -> Result<GsnrReport, Error> {
         let tracking = self.tracking.as_ref().ok_or(Error::NotTracked)?;
         GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
+    }
+
+    /// The coefficient of each tensor in the last step, under a policy that clips tensors on their own; else empty.
+    pub fn coefficients(&self) -> &[f32] {
+        &self.clip.coefficients
     }
 
     /// The last step's scalars.

@@ -295,11 +295,8 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     c.same_f32("inverse_coefficient", outputs.inverse_coefficient, f32_of(1.0 / coefficient));
     c.same_f32("found_inf", outputs.found_inf, f32::from(found));
     c.equal("skip", outputs.skip, i32::from(skip));
-    let action = match (zero_nonfinite, clipped) {
-        (true, _) => StepOutputs::ACTION_ZERO_AND_SCALE,
-        (false, true) => StepOutputs::ACTION_SCALE,
-        (false, false) => StepOutputs::ACTION_NONE,
-    };
+    let action = [(zero_nonfinite, StepOutputs::ACTION_ZERO_NONFINITE), (clipped, StepOutputs::ACTION_SCALE)];
+    let action = action.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("action", outputs.action, action);
     let verdict = [
         (nan_count > 0, StepOutputs::VERDICT_NAN),

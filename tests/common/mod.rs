@@ -191,9 +191,9 @@ impl Prepared {
 
 /// What the clip should leave, by the decision in `outputs`.
 pub fn clip_by_oracle(data: &[Data], outputs: &StepOutputs) -> Vec<Data> {
-    let zero_nonfinite = outputs.action == StepOutputs::ACTION_ZERO_AND_SCALE;
+    let zero_nonfinite = outputs.action & StepOutputs::ACTION_ZERO_NONFINITE != 0;
     let clip = |data: &Data| match outputs.action {
-        StepOutputs::ACTION_NONE => data.clone(),
+        0 => data.clone(),
         _ => Data::of_bits(
             data.dtype(),
             data.bits().map(|bits| oracle::clip(data.dtype(), bits, outputs.coefficient, zero_nonfinite)),
