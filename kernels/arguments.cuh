@@ -51,6 +51,20 @@ ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, skip, 40, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, step, 56, "src/outputs.rs");
 
+// A step, and a tensor in it, in the history.
+struct HistoryStep {
+    StepOutputs outputs;
+    u64 tag, reserved;
+};
+static_assert(sizeof(HistoryStep) == 96, "src/history.rs");
+
+struct HistoryTensor {
+    double finite_l2_norm;
+    float max_abs, zero_fraction, dead_fraction;
+    u32 flags;
+};
+static_assert(sizeof(HistoryTensor) == 24, "src/history.rs");
+
 // What a clip policy keeps from step to step, before its history or averages.
 struct ClipState {
     u64 steps; // that were learnt from
@@ -78,7 +92,10 @@ struct Arguments {
     ClipState *clip_state;
     float *coefficients;        // of the tensors, under a policy that has them
     u32 clip_steps;
-    u32 reserved;
+    u32 history_steps;
+    HistoryStep *history;       // rings of the last steps; null when none are kept
+    HistoryTensor *history_tensors;
+    const u64 *tag;             // of the batch
     Track *tracks;              // of the tensors; null when none is tracked, as all below
     float *means;               // of the tracked elements
     float *deviations;
@@ -86,4 +103,4 @@ struct Arguments {
     GsnrSums *gsnr_sums;        // a slot a chunk
     u32 *gsnr_bins;             // BINS a tensor; 0 between launches
 };
-static_assert(sizeof(Arguments) == 176, "src/launch.rs");
+static_assert(sizeof(Arguments) == 200, "src/launch.rs");

@@ -1,7 +1,7 @@
 // What the last blocks do: a tensor's record from its chunks', and the step's outputs from the records.
 // StepOutputs::finish in src/outputs.rs does the second on the host.
 #pragma once
-#include "policy.cuh"
+#include "history.cuh"
 
 // What the step needs of a tensor, and of all of them.
 struct StepSums {
@@ -77,6 +77,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
             if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], load_record(a.records + i), a.window);
         }
     }
+    if (a.history) keep_tensors(a);
     Clip &clip = scratch.clip;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     bool found = nan_count + inf_count > 0;
@@ -106,4 +107,5 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     *a.outputs = o;
+    if (a.history) keep_step(a, o);
 }

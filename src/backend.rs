@@ -3,7 +3,7 @@
 //! A trainer's loop uses a probe's own methods, which take the tensors where they are. [`Backend`] is for data on the
 //! host, wherever the statistics are to be computed: the inspector, the tests and the benches are written over it.
 
-use crate::{DType, Element, Error, GsnrConfig, GsnrReport, Report, dtype::sealed::Bits};
+use crate::{DType, Element, Error, GsnrConfig, GsnrReport, HistoryReport, Report, dtype::sealed::Bits};
 use half::{bf16, f16};
 
 /// Elements of one tensor on the host.
@@ -141,4 +141,22 @@ pub trait Backend {
     /// # Errors
     /// [`Error::NotTracked`], [`Error::TooFewSteps`], or the device's.
     fn gsnr(&mut self) -> Result<GsnrReport, Error>;
+
+    /// Keeps the last steps from now on, this many; what was kept before is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0 steps, [`Error::OutOfMemory`].
+    fn keep_history(&mut self, steps: u32) -> Result<(), Error>;
+
+    /// Names the batch of the measurements that follow, for the history.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], or the device's.
+    fn tag(&mut self, tag: u64) -> Result<(), Error>;
+
+    /// The last steps.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], or the device's.
+    fn history(&mut self) -> Result<HistoryReport, Error>;
 }

@@ -45,6 +45,9 @@ pub enum Error {
     /// What is known across steps was asked for, but the probe tracks none.
     #[error("no tensors are tracked: call `track` first")]
     NotTracked,
+    /// The last steps were asked for, but the probe keeps none.
+    #[error("no steps are kept: call `keep_history` first")]
+    NoHistory,
     /// A variance needs two steps.
     #[error("signal and noise need at least 2 tracked steps, there were {steps}")]
     TooFewSteps {

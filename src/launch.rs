@@ -4,8 +4,10 @@
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
 use crate::{
-    Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HistoryReport, HistoryStep, NonFinitePolicy, Plan,
+    Record, Report, StepOutputs,
     gsnr::{BINS, GsnrSums, Layout, Track},
+    history,
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
@@ -171,8 +173,14 @@ pub struct Arguments {
     pub coefficients: u64,
     /// Its history or warm-up.
     pub clip_steps: u32,
-    /// Unused; 0.
-    pub reserved: u32,
+    /// Steps of the history.
+    pub history_steps: u32,
+    /// One [`HistoryStep`] a step; 0 when none are kept, as the next.
+    pub history: u64,
+    /// One [`HistoryTensor`](crate::HistoryTensor) a step and tensor.
+    pub history_tensors: u64,
+    /// The batch's tag.
+    pub tag: u64,
     /// How far each tensor has been tracked; 0 when none is, as all that follow.
     pub tracks: u64,
     /// f32 means of the tracked elements.
@@ -188,7 +196,7 @@ pub struct Arguments {
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 176);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 200);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -205,6 +213,7 @@ pub struct DeviceProbe<D: Device> {
     /// Tables and workspace, kept alive for the kernels.
     _workspace: [D::Buffer; 6],
     tracking: Option<Tracking<D>>,
+    history: Option<History<D>>,
     /// The addresses in the device's table.
     current: Vec<u64>,
     /// Whether `current` was found free of overlaps.
@@ -307,6 +316,7 @@ impl<D: Device> DeviceProbe<D> {
             results,
             _workspace: workspace,
             tracking: None,
+            history: None,
             device,
         })
     }
@@ -451,6 +461,52 @@ impl<D: Device> DeviceProbe<D> {
         Ok(())
     }
 
+    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Allocates 96 bytes a step and 24
+    /// a step and tensor of device memory; a graph captured before goes on without.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0 steps, and the device's when it has not enough memory. What was kept before then
+    /// stays.
+    pub fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        let history = History::new(&self.device, steps, self.plan.tensors().len())?;
+        let first = self.device.address(&history.ring);
+        self.arguments = Arguments {
+            history_steps: steps,
+            history: first,
+            history_tensors: first + u64::from(steps) * size_of::<HistoryStep>() as u64,
+            tag: self.device.address(&history.tag),
+            ..self.arguments
+        };
+        self.history = Some(history);
+        Ok(())
+    }
+
+    /// Names the batch of the measurements that follow, for the history: one upload of 8 bytes. Replayed graphs see it
+    /// too.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], or the device's.
+    pub fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        let history = self.history.as_mut().ok_or(Error::NoHistory)?;
+        self.device.upload(bytemuck::bytes_of(&tag), &mut history.tag)
+    }
+
+    /// The last steps. Waits for them; nothing of the history is copied before.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], [`Error::WaitInCapture`], or the device's.
+    pub fn history(&mut self) -> Result<HistoryReport, Error> {
+        if self.device.is_capturing()? {
+            return Err(Error::WaitInCapture);
+        }
+        let history = self.history.as_mut().ok_or(Error::NoHistory)?;
+        self.device.start_read(&history.ring, &mut history.read)?;
+        let bytes = self.device.complete(&history.read)?;
+        let (steps, tensors) = bytes.split_at(history.steps as usize * size_of::<HistoryStep>());
+        let (steps, tensors) = (values(steps).collect::<Vec<_>>(), values(tensors).collect::<Vec<_>>());
+        Ok(HistoryReport::new(Arc::clone(&self.plan), &steps, &tensors))
+    }
+
     /// Forgets all steps that were tracked: one upload.
     ///
     /// # Errors
@@ -489,8 +545,7 @@ impl<D: Device> DeviceProbe<D> {
         self.launch_gsnr()?;
         let Some(tracking) = &mut self.tracking else { return Err(Error::NotTracked) };
         self.device.start_read(&tracking.records, &mut tracking.read)?;
-        let bytes = self.device.complete(&tracking.read)?;
-        let records = bytes.chunks_exact(size_of::<GsnrRecord>()).map(bytemuck::pod_read_unaligned::<GsnrRecord>);
+        let records = values::<GsnrRecord>(self.device.complete(&tracking.read)?);
         let tracked = records.enumerate().filter(|(index, _)| tracking.fresh[*index].is_tracked());
         GsnrReport::new(Arc::clone(&self.plan), tracked.collect())
     }
@@ -590,6 +645,30 @@ impl<D: Device> DeviceProbe<D> {
         }
         self.idle.push(read);
         Ok(report)
+    }
+}
+
+/// What was read from the device, value by value.
+fn values<T: Pod>(bytes: &[u8]) -> impl Iterator<Item = T> {
+    bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
+}
+
+/// The last steps, in device memory.
+struct History<D: Device> {
+    steps: u32,
+    ring: D::Buffer,
+    tag: D::Buffer,
+    read: D::Read,
+}
+
+impl<D: Device> History<D> {
+    fn new(device: &D, steps: u32, tensors: usize) -> Result<Self, Error> {
+        let bytes = history::bytes(steps, tensors)?;
+        let mut tag = device.allocate(size_of::<u64>())?;
+        device.upload(&[0; size_of::<u64>()], &mut tag)?;
+        let mut ring = device.allocate(bytes)?;
+        device.upload(&vec![0; bytes], &mut ring)?;
+        Ok(Self { steps, ring, tag, read: device.prepare_read(bytes)? })
     }
 }
 

@@ -28,6 +28,7 @@ pub mod cuda;
 mod dtype;
 mod error;
 mod gsnr;
+mod history;
 pub mod launch;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
@@ -48,6 +49,7 @@ pub use cudarc;
 pub use dtype::{DType, Element};
 pub use error::Error;
 pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
+pub use history::{HistoryReport, HistoryStep, HistoryTensor, NormStatistics};
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use policy::ClipPolicy;

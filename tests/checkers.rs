@@ -11,8 +11,8 @@ use common::check::{self, CONSTANT_VARIANCE_BOUND, SUM_BOUND, Seen, variance_bou
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
-    Record, Report, StepOutputs,
+    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut,
+    NonFinitePolicy, Plan, Record, Report, StepOutputs,
 };
 
 /// What a perfect backend would say.
@@ -399,7 +399,7 @@ struct Faulty {
 }
 
 /// What a faulty backend does not change.
-macro_rules! tracks_as {
+macro_rules! remembers_as {
     ($field:tt) => {
         fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
             self.$field.track(config)
@@ -410,11 +410,20 @@ macro_rules! tracks_as {
         fn gsnr(&mut self) -> Result<GsnrReport, Error> {
             self.$field.gsnr()
         }
+        fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+            self.$field.keep_history(steps)
+        }
+        fn tag(&mut self, tag: u64) -> Result<(), Error> {
+            self.$field.tag(tag)
+        }
+        fn history(&mut self) -> Result<HistoryReport, Error> {
+            self.$field.history()
+        }
     };
 }
 
 impl Backend for Faulty {
-    tracks_as!(probe);
+    remembers_as!(probe);
 
     fn name(&self) -> &'static str {
         "faulty"
@@ -546,7 +555,7 @@ fn the_harness_complains_of_faulty_clips() {
 fn the_harness_complains_of_wrong_refusals() {
     struct Careless(CpuProbe);
     impl Backend for Careless {
-        tracks_as!(0);
+        remembers_as!(0);
 
         fn name(&self) -> &'static str {
             "careless"

@@ -7,11 +7,13 @@ mod chunk;
 mod clip;
 mod dispatch;
 mod gsnr;
+mod history;
 mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    Backend, Config, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
+    StepOutputs,
     backend::with_elements,
     dtype::sealed::Bits,
     policy::ClipState,
@@ -20,6 +22,7 @@ use crate::{
 use chunk::Measure;
 use clip::Clipping;
 use gsnr::Tracking;
+use history::History;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -32,6 +35,7 @@ pub struct CpuProbe {
     chunks: Vec<Record>,
     tracking: Option<Tracking>,
     clip: ClipState,
+    history: Option<History>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -50,7 +54,7 @@ impl CpuProbe {
         // Starts the thread pool now rather than in the first step (2 ms).
         rayon::join(|| (), || ());
         let clip = ClipState::new(config.clip, config.max_norm, plan.tensors().len());
-        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, clip, outputs: None, steps: 0 })
+        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, clip, history: None, outputs: None, steps: 0 })
     }
 
     /// Reads every tensor once. `tensors` are those of the plan, in its order.
@@ -87,6 +91,9 @@ impl CpuProbe {
             tracking.update(tensors, &records);
         }
         let outputs = StepOutputs::finish(&records, self.config.non_finite, &mut self.clip, self.steps);
+        if let Some(history) = &mut self.history {
+            history.keep(&outputs, &records);
+        }
         self.outputs = Some(outputs);
         Ok(Report::new(Arc::clone(&self.plan), outputs, records))
     }
@@ -144,6 +151,34 @@ impl CpuProbe {
         GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
     }
 
+    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Takes 96 bytes a step and 24 a
+    /// step and tensor.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0 steps, [`Error::OutOfMemory`]. What was kept before then stays.
+    pub fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        self.history = Some(History::new(steps, self.plan.tensors().len())?);
+        Ok(())
+    }
+
+    /// Names the batch of the measurements that follow, for the history.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`].
+    pub fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        self.history.as_mut().ok_or(Error::NoHistory)?.tag = tag;
+        Ok(())
+    }
+
+    /// The last steps.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`].
+    pub fn history(&self) -> Result<HistoryReport, Error> {
+        let history = self.history.as_ref().ok_or(Error::NoHistory)?;
+        Ok(HistoryReport::new(Arc::clone(&self.plan), &history.steps, &history.tensors))
+    }
+
     /// The coefficient of each tensor in the last step, under a policy that clips tensors on their own; else empty.
     pub fn coefficients(&self) -> &[f32] {
         &self.clip.coefficients
@@ -187,5 +222,17 @@ impl Backend for CpuProbe {
 
     fn gsnr(&mut self) -> Result<GsnrReport, Error> {
         CpuProbe::gsnr(self)
+    }
+
+    fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        self.keep_history(steps)
+    }
+
+    fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        self.tag(tag)
+    }
+
+    fn history(&mut self) -> Result<HistoryReport, Error> {
+        CpuProbe::history(self)
     }
 }

@@ -2,7 +2,9 @@
 //! trainer's gradients are on the device already.
 
 use super::{CudaProbe, driver::failed};
-use crate::{Backend, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor};
+use crate::{
+    Backend, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor,
+};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
 
@@ -75,6 +77,18 @@ impl Backend for CudaProbe {
 
     fn gsnr(&mut self) -> Result<GsnrReport, Error> {
         self.probe.gsnr()
+    }
+
+    fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        self.probe.keep_history(steps)
+    }
+
+    fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        self.probe.tag(tag)
+    }
+
+    fn history(&mut self) -> Result<HistoryReport, Error> {
+        self.probe.history()
     }
 
     fn name(&self) -> &'static str {

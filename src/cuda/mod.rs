@@ -43,7 +43,7 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    Config, DType, Error, GsnrConfig, GsnrReport, Plan, Report,
+    Config, DType, Error, GsnrConfig, GsnrReport, HistoryReport, Plan, Report,
     launch::{DeviceProbe, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -194,6 +194,30 @@ impl CudaProbe {
     /// [`Error::NotTracked`], [`Error::TooFewSteps`], or the driver's.
     pub fn gsnr(&mut self) -> Result<GsnrReport, Error> {
         self.probe.gsnr()
+    }
+
+    /// See [`DeviceProbe::keep_history`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], or the driver's when there is not enough memory.
+    pub fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        self.probe.keep_history(steps)
+    }
+
+    /// See [`DeviceProbe::tag`].
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], or the driver's.
+    pub fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        self.probe.tag(tag)
+    }
+
+    /// See [`DeviceProbe::history`]. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NoHistory`], or the driver's.
+    pub fn history(&mut self) -> Result<HistoryReport, Error> {
+        self.probe.history()
     }
 
     /// The stream everything is ordered on.

@@ -9,7 +9,7 @@
 mod block;
 
 use gradprobe::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Report,
+    Backend, Config, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Report,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
@@ -156,6 +156,18 @@ impl Backend for SimtProbe {
 
     fn gsnr(&mut self) -> Result<GsnrReport, Error> {
         self.0.gsnr()
+    }
+
+    fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        self.0.keep_history(steps)
+    }
+
+    fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        self.0.tag(tag)
+    }
+
+    fn history(&mut self) -> Result<HistoryReport, Error> {
+        self.0.history()
     }
 }
 
