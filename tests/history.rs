@@ -1,4 +1,5 @@
 //! The history of a probe's last steps, on the CPU and on the kernels, and the statistics over it.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! The clip policies: each against its source's rule written down once more from the paper or the code it comes from,
 //! and on the kernels against the CPU.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
 
 mod common;
 
