@@ -22,8 +22,8 @@ fn step(number: u64) -> Vec<Vec<f32>> {
     let value = |t: usize, i: usize| if t == 1 && number >= 8 { 0.0 } else { size * normal(10 * number + t as u64, i) };
     let mut tensors: Vec<Vec<f32>> =
         LENGTHS.into_iter().enumerate().map(|(t, len)| (0..len).map(|i| value(t, i) as f32).collect()).collect();
-    if number % 6 == 0 {
-        tensors[number as usize / 6 % 2][3] = if number % 12 == 0 { f32::NAN } else { f32::INFINITY };
+    if number.is_multiple_of(6) {
+        tensors[number as usize / 6 % 2][3] = if number.is_multiple_of(12) { f32::NAN } else { f32::INFINITY };
     }
     tensors
 }
