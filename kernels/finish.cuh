@@ -99,7 +99,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.found_inf = found ? 1.0f : 0.0f;
     o.skip = skip ? 1 : 0;
     bool scales = o.coefficient != 1.0f, parts = clip.clips_parts;
-    u32 part = a.clip == CLIP_VALUE ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
+    u32 part = a.clip & CLIP_VALUE ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
     o.action = (scales ? ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? ACTION_ZERO_NONFINITE : 0);
     o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) |
                 (scales || parts ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0);

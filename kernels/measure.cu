@@ -15,7 +15,7 @@ struct MeasureScratch {
 
 KERNEL(4) gradprobe_measure(Arguments a) {
     SHARED(MeasureScratch, scratch);
-    if (a.chunk_count == 0 && blockIdx.x == 0) finish_step(scratch.finish, a);
+    bool finished = a.chunk_count == 0 && blockIdx.x == 0;
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];
         measure_chunk(scratch.chunk, chunk_of(a, index, tensor), [&] {
@@ -28,6 +28,8 @@ KERNEL(4) gradprobe_measure(Arguments a) {
         const Record &record = scratch.chunk.record;
         bool done = merge_chunk(finish.records, finish.last, a, record, index, tensor, a.chunk_records, a.records + tensor);
         u32 *tensors_done = a.done + a.chunk_count + a.tensor_count;
-        if (done && last_of(finish.last, tensors_done, a.busy_tensors)) finish_step(finish, a);
+        // The last block to get here has no chunk left.
+        if (done) finished = last_of(finish.last, tensors_done, a.busy_tensors);
     }
+    if (finished) finish_step(scratch.finish, a);
 }

@@ -3,12 +3,13 @@
 #pragma once
 #include "block.cuh"
 
-constexpr u32 CLIP_GLOBAL_NORM = 0;
+// The policies; 0 is the global norm alone. A bit each: of consecutive numbers the compiler makes a jump table, with a
+// copy of the code around it for each.
 constexpr u32 CLIP_VALUE = 1;
 constexpr u32 CLIP_TENSOR_NORM = 2;
-constexpr u32 CLIP_PERCENTILE = 3;
-constexpr u32 CLIP_Z_SCORE = 4;
-constexpr u32 CLIP_TENSOR_EMA = 5;
+constexpr u32 CLIP_PERCENTILE = 4;
+constexpr u32 CLIP_Z_SCORE = 8;
+constexpr u32 CLIP_TENSOR_EMA = 16;
 constexpr u32 MAX_HISTORY = 1024;
 
 // A step as a policy sees it, and what it decided. In shared memory.
@@ -126,14 +127,14 @@ DEVICE void decide_clip(Clip &clip, const Arguments &a) {
     u32 t = threadIdx.x;
     ClipState *state = a.clip_state;
     double threshold = a.clip_threshold, smoothing = a.clip_smoothing;
-    bool by_tensor = a.clip == CLIP_TENSOR_NORM || a.clip == CLIP_TENSOR_EMA;
+    bool by_tensor = a.clip & (CLIP_TENSOR_NORM | CLIP_TENSOR_EMA);
     if (clip.skip) {
         if (by_tensor) {
             for (u32 i = t; i < a.tensor_count; i += LANES) a.coefficients[i] = 1.0f;
         }
         return;
     }
-    if (a.clip == CLIP_PERCENTILE) {
+    if (a.clip & CLIP_PERCENTILE) {
         double *history = (double *)(state + 1);
         if (clip.finite) remember(clip, state, history, a.clip_steps);
         BARRIER();
@@ -142,22 +143,22 @@ DEVICE void decide_clip(Clip &clip, const Arguments &a) {
         if (t == 0 && count > 0) {
             clip.coefficient = rule(percentile_of(history + a.clip_steps, (u32)count, threshold), clip.norm);
         }
-    } else if (a.clip == CLIP_Z_SCORE) {
+    } else if (a.clip & CLIP_Z_SCORE) {
         if (t == 0) clip.coefficient = rule(z_score_limit(clip, state, threshold, smoothing, a.clip_steps), clip.norm);
-    } else if (a.clip == CLIP_VALUE || by_tensor) {
-        double global = a.clip == CLIP_TENSOR_EMA && a.max_norm > 0.0 ? torch_rule(a.max_norm, clip.norm) : 1.0;
-        bool warm = a.clip == CLIP_TENSOR_EMA && state->steps < a.clip_steps;
+    } else if (a.clip & CLIP_VALUE || by_tensor) {
+        double global = (a.clip & CLIP_TENSOR_EMA) && a.max_norm > 0.0 ? torch_rule(a.max_norm, clip.norm) : 1.0;
+        bool warm = (a.clip & CLIP_TENSOR_EMA) && state->steps < a.clip_steps;
         bool all_finite = clip.norm - clip.norm == 0.0;
         for (u32 i = t; i < a.tensor_count; i += LANES) {
             Record r = load_record(a.records + i);
-            if (a.clip == CLIP_VALUE) {
+            if (a.clip & CLIP_VALUE) {
                 if (r.inf_count > 0 || (double)r.max_abs_or_zero > threshold) atomicAdd(&clip.clips_parts, 1u);
                 continue;
             }
             double norm = sqrt(sum_squares((double)finite_count(r), r.mean_or_zero, r.sum_squared_deviations));
             if (!all_finite) norm = propagate(r.nan_count, r.inf_count, norm);
             double *averages = (double *)(state + 1);
-            double coefficient = a.clip == CLIP_TENSOR_NORM
+            double coefficient = a.clip & CLIP_TENSOR_NORM
                                      ? torch_rule(threshold, norm)
                                      : average_coefficient(clip, averages[i], norm, global, warm, threshold, smoothing);
             a.coefficients[i] = narrow(coefficient);

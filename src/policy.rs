@@ -105,9 +105,9 @@ impl ClipPolicy {
             Self::GlobalNorm => 0,
             Self::Value { .. } => 1,
             Self::TensorNorm { .. } => 2,
-            Self::Percentile { .. } => 3,
-            Self::ZScore { .. } => 4,
-            Self::TensorEma { .. } => 5,
+            Self::Percentile { .. } => 4,
+            Self::ZScore { .. } => 8,
+            Self::TensorEma { .. } => 16,
         }
     }
 

@@ -194,9 +194,9 @@ VARIANTS = {
         why="the clip's blocks start while the last of measure's finish, and wait: 1 to 2 us less a step, sm_90",
         edits=[
             (
-                "    if (a.chunk_count == 0 && blockIdx.x == 0) finish_step(scratch.finish, a);",
+                "    bool finished = a.chunk_count == 0 && blockIdx.x == 0;",
                 '    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n'
-                "    if (a.chunk_count == 0 && blockIdx.x == 0) finish_step(scratch.finish, a);",
+                "    bool finished = a.chunk_count == 0 && blockIdx.x == 0;",
             ),
             (
                 "    u32 action = a.outputs->action;\n",
