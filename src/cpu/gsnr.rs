@@ -37,7 +37,7 @@ impl Tracking {
     /// Forgets all steps.
     pub(super) fn reset(&mut self) {
         for track in &mut self.tracks {
-            *track = Track { offset: track.offset, ..bytemuck::Zeroable::zeroed() };
+            *track = track.fresh();
         }
     }
 
