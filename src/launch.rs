@@ -597,7 +597,8 @@ impl<D: Device> Tracking<D> {
             records: device.allocate(records.max(1))?,
             sums: device.allocate((plan.chunks() * size_of::<GsnrSums>()).max(1))?,
             bins: upload(bytemuck::cast_slice(&vec![0u32; bins]))?,
-            read: device.prepare_read(records)?,
+            // CUDA refuses to allocate nothing.
+            read: device.prepare_read(records.max(1))?,
             fresh,
         })
     }
