@@ -25,7 +25,7 @@ KERNEL(4) gradprobe_measure(Arguments a) {
         // Every way through what follows passes a barrier, behind which the scratch of the chunk is free for the next
         // one; that of the finish is not touched before the next chunk's barriers.
         FinishScratch &finish = scratch.finish;
-        merge_chunk(finish.records, finish.last, a, scratch.chunk.record, index, tensor, a.chunk_records,
+        merge_chunk(finish.records, finish.last, a, scratch.chunk.record, index, tensor, (Record *)a.chunk_parts,
                     a.records + tensor, [&] {
                         u32 *tensors_done = a.done + a.chunk_count + a.tensor_count;
                         if (last_of(finish.last, tensors_done, a.busy_tensors)) finish_step(finish, a);

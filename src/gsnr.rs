@@ -34,15 +34,14 @@ impl GsnrConfig {
         Self { window: Some(steps), ..self }
     }
 
-    /// Bytes of memory that tracking takes where the gradients are: 8 an element, 16 KiB a tensor for the median, 48 a
-    /// chunk of 32 Ki elements.
+    /// Bytes of memory that tracking takes where the gradients are: 8 an element, and 16 KiB a tensor for the median.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`], [`Error::NoSuchTensor`] for a pattern that matches none, [`Error::TooLargeToTrack`].
     pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
         let layout = self.layout(plan)?;
         let per_tensor = layout.bins * size_of::<u32>() + layout.tracks.len() * size_of::<(Track, GsnrRecord)>();
-        Ok(layout.elements * 8 + (per_tensor + plan.chunks() * size_of::<GsnrSums>()) as u64)
+        Ok(layout.elements * 8 + per_tensor as u64)
     }
 
     /// 0 when there is none.

@@ -5,7 +5,7 @@
 
 use crate::{
     Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, NonFinitePolicy, Plan, Record, Report, StepOutputs,
-    gsnr::{GsnrSums, Layout, Track},
+    gsnr::{Layout, Track},
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
@@ -139,8 +139,8 @@ pub struct Arguments {
     pub tensors: u64,
     /// Table of each chunk's tensor.
     pub chunk_tensors: u64,
-    /// One record a chunk: workspace.
-    pub chunk_records: u64,
+    /// What each chunk adds up to, at most as large as a [`Record`]: workspace.
+    pub chunk_parts: u64,
     /// One [`Record`] a tensor: a result.
     pub records: u64,
     /// The [`StepOutputs`]: a result.
@@ -169,14 +169,12 @@ pub struct Arguments {
     pub deviations: u64,
     /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
     pub gsnr_records: u64,
-    /// Sums of each chunk: workspace.
-    pub gsnr_sums: u64,
     /// Bins of each tracked tensor: workspace.
     pub gsnr_bins: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 136);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 128);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -248,13 +246,13 @@ impl<D: Device> DeviceProbe<D> {
             device.allocate((chunk_count * size_of::<Record>()).max(1))?,
             upload(bytemuck::cast_slice(&vec![0u32; chunk_count + tensor_count + 1]))?,
         ];
-        let [tensors, chunk_tensors, chunk_records, done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
+        let [tensors, chunk_tensors, chunk_parts, done] = [0, 1, 2, 3].map(|i| device.address(&workspace[i]));
         let outputs = device.address(&results);
         let arguments = Arguments {
             addresses: device.address(&addresses),
             tensors,
             chunk_tensors,
-            chunk_records,
+            chunk_parts,
             records: outputs + size_of::<StepOutputs>() as u64,
             outputs,
             done,
@@ -415,7 +413,6 @@ impl<D: Device> DeviceProbe<D> {
             means: address(&tracking.means),
             deviations: address(&tracking.deviations),
             gsnr_records: address(&tracking.records),
-            gsnr_sums: address(&tracking.sums),
             gsnr_bins: address(&tracking.bins),
             ..self.arguments
         };
@@ -573,7 +570,6 @@ struct Tracking<D: Device> {
     means: D::Buffer,
     deviations: D::Buffer,
     records: D::Buffer,
-    sums: D::Buffer,
     bins: D::Buffer,
     read: D::Read,
 }
@@ -595,7 +591,6 @@ impl<D: Device> Tracking<D> {
             deviations: device.allocate(bytes.max(1))?,
             tracks: upload(bytemuck::cast_slice(&fresh))?,
             records: device.allocate(records.max(1))?,
-            sums: device.allocate((plan.chunks() * size_of::<GsnrSums>()).max(1))?,
             bins: upload(bytemuck::cast_slice(&vec![0u32; bins]))?,
             // CUDA refuses to allocate nothing.
             read: device.prepare_read(records.max(1))?,
