@@ -83,11 +83,6 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
         return StepSums{x.squares + y.squares, x.nan_count + y.nan_count, x.inf_count + y.inf_count};
     };
     StepSums all = block_fold<4>(scratch.sums, a.tensor_count, item, add);
-    if (a.tracks) {
-        for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
-            if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], load_record(a.records + i), a.window);
-        }
-    }
     if (threadIdx.x != 0) return;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     bool found = nan_count + inf_count > 0;

@@ -5,8 +5,8 @@
 // Chunks are taken from the last to the first, since the last ones measured are the ones still in L2: of a model that
 // fits there, no gradient is read from memory twice.
 //
-// Reads n·size bytes, and reads and writes 8 for each element.
-#include "elements.cuh"
+// Reads n·size bytes, and reads and writes 8 for each element. The last block counts the step of every tensor.
+#include "finish.cuh"
 
 // Eight elements' means or deviations.
 struct Floats8 {
@@ -58,14 +58,23 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
 }
 
 KERNEL(8) gradprobe_update(Arguments a) {
+    SHARED(u32, last);
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end, tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
-        if (track.offset == UNTRACKED || !track.merge) continue;
+        if (track.offset == UNTRACKED || !is_merged(a.records[tensor])) continue;
+        u32 steps = is_full(track, a.window) ? 1 : track.steps + 1;
         Chunk chunk = chunk_of(a, index, tensor);
         u64 first = track.offset + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
-#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, track.steps)
+#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, steps)
         FOR_DTYPE(chunk.dtype, UPDATE)
 #undef UPDATE
+    }
+    // The tracks are brought up to date when all blocks have read them. Not by measure: the code cost it a quarter of
+    // the loads it has in flight.
+    BARRIER();
+    if (!last_of(last, a.done + a.chunk_count + a.tensor_count, gridDim.x)) return;
+    for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
+        if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], a.records[i], a.window);
     }
 }

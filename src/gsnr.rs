@@ -96,14 +96,13 @@ pub(crate) struct Layout {
 pub(crate) struct Track {
     /// Of its first element in the state.
     pub offset: u64,
-    /// Steps in the state, the last one included if it is merged.
+    /// Steps in the state.
     pub steps: u32,
     /// Steps left out.
     pub skipped: u32,
-    /// Whether the last step is to be merged.
-    pub merge: u32,
     /// Which of the tracked tensors it is: the place of its bins.
     pub slot: u32,
+    pub reserved: u32,
     /// Of the tensor's norm over the steps.
     pub norm_mean: f64,
     pub norm_deviations: f64,
@@ -122,23 +121,23 @@ impl Track {
         Self { offset: self.offset, slot: self.slot, ..Self::zeroed() }
     }
 
-    /// Takes note of a step with this record. What is not finite, or so large that squares of differences leave f32
-    /// ([`spec::LARGE`]), is left out.
-    pub(crate) fn step(&mut self, record: &Record, window: u32) {
+    /// Takes note of a step with this record, and says whether it is to be merged. What is not finite, or so large that
+    /// squares of differences leave f32 ([`spec::LARGE`]), is left out.
+    pub(crate) fn step(&mut self, record: &Record, window: u32) -> bool {
         let merge = record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= spec::LARGE;
-        self.merge = u32::from(merge);
         if !merge {
             self.skipped += 1;
-            return;
+            return false;
         }
         if window != 0 && self.steps == window {
-            *self = Self { merge: 1, ..self.fresh() };
+            *self = self.fresh();
         }
         self.steps += 1;
         let norm = record.finite_sum_squares().sqrt();
         let gap = norm - self.norm_mean;
         self.norm_mean += gap / f64::from(self.steps);
         self.norm_deviations += gap * (norm - self.norm_mean);
+        true
     }
 }
 

@@ -49,12 +49,12 @@ impl Tracking {
             if !track.is_tracked() {
                 continue;
             }
-            track.step(record, self.window);
+            let merge = track.step(record, self.window);
             let padded = tensor.len().next_multiple_of(spec::GROUP);
             let (mean, deviation);
             (mean, means) = means.split_at_mut(padded);
             (deviation, deviations) = deviations.split_at_mut(padded);
-            if track.merge != 0 {
+            if merge {
                 work.push((*tensor, &mut mean[..tensor.len()], &mut deviation[..tensor.len()], track.steps));
             }
         }
