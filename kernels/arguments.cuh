@@ -77,7 +77,7 @@ struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
     const u32 *chunk_tensors;   // the tensor of each chunk
-    Record *chunk_records;
+    void *chunk_parts;          // a slot a chunk for what it adds up to: a Record, in gradprobe_gsnr a GsnrSums
     Record *records;            // of the tensors; those of empty ones are set by the host, once
     StepOutputs *outputs;
     u32 *done;                  // counters: per chunk (the first of a span is used), per tensor, and one; 0 between launches
@@ -100,7 +100,7 @@ struct Arguments {
     float *means;               // of the tracked elements
     float *deviations;
     GsnrRecord *gsnr_records;
-    GsnrSums *gsnr_sums;        // a slot a chunk
-    u32 *gsnr_bins;             // BINS a tensor; 0 between launches
+    u32 *gsnr_bins;             // BINS a tracked tensor; 0 between launches
 };
-static_assert(sizeof(Arguments) == 200, "src/launch.rs");
+static_assert(sizeof(Arguments) == 192, "src/launch.rs");
+static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

@@ -104,14 +104,15 @@ KERNEL(4) gradprobe_gsnr(Arguments a) {
         if (track.offset == UNTRACKED || track.steps < 2) continue;
         const TensorEntry &entry = a.tensors[tensor];
         u64 first = (u64)(index - entry.first_chunk) * CHUNK, rest = entry.length - first;
-        u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)tensor * BINS;
+        u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)track.slot * BINS;
         const float *means = a.means + track.offset + first, *deviations = a.deviations + track.offset + first;
         GsnrSums sums = reduce_chunk(scratch, means, deviations, length, track.steps, bins);
         BARRIER(); // all have added to the bins, and what thread 0 says below holds for them
-        if (merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, a.gsnr_sums, &scratch.sums)) {
+        GsnrSums *parts = (GsnrSums *)a.chunk_parts;
+        merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, parts, &scratch.sums, [&] {
             double median = take_median(scratch, bins);
             if (threadIdx.x == 0) set_gsnr(a.gsnr_records[tensor], track, entry.length, scratch.sums, median);
             BARRIER(); // the bins have been read
-        }
+        });
     }
 }

@@ -9,12 +9,12 @@ constexpr u64 UNTRACKED = ~0ull;
 struct Track {
     u64 offset; // of its first element in the state
     u32 steps, skipped;
-    u32 merge; // whether the last step is to be merged
+    u32 slot; // which of the tracked tensors it is
     u32 reserved;
     double norm_mean, norm_deviations;
 };
 static_assert(sizeof(Track) == 40, "src/gsnr.rs");
-ASSERT_OFFSET(Track, merge, 16, "src/gsnr.rs");
+ASSERT_OFFSET(Track, slot, 16, "src/gsnr.rs");
 ASSERT_OFFSET(Track, norm_mean, 24, "src/gsnr.rs");
 
 constexpr u32 BINS = 4096;
@@ -47,15 +47,21 @@ DEVICE GsnrSums load_record(const GsnrSums *from) {
     return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), 0};
 }
 
+// Whether a step of a tensor with this record is merged into its state.
+DEVICE bool is_merged(const Record &record) {
+    return record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= bits_to_float(LARGE);
+}
+
+// Whether the next step that is merged begins a window.
+DEVICE bool is_full(const Track &track, u32 window) { return window != 0 && track.steps == window; }
+
 // Takes note of a step of a tensor with this record.
 DEVICE void track_step(Track &track, const Record &record, u32 window) {
-    bool merge = record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= bits_to_float(LARGE);
-    track.merge = merge ? 1 : 0;
-    if (!merge) {
+    if (!is_merged(record)) {
         track.skipped++;
         return;
     }
-    if (window != 0 && track.steps == window) track = {track.offset, 0, 0, 1, 0, 0.0, 0.0};
+    if (is_full(track, window)) track = {track.offset, 0, 0, track.slot, 0, 0.0, 0.0};
     track.steps++;
     double norm = sqrt(sum_squares((double)finite_count(record), record.mean_or_zero, record.sum_squared_deviations));
     double gap = norm - track.norm_mean;

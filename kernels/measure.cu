@@ -22,14 +22,15 @@ KERNEL(4) gradprobe_measure(Arguments a) {
             u32 next = index + gridDim.x;
             if (next < a.chunk_count && threadIdx.x >= WARP) prefetch_row(chunk_of(a, next, a.chunk_tensors[next]));
         });
-        // Every way through what follows passes a barrier, behind which the scratch of the chunk is free for the next one; that
-        // of the finish is not touched before the next chunk's barriers.
+        // Every way through what follows passes a barrier, behind which the scratch of the chunk is free for the next
+        // one; that of the finish is not touched before the next chunk's barriers.
         FinishScratch &finish = scratch.finish;
-        const Record &record = scratch.chunk.record;
-        bool done = merge_chunk(finish.records, finish.last, a, record, index, tensor, a.chunk_records, a.records + tensor);
-        u32 *tensors_done = a.done + a.chunk_count + a.tensor_count;
-        // The last block to get here has no chunk left.
-        if (done) finished = last_of(finish.last, tensors_done, a.busy_tensors);
+        merge_chunk(finish.records, finish.last, a, scratch.chunk.record, index, tensor, (Record *)a.chunk_parts,
+                    a.records + tensor, [&] {
+                        u32 *tensors_done = a.done + a.chunk_count + a.tensor_count;
+                        // The last block to get here has no chunk left.
+                        finished = last_of(finish.last, tensors_done, a.busy_tensors);
+                    });
     }
     if (finished) finish_step(scratch.finish, a);
 }

@@ -5,8 +5,8 @@
 // Chunks are taken from the last to the first, since the last ones measured are the ones still in L2: of a model that
 // fits there, no gradient is read from memory twice.
 //
-// Reads n·size bytes, and reads and writes 8 for each element.
-#include "elements.cuh"
+// Reads n·size bytes, and reads and writes 8 for each element. The last block counts the step of every tensor.
+#include "finish.cuh"
 
 // Eight elements' means or deviations.
 struct Floats8 {
@@ -22,17 +22,9 @@ DEVICE void store_floats(float *address, const Floats8 &floats) {
 
 template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps) {
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
-    bool aligned = chunk.address % 16 == 0;
-    float share = 1.0f / (float)steps;
-#pragma unroll 1
-    for (u32 index = threadIdx.x * PACKET; index < chunk.length; index += LANES * PACKET) {
-        u32 words[E::WORDS];
-        // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
-        if (aligned && index + PACKET <= chunk.length) {
-            load_packet_aligned<E>(elements + index, words);
-        } else {
-            load_packet_scalar<E>(elements + index, chunk.length - index, words);
-        }
+    float share = 1.0f / (float)steps, rest = (float)(steps - 1) / (float)steps;
+    // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
+    auto update = [&](u32 index, const u32 *words) {
         Floats8 mean = {}, deviation = {};
         if (steps > 1) {
             mean = load_floats(means + index);
@@ -41,27 +33,48 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
 #pragma unroll
         for (u32 slot = 0; slot < PACKET; slot++) {
             u32 &m = mean.half[slot / 4].word[slot % 4], &d = deviation.half[slot / 4].word[slot % 4];
-            float x = E::widen(E::element(words, slot));
-            float old = bits_to_float(m), gap = x - old, now = fmaf(gap, share, old);
+            float x = E::widen(E::element(words, slot)), old = bits_to_float(m), gap = x - old;
             // The first is taken as it is: x·1 + 0 would be the same but for -0.
-            if (steps == 1) now = x;
-            d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap, x - now, bits_to_float(d)));
-            m = float_to_bits(now);
+            m = float_to_bits(steps == 1 ? x : fmaf(gap, share, old));
+            d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap * rest, gap, bits_to_float(d)));
         }
         store_floats(means + index, mean);
         store_floats(deviations + index, deviation);
+    };
+    u32 whole = chunk.address % 16 == 0 ? chunk.length / PACKET * PACKET : 0, index = threadIdx.x * PACKET;
+#pragma unroll 1
+    for (; index < whole; index += LANES * PACKET) {
+        u32 words[E::WORDS];
+        load_packet_aligned<E>(elements + index, words);
+        update(index, words);
+    }
+    // What is left of an aligned chunk, and all of another.
+#pragma unroll 1
+    for (; index < chunk.length; index += LANES * PACKET) {
+        u32 words[E::WORDS];
+        load_packet_scalar<E>(elements + index, chunk.length - index, words);
+        update(index, words);
     }
 }
 
 KERNEL(8) gradprobe_update(Arguments a) {
+    SHARED(u32, last);
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end, tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
-        if (track.offset == UNTRACKED || !track.merge) continue;
+        if (track.offset == UNTRACKED || !is_merged(a.records[tensor])) continue;
+        u32 steps = is_full(track, a.window) ? 1 : track.steps + 1;
         Chunk chunk = chunk_of(a, index, tensor);
         u64 first = track.offset + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
-#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, track.steps)
+#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, steps)
         FOR_DTYPE(chunk.dtype, UPDATE)
 #undef UPDATE
+    }
+    // The tracks are brought up to date when all blocks have read them. Not by measure: the code cost it a quarter of
+    // the loads it has in flight.
+    BARRIER();
+    if (!last_of(last, a.done + a.chunk_count + a.tensor_count, gridDim.x)) return;
+    for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
+        if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], a.records[i], a.window);
     }
 }

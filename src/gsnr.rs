@@ -34,16 +34,14 @@ impl GsnrConfig {
         Self { window: Some(steps), ..self }
     }
 
-    /// Bytes of memory that tracking takes where the gradients are: 8 an element, 16 KiB a tensor for the median, 48 a
-    /// chunk of 32 Ki elements.
+    /// Bytes of memory that tracking takes where the gradients are: 8 an element, and 16 KiB a tensor for the median.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`], [`Error::NoSuchTensor`] for a pattern that matches none, [`Error::TooLargeToTrack`].
     pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
         let layout = self.layout(plan)?;
-        let tracked = layout.tracks.iter().filter(|track| track.is_tracked()).count();
-        let per_tensor = tracked * BINS * size_of::<u32>() + layout.tracks.len() * size_of::<(Track, GsnrRecord)>();
-        Ok(layout.elements * 8 + (per_tensor + plan.chunks() * size_of::<GsnrSums>()) as u64)
+        let per_tensor = layout.bins * size_of::<u32>() + layout.tracks.len() * size_of::<(Track, GsnrRecord)>();
+        Ok(layout.elements * 8 + per_tensor as u64)
     }
 
     /// 0 when there is none.
@@ -59,7 +57,7 @@ impl GsnrConfig {
         }
         let patterns: Vec<WildMatch> = self.patterns.iter().map(|pattern| WildMatch::new(pattern)).collect();
         let mut used = vec![false; patterns.len()];
-        let (mut tracks, mut elements) = (Vec::new(), 0);
+        let (mut tracks, mut elements, mut slot) = (Vec::new(), 0, 0);
         for tensor in plan.tensors() {
             let matched: Vec<usize> = (0..patterns.len()).filter(|&p| patterns[p].matches(&tensor.name)).collect();
             matched.iter().for_each(|&p| used[p] = true);
@@ -70,13 +68,14 @@ impl GsnrConfig {
             if u32::try_from(tensor.len).is_err() {
                 return Err(Error::TooLargeToTrack { name: tensor.name.clone(), length: tensor.len });
             }
-            tracks.push(Track { offset: elements, ..Track::zeroed() });
+            tracks.push(Track { offset: elements, slot, ..Track::zeroed() });
+            slot += 1;
             // Whole groups: what reads and writes 16 bytes at a time needs no end.
             elements += tensor.len.next_multiple_of(spec::GROUP as u64);
         }
         match used.iter().position(|&used| !used) {
             Some(unused) => Err(Error::NoSuchTensor { pattern: self.patterns[unused].clone() }),
-            None => Ok(Layout { tracks, elements }),
+            None => Ok(Layout { tracks, elements, bins: slot as usize * BINS }),
         }
     }
 }
@@ -87,6 +86,8 @@ pub(crate) struct Layout {
     pub tracks: Vec<Track>,
     /// Elements of the state, gaps included.
     pub elements: u64,
+    /// Bins of all the tracked tensors.
+    pub bins: usize,
 }
 
 /// How far a tensor has been tracked (`kernels/gsnr.cuh` has the other side).
@@ -95,12 +96,12 @@ pub(crate) struct Layout {
 pub(crate) struct Track {
     /// Of its first element in the state.
     pub offset: u64,
-    /// Steps in the state, the last one included if it is merged.
+    /// Steps in the state.
     pub steps: u32,
     /// Steps left out.
     pub skipped: u32,
-    /// Whether the last step is to be merged.
-    pub merge: u32,
+    /// Which of the tracked tensors it is: the place of its bins.
+    pub slot: u32,
     pub reserved: u32,
     /// Of the tensor's norm over the steps.
     pub norm_mean: f64,
@@ -115,23 +116,28 @@ impl Track {
         self.offset != Self::UNTRACKED
     }
 
-    /// Takes note of a step with this record. What is not finite, or so large that squares of differences leave f32
-    /// ([`spec::LARGE`]), is left out.
-    pub(crate) fn step(&mut self, record: &Record, window: u32) {
+    /// The same tensor before its first step.
+    pub(crate) fn fresh(&self) -> Self {
+        Self { offset: self.offset, slot: self.slot, ..Self::zeroed() }
+    }
+
+    /// Takes note of a step with this record, and says whether it is to be merged. What is not finite, or so large that
+    /// squares of differences leave f32 ([`spec::LARGE`]), is left out.
+    pub(crate) fn step(&mut self, record: &Record, window: u32) -> bool {
         let merge = record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= spec::LARGE;
-        self.merge = u32::from(merge);
         if !merge {
             self.skipped += 1;
-            return;
+            return false;
         }
         if window != 0 && self.steps == window {
-            *self = Self { offset: self.offset, merge: 1, ..Self::zeroed() };
+            *self = self.fresh();
         }
         self.steps += 1;
         let norm = record.finite_sum_squares().sqrt();
         let gap = norm - self.norm_mean;
         self.norm_mean += gap / f64::from(self.steps);
         self.norm_deviations += gap * (norm - self.norm_mean);
+        true
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::{
     Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HistoryReport, HistoryStep, NonFinitePolicy, Plan,
     Record, Report, StepOutputs,
-    gsnr::{BINS, GsnrSums, Layout, Track},
+    gsnr::{Layout, Track},
     history,
     spec::{CHUNK, LANES},
 };
@@ -141,8 +141,8 @@ pub struct Arguments {
     pub tensors: u64,
     /// Table of each chunk's tensor.
     pub chunk_tensors: u64,
-    /// One record a chunk: workspace.
-    pub chunk_records: u64,
+    /// What each chunk adds up to, at most as large as a [`Record`]: workspace.
+    pub chunk_parts: u64,
     /// One [`Record`] a tensor: a result.
     pub records: u64,
     /// The [`StepOutputs`]: a result.
@@ -189,14 +189,12 @@ pub struct Arguments {
     pub deviations: u64,
     /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
     pub gsnr_records: u64,
-    /// Sums of each chunk: workspace.
-    pub gsnr_sums: u64,
-    /// Bins of each tensor: workspace.
+    /// Bins of each tracked tensor: workspace.
     pub gsnr_bins: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 200);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 192);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -273,7 +271,7 @@ impl<D: Device> DeviceProbe<D> {
             upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?,
             upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
         ];
-        let [tensors, chunk_tensors, chunk_records, done, clip_state, coefficients] =
+        let [tensors, chunk_tensors, chunk_parts, done, clip_state, coefficients] =
             workspace.each_ref().map(|buffer| device.address(buffer));
         let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         let outputs = device.address(&results);
@@ -281,7 +279,7 @@ impl<D: Device> DeviceProbe<D> {
             addresses: device.address(&addresses),
             tensors,
             chunk_tensors,
-            chunk_records,
+            chunk_parts,
             records: outputs + size_of::<StepOutputs>() as u64,
             outputs,
             done,
@@ -453,7 +451,6 @@ impl<D: Device> DeviceProbe<D> {
             means: address(&tracking.means),
             deviations: address(&tracking.deviations),
             gsnr_records: address(&tracking.records),
-            gsnr_sums: address(&tracking.sums),
             gsnr_bins: address(&tracking.bins),
             ..self.arguments
         };
@@ -680,14 +677,13 @@ struct Tracking<D: Device> {
     means: D::Buffer,
     deviations: D::Buffer,
     records: D::Buffer,
-    sums: D::Buffer,
     bins: D::Buffer,
     read: D::Read,
 }
 
 impl<D: Device> Tracking<D> {
     fn new(device: &D, plan: &Plan, config: &GsnrConfig) -> Result<Self, Error> {
-        let Layout { tracks: fresh, elements } = config.layout(plan)?;
+        let Layout { tracks: fresh, elements, bins } = config.layout(plan)?;
         let count = fresh.len();
         let bytes = usize::try_from(elements * 4).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
         let records = count * size_of::<GsnrRecord>();
@@ -702,9 +698,9 @@ impl<D: Device> Tracking<D> {
             deviations: device.allocate(bytes.max(1))?,
             tracks: upload(bytemuck::cast_slice(&fresh))?,
             records: device.allocate(records.max(1))?,
-            sums: device.allocate((plan.chunks() * size_of::<GsnrSums>()).max(1))?,
-            bins: upload(bytemuck::cast_slice(&vec![0u32; count * BINS]))?,
-            read: device.prepare_read(records)?,
+            bins: upload(bytemuck::cast_slice(&vec![0u32; bins]))?,
+            // CUDA refuses to allocate nothing.
+            read: device.prepare_read(records.max(1))?,
             fresh,
         })
     }

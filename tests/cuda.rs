@@ -6,9 +6,10 @@
 mod common;
 mod require;
 
-use common::{Effort, run_all};
+use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
-    Config, CpuProbe, CudaProbe, DType, Element, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    Config, CpuProbe, CudaProbe, DType, Element, Error, GsnrConfig, HostTensor, HostTensorMut, Plan, Record, Report,
+    StepOutputs,
     cuda::DeviceTensor,
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -182,6 +183,13 @@ fn every_case_has_the_bits_of_the_cpu() {
     run_all(&mut |plan, config| Box::new(CudaProbe::on_device(0, plan, config).unwrap()), &effort);
 }
 
+#[test]
+fn every_case_of_signal_and_noise_has_the_bits_of_the_cpu() {
+    let Some(_context) = device() else { return };
+    let effort = if short() { Effort { large: false, offsets: 1 } } else { Effort::FULL };
+    gsnr::run_all(&mut |plan| Box::new(CudaProbe::on_device(0, plan, Config::default()).unwrap()), &effort);
+}
+
 /// Blocks finish in another order every time; what they write for each other must be there all the same.
 #[test]
 fn repeated_steps_have_the_same_bits() {
@@ -225,6 +233,7 @@ fn nodes(graph: &CudaGraph) -> Vec<CUgraphNodeType> {
 }
 
 const TWO_KERNELS: [CUgraphNodeType; 2] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL; 2];
+const THREE_KERNELS: [CUgraphNodeType; 3] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL; 3];
 
 #[test]
 fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
@@ -261,6 +270,72 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
         let (report, clipped) = reference.step(tensors);
         assert_same_bits(&probe.wait().unwrap(), &report);
         assert!(places[place].get() == clipped, "step {step}: clipped at place {place}");
+    }
+}
+
+#[test]
+fn a_graph_tracks_what_it_finds_at_each_replay() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let (mut reference, config) = (Reference::new(clipping()), GsnrConfig::new().tensors(["F*", "BF16"]).window(5));
+    reference.0.track(&config).unwrap();
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    probe.track(&config).unwrap();
+    let mut place = OnDevice::new(&stream, &Tensors::of(0));
+    let addresses = place.raw();
+
+    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+    unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+    stream.begin_capture(THIS_THREAD).unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().clip_raw(&addresses) }.unwrap();
+    let waited = probe.gsnr();
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    assert_eq!(waited.err(), Some(Error::WaitInCapture));
+    assert_eq!(nodes(&graph), THREE_KERNELS, "no copies, no allocations");
+
+    // Past an Inf, into a second window, and on from a reset.
+    for step in 0..12 {
+        let mut tensors = Tensors::of(20 + step);
+        if step == 3 {
+            tensors.bf16[60_000] = bf16::INFINITY;
+        }
+        if step == 9 {
+            probe.reset_tracking().unwrap();
+            reference.0.reset_tracking().unwrap();
+        }
+        place.set(&tensors);
+        graph.launch().unwrap();
+        let (report, clipped) = reference.step(tensors);
+        demand_none(&gsnr::same_report(&probe.gsnr(), &reference.0.gsnr()));
+        assert_same_bits(&probe.wait().unwrap(), &report);
+        assert!(place.get() == clipped, "step {step}");
+    }
+}
+
+/// The bins and the counters of a reduction are used again by the next, whichever block was the last of each.
+#[test]
+fn a_reduction_leaves_nothing_for_the_next() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let (mut cpu, mut probe) = (
+        CpuProbe::new(Tensors::plan(), Config::default()).unwrap(),
+        CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap(),
+    );
+    cpu.track(&GsnrConfig::new()).unwrap();
+    probe.track(&GsnrConfig::new()).unwrap();
+    for seed in 0..4 {
+        let tensors = Tensors::of(seed);
+        cpu.measure(&tensors.hosts()).unwrap();
+        probe.measure(&OnDevice::new(&stream, &tensors).slices()).unwrap();
+    }
+    let expected = cpu.gsnr();
+    for _ in 0..if short() { 3 } else { 300 } {
+        // One that nobody reads.
+        probe.raw().launch_gsnr().unwrap();
+        demand_none(&gsnr::same_report(&probe.gsnr(), &expected));
     }
 }
 

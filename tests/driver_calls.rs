@@ -6,7 +6,7 @@
 mod require;
 
 use gradprobe::{
-    Config, CudaProbe, DType, Error, Plan,
+    Config, CudaProbe, DType, Error, GsnrConfig, Plan,
     cudarc::driver::{CudaContext, CudaSlice, CudaStream, result, sys},
 };
 use half::{bf16, f16};
@@ -28,9 +28,13 @@ const BYSTANDERS: [&str; 5] =
 /// The calls that do start something. A grid fills the host driver's device.
 const MEASURE: &str = "cuLaunchKernel gradprobe_measure of 12 blocks";
 const CLIP: &str = "cuLaunchKernel gradprobe_clip of 12 blocks";
+const UPDATE: &str = "cuLaunchKernel gradprobe_update of 12 blocks";
+const GSNR: &str = "cuLaunchKernel gradprobe_gsnr of 12 blocks";
 const ADDRESSES: &str = "cuMemcpyHtoDAsync_v2 24 bytes pageable";
 /// Outputs of 80 bytes and three records of 80.
 const REPORT: &str = "cuMemcpyDtoHAsync_v2 320 bytes page-locked";
+/// Three records of 80 bytes.
+const GSNR_REPORT: &str = "cuMemcpyDtoHAsync_v2 240 bytes page-locked";
 
 /// The host driver's trace, which is that of all threads: one test has it at a time.
 struct Trace {
@@ -189,4 +193,24 @@ fn without_a_clip_a_step_is_one_launch() {
     let _held = Held::new(&stream);
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("without a clip", &calls, &[MEASURE, REPORT]);
+}
+
+#[test]
+fn a_tracked_step_is_one_launch_more() {
+    let Some((trace, stream)) = driver() else { return };
+    let mut gradients = Gradients::new(&stream);
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    probe.track(&GsnrConfig::new()).unwrap();
+    let (calls, _) = gradients.step(&trace, &mut probe);
+    assert_calls("the first tracked step", &calls, &[ADDRESSES, MEASURE, UPDATE, CLIP, REPORT]);
+    let held = Held::new(&stream);
+    let (calls, _) = gradients.step(&trace, &mut probe);
+    assert_calls("a tracked step", &calls, &[MEASURE, UPDATE, CLIP, REPORT]);
+    let calls = trace.of(|| probe.raw().launch_gsnr().unwrap());
+    assert_calls("a reduction", &calls, &[GSNR]);
+    drop(held);
+    let mut calls = trace.of(|| drop(probe.gsnr().unwrap()));
+    // Unless the copy has arrived already.
+    calls.retain(|call| call != "cuEventSynchronize waits");
+    assert_calls("a reduction that is read", &calls, &[GSNR, GSNR_REPORT]);
 }

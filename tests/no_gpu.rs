@@ -4,7 +4,9 @@
 
 mod require;
 
-use gradprobe::{Config, CudaProbe, DType, Error, Plan, cuda::compile, cudarc::driver::sys::is_culib_present};
+use gradprobe::{
+    Config, CudaProbe, DType, Error, Plan, cuda::compile, cudarc::driver::sys::is_culib_present, launch::Kernel,
+};
 use require::{pointless, skipped};
 
 #[test]
@@ -34,7 +36,7 @@ fn nvrtc_compiles_the_kernels_for_old_and_new_gpus() {
             Err(error) => panic!("{major}.{minor}: {error}"),
         };
         assert!(ptx.contains(&format!(".target sm_{major}{minor}")), "{major}.{minor}: {ptx:.500}");
-        for kernel in ["gradprobe_measure", "gradprobe_clip"] {
+        for kernel in Kernel::ALL.map(Kernel::entry) {
             assert!(ptx.contains(&format!(".visible .entry {kernel}(")), "{major}.{minor}: no {kernel}");
         }
         // It would change bits.

@@ -6,7 +6,7 @@
 mod listing;
 mod require;
 
-use gradprobe::{DType, cuda::FATBIN};
+use gradprobe::{DType, cuda::FATBIN, launch::Kernel};
 use listing::{Cost, Instruction, Listing, lies_in};
 use require::skipped;
 use std::{env, ops::Range, path::PathBuf, process::Command};
@@ -49,10 +49,10 @@ fn find_cuobjdump() -> Option<PathBuf> {
     folders.find_map(|folder| Some(folder.join("cuobjdump")).filter(|tool| tool.is_file()))
 }
 
-/// The kernels for Hopper: measure and clip.
-fn hopper() -> Option<[Listing; 2]> {
+/// The kernels for Hopper, in the order of [`Kernel::ALL`].
+fn hopper() -> Option<[Listing; 4]> {
     let output = cuobjdump(&["-sass", "-arch", "sm_90"])?;
-    let listings = ["gradprobe_measure", "gradprobe_clip"].map(|kernel| Listing::of(kernel, &output));
+    let listings = Kernel::ALL.map(|kernel| Listing::of(kernel.entry(), &output));
     for listing in &listings {
         assert!(listing.instructions().len() > 100, "{} instructions found", listing.instructions().len());
     }
@@ -114,7 +114,7 @@ fn hot_loops(code: &Listing) -> [HotLoop; 3] {
 /// An H200 issues about 15 instructions in the time its memory delivers a 16-bit element, and 30 for f32.
 #[test]
 fn hot_loops_stay_within_what_memory_allows() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     for (hot, limit) in hot_loops(&measure).iter().zip([22.0, 12.0, 12.0]) {
         let dtype = hot.dtype(&measure);
         let executed = hot.executed(&measure, |_| true) as f64 / GROUP as f64;
@@ -128,7 +128,7 @@ fn hot_loops_stay_within_what_memory_allows() {
 /// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
 #[test]
 fn enough_bytes_are_in_flight() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let blocks = resident_blocks("gradprobe_measure");
     for hot in hot_loops(&measure) {
         // Before the first of its loads is used a lane has issued these, and then waits.
@@ -143,7 +143,7 @@ fn enough_bytes_are_in_flight() {
 /// A block that merges a chunk reads nothing; the next chunk's first row is then on its way to L2.
 #[test]
 fn the_next_chunk_is_fetched_while_one_is_merged() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let all = measure.instructions().iter().enumerate();
     let fetches: Vec<usize> = all.filter(|(_, code)| code.is("CCTL.PF2")).map(|(index, _)| index).collect();
     assert!(!fetches.is_empty());
@@ -158,7 +158,7 @@ fn the_next_chunk_is_fetched_while_one_is_merged() {
 /// Few GPUs have more than one f64 unit to 64 f32 ones; on those, f64 must not take longer than the memory.
 #[test]
 fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let hot_loops = hot_loops(&measure);
     let chunks = measure.loops().into_iter().filter(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
     let chunk = chunks.min_by_key(Range::len).expect("the hot loops lie in a loop over the chunks");
@@ -195,9 +195,12 @@ fn nothing_goes_to_local_memory() {
         assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
     }
     let usages = resource_usage();
-    let found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
-    let both = |architecture| [(architecture, "gradprobe_clip"), (architecture, "gradprobe_measure")];
-    assert_eq!(found, ARCHITECTURES.map(both).concat(), "two kernels for each architecture");
+    let mut found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
+    found.sort_unstable();
+    let mut expected =
+        ARCHITECTURES.map(|architecture| Kernel::ALL.map(|kernel| (architecture, kernel.entry()))).concat();
+    expected.sort_unstable();
+    assert_eq!(found, expected, "every kernel for each architecture");
     for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
     }
@@ -206,7 +209,7 @@ fn nothing_goes_to_local_memory() {
 /// Per 16 bytes read and 16 written an H200 issues 250 instructions in the time its memory takes.
 #[test]
 fn clip_keeps_the_memory_busy_both_ways() {
-    let Some([_, clip]) = hopper() else { return };
+    let Some([_, clip, ..]) = hopper() else { return };
     let blocks = resident_blocks("gradprobe_clip");
     let loads = |span: &Range<usize>| clip.count(span, Instruction::is_vector_load);
     let mut loops = clip.loops();
@@ -220,6 +223,47 @@ fn clip_keeps_the_memory_busy_both_ways() {
         println!("{} KiB in flight in {blocks} blocks, {executed} instructions for 16 bytes", bytes >> 10);
         assert!(bytes >= 48 << 10 && executed <= 200, "{span:?}");
     }
+}
+
+/// An H200 issues 140 instructions in the time its memory moves the 18 bytes of a 16-bit element: 2 of the gradient, and 4
+/// each of mean and deviations, read and written; at 16.5 bytes a cycle, and 4 instructions of 32 lanes. Of f32, 155.
+#[test]
+fn update_keeps_the_memory_busy_by_whole_vectors() {
+    const PACKET: usize = 8;
+    let Some([_, _, update, _]) = hopper() else { return };
+    let blocks = resident_blocks("gradprobe_update");
+    let reads_and_writes = |span: &Range<usize>| {
+        update.count(span, Instruction::is_vector_load) > 0 && update.count(span, |code| code.is("STG.128")) > 0
+    };
+    let mut loops = update.loops();
+    loops.retain(|span| reads_and_writes(span) && !loops_in(&update, span).iter().any(|inner| reads_and_writes(inner)));
+    assert_eq!(loops.len(), 2 * DType::ALL.len(), "for each dtype one of whole packets and one of single elements");
+    // Single elements are those of gradients; the state goes by 16 bytes everywhere.
+    for span in &loops {
+        let stores = update.count(span, |code| code.is("STG"));
+        assert_eq!((stores, update.count(span, |code| code.is("STG.128"))), (4, 4), "{span:?}");
+    }
+    let by_vectors = |span: &&Range<usize>| {
+        update.count(span, Instruction::is_load) == update.count(span, Instruction::is_vector_load)
+    };
+    let mut loads_of_gradients = Vec::new();
+    for span in loops.iter().filter(by_vectors) {
+        let loads = update.count(span, Instruction::is_vector_load);
+        assert_eq!(update.count(span, Instruction::is_fp64), 0, "{span:?}");
+        loads_of_gradients.push(loads - 4);
+        let in_flight = update.loads_in_flight(span);
+        let bytes = blocks * THREADS * in_flight * 16;
+        let executed = span.len() as f64 / PACKET as f64;
+        println!(
+            "{} + 4 loads, {in_flight} in flight in {blocks} blocks are {} KiB, {executed:.2} instructions an element",
+            loads - 4,
+            bytes >> 10
+        );
+        assert_eq!(in_flight, loads, "all loads of a packet are issued before one is used: {span:?}");
+        assert!(bytes >= 48 << 10 && executed <= 20.0, "{span:?}");
+    }
+    loads_of_gradients.sort_unstable();
+    assert_eq!(loads_of_gradients, [1, 1, 2], "f16 and bf16 by one load, f32 by two");
 }
 
 /// The loops within another.

@@ -134,7 +134,7 @@ impl Errors {
 }
 
 /// |seen − true| in units of `unit`: 0 when equal, infinite when seen is NaN or the unit is 0.
-fn error(seen: f64, truth: f64, unit: f64) -> f64 {
+pub fn error(seen: f64, truth: f64, unit: f64) -> f64 {
     let difference = (seen - truth).abs();
     if difference == 0.0 {
         0.0
@@ -146,28 +146,28 @@ fn error(seen: f64, truth: f64, unit: f64) -> f64 {
 }
 
 /// Collects complaints about one thing.
-struct Complaints {
+pub struct Complaints {
     about: String,
-    list: Vec<String>,
+    pub list: Vec<String>,
 }
 
 impl Complaints {
-    fn new(about: impl Into<String>) -> Self {
+    pub fn new(about: impl Into<String>) -> Self {
         Self { about: about.into(), list: Vec::new() }
     }
 
-    fn add(&mut self, what: &str) {
+    pub fn add(&mut self, what: &str) {
         self.list.push(format!("{}: {what}", self.about));
     }
 
-    fn equal<T: PartialEq + Debug>(&mut self, field: &str, seen: T, expected: T) {
+    pub fn equal<T: PartialEq + Debug>(&mut self, field: &str, seen: T, expected: T) {
         if seen != expected {
             self.add(&format!("{field} is {seen:?}, should be {expected:?}"));
         }
     }
 
     /// Equal as bits, so that −0 is not 0 and a NaN is itself.
-    fn same_f64(&mut self, field: &str, seen: f64, expected: f64) {
+    pub fn same_f64(&mut self, field: &str, seen: f64, expected: f64) {
         self.same_bits(field, (seen, seen.to_bits()), (expected, expected.to_bits()));
     }
 
@@ -192,7 +192,7 @@ impl Complaints {
     }
 
     /// `error` is at most `bound`; a NaN error is none at all.
-    fn bounded(&mut self, field: &str, error: f64, bound: f64, seen: impl Debug, truth: impl Debug) {
+    pub fn bounded(&mut self, field: &str, error: f64, bound: f64, seen: impl Debug, truth: impl Debug) {
         if error > bound {
             self.add(&format!("{field} is {seen:?}, should be {truth:?}: error {error:.3e}, bound {bound:.3e}"));
         }
@@ -371,7 +371,7 @@ pub fn same_outputs(seen: &StepOutputs, expected: &StepOutputs) -> Vec<String> {
 }
 
 /// Catches the byte that no named field accounts for.
-fn same_bytes<T: bytemuck::Pod>(complaints: &mut Complaints, seen: &T, expected: &T) {
+pub fn same_bytes<T: bytemuck::Pod>(complaints: &mut Complaints, seen: &T, expected: &T) {
     let (seen, expected) = (bytemuck::bytes_of(seen), bytemuck::bytes_of(expected));
     if complaints.list.is_empty()
         && let Some(at) = seen.iter().zip(expected).position(|(a, b)| a != b)

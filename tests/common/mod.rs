@@ -8,6 +8,8 @@
 pub mod cases;
 pub mod check;
 pub mod data;
+pub mod gsnr;
+pub mod gsnr_cases;
 pub mod oracle;
 
 use cases::{Case, Data};

@@ -81,7 +81,7 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         ("the addresses", arguments.addresses, tensors * 8),
         ("the tensors' entries", arguments.tensors, tensors * TENSOR_ENTRY),
         ("the chunks' tensors", arguments.chunk_tensors, chunks * 4),
-        ("the chunks' records", arguments.chunk_records, chunks * size_of::<Record>()),
+        ("the chunks' parts", arguments.chunk_parts, chunks * size_of::<Record>()),
         ("the tensors' records", arguments.records, tensors * size_of::<Record>()),
         ("the outputs", arguments.outputs, size_of::<StepOutputs>()),
         ("the counters", arguments.done, (chunks + tensors + 1) * 4),
@@ -89,15 +89,14 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         demand_at_work(what, address, bytes);
     }
     // What is tracked across steps is there as a whole or not at all. The sizes are those of kernels/gsnr.cuh; how long
-    // the state is, its tracks alone know.
+    // the state and the bins are, its tracks alone know.
     if arguments.tracks != 0 || matches!(kernel, Kernel::Update | Kernel::Gsnr) {
         for (what, address, bytes) in [
             ("the tracks", arguments.tracks, tensors * 40),
             ("the means", arguments.means, 1),
             ("the deviations", arguments.deviations, 1),
             ("the tracked tensors' records", arguments.gsnr_records, tensors * size_of::<GsnrRecord>()),
-            ("the chunks' sums", arguments.gsnr_sums, chunks * 48),
-            ("the bins", arguments.gsnr_bins, tensors * 4096 * 4),
+            ("the bins", arguments.gsnr_bins, 1),
         ] {
             demand_at_work(what, address, bytes);
         }
