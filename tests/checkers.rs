@@ -401,7 +401,7 @@ struct Faulty {
 }
 
 /// What a faulty backend does not change.
-macro_rules! remembers_as {
+macro_rules! tracks_as {
     ($field:tt) => {
         fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
             self.$field.track(config)
@@ -412,6 +412,12 @@ macro_rules! remembers_as {
         fn gsnr(&mut self) -> Result<GsnrReport, Error> {
             self.$field.gsnr()
         }
+    };
+}
+
+/// The same of the history.
+macro_rules! keeps_as {
+    ($field:tt) => {
         fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
             self.$field.keep_history(steps)
         }
@@ -425,7 +431,8 @@ macro_rules! remembers_as {
 }
 
 impl Backend for Faulty {
-    remembers_as!(probe);
+    tracks_as!(probe);
+    keeps_as!(probe);
 
     fn name(&self) -> &'static str {
         "faulty"
@@ -557,7 +564,8 @@ fn the_harness_complains_of_faulty_clips() {
 fn the_harness_complains_of_wrong_refusals() {
     struct Careless(CpuProbe);
     impl Backend for Careless {
-        remembers_as!(0);
+        tracks_as!(0);
+        keeps_as!(0);
 
         fn name(&self) -> &'static str {
             "careless"
@@ -765,6 +773,8 @@ enum TrackingFault {
 }
 
 impl Backend for Mistracking {
+    keeps_as!(inner);
+
     fn name(&self) -> &'static str {
         "mistracking"
     }
