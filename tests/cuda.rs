@@ -8,8 +8,8 @@ mod require;
 
 use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
-    Config, CpuProbe, CudaProbe, DType, Element, Error, GsnrConfig, HostTensor, HostTensorMut, Plan, Record, Report,
-    StepOutputs,
+    ClipPolicy, Config, CpuProbe, CudaProbe, DType, Element, Error, GsnrConfig, HistoryReport, HistoryStep,
+    HistoryTensor, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
     cuda::DeviceTensor,
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -336,6 +336,59 @@ fn a_reduction_leaves_nothing_for_the_next() {
         // One that nobody reads.
         probe.raw().launch_gsnr().unwrap();
         demand_none(&gsnr::same_report(&probe.gsnr(), &expected));
+    }
+}
+
+/// Every policy, and the history with its tags, in a replayed graph: what a step decides depends on those before.
+#[test]
+fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let mut place = OnDevice::new(&stream, &Tensors::of(0));
+    let addresses = place.raw();
+    for clip in [
+        ClipPolicy::Value { max_abs: 0.3 },
+        ClipPolicy::TensorNorm { max_norm: 30.0 },
+        ClipPolicy::Percentile { percentile: 40.0, history: 4 },
+        ClipPolicy::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3 },
+        ClipPolicy::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 },
+    ] {
+        let config = Config::default().clip(clip);
+        let mut reference = Reference::new(config);
+        reference.0.keep_history(3).unwrap();
+        let mut probe = CudaProbe::new(&stream, Tensors::plan(), config).unwrap();
+        probe.keep_history(3).unwrap();
+        // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+        unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+        stream.begin_capture(THIS_THREAD).unwrap();
+        // SAFETY: as above.
+        unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
+        // SAFETY: as above.
+        unsafe { probe.raw().clip_raw(&addresses) }.unwrap();
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+        assert_eq!(nodes(&graph), TWO_KERNELS, "a policy takes no launch of its own");
+        for seed in [3, 2, 4, 9, 1, 2, 8, 3] {
+            let mut tensors = Tensors::of(seed);
+            if seed == 9 {
+                tensors.bf16[5] = bf16::INFINITY;
+            }
+            place.set(&tensors);
+            probe.tag(seed).unwrap();
+            reference.0.tag(seed).unwrap();
+            graph.launch().unwrap();
+            let (report, clipped) = reference.step(tensors);
+            assert_same_bits(&probe.wait().unwrap(), &report);
+            assert!(place.get() == clipped, "{clip:?}: clipped");
+        }
+        let bytes = |report: &HistoryReport| -> Vec<u8> {
+            let line = |(step, tensors): (&HistoryStep, &[HistoryTensor])| {
+                [bytemuck::bytes_of(step), bytemuck::cast_slice(tensors)].concat()
+            };
+            report.steps().flat_map(line).collect()
+        };
+        let (seen, expected) = (probe.history().unwrap(), reference.0.history().unwrap());
+        assert_eq!(seen.steps().map(|(step, _)| step.tag).collect::<Vec<_>>(), [2, 8, 3]);
+        assert!(bytes(&seen) == bytes(&expected), "{clip:?}: history");
     }
 }
 
