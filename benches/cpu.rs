@@ -1,10 +1,11 @@
-//! What the statistics cost beside a plain read of the same bytes, in one run: group `measure` against `ceiling`.
+//! What the statistics cost beside a plain read of the same bytes, in one run: group `measure` against `ceiling`; and a
+//! tracked step beside a plain loop that moves the same bytes: group `gsnr`, `step` against `plain`.
 //!
-//! 64 tensors of 1 Mi elements each. The ratio of the two medians is the figure; either alone is the machine's.
+//! 64 tensors of 1 Mi elements each. The ratio of two medians is the figure; either alone is the machine's.
 
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gradprobe::{Config, CpuProbe, Element, HostTensor, HostTensorMut, Plan};
+use gradprobe::{Config, CpuProbe, Element, GsnrConfig, HostTensor, HostTensorMut, Plan};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -37,8 +38,29 @@ fn read<T: Pod + Sync>(tensors: &[Vec<T>]) -> u64 {
     tensors.par_iter().flat_map(|t| t.par_chunks(1 << 15)).map(sum_words).reduce(|| 0, u64::wrapping_add)
 }
 
-fn benches_of<T: Element>(criterion: &mut Criterion, name: &str, convert: impl Fn(f32) -> T + Sync)
-where
+/// Reads every gradient as a word `W`, and reads and writes two words of 32 bits beside it, all threads: what tracking
+/// moves, with the least arithmetic that needs all of it.
+fn plain_update<T: Pod + Sync, W: Pod + Sync + Into<u32>>(gradients: &[Vec<T>], states: &mut [[Vec<u32>; 2]]) {
+    const CHUNK: usize = 1 << 15;
+    gradients.par_iter().zip(states).for_each(|(gradients, [means, deviations])| {
+        let state = means.par_chunks_mut(CHUNK).zip(deviations.par_chunks_mut(CHUNK));
+        bytemuck::cast_slice::<T, W>(gradients).par_chunks(CHUNK).zip(state).for_each(
+            |(words, (means, deviations))| {
+                for ((&word, mean), deviation) in words.iter().zip(means).zip(deviations) {
+                    *mean = mean.wrapping_add(word.into());
+                    *deviation ^= *mean;
+                }
+            },
+        );
+    });
+}
+
+/// `W` is an integer as wide as `T`.
+fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
+    criterion: &mut Criterion,
+    name: &str,
+    convert: impl Fn(f32) -> T + Sync,
+) where
     for<'a> HostTensor<'a>: From<&'a [T]>,
     for<'a> HostTensorMut<'a>: From<&'a mut [T]>,
 {
@@ -64,6 +86,20 @@ where
     });
     group.finish();
 
+    let mut group = criterion.benchmark_group("gsnr");
+    group.throughput(Throughput::BytesDecimal(bytes + 16 * elements as u64)).sample_size(20);
+    let mut states: Vec<_> = (0..TENSORS).map(|_| [(); 2].map(|()| vec![0u32; ELEMENTS])).collect();
+    group.bench_function(BenchmarkId::new(format!("{name}/plain"), elements), |b| {
+        b.iter(|| plain_update::<T, W>(black_box(&data), black_box(&mut states)));
+    });
+    drop(states);
+    probe.track(&GsnrConfig::new()).unwrap();
+    group.bench_function(BenchmarkId::new(format!("{name}/step"), elements), |b| {
+        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
+        b.iter(|| black_box(probe.measure(black_box(&tensors)).unwrap()));
+    });
+    group.finish();
+
     let mut group = criterion.benchmark_group("clip");
     group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
     group.bench_function(BenchmarkId::new(name, elements), |b| {
@@ -74,9 +110,9 @@ where
 }
 
 fn benches(criterion: &mut Criterion) {
-    benches_of(criterion, "cpu/f32", |x| x);
-    benches_of(criterion, "cpu/bf16", bf16::from_f32);
-    benches_of(criterion, "cpu/f16", f16::from_f32);
+    benches_of::<f32, u32>(criterion, "cpu/f32", |x| x);
+    benches_of::<bf16, u16>(criterion, "cpu/bf16", bf16::from_f32);
+    benches_of::<f16, u16>(criterion, "cpu/f16", f16::from_f32);
 }
 
 criterion_group!(group, benches);

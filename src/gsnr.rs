@@ -203,6 +203,11 @@ impl GsnrSums {
 /// With mean_j and var_j (ddof 1) of element j over k steps, r_j = mean_j² / var_j is its gradient's signal-to-noise
 /// ratio (Liu et al. 2020, arXiv 2001.07384). Nothing is added to the divisor: an ε of 1e-8 would turn a ratio of 1 at
 /// a gradient scale of 1e-5 into 0.0099. Elements that do not vary are counted instead.
+///
+/// What an f32 mean and an f32 sum of deviations hold of an element limits the bounds below. They are kept while its
+/// |mean| is below 1000 standard deviations, over 3000 steps, and while the differences between steps are above 1e-19.
+/// Below 2e-23 these vanish, and the element counts as one that does not vary; otherwise an element counts as such only
+/// if all its steps are equal. A mean that cancels to less than 2^-22 of the elements is rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct GsnrRecord {
@@ -327,6 +332,9 @@ impl GsnrReport {
     /// The simple noise scale of the tracked tensors, tr Σ / |G|², in units of one step's batch (McCandlish et al.
     /// 2018, arXiv 1812.06162): above it, larger batches gain little. `None` where |G|² is not above 0: the gradient
     /// is not significant beside its noise.
+    ///
+    /// Its standard error: with n elements of about the same noise, k steps and a scale N, the variance of 1/N relative
+    /// to its square is about (2/(k − 1) + 4N/(k − 1) + 2N²/(k(k − 1)))/n.
     pub fn noise_scale(&self) -> Option<f64> {
         let of_two_steps = || self.records.iter().filter_map(|(_, record)| Some((record, record.squared_gradient()?)));
         let gradient: f64 = of_two_steps().map(|(_, squared)| squared).sum();

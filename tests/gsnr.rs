@@ -306,16 +306,14 @@ fn demand_standard(what: &str, scores: &[f64]) {
 }
 
 /// With n elements whose noise is alike, k steps and the true noise scale N = n·σ²/|G|²: S = Σ var_j has the relative
-/// variance 2/(n(k - 1)); |G|² as estimated, (4N/k + 2N²/(k(k - 1)))/n, 4|G|²σ²/k of it from the means across the
-/// gradient and the rest from the squares of their noise and from S/k; and since S/k is in both, their covariance adds
-/// 4N/(nk(k - 1)).
+/// variance 2/(n(k - 1)). |G|² as estimated has (4N/k + 2N²/(k(k - 1)))/n, of which the first is that of the means along
+/// the gradient, 4|G|²σ²/k, and the rest that of the squares of their noise and of S/k. Since S is in both, their
+/// covariance adds 4N/(nk(k - 1)) to the variance of the quotient.
 #[test]
 fn noise_scales_are_known_within_their_standard_error() {
     let (n, k, batch) = (ELEMENTS as f64, STEPS as f64, 2);
     for expected in [0.5, 8.0, 40.0] {
-        let relative = 2.0 / (n * (k - 1.0))
-            + (4.0 * expected / k + 2.0 * expected * expected / (k * (k - 1.0))) / n
-            + 4.0 * expected / (n * k * (k - 1.0));
+        let relative = (2.0 + 4.0 * expected + 2.0 * expected * expected / k) / ((k - 1.0) * n);
         let squared_norm = n / batch as f64 / expected;
         let score = |seed| {
             let scale = on_cpu(&batches(seed, ELEMENTS, STEPS, batch, squared_norm)).noise_scale().unwrap();
