@@ -1,5 +1,6 @@
 // What the host hands the kernels and what they hand back: src/launch.rs and src/outputs.rs hold the other side.
 #pragma once
+#include "dot.cuh"
 #include "gsnr.cuh"
 
 constexpr u32 DTYPE_F32 = 0;
@@ -69,5 +70,9 @@ struct Arguments {
     GsnrRecord *gsnr_records;
     GsnrSums *gsnr_sums;        // a slot a chunk
     u32 *gsnr_bins;             // BINS a tensor; 0 between launches
+    u64 *histograms;            // SLOTS a tensor; null when there are none
+    const Other *others;        // the second list of a dot; null, as the two below, when there is none
+    Dot *chunk_dots;
+    Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
 };
-static_assert(sizeof(Arguments) == 136, "src/launch.rs");
+static_assert(sizeof(Arguments) == 168, "src/launch.rs");

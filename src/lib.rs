@@ -25,9 +25,11 @@ mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod dot;
 mod dtype;
 mod error;
 mod gsnr;
+mod histogram;
 pub mod launch;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
@@ -44,9 +46,11 @@ pub use cpu::CpuProbe;
 pub use cuda::CudaProbe;
 #[cfg(feature = "cuda")]
 pub use cudarc;
+pub use dot::{Dot, DotReport};
 pub use dtype::{DType, Element};
 pub use error::Error;
 pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
+pub use histogram::{Bounds, Format, FormatShares, Histogram, HistogramReport};
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use record::Record;

@@ -11,8 +11,8 @@ use common::check::{self, CONSTANT_VARIANCE_BOUND, SUM_BOUND, Seen, variance_bou
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
-    Record, Report, StepOutputs,
+    Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HostTensor,
+    HostTensorMut, NonFinitePolicy, Plan, Record, Report, StepOutputs,
 };
 
 /// What a perfect backend would say.
@@ -409,6 +409,18 @@ macro_rules! tracks_as {
         }
         fn gsnr(&mut self) -> Result<GsnrReport, Error> {
             self.$field.gsnr()
+        }
+        fn enable_histogram(&mut self) -> Result<(), Error> {
+            Backend::enable_histogram(&mut self.$field)
+        }
+        fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+            self.$field.histogram_host(tensors)
+        }
+        fn enable_dot(&mut self) -> Result<(), Error> {
+            Backend::enable_dot(&mut self.$field)
+        }
+        fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+            self.$field.dot_host(a, b)
         }
     };
 }

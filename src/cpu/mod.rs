@@ -6,12 +6,15 @@
 mod chunk;
 mod clip;
 mod dispatch;
+mod dot;
 mod gsnr;
+mod histogram;
 mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HostTensor, HostTensorMut, Plan,
+    Record, Report, StepOutputs,
     backend::with_elements,
     dtype::sealed::Bits,
     spec::{self, CHUNK},
@@ -29,6 +32,9 @@ pub struct CpuProbe {
     /// One record a chunk.
     chunks: Vec<Record>,
     tracking: Option<Tracking>,
+    /// What was enabled. On the host a report is all the memory that either takes.
+    histogram: bool,
+    dot: bool,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -46,7 +52,16 @@ impl CpuProbe {
         chunks.resize(plan.chunks(), Record::EMPTY);
         // Starts the thread pool now rather than in the first step (2 ms).
         rayon::join(|| (), || ());
-        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, outputs: None, steps: 0 })
+        Ok(Self {
+            plan: Arc::new(plan),
+            config,
+            chunks,
+            tracking: None,
+            histogram: false,
+            dot: false,
+            outputs: None,
+            steps: 0,
+        })
     }
 
     /// Reads every tensor once. `tensors` are those of the plan, in its order.
@@ -132,6 +147,45 @@ impl CpuProbe {
         GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
     }
 
+    /// Allows [`histogram`](Self::histogram), as a device's probe needs to be told, which makes room for it.
+    pub fn enable_histogram(&mut self) {
+        self.histogram = true;
+    }
+
+    /// The histograms of the plan's tensors, in its order. A measurement on the side: no step, and what the clip does is
+    /// unchanged.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure).
+    pub fn histogram(&self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        if !self.histogram {
+            return Err(Error::NotEnabled { what: "histogram" });
+        }
+        self.plan.check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let histograms = tensors.par_iter().map(|&tensor| histogram::histogram(tensor)).collect();
+        Ok(HistogramReport::new(Arc::clone(&self.plan), histograms))
+    }
+
+    /// Allows [`dot`](Self::dot), as a device's probe needs to be told, which makes room for it.
+    pub fn enable_dot(&mut self) {
+        self.dot = true;
+    }
+
+    /// The dot products of the plan's tensors `a` and the tensors `b`, which have the same lengths and any dtypes: this
+    /// step's gradients and the last one's, or gradients and weights.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure) for either list.
+    pub fn dot(&self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        if !self.dot {
+            return Err(Error::NotEnabled { what: "dot" });
+        }
+        self.plan.check_lengths(b.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        self.plan.check(a.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let records = a.par_iter().zip(b).map(|(&a, &b)| dot::dot(a, b)).collect();
+        Ok(DotReport::new(Arc::clone(&self.plan), records))
+    }
+
     /// The last step's scalars.
     pub fn outputs(&self) -> Option<&StepOutputs> {
         self.outputs.as_ref()
@@ -170,5 +224,23 @@ impl Backend for CpuProbe {
 
     fn gsnr(&mut self) -> Result<GsnrReport, Error> {
         CpuProbe::gsnr(self)
+    }
+
+    fn enable_histogram(&mut self) -> Result<(), Error> {
+        self.enable_histogram();
+        Ok(())
+    }
+
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        self.histogram(tensors)
+    }
+
+    fn enable_dot(&mut self) -> Result<(), Error> {
+        self.enable_dot();
+        Ok(())
+    }
+
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        self.dot(a, b)
     }
 }
