@@ -5,7 +5,7 @@
 // tensor's u64 in global memory when it goes on to another tensor, or before 2^31 elements: integer atomics only, so
 // that no order matters. The host has them cleared before the launch.
 //
-// Reads each element once: n·size bytes. Zeros, of which some gradients have little else, take no atomic.
+// Reads each element once: n·size bytes. Zeros, of which some gradients have little else, are not counted one by one.
 #include "bins.cuh"
 #include "parts.cuh"
 
@@ -25,7 +25,7 @@ static_assert((u64)HELD * CHUNK <= 1ull << 31, "u32 counts");
 typedef Bins<SLOTS, COPIES> HistogramScratch;
 
 // Counts the lane's non-zero elements of a chunk, and says how many they are.
-template <typename E> DEVICE u32 count_chunk(u32 *copy, const Chunk &chunk) {
+template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Chunk &chunk) {
     // Eight loads of 16 bytes in flight.
     constexpr u32 TOGETHER = 8 * 4 / E::WORDS;
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
@@ -36,10 +36,9 @@ template <typename E> DEVICE u32 count_chunk(u32 *copy, const Chunk &chunk) {
 #pragma unroll
             for (u32 slot = 0; slot < PACKET; slot++) {
                 u32 bits = float_to_bits(E::widen(E::element(words[p], slot))) & 0x7fffffffu;
-                if (bits != 0) {
-                    nonzeros++;
-                    atomicAdd(&copy[(bits > INFINITY_BITS ? NAN_SLOT : bits >> SLOT_SHIFT) * COPIES], 1u);
-                }
+                u32 place = scratch.place(bits > INFINITY_BITS ? NAN_SLOT : bits >> SLOT_SHIFT);
+                nonzeros += bits != 0 ? 1 : 0;
+                atomicAdd(&scratch.counts[bits != 0 ? place : scratch.nowhere()], 1u);
             }
         }
     };
@@ -66,14 +65,14 @@ KERNEL(8) gradprobe_histogram(Arguments a) {
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index], next = index + gridDim.x;
         Chunk chunk = chunk_of(a, index, tensor);
-#define COUNT(E) nonzeros += count_chunk<E>(scratch.copy(), chunk)
+#define COUNT(E) nonzeros += count_chunk<E>(scratch, chunk)
         FOR_DTYPE(chunk.dtype, COUNT)
 #undef COUNT
         elements += chunk.length;
         held++;
         if (held < HELD && next < a.chunk_count && a.chunk_tensors[next] == tensor) continue;
         // Zeros are the elements that no lane has counted: one lane adds all, and each takes off its own.
-        atomicAdd(&scratch.copy()[ZERO_SLOT * COPIES], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
+        atomicAdd(&scratch.counts[scratch.place(ZERO_SLOT)], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
         BARRIER();
         scratch.flush(a.histograms + (u64)tensor * SLOTS);
         BARRIER();

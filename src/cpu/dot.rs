@@ -10,6 +10,8 @@ use rayon::prelude::*;
 
 const RUN: usize = WARP * PACKET;
 const WARPS: usize = LANES / WARP;
+/// Sums that stay in registers through a tile.
+const TOGETHER: usize = 16;
 
 /// The record of two tensors of one length.
 pub(super) fn dot(a: HostTensor<'_>, b: HostTensor<'_>) -> Dot {
@@ -22,49 +24,55 @@ pub(super) fn dot(a: HostTensor<'_>, b: HostTensor<'_>) -> Dot {
 
 /// The sums of each slot of each lane of a warp: element i of a run of packets is slot i % PACKET of lane i / PACKET.
 struct Slots {
-    nonfinite: [u32; RUN],
     dot: [f64; RUN],
     a_squares: [f64; RUN],
     b_squares: [f64; RUN],
 }
 
 impl Slots {
-    const ZERO: Self = Self { nonfinite: [0; RUN], dot: [0.0; RUN], a_squares: [0.0; RUN], b_squares: [0.0; RUN] };
+    const ZERO: Self = Self { dot: [0.0; RUN], a_squares: [0.0; RUN], b_squares: [0.0; RUN] };
 
+    /// Adds the pairs in which both are finite, and says how many are not.
     #[inline(always)]
-    fn add_tile<A: Element, B: Element>(&mut self, a: &[A; TILE], b: &[B; TILE]) {
+    fn add_tile<A: Element, B: Element>(&mut self, a: &[A; TILE], b: &[B; TILE]) -> u32 {
         const { assert!(TILE == PACKETS * RUN) };
-        for i in 0..RUN {
-            let (mut nonfinite, mut dot) = (self.nonfinite[i], self.dot[i]);
-            let (mut a_squares, mut b_squares) = (self.a_squares[i], self.b_squares[i]);
-            for packet in 0..PACKETS {
-                let (x, y) = (a[packet * RUN + i], b[packet * RUN + i]);
-                let finite = x.magnitude().into() < A::INFINITY && y.magnitude().into() < B::INFINITY;
-                let (x, y) = if finite { (x.widen_finite(), y.widen_finite()) } else { (0.0, 0.0) };
-                let (x, y) = (f64::from(x), f64::from(y));
-                nonfinite += u32::from(!finite);
-                dot = x.mul_add(y, dot);
-                a_squares = x.mul_add(x, a_squares);
-                b_squares = y.mul_add(y, b_squares);
-            }
-            (self.nonfinite[i], self.dot[i]) = (nonfinite, dot);
-            (self.a_squares[i], self.b_squares[i]) = (a_squares, b_squares);
+        // Loops as short as these are vectorised.
+        let (mut x, mut y, mut nonfinite) = ([0.0; TILE], [0.0; TILE], 0);
+        for i in 0..TILE {
+            let finite = a[i].magnitude().into() < A::INFINITY && b[i].magnitude().into() < B::INFINITY;
+            x[i] = if finite { a[i].widen_finite() } else { 0.0 };
+            y[i] = if finite { b[i].widen_finite() } else { 0.0 };
+            nonfinite += u32::from(!finite);
         }
+        for first in (0..RUN).step_by(TOGETHER) {
+            let [mut dot, mut a_squares, mut b_squares] = [[0.0; TOGETHER]; 3];
+            dot.copy_from_slice(&self.dot[first..][..TOGETHER]);
+            a_squares.copy_from_slice(&self.a_squares[first..][..TOGETHER]);
+            b_squares.copy_from_slice(&self.b_squares[first..][..TOGETHER]);
+            for packet in 0..PACKETS {
+                for i in 0..TOGETHER {
+                    let (x, y) = (x[packet * RUN + first + i], y[packet * RUN + first + i]);
+                    let (x, y) = (f64::from(x), f64::from(y));
+                    dot[i] = x.mul_add(y, dot[i]);
+                    a_squares[i] = x.mul_add(x, a_squares[i]);
+                    b_squares[i] = y.mul_add(y, b_squares[i]);
+                }
+            }
+            self.dot[first..][..TOGETHER].copy_from_slice(&dot);
+            self.a_squares[first..][..TOGETHER].copy_from_slice(&a_squares);
+            self.b_squares[first..][..TOGETHER].copy_from_slice(&b_squares);
+        }
+        nonfinite
     }
 
     /// A lane's slots, in pairs.
     fn lane(&self, lane: usize) -> Dot {
-        let slot = |slot: usize| {
+        let s: [Dot; PACKET] = std::array::from_fn(|slot| {
             let i = lane * PACKET + slot;
-            Dot {
-                nonfinite_count: self.nonfinite[i].into(),
-                dot: self.dot[i],
-                a_squares: self.a_squares[i],
-                b_squares: self.b_squares[i],
-                ..Dot::default()
-            }
-        };
-        spec::fold(PACKET, slot, Dot::merge).unwrap_or_default()
+            Dot { dot: self.dot[i], a_squares: self.a_squares[i], b_squares: self.b_squares[i], ..Dot::default() }
+        });
+        let pair = |slot: usize| s[slot].merge(&s[slot + 1]);
+        pair(0).merge(&pair(2)).merge(&pair(4).merge(&pair(6)))
     }
 }
 
@@ -81,15 +89,16 @@ impl<A: Element, B: Element> Work for Multiply<'_, A, B> {
     fn run(self) -> Dot {
         const { assert!(WARPS == ROW / TILE) };
         let mut warps = [Slots::ZERO; WARPS];
+        let mut nonfinite_count = 0;
         for (index, (a, b)) in self.a.chunks(TILE).zip(self.b.chunks(TILE)).enumerate() {
             let slots = &mut warps[index % WARPS];
-            match (<&[A; TILE]>::try_from(a), <&[B; TILE]>::try_from(b)) {
+            nonfinite_count += u64::from(match (<&[A; TILE]>::try_from(a), <&[B; TILE]>::try_from(b)) {
                 (Ok(a), Ok(b)) => slots.add_tile(a, b),
                 _ => slots.add_tile(&padded(a), &padded(b)),
-            }
+            });
         }
         let sums = spec::fold(LANES, |lane| warps[lane / WARP].lane(lane % WARP), Dot::merge).unwrap_or_default();
-        Dot { count: self.a.len() as u64, ..sums }
+        Dot { count: self.a.len() as u64, nonfinite_count, ..sums }
     }
 }
 
