@@ -6,7 +6,7 @@
 mod listing;
 mod require;
 
-use gradprobe::{DType, cuda::FATBIN};
+use gradprobe::{DType, cuda::FATBIN, launch::Kernel};
 use listing::{Cost, Instruction, Listing, lies_in};
 use require::skipped;
 use std::{env, ops::Range, path::PathBuf, process::Command};
@@ -49,10 +49,10 @@ fn find_cuobjdump() -> Option<PathBuf> {
     folders.find_map(|folder| Some(folder.join("cuobjdump")).filter(|tool| tool.is_file()))
 }
 
-/// The kernels for Hopper: measure and clip.
-fn hopper() -> Option<[Listing; 2]> {
+/// The kernels for Hopper, in the order of [`Kernel::ALL`].
+fn hopper() -> Option<[Listing; Kernel::ALL.len()]> {
     let output = cuobjdump(&["-sass", "-arch", "sm_90"])?;
-    let listings = ["gradprobe_measure", "gradprobe_clip"].map(|kernel| Listing::of(kernel, &output));
+    let listings = Kernel::ALL.map(|kernel| Listing::of(kernel.entry(), &output));
     for listing in &listings {
         assert!(listing.instructions().len() > 100, "{} instructions found", listing.instructions().len());
     }
@@ -114,7 +114,7 @@ fn hot_loops(code: &Listing) -> [HotLoop; 3] {
 /// An H200 issues about 15 instructions in the time its memory delivers a 16-bit element, and 30 for f32.
 #[test]
 fn hot_loops_stay_within_what_memory_allows() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     for (hot, limit) in hot_loops(&measure).iter().zip([22.0, 12.0, 12.0]) {
         let dtype = hot.dtype(&measure);
         let executed = hot.executed(&measure, |_| true) as f64 / GROUP as f64;
@@ -128,7 +128,7 @@ fn hot_loops_stay_within_what_memory_allows() {
 /// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
 #[test]
 fn enough_bytes_are_in_flight() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let blocks = resident_blocks("gradprobe_measure");
     for hot in hot_loops(&measure) {
         // Before the first of its loads is used a lane has issued these, and then waits.
@@ -143,7 +143,7 @@ fn enough_bytes_are_in_flight() {
 /// A block that merges a chunk reads nothing; the next chunk's first row is then on its way to L2.
 #[test]
 fn the_next_chunk_is_fetched_while_one_is_merged() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let all = measure.instructions().iter().enumerate();
     let fetches: Vec<usize> = all.filter(|(_, code)| code.is("CCTL.PF2")).map(|(index, _)| index).collect();
     assert!(!fetches.is_empty());
@@ -158,7 +158,7 @@ fn the_next_chunk_is_fetched_while_one_is_merged() {
 /// Few GPUs have more than one f64 unit to 64 f32 ones; on those, f64 must not take longer than the memory.
 #[test]
 fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
-    let Some([measure, _]) = hopper() else { return };
+    let Some([measure, ..]) = hopper() else { return };
     let hot_loops = hot_loops(&measure);
     let chunks = measure.loops().into_iter().filter(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
     let chunk = chunks.min_by_key(Range::len).expect("the hot loops lie in a loop over the chunks");
@@ -195,9 +195,12 @@ fn nothing_goes_to_local_memory() {
         assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
     }
     let usages = resource_usage();
-    let found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
-    let both = |architecture| [(architecture, "gradprobe_clip"), (architecture, "gradprobe_measure")];
-    assert_eq!(found, ARCHITECTURES.map(both).concat(), "two kernels for each architecture");
+    let mut found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
+    found.sort_unstable();
+    let mut expected =
+        ARCHITECTURES.map(|architecture| Kernel::ALL.map(|kernel| (architecture, kernel.entry()))).concat();
+    expected.sort_unstable();
+    assert_eq!(found, expected, "every kernel for each architecture");
     for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
     }
@@ -206,7 +209,7 @@ fn nothing_goes_to_local_memory() {
 /// Per 16 bytes read and 16 written an H200 issues 250 instructions in the time its memory takes.
 #[test]
 fn clip_keeps_the_memory_busy_both_ways() {
-    let Some([_, clip]) = hopper() else { return };
+    let Some([_, clip, ..]) = hopper() else { return };
     let blocks = resident_blocks("gradprobe_clip");
     let loads = |span: &Range<usize>| clip.count(span, Instruction::is_vector_load);
     let mut loops = clip.loops();
@@ -219,6 +222,53 @@ fn clip_keeps_the_memory_busy_both_ways() {
         let executed = span.len() / stores;
         println!("{} KiB in flight in {blocks} blocks, {executed} instructions for 16 bytes", bytes >> 10);
         assert!(bytes >= 48 << 10 && executed <= 200, "{span:?}");
+    }
+}
+
+/// The loops of a kernel that read 16 bytes at a time and in no other way, each with the KiB that a multiprocessor has
+/// in flight in it. Those that guard against a tensor's end read single elements as well.
+fn loops_by_vectors(kernel: Kernel, code: &Listing) -> Vec<(Range<usize>, usize)> {
+    let reads_elements = |load: &Instruction| load.is_vector_load() && load.is("LDG.CONSTANT");
+    let loops = code.outermost(|span| {
+        let vectors = code.count(span, reads_elements);
+        vectors > 0 && code.count(span, Instruction::is_load) == vectors
+    });
+    let blocks = resident_blocks(kernel.entry());
+    loops.into_iter().map(|span| (span.clone(), blocks * THREADS * code.loads_in_flight(&span) * 16 >> 10)).collect()
+}
+
+/// An H200 issues 15 instructions in the time its memory delivers a 16-bit element. One of them adds to a counter, and
+/// none branches: zeros and NaN take the same way.
+#[test]
+fn histogram_counts_each_element_by_one_atomic_without_a_branch() {
+    let Some([.., histogram, _]) = hopper() else { return };
+    let loops = loops_by_vectors(Kernel::Histogram, &histogram);
+    assert_eq!(loops.len(), DType::ALL.len(), "{loops:?}");
+    for (span, in_flight) in loops {
+        let elements = histogram.count(&span, |code| code.is("ATOMS"));
+        let executed = span.len() as f64 / elements as f64;
+        println!("{elements} elements a turn, {executed:.2} instructions each, {in_flight} KiB in flight");
+        assert!(executed <= 15.0 && in_flight >= 48, "{span:?}");
+        // Back to the start, and out of the loop at either end of its condition.
+        assert!(histogram.count(&span, |code| code.is("BRA")) <= 2, "{span:?}");
+        assert_eq!(histogram.count(&span, |code| code.is("ATOMS.POPC.INC")), elements, "a lane waits for no result");
+        assert_eq!(histogram.count(&span, Instruction::is_fp64), 0, "{span:?}");
+    }
+}
+
+/// Two elements of 16 bits take the time of 31 instructions, and of 16 on the f64 units of an H200, which are half as
+/// many as those for f32.
+#[test]
+fn dot_multiplies_every_pair_of_types_by_whole_vectors() {
+    let Some([.., dot]) = hopper() else { return };
+    let loops = loops_by_vectors(Kernel::Dot, &dot);
+    assert_eq!(loops.len(), DType::ALL.len().pow(2), "{loops:?}");
+    for (span, in_flight) in loops {
+        let pairs = dot.count(&span, |code| code.is("DFMA")) / 3;
+        let executed = span.len() as f64 / pairs as f64;
+        let fp64 = dot.count(&span, Instruction::is_fp64) as f64 / pairs as f64;
+        println!("{pairs} pairs a turn, {executed:.2} instructions each, {fp64} of f64, {in_flight} KiB in flight");
+        assert!(executed <= 20.0 && fp64 <= 5.0 && in_flight >= 48, "{span:?}");
     }
 }
 

@@ -1,12 +1,7 @@
 //! Counts of the elements by the upper bits of their magnitudes.
 
 use super::dispatch::{self, Work};
-use crate::{
-    DType, Element, Histogram, HostTensor,
-    backend::with_elements,
-    dtype::sealed::Word,
-    spec::CHUNK,
-};
+use crate::{DType, Element, Histogram, HostTensor, backend::with_elements, dtype::sealed::Word, spec::CHUNK};
 use bytemuck::Zeroable;
 use rayon::prelude::*;
 use std::mem::offset_of;
