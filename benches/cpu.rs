@@ -100,6 +100,26 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     });
     group.finish();
 
+    let mut group = criterion.benchmark_group("histogram");
+    group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
+    probe.enable_histogram();
+    group.bench_function(BenchmarkId::new(name, elements), |b| {
+        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
+        b.iter(|| black_box(probe.histogram(black_box(&tensors)).unwrap()));
+    });
+    group.finish();
+
+    // The list with itself, reversed: as many bytes again.
+    let mut group = criterion.benchmark_group("dot");
+    group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
+    probe.enable_dot();
+    group.bench_function(BenchmarkId::new(name, elements), |b| {
+        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
+        let others: Vec<HostTensor> = tensors.iter().rev().copied().collect();
+        b.iter(|| black_box(probe.dot(black_box(&tensors), black_box(&others)).unwrap()));
+    });
+    group.finish();
+
     let mut group = criterion.benchmark_group("clip");
     group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
     group.bench_function(BenchmarkId::new(name, elements), |b| {

@@ -1,5 +1,6 @@
 // What the host hands the kernels and what they hand back: src/launch.rs and src/outputs.rs hold the other side.
 #pragma once
+#include "dot.cuh"
 #include "gsnr.cuh"
 
 constexpr u32 DTYPE_F32 = 0;
@@ -101,6 +102,10 @@ struct Arguments {
     float *deviations;
     GsnrRecord *gsnr_records;
     u32 *gsnr_bins;             // BINS a tracked tensor; 0 between launches
+    u64 *histograms;            // SLOTS a tensor; null when there are none
+    const Other *others;        // the second list of a dot; null, as the two below, when there is none
+    Dot *chunk_dots;
+    Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
 };
-static_assert(sizeof(Arguments) == 192, "src/launch.rs");
+static_assert(sizeof(Arguments) == 224, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

@@ -3,7 +3,10 @@
 //! A trainer's loop uses a probe's own methods, which take the tensors where they are. [`Backend`] is for data on the
 //! host, wherever the statistics are to be computed: the inspector, the tests and the benches are written over it.
 
-use crate::{DType, Element, Error, GsnrConfig, GsnrReport, HistoryReport, Report, dtype::sealed::Bits};
+use crate::{
+    DType, DotReport, Element, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Report,
+    dtype::sealed::Bits,
+};
 use half::{bf16, f16};
 
 /// Elements of one tensor on the host.
@@ -159,4 +162,28 @@ pub trait Backend {
     /// # Errors
     /// [`Error::NoHistory`], or the device's.
     fn history(&mut self) -> Result<HistoryReport, Error>;
+
+    /// Makes room for histograms: [`Histogram::bytes`](crate::Histogram::bytes).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn enable_histogram(&mut self) -> Result<(), Error>;
+
+    /// The histograms of these tensors, in the plan's order.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and as [`measure_host`](Self::measure_host).
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error>;
+
+    /// Makes room for dot products: [`DotReport::bytes`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn enable_dot(&mut self) -> Result<(), Error>;
+
+    /// The dot products of the plan's tensors `a` and the tensors `b`, of the same lengths and any dtypes.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and as [`measure_host`](Self::measure_host).
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error>;
 }

@@ -54,6 +54,12 @@ pub enum Error {
         /// Steps so far.
         steps: u32,
     },
+    /// What needs memory of its own was asked for, but that was never allocated.
+    #[error("{what} has no memory to work in: call `enable_{what}` first")]
+    NotEnabled {
+        /// `histogram` or `dot`.
+        what: &'static str,
+    },
     /// A step was given another number of tensors than its plan has.
     #[error("the plan has {planned} tensors, the step gave {given}")]
     TensorCount {

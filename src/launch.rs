@@ -11,7 +11,12 @@ use crate::{
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
+use dot::DotMemory;
+use histogram::HistogramMemory;
 use std::{collections::VecDeque, sync::Arc};
+
+mod dot;
+mod histogram;
 
 /// The kernels, by the names they are compiled under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +29,16 @@ pub enum Kernel {
     Update,
     /// `gradprobe_gsnr`: reduces what is tracked to one [`GsnrRecord`] a tensor.
     Gsnr,
+    /// `gradprobe_histogram`: counts elements by their magnitudes.
+    Histogram,
+    /// `gradprobe_dot`: dot products of two lists of tensors.
+    Dot,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 4] = [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr];
+    pub const ALL: [Kernel; 6] =
+        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Histogram, Kernel::Dot];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
@@ -40,6 +50,8 @@ impl Kernel {
             Kernel::Clip => "gradprobe_clip",
             Kernel::Update => "gradprobe_update",
             Kernel::Gsnr => "gradprobe_gsnr",
+            Kernel::Histogram => "gradprobe_histogram",
+            Kernel::Dot => "gradprobe_dot",
         }
     }
 }
@@ -68,6 +80,12 @@ pub trait Device {
     /// # Errors
     /// When the device fails.
     fn upload(&self, bytes: &[u8], to: &mut Self::Buffer) -> Result<(), Error>;
+
+    /// Sets all of `buffer` to 0, ordered before what is launched later.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn clear(&self, buffer: &mut Self::Buffer) -> Result<(), Error>;
 
     /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and `arguments` as its one parameter.
     ///
@@ -191,10 +209,18 @@ pub struct Arguments {
     pub gsnr_records: u64,
     /// Bins of each tracked tensor: workspace.
     pub gsnr_bins: u64,
+    /// One [`Histogram`](crate::Histogram) a tensor: a result; 0 when there is none.
+    pub histograms: u64,
+    /// Table of the second list's addresses and dtypes; 0 when there is none, as the two that follow.
+    pub others: u64,
+    /// One [`Dot`](crate::Dot) a chunk: workspace.
+    pub chunk_dots: u64,
+    /// One [`Dot`](crate::Dot) a tensor: a result.
+    pub dots: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 192);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 224);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -212,6 +238,8 @@ pub struct DeviceProbe<D: Device> {
     _workspace: [D::Buffer; 6],
     tracking: Option<Tracking<D>>,
     history: Option<History<D>>,
+    histogram: Option<HistogramMemory<D>>,
+    dot: Option<DotMemory<D>>,
     /// The addresses in the device's table.
     current: Vec<u64>,
     /// Whether `current` was found free of overlaps.
@@ -315,6 +343,8 @@ impl<D: Device> DeviceProbe<D> {
             _workspace: workspace,
             tracking: None,
             history: None,
+            histogram: None,
+            dot: None,
             device,
         })
     }
@@ -359,6 +389,23 @@ impl<D: Device> DeviceProbe<D> {
         if self.current.iter().zip(tensors).all(|(&address, tensor)| address == tensor.address) {
             return Ok(());
         }
+        self.check_addresses(tensors)?;
+        if self.device.is_capturing()? {
+            return Err(Error::AddressesChangedInCapture);
+        }
+        for (current, tensor) in self.current.iter_mut().zip(tensors) {
+            *current = tensor.address;
+        }
+        self.disjoint = false;
+        let uploaded = self.device.upload(bytemuck::cast_slice(&self.current), &mut self.addresses);
+        if uploaded.is_err() {
+            self.current.fill(0);
+        }
+        uploaded
+    }
+
+    /// Whether tensors under the plan's names lie where tensors can.
+    fn check_addresses(&self, tensors: &[RawTensor]) -> Result<(), Error> {
         for (&RawTensor { address, len, dtype }, spec) in tensors.iter().zip(self.plan.tensors()) {
             let (name, size) = (|| spec.name.clone(), dtype.size());
             if len == 0 {
@@ -374,18 +421,7 @@ impl<D: Device> DeviceProbe<D> {
                 return Err(Error::AddressOverflow { name: name(), address, length: len });
             }
         }
-        if self.device.is_capturing()? {
-            return Err(Error::AddressesChangedInCapture);
-        }
-        for (current, tensor) in self.current.iter_mut().zip(tensors) {
-            *current = tensor.address;
-        }
-        self.disjoint = false;
-        let uploaded = self.device.upload(bytemuck::cast_slice(&self.current), &mut self.addresses);
-        if uploaded.is_err() {
-            self.current.fill(0);
-        }
-        uploaded
+        Ok(())
     }
 
     /// Launches the measurement of these tensors, in the plan's order.

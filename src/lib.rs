@@ -25,9 +25,11 @@ mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod dot;
 mod dtype;
 mod error;
 mod gsnr;
+mod histogram;
 mod history;
 pub mod launch;
 #[doc = include_str!("statistics.md")]
@@ -46,9 +48,11 @@ pub use cpu::CpuProbe;
 pub use cuda::CudaProbe;
 #[cfg(feature = "cuda")]
 pub use cudarc;
+pub use dot::{Dot, DotReport};
 pub use dtype::{DType, Element};
 pub use error::Error;
 pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
+pub use histogram::{Bounds, Format, FormatShares, Histogram, HistogramReport};
 pub use history::{HistoryReport, HistoryStep, HistoryTensor, NormStatistics};
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};

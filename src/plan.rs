@@ -89,11 +89,24 @@ impl Plan {
     /// # Errors
     /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs.
     pub fn check(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
+        self.check_by(given, |spec, dtype, len| (spec.dtype, spec.len) == (dtype, len))
+    }
+
+    /// [`check`](Self::check) for tensors beside those of the plan, which may be of any dtype.
+    pub(crate) fn check_lengths(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
+        self.check_by(given, |spec, _, len| spec.len == len)
+    }
+
+    fn check_by(
+        &self,
+        given: impl ExactSizeIterator<Item = (DType, u64)>,
+        fits: impl Fn(&TensorSpec, DType, u64) -> bool,
+    ) -> Result<(), Error> {
         if given.len() != self.tensors.len() {
             return Err(Error::TensorCount { planned: self.tensors.len(), given: given.len() });
         }
         for (spec, (dtype, len)) in self.tensors.iter().zip(given) {
-            if (spec.dtype, spec.len) != (dtype, len) {
+            if !fits(spec, dtype, len) {
                 return Err(Error::TensorMismatch {
                     name: spec.name.clone(),
                     planned: format!("{} {} elements", spec.len, spec.dtype),

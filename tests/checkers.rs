@@ -13,8 +13,8 @@ use common::gsnr_cases;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HistoryReport, HostTensor,
-    HostTensorMut, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord, GsnrReport, HistogramReport,
+    HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report, StepOutputs,
 };
 
 /// What a perfect backend would say.
@@ -415,9 +415,21 @@ macro_rules! tracks_as {
     };
 }
 
-/// The same of the history.
+/// The same of the history, of histograms and of dot products.
 macro_rules! keeps_as {
     ($field:tt) => {
+        fn enable_histogram(&mut self) -> Result<(), Error> {
+            Backend::enable_histogram(&mut self.$field)
+        }
+        fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+            self.$field.histogram_host(tensors)
+        }
+        fn enable_dot(&mut self) -> Result<(), Error> {
+            Backend::enable_dot(&mut self.$field)
+        }
+        fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+            self.$field.dot_host(a, b)
+        }
         fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
             self.$field.keep_history(steps)
         }

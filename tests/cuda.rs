@@ -8,8 +8,8 @@ mod require;
 
 use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
-    ClipPolicy, Config, CpuProbe, CudaProbe, DType, Element, Error, GsnrConfig, HistoryReport, HistoryStep,
-    HistoryTensor, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error, GsnrConfig, Histogram, HistoryReport,
+    HistoryStep, HistoryTensor, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
     cuda::DeviceTensor,
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -703,6 +703,84 @@ fn outputs_and_records_lie_on_the_device_where_they_are_said_to() {
         assert_eq!(bytemuck::bytes_of(&outputs[0]), bytemuck::bytes_of(report.outputs()));
         assert_eq!(bytemuck::cast_slice::<_, u8>(&records), bytemuck::cast_slice::<_, u8>(report.records()));
         assert_eq!((outputs[0].skip, outputs[0].step), (i32::from(seed == 2), seed));
+    }
+}
+
+#[test]
+fn histograms_and_dot_products_have_the_bits_of_the_cpu() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let (mut first, mut second) = (Tensors::of(1), Tensors::of(2));
+    first.f16[7] = f16::NEG_INFINITY;
+    second.bf16[LENGTHS[2] - 1] = bf16::NAN;
+    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    cpu.enable_histogram();
+    cpu.enable_dot();
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let [a, b] = [&first, &second].map(|tensors| OnDevice::new(&stream, tensors));
+    assert_eq!(probe.histogram(&a.slices()).map(drop), Err(Error::NotEnabled { what: "histogram" }));
+    assert_eq!(probe.dot(&a.slices(), &b.slices()).map(drop), Err(Error::NotEnabled { what: "dot" }));
+    probe.enable_histogram().unwrap();
+    probe.enable_dot().unwrap();
+    // Twice each: nothing stays behind.
+    for (tensors, place) in [(&first, &a), (&second, &b), (&first, &a)] {
+        let expected = cpu.histogram(&tensors.hosts()).unwrap();
+        assert!(probe.histogram(&place.slices()).unwrap().histograms() == expected.histograms());
+        let expected = cpu.dot(&tensors.hosts(), &second.hosts()).unwrap();
+        let seen = probe.dot(&place.slices(), &b.slices()).unwrap();
+        assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
+    }
+    // A second list of other types, as weights are beside gradients: the f32 tensor's elements begin all three.
+    let parts = LENGTHS.map(|length| &second.f32[..length]);
+    let expected = cpu.dot(&first.hosts(), &parts.map(HostTensor::F32)).unwrap();
+    let views = LENGTHS.map(|length| b.f32.slice(..length));
+    let seen = probe.dot(&a.slices(), &[&views[0], &views[1], &views[2]]).unwrap();
+    assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
+    let short = probe.dot(&a.slices(), &[&views[0], &views[1], &views[1]]).map(drop);
+    assert!(matches!(short, Err(Error::TensorMismatch { name, .. }) if name == "BF16"));
+}
+
+#[test]
+fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let [mut a, b] = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
+    let (a_raw, b_raw) = (a.raw(), b.raw());
+    probe.enable_histogram().unwrap();
+    probe.enable_dot().unwrap();
+    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+    unsafe { probe.raw().launch_dot_raw(&a_raw, &b_raw) }.unwrap();
+    stream.begin_capture(THIS_THREAD).unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().launch_histogram_raw(&a_raw) }.unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().launch_dot_raw(&a_raw, &b_raw) }.unwrap();
+    // SAFETY: as above.
+    let moved = unsafe { probe.raw().launch_dot_raw(&a_raw, &a_raw) };
+    // SAFETY: as above.
+    let waited = unsafe { probe.raw().histogram_raw(&a_raw) }.map(drop);
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    assert_eq!((moved, waited), (Err(Error::AddressesChangedInCapture), Err(Error::WaitInCapture)));
+    let [kernel, memset] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET];
+    assert_eq!(nodes(&graph), [memset, kernel, kernel], "no copies, no allocations");
+
+    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    cpu.enable_histogram();
+    cpu.enable_dot();
+    for seed in 5..8 {
+        let tensors = Tensors::of(seed);
+        a.set(&tensors);
+        graph.launch().unwrap();
+        stream.synchronize().unwrap();
+        let (mut histograms, mut dots) = (vec![Histogram::default(); 3], vec![Dot::default(); 3]);
+        let addresses = (probe.raw().histograms_address().unwrap(), probe.raw().dots_address().unwrap());
+        // SAFETY: the probe has that many there, and the stream was waited for.
+        unsafe { result::memcpy_dtoh_sync(&mut histograms, addresses.0) }.unwrap();
+        // SAFETY: as above.
+        unsafe { result::memcpy_dtoh_sync(&mut dots, addresses.1) }.unwrap();
+        assert!(histograms == cpu.histogram(&tensors.hosts()).unwrap().histograms());
+        assert_eq!(dots, cpu.dot(&tensors.hosts(), &Tensors::of(1).hosts()).unwrap().records());
     }
 }
 

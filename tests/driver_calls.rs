@@ -185,6 +185,27 @@ fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
 }
 
 #[test]
+fn a_histogram_and_a_dot_product_are_a_launch_each() {
+    let Some((trace, stream)) = driver() else { return };
+    let gradients = Gradients::new(&stream);
+    let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    probe.enable_histogram().unwrap();
+    probe.enable_dot().unwrap();
+    let _held = Held::new(&stream);
+    for (call, addresses, others) in
+        [(0, &[ADDRESSES][..], &["cuMemcpyHtoDAsync_v2 48 bytes pageable"][..]), (1, &[], &[])]
+    {
+        let calls = trace.of(|| probe.launch_histogram(&tensors).unwrap());
+        let histogram = ["cuMemsetD8Async 24576 bytes", "cuLaunchKernel gradprobe_histogram of 12 blocks"];
+        assert_calls(&format!("histogram {call}"), &calls, &[addresses, &histogram].concat());
+        let calls = trace.of(|| probe.launch_dot(&tensors, &tensors).unwrap());
+        let dot = ["cuLaunchKernel gradprobe_dot of 12 blocks"];
+        assert_calls(&format!("dot {call}"), &calls, &[others, &dot].concat());
+    }
+}
+
+#[test]
 fn without_a_clip_a_step_is_one_launch() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);

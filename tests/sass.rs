@@ -50,7 +50,7 @@ fn find_cuobjdump() -> Option<PathBuf> {
 }
 
 /// The kernels for Hopper, in the order of [`Kernel::ALL`].
-fn hopper() -> Option<[Listing; 4]> {
+fn hopper() -> Option<[Listing; Kernel::ALL.len()]> {
     let output = cuobjdump(&["-sass", "-arch", "sm_90"])?;
     let listings = Kernel::ALL.map(|kernel| Listing::of(kernel.entry(), &output));
     for listing in &listings {
@@ -230,13 +230,13 @@ fn clip_keeps_the_memory_busy_both_ways() {
 #[test]
 fn update_keeps_the_memory_busy_by_whole_vectors() {
     const PACKET: usize = 8;
-    let Some([_, _, update, _]) = hopper() else { return };
+    let Some([_, _, update, ..]) = hopper() else { return };
     let blocks = resident_blocks("gradprobe_update");
     let reads_and_writes = |span: &Range<usize>| {
         update.count(span, Instruction::is_vector_load) > 0 && update.count(span, |code| code.is("STG.128")) > 0
     };
     let mut loops = update.loops();
-    loops.retain(|span| reads_and_writes(span) && !loops_in(&update, span).iter().any(|inner| reads_and_writes(inner)));
+    loops.retain(|span| reads_and_writes(span) && !loops_in(&update, span).iter().any(reads_and_writes));
     assert_eq!(loops.len(), 2 * DType::ALL.len(), "for each dtype one of whole packets and one of single elements");
     // Single elements are those of gradients; the state goes by 16 bytes everywhere.
     for span in &loops {
@@ -264,6 +264,53 @@ fn update_keeps_the_memory_busy_by_whole_vectors() {
     }
     loads_of_gradients.sort_unstable();
     assert_eq!(loads_of_gradients, [1, 1, 2], "f16 and bf16 by one load, f32 by two");
+}
+
+/// The loops of a kernel that read 16 bytes at a time and in no other way, each with the KiB that a multiprocessor has
+/// in flight in it. Those that guard against a tensor's end read single elements as well.
+fn loops_by_vectors(kernel: Kernel, code: &Listing) -> Vec<(Range<usize>, usize)> {
+    let reads_elements = |load: &Instruction| load.is_vector_load() && load.is("LDG.CONSTANT");
+    let loops = code.outermost(|span| {
+        let vectors = code.count(span, reads_elements);
+        vectors > 0 && code.count(span, Instruction::is_load) == vectors
+    });
+    let blocks = resident_blocks(kernel.entry());
+    loops.into_iter().map(|span| (span.clone(), blocks * THREADS * code.loads_in_flight(&span) * 16 >> 10)).collect()
+}
+
+/// An H200 issues 15 instructions in the time its memory delivers a 16-bit element. One of them adds to a counter, and
+/// none branches: zeros and NaN take the same way.
+#[test]
+fn histogram_counts_each_element_by_one_atomic_without_a_branch() {
+    let Some([.., histogram, _]) = hopper() else { return };
+    let loops = loops_by_vectors(Kernel::Histogram, &histogram);
+    assert_eq!(loops.len(), DType::ALL.len(), "{loops:?}");
+    for (span, in_flight) in loops {
+        let elements = histogram.count(&span, |code| code.is("ATOMS"));
+        let executed = span.len() as f64 / elements as f64;
+        println!("{elements} elements a turn, {executed:.2} instructions each, {in_flight} KiB in flight");
+        assert!(executed <= 15.0 && in_flight >= 48, "{span:?}");
+        // Back to the start, and out of the loop at either end of its condition.
+        assert!(histogram.count(&span, |code| code.is("BRA")) <= 2, "{span:?}");
+        assert_eq!(histogram.count(&span, |code| code.is("ATOMS.POPC.INC")), elements, "a lane waits for no result");
+        assert_eq!(histogram.count(&span, Instruction::is_fp64), 0, "{span:?}");
+    }
+}
+
+/// Two elements of 16 bits take the time of 31 instructions, and of 16 on the f64 units of an H200, which are half as
+/// many as those for f32.
+#[test]
+fn dot_multiplies_every_pair_of_types_by_whole_vectors() {
+    let Some([.., dot]) = hopper() else { return };
+    let loops = loops_by_vectors(Kernel::Dot, &dot);
+    assert_eq!(loops.len(), DType::ALL.len().pow(2), "{loops:?}");
+    for (span, in_flight) in loops {
+        let pairs = dot.count(&span, |code| code.is("DFMA")) / 3;
+        let executed = span.len() as f64 / pairs as f64;
+        let fp64 = dot.count(&span, Instruction::is_fp64) as f64 / pairs as f64;
+        println!("{pairs} pairs a turn, {executed:.2} instructions each, {fp64} of f64, {in_flight} KiB in flight");
+        assert!(executed <= 20.0 && fp64 <= 5.0 && in_flight >= 48, "{span:?}");
+    }
 }
 
 /// The loops within another.

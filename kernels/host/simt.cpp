@@ -1,9 +1,12 @@
 // The kernels, compiled for the host, and a few wrong ones on which the emulation itself is tested.
 #define GRADPROBE_SIMT
+#include <algorithm>
 #include "../measure.cu"
 #include "../clip.cu"
 #include "../update.cu"
 #include "../gsnr.cu"
+#include "../histogram.cu"
+#include "../dot.cu"
 
 thread_local SimtState gradprobe_simt_state;
 
@@ -12,7 +15,7 @@ void gradprobe_simt_enter(u32 thread, u32 block, u32 grid, void *shared, u64 sha
     gradprobe_simt_state = {thread, block, grid, shared, shared_bytes};
 }
 u64 gradprobe_simt_shared_bytes() {
-    return sizeof(MeasureScratch) > sizeof(GsnrScratch) ? sizeof(MeasureScratch) : sizeof(GsnrScratch);
+    return std::max({sizeof(MeasureScratch), sizeof(GsnrScratch), sizeof(HistogramScratch), sizeof(DotScratch)});
 }
 }
 

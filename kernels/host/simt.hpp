@@ -49,8 +49,8 @@ template <typename T> inline T simt_shuffle_down(T value, uint32_t delta, uint32
     return value;
 }
 
-inline u32 atomicAdd(u32 *address, u32 value) {
-    u32 old = *address;
+template <typename T> T atomicAdd(T *address, T value) {
+    T old = *address;
     *address = old + value;
     return old;
 }

@@ -6,14 +6,16 @@
 mod chunk;
 mod clip;
 mod dispatch;
+mod dot;
 mod gsnr;
+mod histogram;
 mod history;
 mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
-    StepOutputs,
+    Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor,
+    HostTensorMut, Plan, Record, Report, StepOutputs,
     backend::with_elements,
     dtype::sealed::Bits,
     policy::ClipState,
@@ -36,6 +38,9 @@ pub struct CpuProbe {
     tracking: Option<Tracking>,
     clip: ClipState,
     history: Option<History>,
+    /// What was enabled. On the host a report is all the memory that either takes.
+    histogram: bool,
+    dot: bool,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -54,7 +59,18 @@ impl CpuProbe {
         // Starts the thread pool now rather than in the first step (2 ms).
         rayon::join(|| (), || ());
         let clip = ClipState::new(config.clip, config.max_norm, plan.tensors().len());
-        Ok(Self { plan: Arc::new(plan), config, chunks, tracking: None, clip, history: None, outputs: None, steps: 0 })
+        Ok(Self {
+            plan: Arc::new(plan),
+            config,
+            chunks,
+            tracking: None,
+            clip,
+            history: None,
+            histogram: false,
+            dot: false,
+            outputs: None,
+            steps: 0,
+        })
     }
 
     /// Reads every tensor once. `tensors` are those of the plan, in its order.
@@ -184,6 +200,45 @@ impl CpuProbe {
         &self.clip.coefficients
     }
 
+    /// Allows [`histogram`](Self::histogram), as a device's probe needs to be told, which makes room for it.
+    pub fn enable_histogram(&mut self) {
+        self.histogram = true;
+    }
+
+    /// The histograms of the plan's tensors, in its order. A measurement on the side: no step, and what the clip does is
+    /// unchanged.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure).
+    pub fn histogram(&self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        if !self.histogram {
+            return Err(Error::NotEnabled { what: "histogram" });
+        }
+        self.plan.check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let histograms = tensors.par_iter().map(|&tensor| histogram::histogram(tensor)).collect();
+        Ok(HistogramReport::new(Arc::clone(&self.plan), histograms))
+    }
+
+    /// Allows [`dot`](Self::dot), as a device's probe needs to be told, which makes room for it.
+    pub fn enable_dot(&mut self) {
+        self.dot = true;
+    }
+
+    /// The dot products of the plan's tensors `a` and the tensors `b`, which have the same lengths and any dtypes: this
+    /// step's gradients and the last one's, or gradients and weights.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure) for either list.
+    pub fn dot(&self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        if !self.dot {
+            return Err(Error::NotEnabled { what: "dot" });
+        }
+        self.plan.check_lengths(b.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        self.plan.check(a.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        let records = a.par_iter().zip(b).map(|(&a, &b)| dot::dot(a, b)).collect();
+        Ok(DotReport::new(Arc::clone(&self.plan), records))
+    }
+
     /// The last step's scalars.
     pub fn outputs(&self) -> Option<&StepOutputs> {
         self.outputs.as_ref()
@@ -234,5 +289,23 @@ impl Backend for CpuProbe {
 
     fn history(&mut self) -> Result<HistoryReport, Error> {
         CpuProbe::history(self)
+    }
+
+    fn enable_histogram(&mut self) -> Result<(), Error> {
+        self.enable_histogram();
+        Ok(())
+    }
+
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        self.histogram(tensors)
+    }
+
+    fn enable_dot(&mut self) -> Result<(), Error> {
+        self.enable_dot();
+        Ok(())
+    }
+
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        self.dot(a, b)
     }
 }

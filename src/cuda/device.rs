@@ -18,7 +18,7 @@ unsafe impl DeviceRepr for Arguments {}
 pub struct Cuda {
     stream: Arc<CudaStream>,
     /// In the order of [`Kernel::ALL`], with the blocks that fill the device.
-    kernels: [(CudaFunction, u32); Kernel::ALL.len()],
+    kernels: Vec<(CudaFunction, u32)>,
 }
 
 impl Cuda {
@@ -37,8 +37,7 @@ impl Cuda {
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
-        let [measure, clip, update, gsnr] = Kernel::ALL.map(function);
-        Ok(Self { kernels: [measure?, clip?, update?, gsnr?], stream })
+        Ok(Self { kernels: Kernel::ALL.into_iter().map(function).collect::<Result<_, _>>()?, stream })
     }
 
     /// The stream everything is ordered on.
@@ -103,6 +102,13 @@ impl Device for Cuda {
         // before it returns, so `bytes` may go; on the device the copy is ordered by the stream.
         unsafe { result::memcpy_htod_async(to.1, bytes, self.stream.cu_stream()) }
             .map_err(failed("copying to the device"))
+    }
+
+    fn clear(&self, buffer: &mut Self::Buffer) -> Result<(), Error> {
+        self.bind()?;
+        // SAFETY: the buffer has that many bytes.
+        unsafe { result::memset_d8_async(buffer.1, 0, buffer.0.num_bytes(), self.stream.cu_stream()) }
+            .map_err(failed("clearing device memory"))
     }
 
     fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {

@@ -3,12 +3,13 @@
 
 use super::{CudaProbe, driver::failed};
 use crate::{
-    Backend, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Report, launch::RawTensor,
+    Backend, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan,
+    Report, TensorSpec, launch::RawTensor,
 };
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
 
-/// Device memory with room for every tensor of a plan, at its own distance from a multiple of 256 bytes.
+/// Device memory with room for every tensor of a list, at its own distance from a multiple of 256 bytes.
 pub(super) struct Staging {
     stream: Arc<CudaStream>,
     _memory: CudaSlice<u8>,
@@ -18,13 +19,13 @@ pub(super) struct Staging {
 impl Staging {
     const ALIGNMENT: u64 = 256;
 
-    fn new(stream: &Arc<CudaStream>, plan: &Plan) -> Result<Self, Error> {
+    fn new(stream: &Arc<CudaStream>, plan: &Plan, size: impl Fn(&TensorSpec) -> usize) -> Result<Self, Error> {
         let mut starts = Vec::with_capacity(plan.tensors().len());
         let mut bytes = 0u64;
         for tensor in plan.tensors() {
             starts.push(bytes);
             // One alignment more than it needs: a tensor keeps its distance from a multiple of 16.
-            bytes += (tensor.len * tensor.dtype.size() as u64).next_multiple_of(Self::ALIGNMENT) + Self::ALIGNMENT;
+            bytes += (tensor.len * size(tensor) as u64).next_multiple_of(Self::ALIGNMENT) + Self::ALIGNMENT;
         }
         let size = usize::try_from(bytes.max(1)).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
         // SAFETY: only what was copied there is read.
@@ -60,9 +61,18 @@ impl CudaProbe {
     ) -> Result<Vec<RawTensor>, Error> {
         self.plan().check(tensors.clone().map(|t| (t.dtype(), t.len() as u64)))?;
         if self.staging.is_none() {
-            self.staging = Some(Staging::new(self.stream(), self.plan())?);
+            self.staging = Some(Staging::new(self.stream(), self.plan(), |tensor| tensor.dtype.size())?);
         }
         self.staging.as_ref().map_or(Ok(Vec::new()), |staging| staging.upload(tensors))
+    }
+
+    /// The second list of a dot product: of any dtypes.
+    fn upload_others(&mut self, tensors: &[HostTensor<'_>]) -> Result<Vec<RawTensor>, Error> {
+        self.plan().check_lengths(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        if self.staging_of_others.is_none() {
+            self.staging_of_others = Some(Staging::new(self.stream(), self.plan(), |_| size_of::<f32>())?);
+        }
+        self.staging_of_others.as_ref().map_or(Ok(Vec::new()), |staging| staging.upload(tensors.iter().copied()))
     }
 }
 
@@ -89,6 +99,26 @@ impl Backend for CudaProbe {
 
     fn history(&mut self) -> Result<HistoryReport, Error> {
         self.probe.history()
+    }
+
+    fn enable_histogram(&mut self) -> Result<(), Error> {
+        self.probe.enable_histogram()
+    }
+
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        let raw = self.upload(tensors.iter().copied())?;
+        // SAFETY: the staging memory holds the tensors just copied, on the same stream.
+        unsafe { self.probe.histogram_raw(&raw) }
+    }
+
+    fn enable_dot(&mut self) -> Result<(), Error> {
+        self.probe.enable_dot()
+    }
+
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        let (a, b) = (self.upload(a.iter().copied())?, self.upload_others(b)?);
+        // SAFETY: as above.
+        unsafe { self.probe.dot_raw(&a, &b) }
     }
 
     fn name(&self) -> &'static str {

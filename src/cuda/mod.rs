@@ -43,7 +43,7 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    Config, DType, Error, GsnrConfig, GsnrReport, HistoryReport, Plan, Report,
+    Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Plan, Report,
     launch::{DeviceProbe, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -55,6 +55,8 @@ pub struct CudaProbe {
     probe: DeviceProbe<Cuda>,
     /// For tensors that lie on the host; made when the first of those come.
     staging: Option<Staging>,
+    /// The same for the second list of a dot product.
+    staging_of_others: Option<Staging>,
 }
 
 /// A step's tensors by their addresses, and cudarc's guards, to be dropped after the launch. Filled in one loop: to a
@@ -83,7 +85,7 @@ impl CudaProbe {
     /// [`Error::InvalidConfig`], [`Error::KernelLoad`], or the driver's.
     pub fn new(stream: &Arc<CudaStream>, plan: Plan, config: Config) -> Result<Self, Error> {
         let probe = DeviceProbe::with_device(Cuda::new(Arc::clone(stream))?, plan, config)?;
-        Ok(Self { probe, staging: None })
+        Ok(Self { probe, staging: None, staging_of_others: None })
     }
 
     /// A probe on a new stream of a device. For those who have no stream yet: it also finds out whether there is a
@@ -218,6 +220,68 @@ impl CudaProbe {
     /// [`Error::NoHistory`], or the driver's.
     pub fn history(&mut self) -> Result<HistoryReport, Error> {
         self.probe.history()
+    }
+
+    /// See [`DeviceProbe::enable_histogram`]: room for histograms, [`Histogram::bytes`](crate::Histogram::bytes).
+    ///
+    /// # Errors
+    /// The driver's when there is not enough memory.
+    pub fn enable_histogram(&mut self) -> Result<(), Error> {
+        self.probe.enable_histogram()
+    }
+
+    /// The histograms of `tensors`, those of the plan in its order. Waits for them.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::WaitInCapture`], and those of [`measure`](Self::measure).
+    pub fn histogram(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<HistogramReport, Error> {
+        let stream = Arc::clone(self.stream());
+        let given = self.read(&stream, tensors)?;
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.histogram_raw(&given.tensors) }
+    }
+
+    /// Launches [`histogram`](Self::histogram) for those who read it on the device, at
+    /// [`DeviceProbe::histograms_address`].
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure).
+    pub fn launch_histogram(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let given = self.read(&stream, tensors)?;
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.launch_histogram_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::enable_dot`]: room for dot products, [`DotReport::bytes`].
+    ///
+    /// # Errors
+    /// The driver's when there is not enough memory.
+    pub fn enable_dot(&mut self) -> Result<(), Error> {
+        self.probe.enable_dot()
+    }
+
+    /// The dot products of the plan's tensors `a` and the tensors `b`, which have the same lengths and any dtypes. Waits
+    /// for them.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::WaitInCapture`], and those of [`measure`](Self::measure) for either list.
+    pub fn dot(&mut self, a: &[&dyn DeviceTensor], b: &[&dyn DeviceTensor]) -> Result<DotReport, Error> {
+        let stream = Arc::clone(self.stream());
+        let (a, b) = (self.read(&stream, a)?, self.read(&stream, b)?);
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.dot_raw(&a.tensors, &b.tensors) }
+    }
+
+    /// Launches [`dot`](Self::dot) for those who read it on the device, at [`DeviceProbe::dots_address`].
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], and those of [`measure`](Self::measure) for either list.
+    pub fn launch_dot(&mut self, a: &[&dyn DeviceTensor], b: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (a, b) = (self.read(&stream, a)?, self.read(&stream, b)?);
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.launch_dot_raw(&a.tensors, &b.tensors) }
     }
 
     /// The stream everything is ordered on.

@@ -54,6 +54,10 @@ entries! {
     UPDATE = gradprobe_update;
     /// [`Kernel::Gsnr`].
     GSNR = gradprobe_gsnr;
+    /// [`Kernel::Histogram`].
+    HISTOGRAM = gradprobe_histogram;
+    /// [`Kernel::Dot`].
+    DOT = gradprobe_dot;
     /// Lanes read their neighbours' words behind a barrier: right.
     WITH_BARRIER = gradprobe_simt_with_barrier;
     /// Lanes read their neighbours' words without a barrier.

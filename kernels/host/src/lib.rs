@@ -9,7 +9,8 @@
 mod block;
 
 use gradprobe::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HistoryReport, HostTensor, HostTensorMut, Plan, Report,
+    Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor,
+    HostTensorMut, Plan, Report,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
@@ -55,12 +56,19 @@ impl Device for Simt {
         Ok(())
     }
 
+    fn clear(&self, buffer: &mut Buffer) -> Result<(), Error> {
+        buffer.0.fill(Line([0; 256]));
+        Ok(())
+    }
+
     fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
         let entry = match kernel {
             Kernel::Measure => Entry::MEASURE,
             Kernel::Clip => Entry::CLIP,
             Kernel::Update => Entry::UPDATE,
             Kernel::Gsnr => Entry::GSNR,
+            Kernel::Histogram => Entry::HISTOGRAM,
+            Kernel::Dot => Entry::DOT,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
@@ -128,9 +136,8 @@ impl Backend for SimtProbe {
     }
 
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
-        let raw: Vec<RawTensor> = tensors.iter().map(|t| raw(t, t.as_bytes().as_ptr())).collect();
         // SAFETY: each is a slice that lives through the launch, which has run on return.
-        unsafe { self.0.measure_raw(&raw) }?;
+        unsafe { self.0.measure_raw(&all(tensors)) }?;
         self.0.wait()
     }
 
@@ -169,6 +176,28 @@ impl Backend for SimtProbe {
     fn history(&mut self) -> Result<HistoryReport, Error> {
         self.0.history()
     }
+
+    fn enable_histogram(&mut self) -> Result<(), Error> {
+        self.0.enable_histogram()
+    }
+
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        // SAFETY: as in `measure_host`.
+        unsafe { self.0.histogram_raw(&all(tensors)) }
+    }
+
+    fn enable_dot(&mut self) -> Result<(), Error> {
+        self.0.enable_dot()
+    }
+
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        // SAFETY: as in `measure_host`.
+        unsafe { self.0.dot_raw(&all(a), &all(b)) }
+    }
+}
+
+fn all(tensors: &[HostTensor<'_>]) -> Vec<RawTensor> {
+    tensors.iter().map(|tensor| raw(tensor, tensor.as_bytes().as_ptr())).collect()
 }
 
 fn raw(tensor: &HostTensor<'_>, address: *const u8) -> RawTensor {

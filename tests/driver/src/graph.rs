@@ -8,7 +8,7 @@ use crate::{
 };
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
 use gradprobe::{
-    GsnrRecord, Record, StepOutputs,
+    Dot, GsnrRecord, Histogram, Record, StepOutputs,
     launch::{Arguments, Device, Kernel},
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -100,6 +100,18 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         ] {
             demand_at_work(what, address, bytes);
         }
+    }
+    let more: &[(&str, u64, usize)] = match kernel {
+        Kernel::Histogram => &[("the histograms", arguments.histograms, tensors * size_of::<Histogram>())],
+        Kernel::Dot => &[
+            ("the second list", arguments.others, tensors * 16),
+            ("the chunks' dot products", arguments.chunk_dots, chunks * size_of::<Dot>()),
+            ("the dot products", arguments.dots, tensors * size_of::<Dot>()),
+        ],
+        _ => &[],
+    };
+    for &(what, address, bytes) in more {
+        demand_at_work(what, address, bytes);
     }
     let schedule = Schedule::Shuffled(SEED.fetch_add(1, Ordering::Relaxed));
     if let Err(error) = (Simt { schedule, blocks: 0 }).launch(kernel, blocks, arguments) {

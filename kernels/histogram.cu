@@ -1,0 +1,81 @@
+// Histogram: how many elements of each tensor have each exponent and upper two bits of the fraction, in one launch.
+//
+// An element's slot is the upper ten bits of its magnitude as f32: four to an octave. The slots of the exponent that
+// only Inf and NaN have hold the counts of those, and of zeros. A block counts in shared memory, in u32, and adds to the
+// tensor's u64 in global memory when it goes on to another tensor, or before 2^31 elements: integer atomics only, so
+// that no order matters. The host has them cleared before the launch.
+//
+// Reads each element once: n·size bytes. Zeros, of which some gradients have little else, are not counted one by one.
+#include "bins.cuh"
+#include "parts.cuh"
+
+constexpr u32 SLOTS = 1024;
+constexpr u32 SLOT_SHIFT = 21;
+constexpr u32 INF_SLOT = 1020; // the upper bits of Inf
+constexpr u32 NAN_SLOT = 1021;
+constexpr u32 ZERO_SLOT = 1022;
+static_assert(INFINITY_BITS >> SLOT_SHIFT == INF_SLOT, "src/histogram.rs");
+
+// The copies of each counter: see TUNING.md.
+constexpr u32 COPIES = 4;
+// Chunks a block counts at most before it adds them up: 2^31 elements.
+constexpr u32 HELD = 1 << 16;
+static_assert((u64)HELD * CHUNK <= 1ull << 31, "u32 counts");
+
+typedef Bins<SLOTS, COPIES> HistogramScratch;
+
+// Counts the lane's non-zero elements of a chunk, and says how many they are.
+template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Chunk &chunk) {
+    // Eight loads of 16 bytes in flight.
+    constexpr u32 TOGETHER = 8 * 4 / E::WORDS;
+    const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
+    u32 nonzeros = 0;
+    auto count = [&](const u32(*words)[E::WORDS]) {
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) {
+#pragma unroll
+            for (u32 slot = 0; slot < PACKET; slot++) {
+                u32 bits = float_to_bits(E::widen(E::element(words[p], slot))) & 0x7fffffffu;
+                u32 place = scratch.place(bits > INFINITY_BITS ? NAN_SLOT : bits >> SLOT_SHIFT);
+                nonzeros += bits != 0 ? 1 : 0;
+                atomicAdd(&scratch.counts[bits != 0 ? place : scratch.nowhere()], 1u);
+            }
+        }
+    };
+    auto whole = [&](u32 first) {
+        u32 words[TOGETHER][E::WORDS];
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
+        count(words);
+    };
+    auto rest = [&](u32 first) {
+        u32 words[TOGETHER][E::WORDS];
+        load_packets_guarded<E, TOGETHER>(elements, first, chunk.length, words);
+        count(words);
+    };
+    for_parts<TOGETHER>(chunk.length, chunk.address % 16 == 0, whole, rest);
+    return nonzeros;
+}
+
+KERNEL(8) gradprobe_histogram(Arguments a) {
+    SHARED(HistogramScratch, scratch);
+    scratch.clear();
+    BARRIER();
+    u32 held = 0, elements = 0, nonzeros = 0;
+    for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
+        u32 tensor = a.chunk_tensors[index], next = index + gridDim.x;
+        Chunk chunk = chunk_of(a, index, tensor);
+#define COUNT(E) nonzeros += count_chunk<E>(scratch, chunk)
+        FOR_DTYPE(chunk.dtype, COUNT)
+#undef COUNT
+        elements += chunk.length;
+        held++;
+        if (held < HELD && next < a.chunk_count && a.chunk_tensors[next] == tensor) continue;
+        // Zeros are the elements that no lane has counted: one lane adds all, and each takes off its own.
+        atomicAdd(&scratch.counts[scratch.place(ZERO_SLOT)], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
+        BARRIER();
+        scratch.flush(a.histograms + (u64)tensor * SLOTS);
+        BARRIER();
+        held = elements = nonzeros = 0;
+    }
+}
