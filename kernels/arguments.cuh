@@ -68,6 +68,6 @@ struct Arguments {
     float *deviations;
     GsnrRecord *gsnr_records;
     GsnrSums *gsnr_sums;        // a slot a chunk
-    u32 *gsnr_bins;             // BINS a tensor; 0 between launches
+    u32 *gsnr_bins;             // BINS a tracked tensor; 0 between launches
 };
 static_assert(sizeof(Arguments) == 136, "src/launch.rs");

@@ -104,7 +104,7 @@ KERNEL(4) gradprobe_gsnr(Arguments a) {
         if (track.offset == UNTRACKED || track.steps < 2) continue;
         const TensorEntry &entry = a.tensors[tensor];
         u64 first = (u64)(index - entry.first_chunk) * CHUNK, rest = entry.length - first;
-        u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)tensor * BINS;
+        u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)track.slot * BINS;
         const float *means = a.means + track.offset + first, *deviations = a.deviations + track.offset + first;
         GsnrSums sums = reduce_chunk(scratch, means, deviations, length, track.steps, bins);
         BARRIER(); // all have added to the bins, and what thread 0 says below holds for them

@@ -10,7 +10,7 @@ struct Track {
     u64 offset; // of its first element in the state
     u32 steps, skipped;
     u32 merge; // whether the last step is to be merged
-    u32 reserved;
+    u32 slot;  // which of the tracked tensors it is
     double norm_mean, norm_deviations;
 };
 static_assert(sizeof(Track) == 40, "src/gsnr.rs");
@@ -55,7 +55,7 @@ DEVICE void track_step(Track &track, const Record &record, u32 window) {
         track.skipped++;
         return;
     }
-    if (window != 0 && track.steps == window) track = {track.offset, 0, 0, 1, 0, 0.0, 0.0};
+    if (window != 0 && track.steps == window) track = {track.offset, 0, 0, 1, track.slot, 0.0, 0.0};
     track.steps++;
     double norm = sqrt(sum_squares((double)finite_count(record), record.mean_or_zero, record.sum_squared_deviations));
     double gap = norm - track.norm_mean;

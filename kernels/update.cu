@@ -22,17 +22,9 @@ DEVICE void store_floats(float *address, const Floats8 &floats) {
 
 template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps) {
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
-    bool aligned = chunk.address % 16 == 0;
-    float share = 1.0f / (float)steps;
-#pragma unroll 1
-    for (u32 index = threadIdx.x * PACKET; index < chunk.length; index += LANES * PACKET) {
-        u32 words[E::WORDS];
-        // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
-        if (aligned && index + PACKET <= chunk.length) {
-            load_packet_aligned<E>(elements + index, words);
-        } else {
-            load_packet_scalar<E>(elements + index, chunk.length - index, words);
-        }
+    float share = 1.0f / (float)steps, rest = (float)(steps - 1) / (float)steps;
+    // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
+    auto update = [&](u32 index, const u32 *words) {
         Floats8 mean = {}, deviation = {};
         if (steps > 1) {
             mean = load_floats(means + index);
@@ -41,15 +33,27 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
 #pragma unroll
         for (u32 slot = 0; slot < PACKET; slot++) {
             u32 &m = mean.half[slot / 4].word[slot % 4], &d = deviation.half[slot / 4].word[slot % 4];
-            float x = E::widen(E::element(words, slot));
-            float old = bits_to_float(m), gap = x - old, now = fmaf(gap, share, old);
+            float x = E::widen(E::element(words, slot)), old = bits_to_float(m), gap = x - old;
             // The first is taken as it is: x·1 + 0 would be the same but for -0.
-            if (steps == 1) now = x;
-            d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap, x - now, bits_to_float(d)));
-            m = float_to_bits(now);
+            m = float_to_bits(steps == 1 ? x : fmaf(gap, share, old));
+            d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap * rest, gap, bits_to_float(d)));
         }
         store_floats(means + index, mean);
         store_floats(deviations + index, deviation);
+    };
+    u32 whole = chunk.address % 16 == 0 ? chunk.length / PACKET * PACKET : 0, index = threadIdx.x * PACKET;
+#pragma unroll 1
+    for (; index < whole; index += LANES * PACKET) {
+        u32 words[E::WORDS];
+        load_packet_aligned<E>(elements + index, words);
+        update(index, words);
+    }
+    // What is left of an aligned chunk, and all of another.
+#pragma unroll 1
+    for (; index < chunk.length; index += LANES * PACKET) {
+        u32 words[E::WORDS];
+        load_packet_scalar<E>(elements + index, chunk.length - index, words);
+        update(index, words);
     }
 }
 

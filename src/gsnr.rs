@@ -41,8 +41,7 @@ impl GsnrConfig {
     /// [`Error::InvalidConfig`], [`Error::NoSuchTensor`] for a pattern that matches none, [`Error::TooLargeToTrack`].
     pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
         let layout = self.layout(plan)?;
-        let tracked = layout.tracks.iter().filter(|track| track.is_tracked()).count();
-        let per_tensor = tracked * BINS * size_of::<u32>() + layout.tracks.len() * size_of::<(Track, GsnrRecord)>();
+        let per_tensor = layout.bins * size_of::<u32>() + layout.tracks.len() * size_of::<(Track, GsnrRecord)>();
         Ok(layout.elements * 8 + (per_tensor + plan.chunks() * size_of::<GsnrSums>()) as u64)
     }
 
@@ -59,7 +58,7 @@ impl GsnrConfig {
         }
         let patterns: Vec<WildMatch> = self.patterns.iter().map(|pattern| WildMatch::new(pattern)).collect();
         let mut used = vec![false; patterns.len()];
-        let (mut tracks, mut elements) = (Vec::new(), 0);
+        let (mut tracks, mut elements, mut slot) = (Vec::new(), 0, 0);
         for tensor in plan.tensors() {
             let matched: Vec<usize> = (0..patterns.len()).filter(|&p| patterns[p].matches(&tensor.name)).collect();
             matched.iter().for_each(|&p| used[p] = true);
@@ -70,13 +69,14 @@ impl GsnrConfig {
             if u32::try_from(tensor.len).is_err() {
                 return Err(Error::TooLargeToTrack { name: tensor.name.clone(), length: tensor.len });
             }
-            tracks.push(Track { offset: elements, ..Track::zeroed() });
+            tracks.push(Track { offset: elements, slot, ..Track::zeroed() });
+            slot += 1;
             // Whole groups: what reads and writes 16 bytes at a time needs no end.
             elements += tensor.len.next_multiple_of(spec::GROUP as u64);
         }
         match used.iter().position(|&used| !used) {
             Some(unused) => Err(Error::NoSuchTensor { pattern: self.patterns[unused].clone() }),
-            None => Ok(Layout { tracks, elements }),
+            None => Ok(Layout { tracks, elements, bins: slot as usize * BINS }),
         }
     }
 }
@@ -87,6 +87,8 @@ pub(crate) struct Layout {
     pub tracks: Vec<Track>,
     /// Elements of the state, gaps included.
     pub elements: u64,
+    /// Bins of all the tracked tensors.
+    pub bins: usize,
 }
 
 /// How far a tensor has been tracked (`kernels/gsnr.cuh` has the other side).
@@ -101,7 +103,8 @@ pub(crate) struct Track {
     pub skipped: u32,
     /// Whether the last step is to be merged.
     pub merge: u32,
-    pub reserved: u32,
+    /// Which of the tracked tensors it is: the place of its bins.
+    pub slot: u32,
     /// Of the tensor's norm over the steps.
     pub norm_mean: f64,
     pub norm_deviations: f64,
@@ -115,6 +118,11 @@ impl Track {
         self.offset != Self::UNTRACKED
     }
 
+    /// The same tensor before its first step.
+    pub(crate) fn fresh(&self) -> Self {
+        Self { offset: self.offset, slot: self.slot, ..Self::zeroed() }
+    }
+
     /// Takes note of a step with this record. What is not finite, or so large that squares of differences leave f32
     /// ([`spec::LARGE`]), is left out.
     pub(crate) fn step(&mut self, record: &Record, window: u32) {
@@ -125,7 +133,7 @@ impl Track {
             return;
         }
         if window != 0 && self.steps == window {
-            *self = Self { offset: self.offset, merge: 1, ..Self::zeroed() };
+            *self = Self { merge: 1, ..self.fresh() };
         }
         self.steps += 1;
         let norm = record.finite_sum_squares().sqrt();

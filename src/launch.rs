@@ -5,7 +5,7 @@
 
 use crate::{
     Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, NonFinitePolicy, Plan, Record, Report, StepOutputs,
-    gsnr::{BINS, GsnrSums, Layout, Track},
+    gsnr::{GsnrSums, Layout, Track},
     spec::{CHUNK, LANES},
 };
 use bytemuck::{Pod, Zeroable};
@@ -171,7 +171,7 @@ pub struct Arguments {
     pub gsnr_records: u64,
     /// Sums of each chunk: workspace.
     pub gsnr_sums: u64,
-    /// Bins of each tensor: workspace.
+    /// Bins of each tracked tensor: workspace.
     pub gsnr_bins: u64,
 }
 
@@ -580,7 +580,7 @@ struct Tracking<D: Device> {
 
 impl<D: Device> Tracking<D> {
     fn new(device: &D, plan: &Plan, config: &GsnrConfig) -> Result<Self, Error> {
-        let Layout { tracks: fresh, elements } = config.layout(plan)?;
+        let Layout { tracks: fresh, elements, bins } = config.layout(plan)?;
         let count = fresh.len();
         let bytes = usize::try_from(elements * 4).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
         let records = count * size_of::<GsnrRecord>();
@@ -596,7 +596,7 @@ impl<D: Device> Tracking<D> {
             tracks: upload(bytemuck::cast_slice(&fresh))?,
             records: device.allocate(records.max(1))?,
             sums: device.allocate((plan.chunks() * size_of::<GsnrSums>()).max(1))?,
-            bins: upload(bytemuck::cast_slice(&vec![0u32; count * BINS]))?,
+            bins: upload(bytemuck::cast_slice(&vec![0u32; bins]))?,
             read: device.prepare_read(records)?,
             fresh,
         })

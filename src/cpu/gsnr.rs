@@ -37,7 +37,7 @@ impl Tracking {
     /// Forgets all steps.
     pub(super) fn reset(&mut self) {
         for track in &mut self.tracks {
-            *track = Track { offset: track.offset, ..bytemuck::Zeroable::zeroed() };
+            *track = track.fresh();
         }
     }
 
@@ -95,8 +95,10 @@ impl Tracking {
     }
 }
 
-/// Welford (1962): the mean moves by the difference over the steps; the deviations grow by the differences from the old
-/// and the new mean. The same three operations as in `kernels/update.cu`.
+/// Welford (1962): the mean moves by the difference over the steps, k; the squared deviations grow by the difference
+/// squared times (k - 1)/k. That is the product of the differences from the old and the new mean, but not 0 where the
+/// new mean rounds to the element, so that only an element that never changes has no deviations. `kernels/update.cu`
+/// has the same operations.
 struct Update<'a, E> {
     elements: &'a [E],
     means: &'a mut [f32],
@@ -118,12 +120,12 @@ impl<E: Element> Work for Update<'_, E> {
             return;
         }
         #[expect(clippy::cast_precision_loss, reason = "rounded the same on every backend")]
-        let share = 1.0 / self.steps as f32;
+        let (share, rest) = (1.0 / self.steps as f32, (self.steps - 1) as f32 / self.steps as f32);
         for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
             let x = x.widen_finite();
             let gap = x - *mean;
             *mean = gap.mul_add(share, *mean);
-            *deviation = gap.mul_add(x - *mean, *deviation);
+            *deviation = (gap * rest).mul_add(gap, *deviation);
         }
     }
 }
