@@ -69,5 +69,6 @@ struct Arguments {
     GsnrRecord *gsnr_records;
     GsnrSums *gsnr_sums;        // a slot a chunk
     u32 *gsnr_bins;             // BINS a tracked tensor; 0 between launches
+    const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 136, "src/launch.rs");
+static_assert(sizeof(Arguments) == 144, "src/launch.rs");

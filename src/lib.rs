@@ -20,6 +20,7 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod adam;
 mod backend;
 mod config;
 pub mod cpu;
@@ -37,6 +38,7 @@ mod record;
 mod report;
 mod spec;
 
+pub use adam::{AdamMoments, AdamStep};
 pub use backend::{Backend, HostTensor, HostTensorMut};
 pub use config::{Config, NonFinitePolicy};
 pub use cpu::CpuProbe;

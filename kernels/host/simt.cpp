@@ -4,6 +4,7 @@
 #include "../clip.cu"
 #include "../update.cu"
 #include "../gsnr.cu"
+#include "../adam.cu"
 
 thread_local SimtState gradprobe_simt_state;
 

@@ -11,7 +11,8 @@ mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    AdamMoments, AdamStep, Backend, Config, Error, GsnrConfig, GsnrReport, HostTensor, HostTensorMut, Plan, Record,
+    Report, StepOutputs, adam,
     backend::with_elements,
     dtype::sealed::Bits,
     spec::{self, CHUNK},
@@ -130,6 +131,17 @@ impl CpuProbe {
     pub fn gsnr(&self) -> Result<GsnrReport, Error> {
         let tracking = self.tracking.as_ref().ok_or(Error::NotTracked)?;
         GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
+    }
+
+    /// Signal and noise of the tensors whose moments are given, as [`AdamStep`] describes; with no state of its own.
+    /// `moments` are those of the plan's tensors, in its order; a tensor with empty ones is left out.
+    ///
+    /// # Errors
+    /// Those of [`AdamStep`], [`Error::TensorCount`], [`Error::TensorMismatch`], [`Error::TooLargeToTrack`].
+    pub fn adam_gsnr(&self, step: &AdamStep, moments: &[AdamMoments<'_>]) -> Result<GsnrReport, Error> {
+        let adam = step.check()?;
+        adam::check(&self.plan, moments.iter().map(|of| [of.exp_avg.len() as u64, of.exp_avg_sq.len() as u64]))?;
+        GsnrReport::new(Arc::clone(&self.plan), gsnr::adam_records(&adam, moments))
     }
 
     /// The last step's scalars.

@@ -37,8 +37,8 @@ impl Cuda {
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
-        let [measure, clip, update, gsnr] = Kernel::ALL.map(function);
-        Ok(Self { kernels: [measure?, clip?, update?, gsnr?], stream })
+        let [measure, clip, update, gsnr, adam] = Kernel::ALL.map(function);
+        Ok(Self { kernels: [measure?, clip?, update?, gsnr?, adam?], stream })
     }
 
     /// The stream everything is ordered on.

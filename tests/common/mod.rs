@@ -8,6 +8,7 @@
 pub mod cases;
 pub mod check;
 pub mod data;
+pub mod normal;
 pub mod oracle;
 
 use cases::{Case, Data};

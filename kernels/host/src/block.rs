@@ -54,6 +54,8 @@ entries! {
     UPDATE = gradprobe_update;
     /// [`Kernel::Gsnr`].
     GSNR = gradprobe_gsnr;
+    /// [`Kernel::Adam`].
+    ADAM = gradprobe_adam;
     /// Lanes read their neighbours' words behind a barrier: right.
     WITH_BARRIER = gradprobe_simt_with_barrier;
     /// Lanes read their neighbours' words without a barrier.

@@ -61,6 +61,7 @@ impl Device for Simt {
             Kernel::Clip => Entry::CLIP,
             Kernel::Update => Entry::UPDATE,
             Kernel::Gsnr => Entry::GSNR,
+            Kernel::Adam => Entry::ADAM,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
