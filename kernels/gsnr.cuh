@@ -32,7 +32,7 @@ struct GsnrRecord {
     u32 steps, skipped;
     u64 defined, constant, below_one;
     double sum_ratio, sum_variance, sum_squared_mean, median_or_nan, norm_mean, norm_deviations;
-    double noise_share, ratio_shift;
+    double effective_steps, ratio_shift;
     u64 nonfinite;
 };
 static_assert(sizeof(GsnrRecord) == 104, "src/gsnr.rs");
@@ -43,10 +43,10 @@ struct Spread {
 };
 
 struct Estimate {
-    double degrees, noise_share, ratio_shift;
+    double degrees, effective_steps, ratio_shift;
 };
 DEVICE Estimate estimate_of(const Track &track) {
-    return {(double)(track.steps - 1), 1.0 / (double)track.steps, 0.0};
+    return {(double)(track.steps - 1), (double)track.steps, 0.0};
 }
 
 // What is the same for all tensors at a step of Adam, before the table of their moments: src/adam.rs.

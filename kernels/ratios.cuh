@@ -93,7 +93,7 @@ DEVICE GsnrRecord with_sums(GsnrRecord record, u64 elements, const Estimate &est
     record.sum_squared_mean = sums.squared_means;
     // Not of the NaN, whose bits a GPU's arithmetic would change.
     record.median_or_nan = sums.defined == 0 ? median : median - estimate.ratio_shift;
-    record.noise_share = estimate.noise_share;
+    record.effective_steps = estimate.effective_steps;
     record.ratio_shift = estimate.ratio_shift;
     return record;
 }

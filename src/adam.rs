@@ -30,7 +30,7 @@ use bytemuck::{Pod, Zeroable};
 /// r  = m̂² / σ̂² − c                 the second over the first: m̂² / (v̂ − m̂²), freed of the noise in m̂ and v̂ − m̂²
 /// ```
 ///
-/// A [`GsnrRecord`](crate::GsnrRecord) then has `noise_share` c, `sum_squared_mean` Σ m̂², `sum_variance` Σ σ̂², and of
+/// A [`GsnrRecord`](crate::GsnrRecord) then has `effective_steps` 1/c, `sum_squared_mean` Σ m̂², `sum_variance` Σ σ̂², and of
 /// the ratios r their mean, median and share below 1. An element whose v̂ − m̂² is not above 0 has no ratio; it counts
 /// as constant, and enters both sums as it is, since leaving out what chance made negative would bias them. So where
 /// nothing varies `sum_variance` may fall below 0 by what the rounding of the moments leaves, about 1e-7 of
@@ -112,7 +112,7 @@ impl AdamStep {
         Ok(Adam {
             estimate: Estimate {
                 degrees: 2.0 * beta1 * before / ((1.0 + beta1) * seen),
-                noise_share,
+                effective_steps: 1.0 / noise_share,
                 ratio_shift: noise_share,
             },
             mean_scale: 1.0 / seen,
@@ -168,8 +168,9 @@ mod tests {
             let share: f64 = weights.iter().map(|w| (w / sum).powi(2)).sum();
             let rest: f64 = weights.iter().map(|w| w / sum * ((sum - w) / sum)).sum();
             let step = AdamStep { step: step.unsigned_abs(), beta1, beta2: 0.5 };
-            let Estimate { degrees, noise_share, .. } = step.check().unwrap().estimate;
-            assert!((noise_share / share - 1.0).abs() < 1e-9, "{step:?}: {noise_share} for {share}");
+            let Estimate { degrees, effective_steps, ratio_shift } = step.check().unwrap().estimate;
+            assert!((ratio_shift / share - 1.0).abs() < 1e-9, "{step:?}: {ratio_shift} for {share}");
+            assert!((effective_steps * share - 1.0).abs() < 1e-9, "{step:?}: {effective_steps} for 1 / {share}");
             assert!((degrees / rest - 1.0).abs() < 1e-6, "{step:?}: {degrees} for {rest}");
         }
     }

@@ -126,7 +126,7 @@ impl Track {
     /// Of at least two steps.
     pub(crate) fn estimate(&self) -> Estimate {
         let steps = f64::from(self.steps);
-        Estimate { degrees: steps - 1.0, noise_share: 1.0 / steps, ratio_shift: 0.0 }
+        Estimate { degrees: steps - 1.0, effective_steps: steps, ratio_shift: 0.0 }
     }
 
     /// Takes note of a step with this record. What is not finite, or so large that squares of differences leave f32
@@ -212,8 +212,8 @@ impl GsnrSums {
 pub(crate) struct Estimate {
     /// What a deviation is divided by to give a variance.
     pub degrees: f64,
-    /// See [`GsnrRecord::noise_share`].
-    pub noise_share: f64,
+    /// See [`GsnrRecord::effective_steps`].
+    pub effective_steps: f64,
     /// See [`GsnrRecord::ratio_shift`].
     pub ratio_shift: f64,
 }
@@ -225,12 +225,12 @@ pub(crate) struct Estimate {
 /// a gradient scale of 1e-5 into 0.0099. Elements that do not vary are counted instead.
 ///
 /// From Adam's moments ([`AdamStep`](crate::AdamStep)) mean_j² and var_j are estimates, and
-/// r_j = mean_j² / var_j − [`noise_share`](Self::noise_share): already freed of what the noise adds to it, and below 0
-/// where that is all there is.
+/// r_j = mean_j² / var_j − 1 / [`effective_steps`](Self::effective_steps): already freed of what the noise adds to it,
+/// and below 0 where that is all there is.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct GsnrRecord {
-    /// Steps that the numbers are of, k. Adam's moments forget; they count as 1 / [`noise_share`](Self::noise_share).
+    /// Steps that the numbers are of, k.
     pub steps: u32,
     /// Steps left out: with an element that is NaN, infinite or above 2^50 in magnitude.
     pub skipped: u32,
@@ -252,10 +252,10 @@ pub struct GsnrRecord {
     pub norm_mean: f64,
     /// Sum of its squared deviations.
     pub norm_deviations: f64,
-    /// Share of an element's variance that is left in the square of its mean: 1/k, and of Adam's moments what
-    /// [`AdamStep`](crate::AdamStep) derives. 0 below two steps.
-    pub noise_share: f64,
-    /// What was taken off each ratio: `noise_share` of Adam's moments, 0 of tracked steps.
+    /// Equal steps that the means are worth: an element's variance over this is left in its mean. k of tracked steps; of
+    /// Adam's moments, which forget, the 1/c of [`AdamStep`](crate::AdamStep). 0 below two steps.
+    pub effective_steps: f64,
+    /// What was taken off each ratio: 1 / `effective_steps` of Adam's moments, 0 of tracked steps.
     pub ratio_shift: f64,
     /// Elements left out, of Adam's moments alone: one of the two is NaN or infinite.
     pub nonfinite: u64,
@@ -282,7 +282,7 @@ impl GsnrRecord {
     /// The record completed by what the elements add up to.
     #[expect(clippy::cast_precision_loss, reason = "below 2^32")]
     pub(crate) fn with_sums(self, elements: u64, estimate: &Estimate, sums: &GsnrSums, bins: &[u32]) -> Self {
-        let Estimate { degrees, noise_share, ratio_shift } = *estimate;
+        let Estimate { degrees, effective_steps, ratio_shift } = *estimate;
         Self {
             defined: sums.defined,
             constant: elements - sums.defined - sums.nonfinite,
@@ -292,7 +292,7 @@ impl GsnrRecord {
             sum_variance: sums.deviations / degrees,
             sum_squared_mean: sums.squared_means,
             median_or_nan: if sums.defined == 0 { f64::NAN } else { median(bins, sums.defined) - ratio_shift },
-            noise_share,
+            effective_steps,
             ratio_shift,
             ..self
         }
@@ -342,7 +342,7 @@ impl GsnrRecord {
     /// |G|², the squared norm of the true gradient, without the part that the noise of the mean has in Σ mean_j².
     /// Negative where the noise hides it. `None` below two steps.
     pub fn squared_gradient(&self) -> Option<f64> {
-        (self.steps >= 2).then(|| self.sum_squared_mean - self.sum_variance * self.noise_share)
+        (self.steps >= 2).then(|| self.sum_squared_mean - self.sum_variance / self.effective_steps)
     }
 }
 

@@ -153,8 +153,8 @@ fn the_cpu_conforms_at_every_scale() {
             assert_eq!((seen.steps, seen.skipped, seen.nonfinite), (last, 0, 0));
             // Of the very moments: all but exact, up to elements whose ratio is 1 or variance 0 to the last bits of f64.
             let truth = optimizer.truth_of_f32();
-            near(&what("noise share"), seen.noise_share, truth.share, 1e-12);
-            assert_eq!(seen.ratio_shift.to_bits(), seen.noise_share.to_bits());
+            near(&what("effective steps"), seen.effective_steps, 1.0 / truth.share, 1e-12);
+            near(&what("ratio shift"), seen.ratio_shift, truth.share, 1e-12);
             assert_eq!(
                 (seen.defined, seen.constant),
                 (truth.ratios.len() as u64, truth.constant),
@@ -224,7 +224,7 @@ fn known_signal_and_noise_are_found() {
         (0.99, 2000, 3.0),
     ] {
         let records = known(beta1, steps, ratio);
-        let share = records[0].noise_share;
+        let share = 1.0 / records[0].effective_steps;
         let gradient: Vec<f64> = records.iter().map(|r| r.squared_gradient().unwrap() / 500.0).collect();
         let noise: Vec<f64> = records.iter().map(|r| r.sum_variance / 500.0).collect();
         let ratios: Vec<f64> = records.iter().map(|r| r.mean().unwrap()).collect();
