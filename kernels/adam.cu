@@ -17,6 +17,6 @@ KERNEL(4) gradprobe_adam(Arguments a) {
         u32 tensor = a.chunk_tensors[index];
         AdamMoments of = moments[tensor];
         if (!of.exp_avg) continue; // given none
-        reduce(scratch, a, index, tensor, tensor, of.exp_avg, of.exp_avg_sq, element, step.estimate, known);
+        reduce(scratch, a, index, tensor, tensor, of.exp_avg, of.exp_avg_sq, element, step.scaling, known);
     }
 }

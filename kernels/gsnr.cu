@@ -22,7 +22,7 @@ KERNEL(4) gradprobe_gsnr(Arguments a) {
         if (track.steps < 2) {
             a.gsnr_records[i] = record_of(track);
         } else if (a.tensors[i].chunk_count == 0) {
-            a.gsnr_records[i] = with_sums(record_of(track), 0, estimate_of(track), GsnrSums{}, no_median());
+            a.gsnr_records[i] = with_sums(record_of(track), 0, scaling_of(track), GsnrSums{}, no_median());
         }
     }
     auto element = [](double mean, double deviation) { return Spread{mean * mean, deviation}; };
@@ -31,6 +31,6 @@ KERNEL(4) gradprobe_gsnr(Arguments a) {
         const Track &track = a.tracks[tensor];
         if (track.offset == UNTRACKED || track.steps < 2) continue;
         reduce(scratch, a, index, tensor, track.slot, a.means + track.offset, a.deviations + track.offset, element,
-               estimate_of(track), record_of(track));
+               scaling_of(track), record_of(track));
     }
 }

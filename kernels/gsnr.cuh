@@ -37,21 +37,21 @@ struct GsnrRecord {
 };
 static_assert(sizeof(GsnrRecord) == 104, "src/gsnr.rs");
 
-// What is known of an element: its squared mean, and what over Estimate::degrees is its variance.
+// What is known of an element: its squared mean, and what over Scaling::degrees is its variance.
 struct Spread {
     double square, deviation;
 };
 
-struct Estimate {
+struct Scaling {
     double degrees, effective_steps, ratio_shift;
 };
-DEVICE Estimate estimate_of(const Track &track) {
+DEVICE Scaling scaling_of(const Track &track) {
     return {(double)(track.steps - 1), (double)track.steps, 0.0};
 }
 
 // What is the same for all tensors at a step of Adam, before the table of their moments: src/adam.rs.
 struct AdamStep {
-    Estimate estimate;
+    Scaling scaling;
     double mean_scale, square_scale; // by which the moments are freed of their start from 0
     u32 steps, reserved;
 };

@@ -20,10 +20,10 @@ struct GsnrScratch {
 // deviation from what the two arrays hold of it.
 template <typename Source>
 DEVICE GsnrSums reduce_chunk(GsnrScratch &scratch, const float *means, const float *spreads, u32 length,
-                             const Source &element, const Estimate &estimate, u32 *bins) {
+                             const Source &element, const Scaling &scaling, u32 *bins) {
     for (u32 bin = threadIdx.x; bin < BINS; bin += LANES) scratch.bins[bin] = 0;
     BARRIER();
-    double one = 1.0 + estimate.ratio_shift;
+    double one = 1.0 + scaling.ratio_shift;
     auto lane = [&](u64 t) {
         GsnrSums sums = {};
         for (u32 i = (u32)t; i < length; i += LANES) {
@@ -36,7 +36,7 @@ DEVICE GsnrSums reduce_chunk(GsnrScratch &scratch, const float *means, const flo
             sums.squared_means += spread.square;
             sums.deviations += spread.deviation;
             if (spread.deviation > 0.0) {
-                double ratio = spread.square * estimate.degrees / spread.deviation;
+                double ratio = spread.square * scaling.degrees / spread.deviation;
                 sums.defined++;
                 sums.below_one += ratio < one ? 1 : 0;
                 sums.ratios += ratio;
@@ -82,19 +82,19 @@ DEVICE double take_median(GsnrScratch &scratch, u32 *bins) {
 }
 
 // The record of a tensor whose sums are known, from what is known without them.
-DEVICE GsnrRecord with_sums(GsnrRecord record, u64 elements, const Estimate &estimate, const GsnrSums &sums,
+DEVICE GsnrRecord with_sums(GsnrRecord record, u64 elements, const Scaling &scaling, const GsnrSums &sums,
                             double median) {
     record.defined = sums.defined;
     record.constant = elements - sums.defined - sums.nonfinite;
     record.nonfinite = sums.nonfinite;
     record.below_one = sums.below_one;
-    record.sum_ratio = sums.ratios - estimate.ratio_shift * (double)sums.defined;
-    record.sum_variance = sums.deviations / estimate.degrees;
+    record.sum_ratio = sums.ratios - scaling.ratio_shift * (double)sums.defined;
+    record.sum_variance = sums.deviations / scaling.degrees;
     record.sum_squared_mean = sums.squared_means;
     // Not of the NaN, whose bits a GPU's arithmetic would change.
-    record.median_or_nan = sums.defined == 0 ? median : median - estimate.ratio_shift;
-    record.effective_steps = estimate.effective_steps;
-    record.ratio_shift = estimate.ratio_shift;
+    record.median_or_nan = sums.defined == 0 ? median : median - scaling.ratio_shift;
+    record.effective_steps = scaling.effective_steps;
+    record.ratio_shift = scaling.ratio_shift;
     return record;
 }
 
@@ -102,16 +102,16 @@ DEVICE GsnrRecord with_sums(GsnrRecord record, u64 elements, const Estimate &est
 // begin with the tensor; its bins are those of `slot`.
 template <typename Source>
 DEVICE void reduce(GsnrScratch &scratch, const Arguments &a, u32 index, u32 tensor, u32 slot, const float *means,
-                   const float *spreads, const Source &element, const Estimate &estimate, const GsnrRecord &known) {
+                   const float *spreads, const Source &element, const Scaling &scaling, const GsnrRecord &known) {
     const TensorEntry &entry = a.tensors[tensor];
     u64 first = (u64)(index - entry.first_chunk) * CHUNK, rest = entry.length - first;
     u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)slot * BINS;
-    GsnrSums sums = reduce_chunk(scratch, means + first, spreads + first, length, element, estimate, bins);
+    GsnrSums sums = reduce_chunk(scratch, means + first, spreads + first, length, element, scaling, bins);
     BARRIER(); // all have added to the bins, and what thread 0 says below holds for them
     if (!merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, a.gsnr_sums, &scratch.sums)) return;
     double median = take_median(scratch, bins);
     if (threadIdx.x == 0) {
-        a.gsnr_records[tensor] = with_sums(known, entry.length, estimate, scratch.sums, median);
+        a.gsnr_records[tensor] = with_sums(known, entry.length, scaling, scratch.sums, median);
     }
     BARRIER(); // the bins have been read
 }

@@ -1,6 +1,6 @@
 //! Signal and noise from the two moments that Adam keeps of each gradient, with no state of our own.
 
-use crate::{Error, Plan, gsnr::Estimate};
+use crate::{Error, Plan, gsnr::Scaling};
 use bytemuck::{Pod, Zeroable};
 
 /// A step of Adam, or of an optimizer that keeps the same moments: what its moments are worth as statistics.
@@ -71,7 +71,7 @@ pub struct AdamMoments<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Adam {
-    pub estimate: Estimate,
+    pub scaling: Scaling,
     /// 1 / (1 − β1^t) and 1 / (1 − β2^t).
     mean_scale: f64,
     square_scale: f64,
@@ -110,7 +110,7 @@ impl AdamStep {
         let (seen, before) = (1.0 - power(beta1, step), 1.0 - power(beta1, step - 1));
         let noise_share = (1.0 - beta1) * (1.0 + power(beta1, step)) / ((1.0 + beta1) * seen);
         Ok(Adam {
-            estimate: Estimate {
+            scaling: Scaling {
                 degrees: 2.0 * beta1 * before / ((1.0 + beta1) * seen),
                 effective_steps: 1.0 / noise_share,
                 ratio_shift: noise_share,
@@ -168,7 +168,7 @@ mod tests {
             let share: f64 = weights.iter().map(|w| (w / sum).powi(2)).sum();
             let rest: f64 = weights.iter().map(|w| w / sum * ((sum - w) / sum)).sum();
             let step = AdamStep { step: step.unsigned_abs(), beta1, beta2: 0.5 };
-            let Estimate { degrees, effective_steps, ratio_shift } = step.check().unwrap().estimate;
+            let Scaling { degrees, effective_steps, ratio_shift } = step.check().unwrap().scaling;
             assert!((ratio_shift / share - 1.0).abs() < 1e-9, "{step:?}: {ratio_shift} for {share}");
             assert!((effective_steps * share - 1.0).abs() < 1e-9, "{step:?}: {effective_steps} for 1 / {share}");
             assert!((degrees / rest - 1.0).abs() < 1e-6, "{step:?}: {degrees} for {rest}");

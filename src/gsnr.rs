@@ -124,9 +124,9 @@ impl Track {
     }
 
     /// Of at least two steps.
-    pub(crate) fn estimate(&self) -> Estimate {
+    pub(crate) fn scaling(&self) -> Scaling {
         let steps = f64::from(self.steps);
-        Estimate { degrees: steps - 1.0, effective_steps: steps, ratio_shift: 0.0 }
+        Scaling { degrees: steps - 1.0, effective_steps: steps, ratio_shift: 0.0 }
     }
 
     /// Takes note of a step with this record. What is not finite, or so large that squares of differences leave f32
@@ -209,7 +209,7 @@ impl GsnrSums {
 /// How the squared mean and the deviation of an element make a ratio, and the sums of them a record.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct Estimate {
+pub(crate) struct Scaling {
     /// What a deviation is divided by to give a variance.
     pub degrees: f64,
     /// See [`GsnrRecord::effective_steps`].
@@ -276,13 +276,13 @@ impl GsnrRecord {
             norm_deviations: track.norm_deviations,
             ..Self::of_steps(track.steps)
         };
-        if track.steps < 2 { known } else { known.with_sums(elements, &track.estimate(), sums, bins) }
+        if track.steps < 2 { known } else { known.with_sums(elements, &track.scaling(), sums, bins) }
     }
 
     /// The record completed by what the elements add up to.
     #[expect(clippy::cast_precision_loss, reason = "below 2^32")]
-    pub(crate) fn with_sums(self, elements: u64, estimate: &Estimate, sums: &GsnrSums, bins: &[u32]) -> Self {
-        let Estimate { degrees, effective_steps, ratio_shift } = *estimate;
+    pub(crate) fn with_sums(self, elements: u64, scaling: &Scaling, sums: &GsnrSums, bins: &[u32]) -> Self {
+        let Scaling { degrees, effective_steps, ratio_shift } = *scaling;
         Self {
             defined: sums.defined,
             constant: elements - sums.defined - sums.nonfinite,

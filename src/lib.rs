@@ -20,6 +20,7 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod accumulation;
 mod adam;
 mod backend;
 mod config;
@@ -38,6 +39,7 @@ mod record;
 mod report;
 mod spec;
 
+pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
 pub use adam::{AdamMoments, AdamStep};
 pub use backend::{Backend, HostTensor, HostTensorMut};
 pub use config::{Config, NonFinitePolicy};

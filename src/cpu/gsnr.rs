@@ -6,7 +6,7 @@ use crate::{
     AdamMoments, Element, Error, GsnrConfig, GsnrRecord, HostTensor, Plan, Record,
     adam::Adam,
     backend::with_elements,
-    gsnr::{BINS, Estimate, GsnrSums, Track, bin_of},
+    gsnr::{BINS, GsnrSums, Scaling, Track, bin_of},
     spec::{self, CHUNK, LANES},
 };
 use rayon::prelude::*;
@@ -82,7 +82,7 @@ impl Tracking {
             let (mut sums, mut bins) = Default::default();
             if track.steps >= 2 {
                 let element = |mean: f64, deviation: f64| (mean * mean, deviation);
-                (sums, bins) = reduce(means, deviations, element, track.estimate());
+                (sums, bins) = reduce(means, deviations, element, track.scaling());
             }
             (index, GsnrRecord::of_track(track, length, &sums, &bins))
         };
@@ -130,9 +130,9 @@ pub(super) fn adam_records(adam: &Adam, moments: &[AdamMoments<'_>]) -> Vec<(usi
     let given: Vec<_> = moments.iter().enumerate().filter(|(_, moments)| !moments.exp_avg.is_empty()).collect();
     let record = |&(index, moments): &(usize, &AdamMoments<'_>)| {
         let element = |exp_avg: f64, exp_avg_sq: f64| adam.element(exp_avg, exp_avg_sq);
-        let (sums, bins) = reduce(moments.exp_avg, moments.exp_avg_sq, element, adam.estimate);
+        let (sums, bins) = reduce(moments.exp_avg, moments.exp_avg_sq, element, adam.scaling);
         let length = moments.exp_avg.len() as u64;
-        (index, GsnrRecord::of_steps(adam.steps).with_sums(length, &adam.estimate, &sums, &bins))
+        (index, GsnrRecord::of_steps(adam.steps).with_sums(length, &adam.scaling, &sums, &bins))
     };
     given.par_iter().map(record).collect()
 }
@@ -143,11 +143,11 @@ fn reduce(
     means: &[f32],
     spreads: &[f32],
     element: impl Fn(f64, f64) -> (f64, f64) + Copy + Sync,
-    estimate: Estimate,
+    scaling: Scaling,
 ) -> (GsnrSums, Vec<u32>) {
     let chunks = means.par_chunks(CHUNK).zip(spreads.par_chunks(CHUNK));
     let chunks: Vec<(GsnrSums, Vec<u32>)> =
-        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, element, estimate })).collect();
+        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, element, scaling })).collect();
     let mut bins = vec![0; BINS];
     for (_, chunk) in &chunks {
         bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
@@ -160,7 +160,7 @@ struct Reduce<'a, F> {
     means: &'a [f32],
     spreads: &'a [f32],
     element: F,
-    estimate: Estimate,
+    scaling: Scaling,
 }
 
 impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
@@ -170,7 +170,7 @@ impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
     fn run(self) -> (GsnrSums, Vec<u32>) {
         let mut lanes = [GsnrSums::default(); LANES];
         let mut bins = vec![0; BINS];
-        let one = 1.0 + self.estimate.ratio_shift;
+        let one = 1.0 + self.scaling.ratio_shift;
         for (means, spreads) in self.means.chunks(LANES).zip(self.spreads.chunks(LANES)) {
             for ((lane, &mean), &spread) in lanes.iter_mut().zip(means).zip(spreads) {
                 let (square, deviation) = (self.element)(f64::from(mean), f64::from(spread));
@@ -181,7 +181,7 @@ impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
                 lane.squared_means += square;
                 lane.deviations += deviation;
                 if deviation > 0.0 {
-                    let ratio = square * self.estimate.degrees / deviation;
+                    let ratio = square * self.scaling.degrees / deviation;
                     lane.defined += 1;
                     lane.below_one += u64::from(ratio < one);
                     lane.ratios += ratio;

@@ -1,6 +1,7 @@
 //! Normal deviates from a seed, for answers that are known on average.
 
 /// Numbers with mean 0 and variance 1.
+#[derive(Clone)]
 pub struct Normal {
     random: u64,
     /// The second of the last pair.
