@@ -99,7 +99,7 @@ impl AdamStep {
             let value = beta1.to_string();
             return Err(Error::InvalidConfig { option: "beta1", expected: "above 0 and below 1", value });
         }
-        if !(beta2 >= 0.0 && beta2 < 1.0) {
+        if !(0.0..1.0).contains(&beta2) {
             let value = beta2.to_string();
             return Err(Error::InvalidConfig { option: "beta2", expected: "at least 0 and below 1", value });
         }

@@ -620,7 +620,7 @@ fn check_address(name: &str, address: u64, len: u64, dtype: DType) -> Result<(),
     if address == 0 {
         return Err(Error::NullPointer { name: name() });
     }
-    if address % size as u64 != 0 {
+    if !address.is_multiple_of(size as u64) {
         return Err(Error::MisalignedPointer { name: name(), address, size });
     }
     match address.checked_add(len * size as u64) {

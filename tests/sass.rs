@@ -6,7 +6,7 @@
 mod listing;
 mod require;
 
-use gradprobe::{DType, cuda::FATBIN};
+use gradprobe::{DType, cuda::FATBIN, launch::Kernel};
 use listing::{Cost, Instruction, Listing, lies_in};
 use require::skipped;
 use std::{env, ops::Range, path::PathBuf, process::Command};
@@ -195,9 +195,12 @@ fn nothing_goes_to_local_memory() {
         assert_eq!(kernel.count(&(0..kernel.instructions().len()), local), 0);
     }
     let usages = resource_usage();
-    let found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
-    let both = |architecture| [(architecture, "gradprobe_clip"), (architecture, "gradprobe_measure")];
-    assert_eq!(found, ARCHITECTURES.map(both).concat(), "two kernels for each architecture");
+    let mut found: Vec<_> = usages.iter().map(|(architecture, kernel, _)| (*architecture, kernel.as_str())).collect();
+    found.sort_unstable();
+    let mut entries = Kernel::ALL.map(Kernel::entry);
+    entries.sort_unstable();
+    let all = ARCHITECTURES.map(|architecture| entries.map(|entry| (architecture, entry)));
+    assert_eq!(found, all.concat(), "every kernel for each architecture");
     for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
     }

@@ -23,7 +23,6 @@ impl Normal {
     }
 
     /// Box and Muller (1958).
-    #[expect(clippy::should_implement_trait, reason = "it has no end")]
     pub fn next(&mut self) -> f64 {
         if let Some(next) = self.next.take() {
             return next;
