@@ -106,6 +106,7 @@ struct Arguments {
     const Other *others;        // the second list of a dot; null, as the two below, when there is none
     Dot *chunk_dots;
     Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
+    const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 224, "src/launch.rs");
+static_assert(sizeof(Arguments) == 232, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

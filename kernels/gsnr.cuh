@@ -24,7 +24,7 @@ constexpr u32 BIN_SHIFT = 19;
 struct GsnrSums {
     u64 defined, below_one;
     double ratios, deviations, squared_means;
-    u64 reserved;
+    u64 nonfinite;
 };
 static_assert(sizeof(GsnrSums) == 48, "src/gsnr.rs");
 
@@ -32,19 +32,45 @@ struct GsnrRecord {
     u32 steps, skipped;
     u64 defined, constant, below_one;
     double sum_ratio, sum_variance, sum_squared_mean, median_or_nan, norm_mean, norm_deviations;
+    double effective_steps, ratio_shift;
+    u64 nonfinite;
 };
-static_assert(sizeof(GsnrRecord) == 80, "src/gsnr.rs");
+static_assert(sizeof(GsnrRecord) == 104, "src/gsnr.rs");
+
+// What is known of an element: its squared mean, and what over Scaling::degrees is its variance.
+struct Spread {
+    double square, deviation;
+};
+
+struct Scaling {
+    double degrees, effective_steps, ratio_shift;
+};
+DEVICE Scaling scaling_of(const Track &track) {
+    return {(double)(track.steps - 1), (double)track.steps, 0.0};
+}
+
+// What is the same for all tensors at a step of Adam, before the table of their moments: src/adam.rs.
+struct AdamStep {
+    Scaling scaling;
+    double mean_scale, square_scale; // by which the moments are freed of their start from 0
+    u32 steps, reserved;
+};
+static_assert(sizeof(AdamStep) == 48, "src/adam.rs");
+ASSERT_OFFSET(AdamStep, steps, 40, "src/adam.rs");
+struct AdamMoments {
+    const float *exp_avg, *exp_avg_sq;
+};
 
 DEVICE GsnrSums merge(const GsnrSums &a, const GsnrSums &b) {
     return {a.defined + b.defined, a.below_one + b.below_one, a.ratios + b.ratios, a.deviations + b.deviations,
-            a.squared_means + b.squared_means, 0};
+            a.squared_means + b.squared_means, a.nonfinite + b.nonfinite};
 }
 
 // Sums that another block has written in this launch.
 DEVICE GsnrSums load_record(const GsnrSums *from) {
     const u64 *words = (const u64 *)from;
     LongPair counts = load_fresh(words), sums = load_fresh(words + 2), rest = load_fresh(words + 4);
-    return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), 0};
+    return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), rest.y};
 }
 
 // Whether a step of a tensor with this record is merged into its state.

@@ -60,6 +60,25 @@ pub enum Error {
         /// `histogram` or `dot`.
         what: &'static str,
     },
+    /// A report of other tensors than those that noise is estimated of.
+    #[error("the report is of another plan than the one whose noise is estimated")]
+    ReportOfAnotherPlan,
+    /// A micro-batch that is not the next, or not one of an accumulation.
+    #[error(
+        "micro-batch {given} (measurement {step}) cannot follow micro-batch {last} (measurement {last_step}) of {of}"
+    )]
+    MicroBatchOrder {
+        /// Its number in the accumulation, from 1.
+        given: u32,
+        /// The number of its measurement.
+        step: u64,
+        /// The number of the one before, 0 when an accumulation begins.
+        last: u32,
+        /// And of that one's measurement.
+        last_step: u64,
+        /// Micro-batches in an accumulation.
+        of: u32,
+    },
     /// A step was given another number of tensors than its plan has.
     #[error("the plan has {planned} tensors, the step gave {given}")]
     TensorCount {

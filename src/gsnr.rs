@@ -121,6 +121,12 @@ impl Track {
         Self { offset: self.offset, slot: self.slot, ..Self::zeroed() }
     }
 
+    /// Of at least two steps.
+    pub(crate) fn scaling(&self) -> Scaling {
+        let steps = f64::from(self.steps);
+        Scaling { degrees: steps - 1.0, effective_steps: steps, ratio_shift: 0.0 }
+    }
+
     /// Takes note of a step with this record, and says whether it is to be merged. What is not finite, or so large that
     /// squares of differences leave f32 ([`spec::LARGE`]), is left out.
     pub(crate) fn step(&mut self, record: &Record, window: u32) -> bool {
@@ -159,7 +165,7 @@ fn middle_of(bin: usize) -> f64 {
     if bin == 0 { 0.0 } else { f64::from(f32::from_bits(low | 1 << (BIN_SHIFT - 1))) }
 }
 
-/// The median of the ratios in these bins, `defined` of them.
+/// The median of the ratios in these bins, `defined` of them and at least one.
 pub(crate) fn median(bins: &[u32], defined: u64) -> f64 {
     let of_rank = |rank: u64| {
         let mut below = 0;
@@ -169,7 +175,7 @@ pub(crate) fn median(bins: &[u32], defined: u64) -> f64 {
         });
         middle_of(bin.unwrap_or(BINS - 1))
     };
-    if defined == 0 { f64::NAN } else { (of_rank((defined - 1) / 2) + of_rank(defined / 2)) / 2.0 }
+    (of_rank((defined - 1) / 2) + of_rank(defined / 2)) / 2.0
 }
 
 /// What a chunk, and then a tensor, adds up over its elements.
@@ -181,7 +187,7 @@ pub(crate) struct GsnrSums {
     pub ratios: f64,
     pub deviations: f64,
     pub squared_means: f64,
-    pub reserved: u64,
+    pub nonfinite: u64,
 }
 const _: () = assert!(size_of::<GsnrSums>() == 48);
 
@@ -193,12 +199,24 @@ impl GsnrSums {
             ratios: self.ratios + other.ratios,
             deviations: self.deviations + other.deviations,
             squared_means: self.squared_means + other.squared_means,
-            reserved: 0,
+            nonfinite: self.nonfinite + other.nonfinite,
         }
     }
 }
 
-/// Signal and noise of one tensor's elements over the steps (80 bytes, the same on the device).
+/// How the squared mean and the deviation of an element make a ratio, and the sums of them a record.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Scaling {
+    /// What a deviation is divided by to give a variance.
+    pub degrees: f64,
+    /// See [`GsnrRecord::effective_steps`].
+    pub effective_steps: f64,
+    /// See [`GsnrRecord::ratio_shift`].
+    pub ratio_shift: f64,
+}
+
+/// Signal and noise of one tensor's elements over the steps (104 bytes, the same on the device).
 ///
 /// With mean_j and var_j (ddof 1) of element j over k steps, r_j = mean_j² / var_j is its gradient's signal-to-noise
 /// ratio (Liu et al. 2020, arXiv 2001.07384). Nothing is added to the divisor: an ε of 1e-8 would turn a ratio of 1 at
@@ -208,6 +226,10 @@ impl GsnrSums {
 /// |mean| is below 1000 standard deviations, over 3000 steps, and while the differences between steps are above 1e-19.
 /// Below 2e-23 these vanish, and the element counts as one that does not vary; otherwise an element counts as such only
 /// if all its steps are equal. A mean that cancels to less than 2^-22 of the elements is rounding.
+///
+/// From Adam's moments ([`AdamStep`](crate::AdamStep)) mean_j² and var_j are estimates, and
+/// r_j = mean_j² / var_j − 1 / [`effective_steps`](Self::effective_steps): already freed of what the noise adds to it,
+/// and below 0 where that is all there is.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct GsnrRecord {
@@ -217,7 +239,7 @@ pub struct GsnrRecord {
     pub skipped: u32,
     /// Elements that vary.
     pub defined: u64,
-    /// Elements that do not.
+    /// Elements that do not. Of Adam's moments, those whose var_j is not above 0.
     pub constant: u64,
     /// Elements with r_j < 1.
     pub below_one: u64,
@@ -233,33 +255,49 @@ pub struct GsnrRecord {
     pub norm_mean: f64,
     /// Sum of its squared deviations.
     pub norm_deviations: f64,
+    /// Equal steps that the means are worth: an element's variance over this is left in its mean. k of tracked steps; of
+    /// Adam's moments, which forget, the 1/c of [`AdamStep`](crate::AdamStep). 0 below two steps.
+    pub effective_steps: f64,
+    /// What was taken off each ratio: 1 / `effective_steps` of Adam's moments, 0 of tracked steps.
+    pub ratio_shift: f64,
+    /// Elements left out, of Adam's moments alone: one of the two is NaN or infinite.
+    pub nonfinite: u64,
 }
-const _: () = assert!(size_of::<GsnrRecord>() == 80);
+const _: () = assert!(size_of::<GsnrRecord>() == 104);
 
 impl GsnrRecord {
-    /// From what the elements add up to. With fewer than two steps there is no variance, and nothing is defined.
-    pub(crate) fn new(track: &Track, elements: u64, sums: &GsnrSums, bins: &[u32]) -> Self {
-        let measured = track.steps >= 2;
-        let none = Self {
-            steps: track.steps,
+    /// Of these steps, with no element known.
+    pub(crate) fn of_steps(steps: u32) -> Self {
+        Self { steps, median_or_nan: f64::NAN, ..Self::zeroed() }
+    }
+
+    /// From what is tracked. With fewer than two steps there is no variance, and nothing is defined.
+    pub(crate) fn of_track(track: &Track, elements: u64, sums: &GsnrSums, bins: &[u32]) -> Self {
+        let known = Self {
             skipped: track.skipped,
-            median_or_nan: f64::NAN,
             norm_mean: track.norm_mean,
             norm_deviations: track.norm_deviations,
-            ..Self::zeroed()
+            ..Self::of_steps(track.steps)
         };
-        if !measured {
-            return none;
-        }
+        if track.steps < 2 { known } else { known.with_sums(elements, &track.scaling(), sums, bins) }
+    }
+
+    /// The record completed by what the elements add up to.
+    #[expect(clippy::cast_precision_loss, reason = "below 2^32")]
+    pub(crate) fn with_sums(self, elements: u64, scaling: &Scaling, sums: &GsnrSums, bins: &[u32]) -> Self {
+        let Scaling { degrees, effective_steps, ratio_shift } = *scaling;
         Self {
             defined: sums.defined,
-            constant: elements - sums.defined,
+            constant: elements - sums.defined - sums.nonfinite,
+            nonfinite: sums.nonfinite,
             below_one: sums.below_one,
-            sum_ratio: sums.ratios,
-            sum_variance: sums.deviations / f64::from(track.steps - 1),
+            sum_ratio: sums.ratios - ratio_shift * sums.defined as f64,
+            sum_variance: sums.deviations / degrees,
             sum_squared_mean: sums.squared_means,
-            median_or_nan: median(bins, sums.defined),
-            ..none
+            median_or_nan: if sums.defined == 0 { f64::NAN } else { median(bins, sums.defined) - ratio_shift },
+            effective_steps,
+            ratio_shift,
+            ..self
         }
     }
 
@@ -268,20 +306,25 @@ impl GsnrRecord {
         (self.defined > 0).then(|| sum / self.defined as f64)
     }
 
-    /// Mean of r_j over the elements that vary, within 1e-4. Of pure noise it is about 1/k: see
+    /// Mean of r_j over the elements that vary, within 1e-4. Of pure noise that was tracked it is about 1/k: see
     /// [`corrected_mean`](Self::corrected_mean).
     pub fn mean(&self) -> Option<f64> {
         self.of_defined(self.sum_ratio)
     }
 
     /// The mean of r_j freed of its bias, 0 for pure noise: mean·(k − 3)/(k − 1) − 1/k, from the expectation of the
-    /// noncentral F distribution, which k·r_j has for normal gradients. From k = 4 on.
+    /// noncentral F distribution, which k·r_j has for normal gradients. From k = 4 on. Of Adam's moments it is the mean
+    /// itself.
     pub fn corrected_mean(&self) -> Option<f64> {
+        if self.ratio_shift > 0.0 {
+            return self.mean();
+        }
         let k = f64::from(self.steps);
         self.mean().filter(|_| self.steps > 3).map(|mean| mean * (k - 3.0) / (k - 1.0) - 1.0 / k)
     }
 
-    /// Median of r_j over the elements that vary, within 3.2 %.
+    /// Median of r_j over the elements that vary, within 3.2 % of it and of what was taken off
+    /// ([`ratio_shift`](Self::ratio_shift)).
     pub fn median(&self) -> Option<f64> {
         (self.defined > 0).then_some(self.median_or_nan)
     }
@@ -302,7 +345,7 @@ impl GsnrRecord {
     /// |G|², the squared norm of the true gradient, without the part that the noise of the mean has in Σ mean_j².
     /// Negative where the noise hides it. `None` below two steps.
     pub fn squared_gradient(&self) -> Option<f64> {
-        (self.steps >= 2).then(|| self.sum_squared_mean - self.sum_variance / f64::from(self.steps))
+        (self.steps >= 2).then(|| self.sum_squared_mean - self.sum_variance / self.effective_steps)
     }
 }
 
@@ -368,6 +411,9 @@ impl fmt::Display for GsnrReport {
                 record.norm_cv().map_or_else(|| "–".to_owned(), |cv| format!("{cv:.3}")),
             )?;
         }
+        for ((_, record), name) in self.tensors().zip(&names).filter(|((_, record), _)| record.nonfinite > 0) {
+            writeln!(f, "{name}: {} elements left out, whose moments are NaN or infinite", record.nonfinite)?;
+        }
         match self.noise_scale() {
             Some(scale) => writeln!(f, "noise scale {scale:.4} batches"),
             None if self.records.iter().all(|(_, record)| record.steps < 2) => {
@@ -402,7 +448,6 @@ mod tests {
     #[test]
     fn medians_are_the_mean_of_the_two_in_the_middle() {
         let mut bins = vec![0; BINS];
-        assert!(median(&bins, 0).is_nan());
         for ratio in [0.1, 10.0] {
             bins[bin_of(ratio)] += 1;
         }

@@ -4,9 +4,9 @@
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
 use crate::{
-    Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HistoryReport, HistoryStep, NonFinitePolicy, Plan,
-    Record, Report, StepOutputs,
-    gsnr::{Layout, Track},
+    AdamStep, Config, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HistoryReport, HistoryStep, NonFinitePolicy,
+    Plan, Record, Report, StepOutputs, adam,
+    gsnr::{BINS, Layout, Track},
     history,
     spec::{CHUNK, LANES},
 };
@@ -33,12 +33,14 @@ pub enum Kernel {
     Histogram,
     /// `gradprobe_dot`: dot products of two lists of tensors.
     Dot,
+    /// `gradprobe_adam`: reduces Adam's moments to one [`GsnrRecord`] a tensor.
+    Adam,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 6] =
-        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Histogram, Kernel::Dot];
+    pub const ALL: [Kernel; 7] =
+        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Histogram, Kernel::Dot, Kernel::Adam];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
@@ -52,6 +54,7 @@ impl Kernel {
             Kernel::Gsnr => "gradprobe_gsnr",
             Kernel::Histogram => "gradprobe_histogram",
             Kernel::Dot => "gradprobe_dot",
+            Kernel::Adam => "gradprobe_adam",
         }
     }
 }
@@ -138,6 +141,17 @@ pub struct RawTensor {
     pub dtype: DType,
 }
 
+/// Adam's moments of one tensor in device memory, f32, by the names torch gives them. Of no elements they are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawMoments {
+    /// Address of the first element of m.
+    pub exp_avg: u64,
+    /// Address of the first element of v.
+    pub exp_avg_sq: u64,
+    /// Number of elements of each.
+    pub len: u64,
+}
+
 /// One tensor of the plan, as the kernels read it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -217,10 +231,12 @@ pub struct Arguments {
     pub chunk_dots: u64,
     /// One [`Dot`](crate::Dot) a tensor: a result.
     pub dots: u64,
+    /// The step of Adam and behind it the addresses of each tensor's moments; 0 but for [`Kernel::Adam`].
+    pub adam: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 224);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 232);
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
 const READS: usize = 4;
@@ -240,6 +256,8 @@ pub struct DeviceProbe<D: Device> {
     history: Option<History<D>>,
     histogram: Option<HistogramMemory<D>>,
     dot: Option<DotMemory<D>>,
+    /// For Adam's moments; made when the first of those come.
+    adam: Option<(Reduction<D>, D::Buffer)>,
     /// The addresses in the device's table.
     current: Vec<u64>,
     /// Whether `current` was found free of overlaps.
@@ -282,11 +300,7 @@ impl<D: Device> DeviceProbe<D> {
             chunk_tensors.extend(chunks.map(|_| index as u32));
         }
 
-        let upload = |bytes: &[u8]| -> Result<D::Buffer, Error> {
-            let mut buffer = device.allocate(bytes.len().max(1))?;
-            device.upload(bytes, &mut buffer)?;
-            Ok(buffer)
-        };
+        let upload = |bytes: &[u8]| uploaded(&device, bytes);
         let addresses = upload(bytemuck::cast_slice(&vec![0u64; tensor_count]))?;
         let mut results = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
         results.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; tensor_count]));
@@ -345,6 +359,7 @@ impl<D: Device> DeviceProbe<D> {
             history: None,
             histogram: None,
             dot: None,
+            adam: None,
             device,
         })
     }
@@ -407,19 +422,7 @@ impl<D: Device> DeviceProbe<D> {
     /// Whether tensors under the plan's names lie where tensors can.
     fn check_addresses(&self, tensors: &[RawTensor]) -> Result<(), Error> {
         for (&RawTensor { address, len, dtype }, spec) in tensors.iter().zip(self.plan.tensors()) {
-            let (name, size) = (|| spec.name.clone(), dtype.size());
-            if len == 0 {
-                continue;
-            }
-            if address == 0 {
-                return Err(Error::NullPointer { name: name() });
-            }
-            if address % size as u64 != 0 {
-                return Err(Error::MisalignedPointer { name: name(), address, size });
-            }
-            if address.checked_add(len * size as u64).is_none() {
-                return Err(Error::AddressOverflow { name: name(), address, length: len });
-            }
+            check_address(&spec.name, address, len, dtype)?;
         }
         Ok(())
     }
@@ -486,9 +489,7 @@ impl<D: Device> DeviceProbe<D> {
             tracks: address(&tracking.tracks),
             means: address(&tracking.means),
             deviations: address(&tracking.deviations),
-            gsnr_records: address(&tracking.records),
-            gsnr_bins: address(&tracking.bins),
-            ..self.arguments
+            ..tracking.reduction.place(&self.device, self.arguments)
         };
         self.tracking = Some(tracking);
         Ok(())
@@ -577,15 +578,61 @@ impl<D: Device> DeviceProbe<D> {
         }
         self.launch_gsnr()?;
         let Some(tracking) = &mut self.tracking else { return Err(Error::NotTracked) };
-        self.device.start_read(&tracking.records, &mut tracking.read)?;
-        let records = values::<GsnrRecord>(self.device.complete(&tracking.read)?);
-        let tracked = records.enumerate().filter(|(index, _)| tracking.fresh[*index].is_tracked());
-        GsnrReport::new(Arc::clone(&self.plan), tracked.collect())
+        let fresh = &tracking.fresh;
+        let records = tracking.reduction.read(&self.device, |index| fresh[index].is_tracked())?;
+        GsnrReport::new(Arc::clone(&self.plan), records)
+    }
+
+    /// Signal and noise of the tensors whose moments are given, as [`AdamStep`] describes. `moments` are those of the
+    /// plan's tensors, in its order; a tensor with none is left out. Waits for the result. The first call allocates 16
+    /// KiB and 120 bytes a tensor, and nothing is kept of one call for the next.
+    ///
+    /// # Safety
+    /// Until the call returns:
+    /// * each address is that of `len` initialised f32 elements, in memory this device can read from the probe's context;
+    /// * nothing writes to them that is not ordered, by the probe's stream or by events, before the call.
+    ///
+    /// # Errors
+    /// Those of [`AdamStep`], [`Error::TensorCount`], [`Error::TensorMismatch`], [`Error::TooLargeToTrack`], those of a
+    /// null or misaligned address, [`Error::WaitInCapture`], or the device's.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn adam_gsnr_raw(&mut self, step: &AdamStep, moments: &[RawMoments]) -> Result<GsnrReport, Error> {
+        let adam = step.check()?;
+        adam::check(&self.plan, moments.iter().map(|of| [of.len; 2]))?;
+        for (of, spec) in moments.iter().zip(self.plan.tensors()) {
+            check_address(&spec.name, of.exp_avg, of.len, DType::F32)?;
+            check_address(&spec.name, of.exp_avg_sq, of.len, DType::F32)?;
+        }
+        if self.device.is_capturing()? {
+            return Err(Error::WaitInCapture);
+        }
+        let mut table = bytemuck::bytes_of(&adam).to_vec();
+        for of in moments {
+            let none = of.len == 0;
+            table.extend(bytemuck::bytes_of(&if none { [0; 2] } else { [of.exp_avg, of.exp_avg_sq] }));
+        }
+        let blocks = self.blocks(Kernel::Adam);
+        let (reduction, buffer) = match &mut self.adam {
+            Some(made) => made,
+            none => {
+                let reduction = Reduction::new(&self.device, &self.plan, moments.len() * BINS)?;
+                none.insert((reduction, self.device.allocate(table.len())?))
+            }
+        };
+        self.device.upload(&table, buffer)?;
+        let arguments = reduction.place(&self.device, self.arguments);
+        let arguments = Arguments { adam: self.device.address(buffer), ..arguments };
+        self.device.launch(Kernel::Adam, blocks, &arguments)?;
+        GsnrReport::new(Arc::clone(&self.plan), reduction.read(&self.device, |index| moments[index].len > 0)?)
+    }
+
+    /// Blocks of a launch: no more than fill the device.
+    fn blocks(&self, kernel: Kernel) -> u32 {
+        self.arguments.chunk_count.clamp(1, self.device.resident_blocks(kernel).max(1))
     }
 
     fn launch(&self, kernel: Kernel) -> Result<(), Error> {
-        let blocks = self.arguments.chunk_count.clamp(1, self.device.resident_blocks(kernel).max(1));
-        self.device.launch(kernel, blocks, &self.arguments)
+        self.device.launch(kernel, self.blocks(kernel), &self.arguments)
     }
 
     /// An in-place clip would scale shared memory twice.
@@ -705,6 +752,62 @@ impl<D: Device> History<D> {
     }
 }
 
+/// Fails unless elements can lie there. Those of an empty tensor lie nowhere.
+fn check_address(name: &str, address: u64, len: u64, dtype: DType) -> Result<(), Error> {
+    let (name, size) = (|| name.to_owned(), dtype.size());
+    if len == 0 {
+        return Ok(());
+    }
+    if address == 0 {
+        return Err(Error::NullPointer { name: name() });
+    }
+    if !address.is_multiple_of(size as u64) {
+        return Err(Error::MisalignedPointer { name: name(), address, size });
+    }
+    match address.checked_add(len * size as u64) {
+        Some(_) => Ok(()),
+        None => Err(Error::AddressOverflow { name: name(), address, length: len }),
+    }
+}
+
+/// A buffer that holds these bytes.
+fn uploaded<D: Device>(device: &D, bytes: &[u8]) -> Result<D::Buffer, Error> {
+    let mut buffer = device.allocate(bytes.len().max(1))?;
+    device.upload(bytes, &mut buffer)?;
+    Ok(buffer)
+}
+
+/// Where a kernel reduces elements to one [`GsnrRecord`] a tensor.
+struct Reduction<D: Device> {
+    records: D::Buffer,
+    bins: D::Buffer,
+    read: D::Read,
+}
+
+impl<D: Device> Reduction<D> {
+    fn new(device: &D, plan: &Plan, bins: usize) -> Result<Self, Error> {
+        let records = plan.tensors().len() * size_of::<GsnrRecord>();
+        Ok(Self {
+            records: device.allocate(records.max(1))?,
+            bins: uploaded(device, bytemuck::cast_slice(&vec![0u32; bins]))?,
+            // CUDA refuses to allocate nothing.
+            read: device.prepare_read(records.max(1))?,
+        })
+    }
+
+    /// The arguments with this in them.
+    fn place(&self, device: &D, arguments: Arguments) -> Arguments {
+        Arguments { gsnr_records: device.address(&self.records), gsnr_bins: device.address(&self.bins), ..arguments }
+    }
+
+    /// Waits for the records of those tensors that have one, with their places in the plan.
+    fn read(&mut self, device: &D, has_one: impl Fn(usize) -> bool) -> Result<Vec<(usize, GsnrRecord)>, Error> {
+        device.start_read(&self.records, &mut self.read)?;
+        let records = values::<GsnrRecord>(device.complete(&self.read)?);
+        Ok(records.enumerate().filter(|(index, _)| has_one(*index)).collect())
+    }
+}
+
 /// What is tracked across steps, in device memory.
 struct Tracking<D: Device> {
     /// The tracks of no step.
@@ -712,31 +815,19 @@ struct Tracking<D: Device> {
     tracks: D::Buffer,
     means: D::Buffer,
     deviations: D::Buffer,
-    records: D::Buffer,
-    bins: D::Buffer,
-    read: D::Read,
+    reduction: Reduction<D>,
 }
 
 impl<D: Device> Tracking<D> {
     fn new(device: &D, plan: &Plan, config: &GsnrConfig) -> Result<Self, Error> {
         let Layout { tracks: fresh, elements, bins } = config.layout(plan)?;
-        let count = fresh.len();
         let bytes = usize::try_from(elements * 4).map_err(|_| Error::OutOfMemory { bytes: usize::MAX })?;
-        let records = count * size_of::<GsnrRecord>();
-        let upload = |bytes: &[u8]| -> Result<D::Buffer, Error> {
-            let mut buffer = device.allocate(bytes.len().max(1))?;
-            device.upload(bytes, &mut buffer)?;
-            Ok(buffer)
-        };
         Ok(Self {
             // The first step writes the state before any reads it.
             means: device.allocate(bytes.max(1))?,
             deviations: device.allocate(bytes.max(1))?,
-            tracks: upload(bytemuck::cast_slice(&fresh))?,
-            records: device.allocate(records.max(1))?,
-            bins: upload(bytemuck::cast_slice(&vec![0u32; bins]))?,
-            // CUDA refuses to allocate nothing.
-            read: device.prepare_read(records.max(1))?,
+            tracks: uploaded(device, bytemuck::cast_slice(&fresh))?,
+            reduction: Reduction::new(device, plan, bins)?,
             fresh,
         })
     }

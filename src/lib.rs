@@ -20,6 +20,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod accumulation;
+mod adam;
 mod backend;
 mod config;
 pub mod cpu;
@@ -41,6 +43,8 @@ mod record;
 mod report;
 mod spec;
 
+pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
+pub use adam::{AdamMoments, AdamStep};
 pub use backend::{Backend, HostTensor, HostTensorMut};
 pub use config::{Config, NonFinitePolicy};
 pub use cpu::CpuProbe;

@@ -44,6 +44,11 @@ impl Report {
         Ok(Self { param_norms: Some(norms.to_vec()), ..self })
     }
 
+    /// What was measured.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// Which measurement of its probe this is, from 1.
     pub fn step(&self) -> u64 {
         self.outputs.step

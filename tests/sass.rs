@@ -201,6 +201,10 @@ fn nothing_goes_to_local_memory() {
         ARCHITECTURES.map(|architecture| Kernel::ALL.map(|kernel| (architecture, kernel.entry()))).concat();
     expected.sort_unstable();
     assert_eq!(found, expected, "every kernel for each architecture");
+    let mut entries = Kernel::ALL.map(Kernel::entry);
+    entries.sort_unstable();
+    let all = ARCHITECTURES.map(|architecture| entries.map(|entry| (architecture, entry)));
+    assert_eq!(found, all.concat(), "every kernel for each architecture");
     for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
     }

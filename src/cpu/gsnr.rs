@@ -1,10 +1,12 @@
-//! Welford's update of each element's mean and deviations, and their reduction to one record a tensor.
+//! Welford's update of each element's mean and deviations, and the reduction of these, or of Adam's moments, to one
+//! record a tensor.
 
 use super::dispatch::{self, Work};
 use crate::{
-    Element, Error, GsnrConfig, GsnrRecord, HostTensor, Plan, Record,
+    AdamMoments, Element, Error, GsnrConfig, GsnrRecord, HostTensor, Plan, Record,
+    adam::Adam,
     backend::with_elements,
-    gsnr::{BINS, GsnrSums, Track, bin_of},
+    gsnr::{BINS, GsnrSums, Scaling, Track, bin_of},
     spec::{self, CHUNK, LANES},
 };
 use rayon::prelude::*;
@@ -77,19 +79,12 @@ impl Tracking {
             #[expect(clippy::cast_possible_truncation, reason = "the state is in memory")]
             let place = track.offset as usize..(track.offset + length) as usize;
             let (means, deviations) = (&self.means[place.clone()], &self.deviations[place]);
-            let mut bins = vec![0; BINS];
-            let mut sums = GsnrSums::default();
+            let (mut sums, mut bins) = Default::default();
             if track.steps >= 2 {
-                let chunks = means.par_chunks(CHUNK).zip(deviations.par_chunks(CHUNK));
-                let chunks: Vec<(GsnrSums, Vec<u32>)> = chunks
-                    .map(|(means, deviations)| dispatch::run(Reduce { means, deviations, steps: track.steps }))
-                    .collect();
-                for (_, chunk) in &chunks {
-                    bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
-                }
-                sums = spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default();
+                let element = |mean: f64, deviation: f64| (mean * mean, deviation);
+                (sums, bins) = reduce(means, deviations, element, track.scaling());
             }
-            (index, GsnrRecord::new(track, length, &sums, &bins))
+            (index, GsnrRecord::of_track(track, length, &sums, &bins))
         };
         tracked.par_iter().map(record).collect()
     }
@@ -130,30 +125,65 @@ impl<E: Element> Work for Update<'_, E> {
     }
 }
 
-/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order, in f64.
-struct Reduce<'a> {
-    means: &'a [f32],
-    deviations: &'a [f32],
-    steps: u32,
+/// The records of the tensors that have moments, with their places in the plan.
+pub(super) fn adam_records(adam: &Adam, moments: &[AdamMoments<'_>]) -> Vec<(usize, GsnrRecord)> {
+    let given: Vec<_> = moments.iter().enumerate().filter(|(_, moments)| !moments.exp_avg.is_empty()).collect();
+    let record = |&(index, moments): &(usize, &AdamMoments<'_>)| {
+        let element = |exp_avg: f64, exp_avg_sq: f64| adam.element(exp_avg, exp_avg_sq);
+        let (sums, bins) = reduce(moments.exp_avg, moments.exp_avg_sq, element, adam.scaling);
+        let length = moments.exp_avg.len() as u64;
+        (index, GsnrRecord::of_steps(adam.steps).with_sums(length, &adam.scaling, &sums, &bins))
+    };
+    given.par_iter().map(record).collect()
 }
 
-impl Work for Reduce<'_> {
+/// The sums of a tensor and its bins. `element` makes an element's squared mean and deviation from what the two arrays
+/// hold of it.
+fn reduce(
+    means: &[f32],
+    spreads: &[f32],
+    element: impl Fn(f64, f64) -> (f64, f64) + Copy + Sync,
+    scaling: Scaling,
+) -> (GsnrSums, Vec<u32>) {
+    let chunks = means.par_chunks(CHUNK).zip(spreads.par_chunks(CHUNK));
+    let chunks: Vec<(GsnrSums, Vec<u32>)> =
+        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, element, scaling })).collect();
+    let mut bins = vec![0; BINS];
+    for (_, chunk) in &chunks {
+        bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
+    }
+    (spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default(), bins)
+}
+
+/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order, in f64.
+struct Reduce<'a, F> {
+    means: &'a [f32],
+    spreads: &'a [f32],
+    element: F,
+    scaling: Scaling,
+}
+
+impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
     type Output = (GsnrSums, Vec<u32>);
 
     #[inline(always)]
     fn run(self) -> (GsnrSums, Vec<u32>) {
         let mut lanes = [GsnrSums::default(); LANES];
         let mut bins = vec![0; BINS];
-        let degrees = f64::from(self.steps - 1);
-        for (means, deviations) in self.means.chunks(LANES).zip(self.deviations.chunks(LANES)) {
-            for ((lane, &mean), &deviation) in lanes.iter_mut().zip(means).zip(deviations) {
-                let (square, deviation) = (f64::from(mean) * f64::from(mean), f64::from(deviation));
+        let one = 1.0 + self.scaling.ratio_shift;
+        for (means, spreads) in self.means.chunks(LANES).zip(self.spreads.chunks(LANES)) {
+            for ((lane, &mean), &spread) in lanes.iter_mut().zip(means).zip(spreads) {
+                let (square, deviation) = (self.element)(f64::from(mean), f64::from(spread));
+                if !deviation.is_finite() {
+                    lane.nonfinite += 1;
+                    continue;
+                }
                 lane.squared_means += square;
                 lane.deviations += deviation;
                 if deviation > 0.0 {
-                    let ratio = square * degrees / deviation;
+                    let ratio = square * self.scaling.degrees / deviation;
                     lane.defined += 1;
-                    lane.below_one += u64::from(ratio < 1.0);
+                    lane.below_one += u64::from(ratio < one);
                     lane.ratios += ratio;
                     bins[bin_of(ratio)] += 1;
                 }

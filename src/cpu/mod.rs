@@ -14,8 +14,8 @@ mod scan;
 mod sums;
 
 use crate::{
-    Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor,
-    HostTensorMut, Plan, Record, Report, StepOutputs,
+    AdamMoments, AdamStep, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport,
+    HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs, adam,
     backend::with_elements,
     dtype::sealed::Bits,
     policy::ClipState,
@@ -237,6 +237,17 @@ impl CpuProbe {
         self.plan.check(a.iter().map(|t| (t.dtype(), t.len() as u64)))?;
         let records = a.par_iter().zip(b).map(|(&a, &b)| dot::dot(a, b)).collect();
         Ok(DotReport::new(Arc::clone(&self.plan), records))
+    }
+
+    /// Signal and noise of the tensors whose moments are given, as [`AdamStep`] describes; with no state of its own.
+    /// `moments` are those of the plan's tensors, in its order; a tensor with empty ones is left out.
+    ///
+    /// # Errors
+    /// Those of [`AdamStep`], [`Error::TensorCount`], [`Error::TensorMismatch`], [`Error::TooLargeToTrack`].
+    pub fn adam_gsnr(&self, step: &AdamStep, moments: &[AdamMoments<'_>]) -> Result<GsnrReport, Error> {
+        let adam = step.check()?;
+        adam::check(&self.plan, moments.iter().map(|of| [of.exp_avg.len() as u64, of.exp_avg_sq.len() as u64]))?;
+        GsnrReport::new(Arc::clone(&self.plan), gsnr::adam_records(&adam, moments))
     }
 
     /// The last step's scalars.

@@ -43,8 +43,8 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Plan, Report,
-    launch::{DeviceProbe, RawTensor},
+    AdamStep, Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Plan, Report,
+    launch::{DeviceProbe, RawMoments, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
 use host::Staging;
@@ -57,6 +57,15 @@ pub struct CudaProbe {
     staging: Option<Staging>,
     /// The same for the second list of a dot product.
     staging_of_others: Option<Staging>,
+}
+
+/// The moments of one tensor in device memory, slices or views of f32. Empty ones are none.
+#[derive(Clone, Copy)]
+pub struct DeviceMoments<'a> {
+    /// m, as torch calls it.
+    pub exp_avg: &'a dyn DeviceTensor,
+    /// v.
+    pub exp_avg_sq: &'a dyn DeviceTensor,
 }
 
 /// A step's tensors by their addresses, and cudarc's guards, to be dropped after the launch. Filled in one loop: to a
@@ -282,6 +291,43 @@ impl CudaProbe {
         let (a, b) = (self.read(&stream, a)?, self.read(&stream, b)?);
         // SAFETY: as in `measure`.
         unsafe { self.probe.launch_dot_raw(&a.tensors, &b.tensors) }
+    }
+
+    /// See [`DeviceProbe::adam_gsnr_raw`]: signal and noise from the moments of Adam, those of the plan's tensors in its
+    /// order. Waits.
+    ///
+    /// # Errors
+    /// As there, and [`Error::TensorMismatch`] for moments that are not f32, [`Error::WrongContext`].
+    pub fn adam_gsnr(&mut self, step: &AdamStep, moments: &[DeviceMoments<'_>]) -> Result<GsnrReport, Error> {
+        let stream = Arc::clone(self.stream());
+        let (mut raw, mut guards) = (Vec::with_capacity(moments.len()), Vec::with_capacity(2 * moments.len()));
+        for (index, DeviceMoments { exp_avg, exp_avg_sq }) in moments.iter().enumerate() {
+            let mut addresses = [0; 2];
+            for (address, moment) in addresses.iter_mut().zip([exp_avg, exp_avg_sq]) {
+                self.check_context(*moment, index)?;
+                let guard;
+                (*address, guard) = moment.read_address(&stream);
+                guards.push(guard);
+            }
+            let (dtypes, lengths) =
+                ([exp_avg.dtype(), exp_avg_sq.dtype()], [exp_avg.element_count(), exp_avg_sq.element_count()]);
+            if let Some(spec) = self.plan().tensors().get(index)
+                && (dtypes != [DType::F32; 2] || lengths[0] != lengths[1])
+            {
+                return Err(Error::TensorMismatch {
+                    name: spec.name.clone(),
+                    planned: format!("{} elements, moments of {}", spec.len, DType::F32),
+                    given: format!(
+                        "exp_avg with {} of {} and exp_avg_sq with {} of {}",
+                        lengths[0], dtypes[0], lengths[1], dtypes[1]
+                    ),
+                });
+            }
+            raw.push(RawMoments { exp_avg: addresses[0], exp_avg_sq: addresses[1], len: lengths[0] as u64 });
+        }
+        // SAFETY: the slices are f32, of that length, in this context, and borrowed until the call returns; cudarc has
+        // the stream wait for what other streams write to them.
+        unsafe { self.probe.adam_gsnr_raw(step, &raw) }
     }
 
     /// The stream everything is ordered on.

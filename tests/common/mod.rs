@@ -10,6 +10,7 @@ pub mod check;
 pub mod data;
 pub mod gsnr;
 pub mod gsnr_cases;
+pub mod normal;
 pub mod oracle;
 
 use cases::{Case, Data};

@@ -58,6 +58,8 @@ entries! {
     HISTOGRAM = gradprobe_histogram;
     /// [`Kernel::Dot`].
     DOT = gradprobe_dot;
+    /// [`Kernel::Adam`].
+    ADAM = gradprobe_adam;
     /// Lanes read their neighbours' words behind a barrier: right.
     WITH_BARRIER = gradprobe_simt_with_barrier;
     /// Lanes read their neighbours' words without a barrier.

@@ -69,6 +69,7 @@ impl Device for Simt {
             Kernel::Gsnr => Entry::GSNR,
             Kernel::Histogram => Entry::HISTOGRAM,
             Kernel::Dot => Entry::DOT,
+            Kernel::Adam => Entry::ADAM,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }

@@ -89,17 +89,22 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         demand_at_work(what, address, bytes);
     }
     // What is tracked across steps is there as a whole or not at all. The sizes are those of kernels/gsnr.cuh; how long
-    // the state and the bins are, its tracks alone know.
-    if arguments.tracks != 0 || matches!(kernel, Kernel::Update | Kernel::Gsnr) {
-        for (what, address, bytes) in [
-            ("the tracks", arguments.tracks, tensors * 40),
-            ("the means", arguments.means, 1),
-            ("the deviations", arguments.deviations, 1),
-            ("the tracked tensors' records", arguments.gsnr_records, tensors * size_of::<GsnrRecord>()),
-            ("the bins", arguments.gsnr_bins, 1),
-        ] {
-            demand_at_work(what, address, bytes);
-        }
+    // the state is, and how many of the tensors have bins, its tracks alone know.
+    let mut across_steps = Vec::new();
+    if kernel == Kernel::Adam {
+        across_steps.push(("Adam's step and moments", arguments.adam, 48 + tensors * 16));
+        across_steps.push(("the bins", arguments.gsnr_bins, tensors * 4096 * 4));
+    } else if arguments.tracks != 0 || matches!(kernel, Kernel::Update | Kernel::Gsnr) {
+        across_steps.push(("the tracks", arguments.tracks, tensors * 40));
+        across_steps.push(("the means", arguments.means, 1));
+        across_steps.push(("the deviations", arguments.deviations, 1));
+        across_steps.push(("the bins", arguments.gsnr_bins, 1));
+    }
+    if !across_steps.is_empty() {
+        across_steps.push(("the records across steps", arguments.gsnr_records, tensors * size_of::<GsnrRecord>()));
+    }
+    for (what, address, bytes) in across_steps {
+        demand_at_work(what, address, bytes);
     }
     let more: &[(&str, u64, usize)] = match kernel {
         Kernel::Histogram => &[("the histograms", arguments.histograms, tensors * size_of::<Histogram>())],

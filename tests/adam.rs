@@ -1,0 +1,495 @@
+//! Signal and noise from Adam's moments: the CPU backend against two oracles in f64, known answers, the kernels on the
+//! host bit for bit in every schedule, and what is refused.
+#![allow(unsafe_code, reason = "gives the probe bare addresses, good and bad")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // Small numbers.
+
+mod common;
+
+use common::normal::Normal;
+use gradprobe::{
+    AdamMoments, AdamStep, Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor,
+    Plan, launch::RawMoments,
+};
+use gradprobe_simt::{Schedule, Simt, SimtProbe};
+
+/// Moments as an optimizer keeps them, in f32, and the same in f64.
+#[derive(Clone)]
+struct Optimizer {
+    beta1: f64,
+    beta2: f64,
+    step: u32,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+    exact: Vec<[f64; 2]>,
+}
+
+impl Optimizer {
+    fn new(beta1: f64, beta2: f64, elements: usize) -> Self {
+        let zeros = vec![0.0; elements];
+        Self { beta1, beta2, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros, exact: vec![[0.0; 2]; elements] }
+    }
+
+    /// As torch does: `exp_avg.lerp_(grad, 1 - beta1)`, `exp_avg_sq.mul_(beta2).addcmul_(grad, grad, 1 - beta2)`.
+    fn update(&mut self, gradient: impl Fn(usize) -> f32) {
+        let (share1, beta2, share2) = ((1.0 - self.beta1) as f32, self.beta2 as f32, (1.0 - self.beta2) as f32);
+        self.step += 1;
+        for (j, exact) in self.exact.iter_mut().enumerate() {
+            let g = gradient(j);
+            self.exp_avg[j] += share1 * (g - self.exp_avg[j]);
+            self.exp_avg_sq[j] = self.exp_avg_sq[j] * beta2 + share2 * g * g;
+            let g = f64::from(g);
+            exact[0] = self.beta1 * exact[0] + (1.0 - self.beta1) * g;
+            exact[1] = self.beta2 * exact[1] + (1.0 - self.beta2) * g * g;
+        }
+    }
+
+    fn at(&self) -> AdamStep {
+        AdamStep { step: self.step, beta1: self.beta1, beta2: self.beta2 }
+    }
+
+    fn moments(&self) -> AdamMoments<'_> {
+        AdamMoments { exp_avg: &self.exp_avg, exp_avg_sq: &self.exp_avg_sq }
+    }
+
+    fn raw(&self) -> RawMoments {
+        let [exp_avg, exp_avg_sq] = [&self.exp_avg, &self.exp_avg_sq].map(|moment| moment.as_ptr() as u64);
+        RawMoments { exp_avg, exp_avg_sq, len: self.exp_avg.len() as u64 }
+    }
+
+    fn record(&self) -> GsnrRecord {
+        let plan = Plan::new([("weight", DType::BF16, self.exp_avg.len() as u64)]).unwrap();
+        let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&self.at(), &[self.moments()]).unwrap();
+        records(&report)[0].1
+    }
+
+    /// What the record of these moments should say, from the weights that the steps have in them.
+    fn truth(&self, moments: impl Iterator<Item = [f64; 2]>) -> Truth {
+        let weights = |beta: f64| -> Vec<f64> { (0..self.step as i32).map(|age| beta.powi(age)).collect() };
+        let sum = |weights: &[f64]| weights.iter().sum::<f64>();
+        let of_mean = weights(self.beta1);
+        let (total, total_of_squares) = (sum(&of_mean), sum(&weights(self.beta2)));
+        let share = of_mean.iter().map(|w| (w / total).powi(2)).sum::<f64>();
+        let mut truth = Truth { share, ..Truth::default() };
+        for [m, v] in moments {
+            let mean = m / (1.0 - self.beta1) / total;
+            let square = v / (1.0 - self.beta2) / total_of_squares;
+            let variance = (square - mean * mean) / (1.0 - share);
+            truth.sum_variance += variance;
+            truth.sum_squared_mean += mean * mean;
+            if variance > 0.0 {
+                let ratio = (mean * mean - share * variance) / variance;
+                truth.ratios.push(ratio);
+            } else {
+                truth.constant += 1;
+            }
+        }
+        truth.ratios.sort_by(f64::total_cmp);
+        truth
+    }
+
+    fn truth_of_f32(&self) -> Truth {
+        let pairs = self.exp_avg.iter().zip(&self.exp_avg_sq);
+        self.truth(pairs.map(|(&m, &v)| [f64::from(m), f64::from(v)]))
+    }
+}
+
+#[derive(Default)]
+struct Truth {
+    share: f64,
+    constant: u64,
+    sum_variance: f64,
+    sum_squared_mean: f64,
+    /// Sorted.
+    ratios: Vec<f64>,
+}
+
+impl Truth {
+    fn median(&self) -> f64 {
+        let n = self.ratios.len();
+        (self.ratios[(n - 1) / 2] + self.ratios[n / 2]) / 2.0
+    }
+
+    fn mean(&self) -> f64 {
+        self.ratios.iter().sum::<f64>() / self.ratios.len() as f64
+    }
+
+    fn below_one(&self) -> u64 {
+        self.ratios.iter().filter(|&&r| r < 1.0).count() as u64
+    }
+}
+
+fn records(report: &GsnrReport) -> Vec<(String, GsnrRecord)> {
+    report.tensors().map(|(name, record)| (name.to_owned(), *record)).collect()
+}
+
+#[track_caller]
+fn near(what: &str, seen: f64, expected: f64, relative: f64) {
+    let error = (seen - expected).abs();
+    assert!(error <= relative * expected.abs(), "{what}: {seen:e} should be {expected:e}, relative error {relative:e}");
+}
+
+/// Elements of a chunk and some more, whose true ratios are 0 to 3.
+const LENGTH: usize = 33_001;
+
+/// The gradients of a step, whose noise has a standard deviation of 1.
+fn gradients(seed: u64, step: u32) -> Vec<f32> {
+    let mut normal = Normal::new(seed << 32 | u64::from(step));
+    (0..LENGTH).map(|j| (f64::from(j as u32 % 7) / 4.0 + normal.next()) as f32).collect()
+}
+
+#[test]
+fn the_cpu_conforms_at_every_scale() {
+    for last in [2, 10, 1000] {
+        let scales = [1e-7f32, 1e-5, 1e-3, 1.0, 1e3];
+        let mut optimizers = scales.map(|_| Optimizer::new(0.9, 0.999, LENGTH));
+        for step in 0..last {
+            let gradients = gradients(1, step);
+            for (optimizer, scale) in optimizers.iter_mut().zip(scales) {
+                optimizer.update(|j| gradients[j] * scale);
+            }
+        }
+        for (optimizer, scale) in optimizers.iter().zip(scales) {
+            let (seen, what) = (optimizer.record(), |of: &str| format!("{of} at scale {scale:e} after {last} steps"));
+            assert_eq!((seen.steps, seen.skipped, seen.nonfinite), (last, 0, 0));
+            // Of the very moments: all but exact, up to elements whose ratio is 1 or variance 0 to the last bits of f64.
+            let truth = optimizer.truth_of_f32();
+            near(&what("effective steps"), seen.effective_steps, 1.0 / truth.share, 1e-12);
+            near(&what("ratio shift"), seen.ratio_shift, truth.share, 1e-12);
+            assert_eq!(
+                (seen.defined, seen.constant),
+                (truth.ratios.len() as u64, truth.constant),
+                "{}",
+                what("defined")
+            );
+            assert!(seen.below_one.abs_diff(truth.below_one()) <= 1, "{}", what("below one"));
+            near(&what("sum of variances"), seen.sum_variance, truth.sum_variance, 1e-9);
+            near(&what("sum of squared means"), seen.sum_squared_mean, truth.sum_squared_mean, 1e-12);
+            // In f64 too, the least v̂ − m̂² of all keep few digits.
+            near(&what("mean"), seen.mean().unwrap(), truth.mean(), 1e-6);
+            assert_eq!(seen.corrected_mean(), seen.mean());
+            assert_eq!(seen.fraction_below_one(), Some(seen.below_one as f64 / seen.defined as f64));
+            let median = seen.median().unwrap();
+            let bound = 0.032 * (truth.median() + truth.share);
+            assert!((median - truth.median()).abs() <= bound, "{}: {median} for {}", what("median"), truth.median());
+            // Of the moments that f64 would have had: what the optimizer's f32 costs.
+            let exact = optimizer.truth(optimizer.exact.iter().copied());
+            near(&what("f64's sum of variances"), seen.sum_variance, exact.sum_variance, 1e-4);
+            near(&what("f64's sum of squared means"), seen.sum_squared_mean, exact.sum_squared_mean, 1e-4);
+            near(&what("f64's share below one"), seen.below_one as f64, exact.below_one() as f64, 1e-3);
+            assert!((median - exact.median()).abs() <= bound + 1e-4, "{}", what("f64's median"));
+        }
+    }
+}
+
+/// Mean and standard error of some numbers.
+fn mean_of(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (mean, (variance / n).sqrt())
+}
+
+/// The records of 64 tensors of 500 elements whose true ratio is `ratio`.
+fn known(beta1: f64, steps: u32, ratio: f64) -> Vec<GsnrRecord> {
+    const TENSORS: usize = 64;
+    const ELEMENTS: usize = 500;
+    let signal = ratio.sqrt();
+    let mut normal = Normal::new(7);
+    let mut optimizer = Optimizer::new(beta1, 0.999, TENSORS * ELEMENTS);
+    for _ in 0..steps {
+        let gradients: Vec<f32> = (0..TENSORS * ELEMENTS).map(|_| (signal + normal.next()) as f32).collect();
+        optimizer.update(|j| gradients[j]);
+    }
+    let plan = Plan::new((0..TENSORS).map(|t| (t.to_string(), DType::F32, ELEMENTS as u64))).unwrap();
+    let moments: Vec<AdamMoments<'_>> = optimizer
+        .exp_avg
+        .chunks(ELEMENTS)
+        .zip(optimizer.exp_avg_sq.chunks(ELEMENTS))
+        .map(|(exp_avg, exp_avg_sq)| AdamMoments { exp_avg, exp_avg_sq })
+        .collect();
+    let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&optimizer.at(), &moments).unwrap();
+    records(&report).into_iter().map(|(_, record)| record).collect()
+}
+
+#[test]
+fn known_signal_and_noise_are_found() {
+    for (beta1, steps, ratio) in [
+        (0.9, 2000, 0.0),
+        (0.9, 2000, 0.5),
+        (0.9, 2000, 3.0),
+        (0.9, 10, 0.5),
+        (0.9, 2, 0.5),
+        (0.99, 2000, 0.0),
+        (0.99, 2000, 0.5),
+        (0.99, 2000, 3.0),
+    ] {
+        let records = known(beta1, steps, ratio);
+        let share = 1.0 / records[0].effective_steps;
+        let gradient: Vec<f64> = records.iter().map(|r| r.squared_gradient().unwrap() / 500.0).collect();
+        let noise: Vec<f64> = records.iter().map(|r| r.sum_variance / 500.0).collect();
+        let ratios: Vec<f64> = records.iter().map(|r| r.mean().unwrap()).collect();
+        for (what, values, expected) in [("signal²", &gradient, ratio), ("noise²", &noise, 1.0)] {
+            let (seen, error) = mean_of(values);
+            println!("β1 {beta1}, {steps} steps, ratio {ratio}: {what} {seen:.5} ± {error:.5}");
+            assert!((seen - expected).abs() <= 3.0 * error, "{what}: {seen} ± {error} should be {expected}");
+        }
+        let (seen, error) = mean_of(&ratios);
+        // What `AdamStep` documents of the mean: where m̂ remembers little, a few elements outweigh all.
+        let bias = (1.0 + ratio) * (4.0 * ratio * share + 2.0 * share * share);
+        println!("    mean of the ratios {seen:.5} ± {error:.5}, expected {:.5}", ratio + bias);
+        if ratio == 0.0 || beta1 == 0.99 {
+            assert!((seen - ratio - bias).abs() <= 3.0 * error + 0.1 * bias, "{seen} ± {error} for {ratio} + {bias}");
+        }
+        let (seen, _) = mean_of(&records.iter().map(|r| r.median().unwrap()).collect::<Vec<_>>());
+        let expected = ratio - share * (1.0 + ratio);
+        if ratio > 0.0 && 4.0 * ratio * share < 0.15 {
+            assert!((seen - expected).abs() <= 0.06 * ratio, "median {seen} for {expected}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_and_what_does_not_vary_is_counted_and_left_out() {
+    let mut optimizer = Optimizer::new(0.9, 0.999, LENGTH);
+    for step in 0..5 {
+        let gradients = gradients(2, step);
+        // A third never has a gradient.
+        optimizer.update(|j| if j % 3 == 0 { 0.0 } else { gradients[j] });
+    }
+    let chosen = |keep: fn(usize) -> bool| {
+        let mut part = Optimizer { exp_avg: Vec::new(), exp_avg_sq: Vec::new(), ..optimizer.clone() };
+        for j in (0..LENGTH).filter(|&j| keep(j)) {
+            part.exp_avg.push(optimizer.exp_avg[j]);
+            part.exp_avg_sq.push(optimizer.exp_avg_sq[j]);
+        }
+        part
+    };
+    let truth = optimizer.truth_of_f32();
+    let seen = optimizer.record();
+    assert_eq!((seen.defined, seen.constant), (truth.ratios.len() as u64, truth.constant));
+    assert!(seen.constant >= LENGTH as u64 / 3);
+
+    let mut broken = optimizer.clone();
+    for (j, (m, v)) in
+        [(0, (f32::NAN, 1.0)), (1, (1.0, f32::NAN)), (2, (f32::INFINITY, 1.0)), (3, (0.0, f32::INFINITY))]
+    {
+        (broken.exp_avg[j], broken.exp_avg_sq[j]) = (m, v);
+    }
+    (broken.exp_avg[4], broken.exp_avg_sq[4]) = (f32::NEG_INFINITY, f32::INFINITY);
+    let (seen, whole) = (broken.record(), chosen(|j| j > 4).record());
+    assert_eq!((seen.nonfinite, seen.defined, seen.constant), (5, whole.defined, whole.constant));
+    near("sum of variances", seen.sum_variance, whole.sum_variance, 1e-12);
+    near("mean", seen.mean().unwrap(), whole.mean().unwrap(), 1e-12);
+    let plan = Plan::new([("weight", DType::F32, LENGTH as u64)]).unwrap();
+    let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&broken.at(), &[broken.moments()]).unwrap();
+    let table = report.to_string();
+    assert!(table.contains("\nweight: 5 elements left out, whose moments are NaN or infinite\n"), "{table}");
+    let scale = whole.sum_variance / whole.squared_gradient().unwrap();
+    near("noise scale", report.noise_scale().unwrap(), scale, 1e-12);
+
+    let nothing = chosen(|j| j % 3 == 0).record();
+    assert_eq!((nothing.defined, nothing.sum_variance, nothing.median(), nothing.mean()), (0, 0.0, None, None));
+    // With variances that chance made negative in the sum: gradients that end in a jump.
+    let mut jump = Optimizer::new(0.5, 0.999, 10);
+    for step in 0..100 {
+        jump.update(|_| if step == 99 { 1.0 } else { 1e-3 });
+    }
+    let seen = jump.record();
+    assert_eq!((seen.defined, seen.constant), (0, 10));
+    near("sum of variances", seen.sum_variance, jump.truth_of_f32().sum_variance, 1e-12);
+    assert!(seen.sum_variance < 0.0);
+}
+
+/// Tensors that begin where no 16 bytes do, one without moments, one without elements, more than a span of chunks.
+fn tensors() -> Vec<Optimizer> {
+    let mut tensors = Vec::new();
+    for (index, elements) in [1usize, 0, 127, 32_768, 32_769, 300_001, 130 * 32_768 + 5].into_iter().enumerate() {
+        let mut optimizer = Optimizer::new(0.9, 0.99, elements);
+        for step in 0..3 {
+            let gradients = gradients(index as u64, step);
+            optimizer.update(|j| gradients[(j * 31 + j / LENGTH) % LENGTH]);
+        }
+        if elements > 100 {
+            optimizer.exp_avg[100] = f32::NAN;
+        }
+        tensors.push(optimizer);
+    }
+    tensors
+}
+
+fn plan_of(tensors: &[Optimizer]) -> Plan {
+    let named = tensors.iter().enumerate();
+    Plan::new(named.map(|(t, of)| (t.to_string(), DType::BF16, of.exp_avg.len() as u64))).unwrap()
+}
+
+fn bytes(report: &GsnrReport) -> Vec<(String, Vec<u8>)> {
+    records(report).iter().map(|(name, record)| (name.clone(), bytemuck::bytes_of(record).to_vec())).collect()
+}
+
+#[test]
+fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
+    let tensors = tensors();
+    let step = tensors[0].at();
+    let cpu = CpuProbe::new(plan_of(&tensors), Config::default()).unwrap();
+    // All, and without the moments of some.
+    for left_out in [0..0, 0..1, 3..6] {
+        let given = |t: usize| !left_out.contains(&t);
+        let moments = |(t, of)| if given(t) { Optimizer::moments(of) } else { AdamMoments::default() };
+        let expected = cpu.adam_gsnr(&step, &tensors.iter().enumerate().map(moments).collect::<Vec<_>>()).unwrap();
+        let names: Vec<&str> = expected.tensors().map(|(name, _)| name).collect();
+        let with_moments: Vec<String> = (0..7).filter(|&t| given(t) && t != 1).map(|t| t.to_string()).collect();
+        assert_eq!(names, with_moments);
+        let raw = |(t, of)| if given(t) { Optimizer::raw(of) } else { RawMoments::default() };
+        let raw: Vec<RawMoments> = tensors.iter().enumerate().map(raw).collect();
+        for (schedule, blocks) in [
+            (Schedule::Forward, 0),
+            (Schedule::Reverse, 1),
+            (Schedule::Shuffled(1), 3),
+            (Schedule::Shuffled(2), 1000),
+            (Schedule::Shuffled(3), 64),
+        ] {
+            let mut probe = SimtProbe::with(Simt { schedule, blocks }, plan_of(&tensors), Config::default()).unwrap();
+            // Twice: the bins must be empty again.
+            for _ in 0..2 {
+                // SAFETY: the moments live, and the launch has run on return.
+                let seen = unsafe { probe.inner().adam_gsnr_raw(&step, &raw) }.unwrap();
+                assert!(bytes(&seen) == bytes(&expected), "{schedule:?}, {blocks} blocks:\n{seen}\nnot\n{expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn moments_at_any_element_have_the_same_bits() {
+    let optimizer = &tensors()[4];
+    let expected = optimizer.record();
+    let plan = || plan_of(std::slice::from_ref(optimizer));
+    for [a, b] in [[0, 1], [1, 2], [3, 0]] {
+        let shifted = |moment: &[f32], by: usize| [vec![f32::NAN; by], moment.to_vec(), vec![f32::NAN; 4]].concat();
+        let (m, v) = (shifted(&optimizer.exp_avg, a), shifted(&optimizer.exp_avg_sq, b));
+        let (m, v) = (&m[a..a + optimizer.exp_avg.len()], &v[b..b + optimizer.exp_avg.len()]);
+        let raw = RawMoments { exp_avg: m.as_ptr() as u64, exp_avg_sq: v.as_ptr() as u64, len: m.len() as u64 };
+        let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+        // SAFETY: as above.
+        let seen = unsafe { probe.inner().adam_gsnr_raw(&optimizer.at(), &[raw]) }.unwrap();
+        assert_eq!(bytemuck::bytes_of(&records(&seen)[0].1), bytemuck::bytes_of(&expected));
+    }
+}
+
+/// Every bad step and list of moments of `tensors`, two of 32 elements, with what is to be said of it.
+#[test]
+fn what_cannot_be_right_is_an_error_and_changes_nothing() {
+    let mut optimizer = Optimizer::new(0.9, 0.999, 32);
+    (0..3).for_each(|step| optimizer.update(|j| gradients(3, step)[j]));
+    let (good, moments, raw) = (optimizer.at(), optimizer.moments(), optimizer.raw());
+    let plan = || Plan::new([("first", DType::F32, 32), ("second", DType::F16, 32)]).unwrap();
+    let mut cpu = CpuProbe::new(plan(), Config::default()).unwrap();
+    let mut simt = SimtProbe::new(plan(), Config::default()).unwrap();
+    // What is tracked beside must stay as it is.
+    let halves = [half::f16::ONE; 32];
+    for step in 0..2 {
+        let gradients = gradients(4, step);
+        for probe in [&mut cpu as &mut dyn Backend, &mut simt] {
+            if step == 0 {
+                probe.track(&GsnrConfig::new()).unwrap();
+            }
+            probe.measure_host(&[HostTensor::F32(&gradients[..32]), HostTensor::F16(&halves)]).unwrap();
+        }
+    }
+    let tracked = bytes(&cpu.gsnr().unwrap());
+    let expected = bytes(&cpu.adam_gsnr(&good, &[moments; 2]).unwrap());
+
+    let step = |step, beta1, beta2| AdamStep { step, beta1, beta2 };
+    let option = |option, expected, value: &str| Error::InvalidConfig { option, expected, value: value.to_owned() };
+    let (above, from) = ("above 0 and below 1", "at least 0 and below 1");
+    let inf = f64::INFINITY;
+    for (bad, error) in [
+        (step(0, 0.9, 0.999), Error::TooFewSteps { steps: 0 }),
+        (step(1, 0.9, 0.999), Error::TooFewSteps { steps: 1 }),
+        (step(9, 0.0, 0.999), option("beta1", above, "0")),
+        (step(9, 1.0, 0.999), option("beta1", above, "1")),
+        (step(9, -0.1, 0.999), option("beta1", above, "-0.1")),
+        (step(9, f64::NAN, 0.999), option("beta1", above, "NaN")),
+        (step(9, 0.9, 1.0), option("beta2", from, "1")),
+        (step(9, 0.9, -0.1), option("beta2", from, "-0.1")),
+        (step(9, 0.9, inf), option("beta2", from, "inf")),
+        (step(9, 0.9, f64::NAN), option("beta2", from, "NaN")),
+    ] {
+        assert_eq!(cpu.adam_gsnr(&bad, &[moments; 2]).unwrap_err(), error, "{bad:?}");
+        // SAFETY: refused.
+        assert_eq!(unsafe { simt.inner().adam_gsnr_raw(&bad, &[raw; 2]) }.unwrap_err(), error, "{bad:?}");
+    }
+    assert!(cpu.adam_gsnr(&step(2, 0.9, 0.0), &[moments; 2]).is_ok(), "squares without a memory are allowed");
+
+    let short =
+        |m: usize, v: usize| AdamMoments { exp_avg: &moments.exp_avg[..m], exp_avg_sq: &moments.exp_avg_sq[..v] };
+    for (m, v) in [(31, 31), (32, 0), (0, 32), (32, 31), (1, 32)] {
+        let error = Error::TensorMismatch {
+            name: "second".to_owned(),
+            planned: "32 elements".to_owned(),
+            given: format!("exp_avg with {m} and exp_avg_sq with {v}"),
+        };
+        assert_eq!(cpu.adam_gsnr(&good, &[moments, short(m, v)]).unwrap_err(), error);
+    }
+    let count = Error::TensorCount { planned: 2, given: 1 };
+    assert_eq!(cpu.adam_gsnr(&good, &[moments]).unwrap_err(), count);
+    let name = || "second".to_owned();
+    let (m, v, len) = (raw.exp_avg, raw.exp_avg_sq, 32);
+    let end = u64::MAX - 63;
+    for (second, error) in [
+        (vec![], count),
+        (
+            vec![RawMoments { len: 31, ..raw }],
+            Error::TensorMismatch {
+                name: name(),
+                planned: "32 elements".to_owned(),
+                given: "exp_avg with 31 and exp_avg_sq with 31".to_owned(),
+            },
+        ),
+        (vec![RawMoments { exp_avg: 0, ..raw }], Error::NullPointer { name: name() }),
+        (vec![RawMoments { exp_avg_sq: 0, ..raw }], Error::NullPointer { name: name() }),
+        (
+            vec![RawMoments { exp_avg: m + 2, ..raw }],
+            Error::MisalignedPointer { name: name(), address: m + 2, size: 4 },
+        ),
+        (
+            vec![RawMoments { exp_avg_sq: v + 1, ..raw }],
+            Error::MisalignedPointer { name: name(), address: v + 1, size: 4 },
+        ),
+        (
+            vec![RawMoments { exp_avg_sq: end, ..raw }],
+            Error::AddressOverflow { name: name(), address: end, length: len },
+        ),
+    ] {
+        let all: Vec<RawMoments> = [raw].into_iter().chain(second).collect();
+        // SAFETY: refused before anything is read.
+        assert_eq!(unsafe { simt.inner().adam_gsnr_raw(&good, &all) }.unwrap_err(), error);
+    }
+    let large = Plan::new([("large", DType::F32, 1 << 32)]).unwrap();
+    let mut probe = SimtProbe::new(large, Config::default()).unwrap();
+    // SAFETY: refused before anything is read.
+    let refused = unsafe { probe.inner().adam_gsnr_raw(&good, &[RawMoments { len: 1 << 32, ..raw }]) };
+    assert_eq!(refused.unwrap_err(), Error::TooLargeToTrack { name: "large".to_owned(), length: 1 << 32 });
+
+    // SAFETY: the moments live, and the launch has run on return.
+    let seen = unsafe { simt.inner().adam_gsnr_raw(&good, &[raw; 2]) }.unwrap();
+    assert!(bytes(&seen) == expected);
+    for probe in [&mut cpu as &mut dyn Backend, &mut simt] {
+        assert!(bytes(&probe.gsnr().unwrap()) == tracked);
+    }
+    assert!(bytes(&cpu.adam_gsnr(&good, &[moments; 2]).unwrap()) == expected);
+}
+
+#[test]
+fn no_moments_at_all_give_a_report_without_records() {
+    let plan = || Plan::new([("weight", DType::F32, 32)]).unwrap();
+    let step = AdamStep { step: 2, beta1: 0.9, beta2: 0.999 };
+    let report = CpuProbe::new(plan(), Config::default()).unwrap().adam_gsnr(&step, &[AdamMoments::default()]).unwrap();
+    assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
+    let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+    // SAFETY: there is nothing to read.
+    let report = unsafe { probe.inner().adam_gsnr_raw(&step, &[RawMoments::default()]) }.unwrap();
+    assert_eq!(report.tensors().len(), 0);
+    let empty = CpuProbe::new(Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
+    assert_eq!(empty.adam_gsnr(&step, &[]).unwrap().tensors().len(), 0);
+}
