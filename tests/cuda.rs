@@ -10,7 +10,6 @@ use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
     AdamMoments, AdamStep, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error, GsnrConfig, GsnrReport,
     Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
-    cuda::DeviceTensor,
     cuda::{DeviceMoments, DeviceTensor},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
