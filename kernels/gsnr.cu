@@ -37,8 +37,7 @@ DEVICE GsnrSums reduce_chunk(GsnrScratch &scratch, const float *means, const flo
         return sums;
     };
     auto add = [](const GsnrSums &x, const GsnrSums &y) { return merge(x, y); };
-    GsnrSums sums = block_fold(scratch.runs, LANES, lane, add);
-    BARRIER();
+    GsnrSums sums = block_fold(scratch.runs, LANES, lane, add); // its barriers lie behind all that the lanes count
     for (u32 bin = threadIdx.x; bin < BINS; bin += LANES) {
         if (scratch.bins[bin] > 0) atomicAdd(&bins[bin], scratch.bins[bin]);
     }
