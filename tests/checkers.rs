@@ -669,7 +669,7 @@ fn tracked_sample() -> (GsnrRecord, gsnr::Truth) {
     let step = |step: usize| {
         let value = |i: usize| match (step, i) {
             (1, 7) => f32::NAN,
-            _ if i % 10 == 0 => 0.3,
+            _ if i.is_multiple_of(10) => 0.3,
             _ => (0.5 + normal(900 + step as u64, i)) as f32,
         };
         Data::of_bits(DType::F32, (0..200).map(|i| value(i).to_bits()))

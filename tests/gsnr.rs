@@ -1,7 +1,7 @@
 //! Signal and noise across steps: the table of cases on the CPU backend and on the kernels on the host, known answers,
 //! real gradients, and what must not change a bit.
 
-#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // Small numbers.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small numbers.
 
 mod common;
 mod require;
@@ -273,7 +273,7 @@ fn memory_that_is_not_there_is_an_error_and_what_was_tracked_stays() {
 fn gaussian(seed: u64, index: usize) -> f64 {
     let [u, v] = [0, 1].map(|k| common::data::uniform(seed, 2 * (index / 2) + k));
     let (radius, angle) = ((-2.0 * (1.0 - u).ln()).sqrt(), std::f64::consts::TAU * v);
-    radius * if index % 2 == 0 { angle.cos() } else { angle.sin() }
+    radius * if index.is_multiple_of(2) { angle.cos() } else { angle.sin() }
 }
 
 /// Steps of `elements` gradients, each the mean over a batch of examples: a true gradient with alternating signs and
@@ -284,7 +284,7 @@ fn batches(seed: u64, elements: usize, steps: usize, batch: usize, squared_norm:
         let value = |j: usize| {
             let example = |b: usize| gaussian(seed << 20 | (step * batch + b) as u64, j);
             let mean = (0..batch).map(example).sum::<f64>() / batch as f64;
-            (1e-3 * (mean + if j % 2 == 0 { truth } else { -truth })) as f32
+            (1e-3 * (mean + if j.is_multiple_of(2) { truth } else { -truth })) as f32
         };
         vec![f32s((0..elements).map(value))]
     };

@@ -190,7 +190,7 @@ impl Tables {
             addresses: address(&kept[0]),
             tensors: address(&kept[1]),
             chunk_tensors: address(&kept[2]),
-            chunk_records: address(&kept[3]),
+            chunk_parts: address(&kept[3]),
             records: address(&kept[4]),
             outputs: address(&outputs),
             done: address(&kept[5]),

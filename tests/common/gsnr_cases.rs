@@ -209,7 +209,7 @@ fn faint() -> Vec<Case> {
             let (seed, sign) = (595 + ((step as u64) << 32), Format::of(dtype).sign());
             vec![Tensor::of_bits(dtype, 3000, move |i| {
                 let bits = random_finite_bits(dtype, seed, i);
-                (bits & (sign - 1)) % largest | bits & sign
+                ((bits & (sign - 1)) % largest) | (bits & sign)
             })]
         }));
     }
