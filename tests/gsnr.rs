@@ -1,7 +1,7 @@
 //! Signal and noise across steps: the table of cases on the CPU backend and on the kernels on the host, known answers,
 //! real gradients, and what must not change a bit.
 
-#![allow(clippy::cast_sign_loss, clippy::cast_possible_truncation, clippy::cast_precision_loss)] // Small numbers.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small numbers.
 
 mod common;
 mod require;

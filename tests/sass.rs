@@ -240,7 +240,7 @@ fn update_keeps_the_memory_busy_by_whole_vectors() {
         update.count(span, Instruction::is_vector_load) > 0 && update.count(span, |code| code.is("STG.128")) > 0
     };
     let mut loops = update.loops();
-    loops.retain(|span| reads_and_writes(span) && !loops_in(&update, span).iter().any(reads_and_writes));
+    loops.retain(|span| reads_and_writes(span) && !loops_in(&update, span).iter().any(&reads_and_writes));
     assert_eq!(loops.len(), 2 * DType::ALL.len(), "for each dtype one of whole packets and one of single elements");
     // Single elements are those of gradients; the state goes by 16 bytes everywhere.
     for span in &loops {
