@@ -54,7 +54,7 @@ use std::fmt;
 /// [`decay`](Self::decay), and divided only then. The errors come from how accumulations differ among each other and
 /// assume nothing of what goes on within one; that of the ratio is the linear one, towards which the jackknife over
 /// accumulations tends. From three accumulations on, |G|² counts as significant when it is above Student's two-sided
-/// 95 % bound (2.5 % of tensors without a signal pass).
+/// 95 % bound (about 2.5 % of tensors without a signal pass).
 ///
 /// # What to heed
 ///
@@ -179,7 +179,7 @@ struct Series {
 
 impl Series {
     fn add(&mut self, micro_batch: u32, square: f64) {
-        if !square.is_finite() {
+        if square.is_nan() {
             self.skipped += 1;
             return;
         }

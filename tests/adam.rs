@@ -311,6 +311,7 @@ fn tensors() -> Vec<Optimizer> {
         }
         if elements > 100 {
             optimizer.exp_avg[100] = f32::NAN;
+            optimizer.exp_avg_sq[101] = f32::INFINITY;
         }
         tensors.push(optimizer);
     }
@@ -484,7 +485,10 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
 fn no_moments_at_all_give_a_report_without_records() {
     let plan = || Plan::new([("weight", DType::F32, 32)]).unwrap();
     let step = AdamStep { step: 2, beta1: 0.9, beta2: 0.999 };
-    let report = CpuProbe::new(plan(), Config::default()).unwrap().adam_gsnr(&step, &[AdamMoments::default()]).unwrap();
+    let cpu = CpuProbe::new(plan(), Config::default()).unwrap();
+    let early = cpu.adam_gsnr(&AdamStep { step: 1, ..step }, &[AdamMoments::default()]);
+    assert_eq!(early.unwrap_err(), Error::TooFewSteps { steps: 1 });
+    let report = cpu.adam_gsnr(&step, &[AdamMoments::default()]).unwrap();
     assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
     let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
     // SAFETY: there is nothing to read.
