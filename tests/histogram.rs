@@ -1,5 +1,6 @@
 //! Histograms: counts against a count of one element at a time over the table of cases, on the CPU and in the kernels on
 //! the host, and what they answer against exact quantiles and real conversions.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Of numbers whose size is known.
 
 mod common;
 
@@ -178,7 +179,7 @@ fn quantiles_are_within_their_bin() {
             assert!(bounds.high <= wide, "{bounds:?}");
         }
         let nonzero = sorted.iter().copied().filter(|&x| x > 0.0).map(f64::from);
-        let (least, most) = (nonzero.clone().next().unwrap(), nonzero.last().unwrap());
+        let (least, most) = (nonzero.clone().next().unwrap(), nonzero.clone().next_back().unwrap());
         let range = histogram.range().unwrap();
         assert!(range.low <= least && most <= range.high);
         assert_eq!((Histogram::bin_of(range.low as f32), Histogram::bin_of(range.high as f32)), {

@@ -234,7 +234,7 @@ fn loops_by_vectors(kernel: Kernel, code: &Listing) -> Vec<(Range<usize>, usize)
         vectors > 0 && code.count(span, Instruction::is_load) == vectors
     });
     let blocks = resident_blocks(kernel.entry());
-    loops.into_iter().map(|span| (span.clone(), blocks * THREADS * code.loads_in_flight(&span) * 16 >> 10)).collect()
+    loops.into_iter().map(|span| (span.clone(), (blocks * THREADS * code.loads_in_flight(&span) * 16) >> 10)).collect()
 }
 
 /// An H200 issues 15 instructions in the time its memory delivers a 16-bit element. One of them adds to a counter, and

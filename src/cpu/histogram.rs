@@ -44,6 +44,7 @@ impl<E: Element> Work for Count<'_, E> {
     type Output = ();
 
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "a few copies, and places of 16 bits")]
     fn run(self) {
         let mut copies = [0u16; SLOTS * COPIES];
         let mut zeros = 0;
