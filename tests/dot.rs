@@ -43,8 +43,9 @@ impl Exact {
                 nonfinite_count += 1;
                 continue;
             };
-            let product =
-                |x: u32, y: u32, exponent: i32| Wide::shifted(u128::from(x) * u128::from(y), (exponent + 298) as u32);
+            let product = |x: u32, y: u32, exponent: i32| {
+                Wide::shifted(u128::from(x) * u128::from(y), (exponent + 298).cast_unsigned())
+            };
             let sum = if x_negative == y_negative { &mut positive } else { &mut negative };
             *sum = sum.plus(&product(x, y, x_exponent + y_exponent));
             squares[0] = squares[0].plus(&product(x, x, 2 * x_exponent));
@@ -73,7 +74,8 @@ impl Exact {
             ("a²", seen.a_squares, self.a_squares, self.a_squares),
             ("b²", seen.b_squares, self.b_squares, self.b_squares),
         ] {
-            if (seen - exact).abs() > BOUND * scale || seen.is_nan() != exact.is_nan() {
+            let error = (seen - exact).abs();
+            if error.is_nan() || error > BOUND * scale {
                 complaints.push(format!("{name}: {what} {seen:e}, should be {exact:e}"));
             }
         }

@@ -1,6 +1,6 @@
 //! Histograms: counts against a count of one element at a time over the table of cases, on the CPU and in the kernels on
 //! the host, and what they answer against exact quantiles and real conversions.
-#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Of numbers whose size is known.
 
 mod common;
 
