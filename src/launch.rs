@@ -29,12 +29,12 @@ pub enum Kernel {
     Update,
     /// `gradprobe_gsnr`: reduces what is tracked to one [`GsnrRecord`] a tensor.
     Gsnr,
+    /// `gradprobe_adam`: reduces Adam's moments to one [`GsnrRecord`] a tensor.
+    Adam,
     /// `gradprobe_histogram`: counts elements by their magnitudes.
     Histogram,
     /// `gradprobe_dot`: dot products of two lists of tensors.
     Dot,
-    /// `gradprobe_adam`: reduces Adam's moments to one [`GsnrRecord`] a tensor.
-    Adam,
 }
 
 impl Kernel {
