@@ -40,7 +40,7 @@ pub enum Kernel {
 impl Kernel {
     /// Every kernel.
     pub const ALL: [Kernel; 7] =
-        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Histogram, Kernel::Dot, Kernel::Adam];
+        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Adam, Kernel::Histogram, Kernel::Dot];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
