@@ -33,8 +33,8 @@ const GSNR: &str = "cuLaunchKernel gradprobe_gsnr of 12 blocks";
 const ADDRESSES: &str = "cuMemcpyHtoDAsync_v2 24 bytes pageable";
 /// Outputs of 80 bytes and three records of 80.
 const REPORT: &str = "cuMemcpyDtoHAsync_v2 320 bytes page-locked";
-/// Three records of 80 bytes.
-const GSNR_REPORT: &str = "cuMemcpyDtoHAsync_v2 240 bytes page-locked";
+/// Three records of 104 bytes.
+const GSNR_REPORT: &str = "cuMemcpyDtoHAsync_v2 312 bytes page-locked";
 
 /// The host driver's trace, which is that of all threads: one test has it at a time.
 struct Trace {
