@@ -1,0 +1,165 @@
+//! What is wrong with a gradient, as data.
+
+use std::fmt;
+
+/// How a tensor, a step or a run is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Verdict {
+    /// Nothing stands out.
+    #[default]
+    Healthy,
+    /// Worth a look.
+    Warning,
+    /// Training will not go on like this.
+    Critical,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// Worth a look.
+    Warning,
+    /// Training will not go on like this.
+    Critical,
+}
+
+/// What is wrong. The number of each is that of its bit in the verdict words that a device writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum FindingKind {
+    /// An element is NaN.
+    Nan = 0,
+    /// An element is infinite.
+    Inf = 1,
+    /// A gradient too small to move its weights.
+    Vanishing = 2,
+    /// A gradient so large that a step throws its weights away.
+    Exploding = 3,
+    /// Elements below the dead threshold.
+    Dead = 4,
+    /// Elements that are 0.
+    Zeros = 5,
+    /// A gradient out of proportion to its weights.
+    Ratio = 6,
+    /// Tensors whose norms lie too far apart.
+    Spread = 7,
+    /// Norms that shrink or grow with depth.
+    Flow = 8,
+    /// A norm far above those of the steps before.
+    Spike = 9,
+    /// Norms that jump from step to step.
+    Unstable = 10,
+    /// More noise than signal across steps.
+    Noisy = 11,
+    /// Elements that a narrower type would lose.
+    Underflow = 12,
+    /// A clip that acts too often, or too hard.
+    Clipped = 13,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is.
+    pub kind: FindingKind,
+    /// The measurement it was found in, as [`Report::step`](crate::Report::step).
+    pub step: u64,
+    /// The tensor it concerns; `None` where it is about all of them.
+    pub tensor: Option<String>,
+    /// What was measured.
+    pub value: f64,
+    /// The limit it passed.
+    pub threshold: f64,
+    /// The rule that says so, by a name that stays the same from version to version.
+    pub rule: &'static str,
+    /// One sentence with value and limit in it.
+    pub message: String,
+    /// What usually helps, most promising first.
+    pub advice: &'static [&'static str],
+}
+
+impl FindingKind {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [FindingKind; 14] = [
+        Self::Nan,
+        Self::Inf,
+        Self::Vanishing,
+        Self::Exploding,
+        Self::Dead,
+        Self::Zeros,
+        Self::Ratio,
+        Self::Spread,
+        Self::Flow,
+        Self::Spike,
+        Self::Unstable,
+        Self::Noisy,
+        Self::Underflow,
+        Self::Clipped,
+    ];
+
+    /// Its name in reports: one lower-case word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nan => "nan",
+            Self::Inf => "inf",
+            Self::Vanishing => "vanishing",
+            Self::Exploding => "exploding",
+            Self::Dead => "dead",
+            Self::Zeros => "zeros",
+            Self::Ratio => "ratio",
+            Self::Spread => "spread",
+            Self::Flow => "flow",
+            Self::Spike => "spike",
+            Self::Unstable => "unstable",
+            Self::Noisy => "noisy",
+            Self::Underflow => "underflow",
+            Self::Clipped => "clipped",
+        }
+    }
+}
+
+impl Severity {
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        Verdict::of(self).name()
+    }
+}
+
+impl Verdict {
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Healthy => "healthy",
+            Self::Warning => "warning",
+            Self::Critical => "critical",
+        }
+    }
+
+    /// The verdict that one finding of this severity makes.
+    pub const fn of(severity: Severity) -> Self {
+        match severity {
+            Severity::Warning => Self::Warning,
+            Severity::Critical => Self::Critical,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl fmt::Display for FindingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
