@@ -1,6 +1,8 @@
 //! The kernels, and what it takes to run them.
 
 use super::Arguments;
+#[cfg(doc)]
+use crate::GsnrRecord;
 use crate::{Error, spec::LANES};
 
 /// The kernels, by the names they are compiled under.
