@@ -80,37 +80,42 @@ impl<D: Device> DeviceProbe<D> {
         config.check()?;
         let tensor_count = plan.tensors().len();
         let chunk_count = plan.chunks();
-        if u32::try_from(tensor_count + chunk_count).is_err() {
-            return Err(Error::OutOfMemory { bytes: (tensor_count + chunk_count) * size_of::<Record>() });
+        let gradients = plan.tensors().iter().map(|tensor| tensor.dtype);
+        let dtypes: Vec<DType> = gradients.chain(plan.weights().unwrap_or(&[]).iter().copied()).collect();
+        let lists = if plan.weights().is_some() { 2 } else { 1 };
+        let (all_tensors, all_chunks) = (dtypes.len(), lists * chunk_count);
+        if u32::try_from(all_tensors + all_chunks).is_err() {
+            return Err(Error::OutOfMemory { bytes: (all_tensors + all_chunks) * size_of::<Record>() });
         }
-        let mut entries = Vec::with_capacity(tensor_count);
-        let mut chunk_tensors = Vec::with_capacity(chunk_count);
-        for (index, tensor) in plan.tensors().iter().enumerate() {
-            let chunks = plan.chunks_of(index);
+        let mut entries = Vec::with_capacity(all_tensors);
+        let mut chunk_tensors = Vec::with_capacity(all_chunks);
+        for (index, &dtype) in dtypes.iter().enumerate() {
+            let (list, tensor) = if index < tensor_count { (0, index) } else { (1, index - tensor_count) };
+            let chunks = plan.chunks_of(tensor);
             entries.push(TensorEntry {
-                length: tensor.len,
-                first_chunk: chunks.start as u32,
+                length: plan.tensors()[tensor].len,
+                first_chunk: (list * chunk_count + chunks.start) as u32,
                 chunk_count: chunks.len() as u32,
-                dtype: tensor.dtype.code(),
-                dead_bits: tensor.dtype.threshold_bits(config.dead_threshold),
+                dtype: dtype.code(),
+                dead_bits: dtype.threshold_bits(config.dead_threshold),
             });
             chunk_tensors.extend(chunks.map(|_| index as u32));
         }
 
         let upload = |bytes: &[u8]| uploaded(&device, bytes);
-        let addresses = upload(bytemuck::cast_slice(&vec![0u64; tensor_count]))?;
+        let addresses = upload(bytemuck::cast_slice(&vec![0u64; all_tensors]))?;
         let mut results = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
-        results.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; tensor_count]));
+        results.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; all_tensors]));
         let results = upload(&results)?;
         let workspace = [
             upload(bytemuck::cast_slice(&entries))?,
             upload(bytemuck::cast_slice(&chunk_tensors))?,
-            device.allocate((chunk_count * size_of::<Record>()).max(1))?,
-            upload(bytemuck::cast_slice(&vec![0u32; chunk_count + tensor_count + 1]))?,
+            device.allocate((all_chunks * size_of::<Record>()).max(1))?,
+            upload(bytemuck::cast_slice(&vec![0u32; all_chunks + all_tensors + 1]))?,
             upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?,
             upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
         ];
-        let [tensors, chunk_tensors, chunk_parts, done, clip_state, coefficients] =
+        let [tensors, chunk_tensors, chunk_parts, chunks_done, clip_state, coefficients] =
             workspace.each_ref().map(|buffer| device.address(buffer));
         let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         let outputs = device.address(&results);
@@ -121,11 +126,12 @@ impl<D: Device> DeviceProbe<D> {
             chunk_parts,
             records: outputs + size_of::<StepOutputs>() as u64,
             outputs,
-            done,
+            chunks_done,
+            tensors_done: chunks_done + (all_chunks * size_of::<u32>()) as u64,
             max_norm: config.max_norm.unwrap_or(0.0),
             chunk_count: chunk_count as u32,
             tensor_count: tensor_count as u32,
-            busy_tensors: entries.iter().filter(|e| e.length > 0).count() as u32,
+            busy_tensors: plan.tensors().iter().filter(|tensor| tensor.len > 0).count() as u32,
             policy: config.non_finite as u32,
             clip: config.clip.code(),
             clip_threshold,
@@ -137,14 +143,14 @@ impl<D: Device> DeviceProbe<D> {
         };
         const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
         Ok(Self {
-            current: vec![0; tensor_count],
+            current: vec![0; all_tensors],
             disjoint: false,
             may_change: config.clip.may_clip(config.max_norm) || config.non_finite == NonFinitePolicy::ZeroNonFinite,
             measured: false,
             unread: false,
             reads: VecDeque::with_capacity(READS),
             idle: (0..READS)
-                .map(|_| device.prepare_read(size_of::<StepOutputs>() + size_of::<Record>() * tensor_count))
+                .map(|_| device.prepare_read(size_of::<StepOutputs>() + size_of::<Record>() * all_tensors))
                 .collect::<Result<_, _>>()?,
             reported: 0,
             plan: Arc::new(plan),
@@ -176,7 +182,8 @@ impl<D: Device> DeviceProbe<D> {
         self.arguments.outputs
     }
 
-    /// Device address of one [`Record`] a tensor, in the plan's order; valid as long as the probe.
+    /// Device address of one [`Record`] a tensor, in the plan's order, and behind them one a weight in a plan with
+    /// weights; valid as long as the probe.
     pub fn records_address(&self) -> u64 {
         self.arguments.records
     }
@@ -187,7 +194,7 @@ impl<D: Device> DeviceProbe<D> {
         self.arguments.coefficients
     }
 
-    /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor. Measuring and
+    /// Brings the device's address table up to date, if it is not: one upload of 8 bytes a tensor (16 with weights). Measuring and
     /// clipping do so by themselves; call it before a graph capture, and before replaying a graph on new addresses.
     ///
     /// # Safety
@@ -198,14 +205,35 @@ impl<D: Device> DeviceProbe<D> {
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     pub unsafe fn bind_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
         self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
-        if self.current.iter().zip(tensors).all(|(&address, tensor)| address == tensor.address) {
+        self.place(tensors, &[])
+    }
+
+    /// [`bind_raw`](Self::bind_raw) for the weights as well.
+    ///
+    /// # Safety
+    /// As there, for both lists.
+    ///
+    /// # Errors
+    /// As there, for either list, and [`Error::NoWeights`].
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn bind_with_weights_raw(&mut self, tensors: &[RawTensor], weights: &[RawTensor]) -> Result<(), Error> {
+        self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
+        self.plan.check_weights(weights.iter().map(|t| (t.dtype, t.len)))?;
+        self.place(tensors, weights)
+    }
+
+    /// Brings the address table up to date: all of the tensors, and the weights that are given.
+    fn place(&mut self, tensors: &[RawTensor], weights: &[RawTensor]) -> Result<(), Error> {
+        let given = || tensors.iter().chain(weights);
+        if self.current.iter().zip(given()).all(|(&address, tensor)| address == tensor.address) {
             return Ok(());
         }
         self.check_addresses(tensors)?;
+        self.check_addresses(weights)?;
         if self.device.is_capturing()? {
             return Err(Error::AddressesChangedInCapture);
         }
-        for (current, tensor) in self.current.iter_mut().zip(tensors) {
+        for (current, tensor) in self.current.iter_mut().zip(given()) {
             *current = tensor.address;
         }
         self.disjoint = false;
@@ -239,7 +267,37 @@ impl<D: Device> DeviceProbe<D> {
     pub unsafe fn measure_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
         unsafe { self.bind_raw(tensors) }?;
-        self.launch(Kernel::Measure)?;
+        self.launch_step(false)
+    }
+
+    /// Launches the measurement of these tensors and, in the same launch, of the weights whose gradients they are, both
+    /// in the plan's order. The weights' records are behind the tensors' on the device.
+    ///
+    /// # Safety
+    /// As for [`measure_raw`](Self::measure_raw), of both lists.
+    ///
+    /// # Errors
+    /// Those of [`bind_with_weights_raw`](Self::bind_with_weights_raw), and the device's.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    pub unsafe fn measure_with_weights_raw(
+        &mut self,
+        tensors: &[RawTensor],
+        weights: &[RawTensor],
+    ) -> Result<(), Error> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.bind_with_weights_raw(tensors, weights) }?;
+        self.launch_step(true)
+    }
+
+    fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
+        let lists = 1 + u32::from(weights);
+        let arguments = Arguments {
+            weights: u32::from(weights),
+            busy_tensors: lists * self.arguments.busy_tensors,
+            ..self.arguments
+        };
+        let chunks = lists * self.arguments.chunk_count;
+        self.device.launch(Kernel::Measure, self.blocks(Kernel::Measure, chunks), &arguments)?;
         if self.tracking.is_some() {
             self.launch(Kernel::Update)?;
         }
@@ -273,12 +331,12 @@ impl<D: Device> DeviceProbe<D> {
     }
 
     /// Blocks of a launch: no more than fill the device.
-    fn blocks(&self, kernel: Kernel) -> u32 {
-        self.arguments.chunk_count.clamp(1, self.device.resident_blocks(kernel).max(1))
+    fn blocks(&self, kernel: Kernel, chunks: u32) -> u32 {
+        chunks.clamp(1, self.device.resident_blocks(kernel).max(1))
     }
 
     fn launch(&self, kernel: Kernel) -> Result<(), Error> {
-        self.device.launch(kernel, self.blocks(kernel), &self.arguments)
+        self.device.launch(kernel, self.blocks(kernel, self.arguments.chunk_count), &self.arguments)
     }
 
     /// An in-place clip would scale shared memory twice.

@@ -31,22 +31,28 @@ pub struct Arguments {
     pub records: u64,
     /// The [`StepOutputs`]: a result.
     pub outputs: u64,
-    /// Counters of what is done, one a chunk, one a tensor and one more: workspace.
-    pub done: u64,
+    /// Counters of what is done, one a chunk: workspace.
+    pub chunks_done: u64,
+    /// One more, and one a tensor.
+    pub tensors_done: u64,
     /// [`Config::max_norm`], or 0.
     pub max_norm: f64,
     /// Chunks in all.
     pub chunk_count: u32,
     /// Tensors in all.
     pub tensor_count: u32,
-    /// Tensors that have elements.
+    /// Tensors that have elements, of those that this launch measures.
     pub busy_tensors: u32,
+    /// Whether this launch measures the weights too, whose tables and records are behind those of the tensors.
+    pub weights: u32,
     /// [`Config::non_finite`].
     pub policy: u32,
     /// Steps after which tracking starts anew, or 0.
     pub window: u32,
     /// [`Config::clip`], and its parameters.
     pub clip: u32,
+    /// Its history or warm-up.
+    pub clip_steps: u32,
     /// Its threshold.
     pub clip_threshold: f64,
     /// Its smoothing.
@@ -55,10 +61,10 @@ pub struct Arguments {
     pub clip_state: u64,
     /// One f32 coefficient a tensor, under a policy that clips tensors on their own.
     pub coefficients: u64,
-    /// Its history or warm-up.
-    pub clip_steps: u32,
     /// Steps of the history.
     pub history_steps: u32,
+    /// Unused; 0.
+    pub reserved: u32,
     /// One [`HistoryStep`] a step; 0 when none are kept, as the next.
     pub history: u64,
     /// One [`HistoryTensor`](crate::HistoryTensor) a step and tensor.
@@ -88,4 +94,4 @@ pub struct Arguments {
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 232);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 248);

@@ -71,10 +71,12 @@ impl<D: Device> DeviceProbe<D> {
         let outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
         let mut report = None;
         if outputs.step > self.reported {
-            let mut records = vec![Record::EMPTY; self.plan.tensors().len()];
+            let mut records = vec![Record::EMPTY; self.current.len()];
             bytemuck::cast_slice_mut(&mut records).copy_from_slice(rest);
+            let weights = records.split_off(self.plan.tensors().len());
+            let weights = (outputs.weights != 0).then_some(weights);
             self.reported = outputs.step;
-            report = Some(Report::new(Arc::clone(&self.plan), outputs, records));
+            report = Some(Report::new(Arc::clone(&self.plan), outputs, records, weights));
         }
         self.idle.push(read);
         Ok(report)

@@ -109,7 +109,7 @@ impl<D: Device> DeviceProbe<D> {
             let none = of.len == 0;
             table.extend(bytemuck::bytes_of(&if none { [0; 2] } else { [of.exp_avg, of.exp_avg_sq] }));
         }
-        let blocks = self.blocks(Kernel::Adam);
+        let blocks = self.blocks(Kernel::Adam, self.arguments.chunk_count);
         let (reduction, buffer) = match &mut self.adam {
             Some(made) => made,
             none => {
