@@ -74,6 +74,30 @@ struct ClipState {
 };
 static_assert(sizeof(ClipState) == 32, "src/policy.rs");
 
+// The rule of the adaptive clip, behind which the units of each tensor stand, and one entry more with their number.
+struct AdaptiveRule {
+    double clipping, epsilon;
+    u64 unit_count, reserved;
+};
+static_assert(sizeof(AdaptiveRule) == 32, "src/launch/adaptive.rs");
+
+// The units of one tensor, and where its weights are.
+struct Units {
+    u64 address, length; // elements of a unit
+    u64 first;
+    u32 dtype;
+    u32 reserved;
+};
+static_assert(sizeof(Units) == 32, "src/launch/adaptive.rs");
+
+// What an adaptive clip did to a tensor.
+struct AdaptiveRecord {
+    u64 clipped, nonfinite;
+    u32 reduction;
+    u32 reserved;
+};
+static_assert(sizeof(AdaptiveRecord) == 24, "src/adaptive.rs");
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -109,7 +133,9 @@ struct Arguments {
     const Other *others;        // the second list of a dot; null, as the two below, when there is none
     Dot *chunk_dots;
     Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
+    const AdaptiveRule *adaptive; // and behind it the units of the tensors, and one more; null when there is none
+    AdaptiveRecord *adaptive_records; // of the tensors
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 248, "src/launch.rs");
+static_assert(sizeof(Arguments) == 264, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

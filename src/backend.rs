@@ -4,8 +4,8 @@
 //! host, wherever the statistics are to be computed: the inspector, the tests and the benches are written over it.
 
 use crate::{
-    DType, DotReport, Element, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Report,
-    dtype::sealed::Bits,
+    AdaptiveClip, AdaptiveClipReport, DType, DotReport, Element, Error, GsnrConfig, GsnrReport, HistogramReport,
+    HistoryReport, Report, dtype::sealed::Bits,
 };
 use half::{bf16, f16};
 
@@ -184,6 +184,22 @@ pub trait Backend {
     /// # Errors
     /// [`Error::NotEnabled`], and as [`measure_host`](Self::measure_host).
     fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error>;
+
+    /// Makes room for adaptive clips by this rule.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::TensorCount`], [`Error::UnitLength`], [`Error::OutOfMemory`].
+    fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error>;
+
+    /// Clips these tensors unit by unit, by the norms of the weights whose gradients they are, and says what it did.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], and as [`measure_host`](Self::measure_host).
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error>;
 
     /// Makes room for dot products: [`DotReport::bytes`].
     ///

@@ -57,8 +57,18 @@ pub enum Error {
     /// What needs memory of its own was asked for, but that was never allocated.
     #[error("{what} has no memory to work in: call `enable_{what}` first")]
     NotEnabled {
-        /// `histogram` or `dot`.
+        /// `histogram`, `dot` or `adaptive_clip`.
         what: &'static str,
+    },
+    /// A tensor does not fall into units of the length given.
+    #[error("tensor {name:?}: {length} elements do not fall into units of {unit}")]
+    UnitLength {
+        /// The tensor's name.
+        name: String,
+        /// Its elements.
+        length: u64,
+        /// Elements of a unit.
+        unit: u64,
     },
     /// A report of other tensors than those that noise is estimated of.
     #[error("the report is of another plan than the one whose noise is estimated")]

@@ -3,7 +3,8 @@
 //! [`DeviceProbe`] drives `kernels/*.cu` through the small trait [`Device`]; CUDA implements it, and so does the
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
-use crate::{Config, DType, Error, NonFinitePolicy, Plan, Record, StepOutputs, spec::CHUNK};
+use crate::{Config, DType, Error, NonFinitePolicy, Plan, Record, StepOutputs, TensorSpec, spec::CHUNK};
+use adaptive::AdaptiveMemory;
 use arguments::TensorEntry;
 use bytemuck::{Pod, Zeroable};
 use dot::DotMemory;
@@ -12,6 +13,7 @@ use history::History;
 use std::{collections::VecDeque, sync::Arc};
 use tracking::{Reduction, Tracking};
 
+mod adaptive;
 mod arguments;
 mod device;
 mod dot;
@@ -53,6 +55,7 @@ pub struct DeviceProbe<D: Device> {
     history: Option<History<D>>,
     histogram: Option<HistogramMemory<D>>,
     dot: Option<DotMemory<D>>,
+    adaptive: Option<AdaptiveMemory<D>>,
     /// For Adam's moments; made when the first of those come.
     adam: Option<(Reduction<D>, D::Buffer)>,
     /// The addresses in the device's table.
@@ -162,6 +165,7 @@ impl<D: Device> DeviceProbe<D> {
             history: None,
             histogram: None,
             dot: None,
+            adaptive: None,
             adam: None,
             device,
         })
@@ -317,17 +321,28 @@ impl<D: Device> DeviceProbe<D> {
     /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`bind_raw`](Self::bind_raw).
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     pub unsafe fn clip_raw(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
+        // SAFETY: the caller's promise includes this one.
+        unsafe { self.bind_to_change(tensors) }?;
+        if self.may_change { self.launch(Kernel::Clip) } else { Ok(()) }
+    }
+
+    /// [`bind_raw`](Self::bind_raw) before what changes the tensors by the last measurement.
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    unsafe fn bind_to_change(&mut self, tensors: &[RawTensor]) -> Result<(), Error> {
         self.plan.check(tensors.iter().map(|t| (t.dtype, t.len)))?;
         if !self.measured {
             return Err(Error::NotMeasured);
         }
-        // SAFETY: the caller's promise includes this one.
+        // SAFETY: the caller's promise is the same.
         unsafe { self.bind_raw(tensors) }?;
         if !self.disjoint {
             self.check_overlaps()?;
             self.disjoint = true;
         }
-        if self.may_change { self.launch(Kernel::Clip) } else { Ok(()) }
+        Ok(())
     }
 
     /// Blocks of a launch: no more than fill the device.
@@ -341,19 +356,32 @@ impl<D: Device> DeviceProbe<D> {
 
     /// An in-place clip would scale shared memory twice.
     fn check_overlaps(&self) -> Result<(), Error> {
-        let mut ranges: Vec<(u64, u64, &str)> = self
-            .plan
-            .tensors()
-            .iter()
-            .zip(&self.current)
-            .filter(|(tensor, _)| tensor.len > 0)
-            .map(|(tensor, &start)| (start, start + tensor.len * tensor.dtype.size() as u64, tensor.name.as_str()))
-            .collect();
-        ranges.sort_unstable();
-        match ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+        match self.ranges().windows(2).find(|pair| pair[0].1 > pair[1].0) {
             Some(pair) => Err(Error::Overlap { first: pair[0].2.to_owned(), second: pair[1].2.to_owned() }),
             None => Ok(()),
         }
+    }
+
+    /// Where the tensors that have elements begin and end, with their names, from the lowest address on.
+    fn ranges(&self) -> Vec<(u64, u64, &str)> {
+        let tensors = self.plan.tensors().iter().zip(&self.current).filter(|(tensor, _)| tensor.len > 0);
+        let range = |(tensor, &start): (&'_ TensorSpec, &u64)| (start, start + tensor.len * tensor.dtype.size() as u64);
+        let mut ranges: Vec<_> = tensors.map(|of| (range(of).0, range(of).1, of.0.name.as_str())).collect();
+        ranges.sort_unstable();
+        ranges
+    }
+
+    /// Fails if a weight shares memory with a gradient that is to be changed; the gradients share none.
+    fn check_apart(&self, weights: &[RawTensor]) -> Result<(), Error> {
+        let ranges = self.ranges();
+        for (weight, spec) in weights.iter().zip(self.plan.tensors()).filter(|(weight, _)| weight.len > 0) {
+            let end = weight.address + weight.len * weight.dtype.size() as u64;
+            let next = ranges.partition_point(|range| range.1 <= weight.address);
+            if let Some(range) = ranges.get(next).filter(|range| range.0 < end) {
+                return Err(Error::Overlap { first: range.2.to_owned(), second: format!("weight of {}", spec.name) });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -22,6 +22,7 @@
 
 mod accumulation;
 mod adam;
+mod adaptive;
 mod backend;
 mod config;
 pub mod cpu;
@@ -46,6 +47,7 @@ mod spec;
 
 pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
 pub use adam::{AdamMoments, AdamStep};
+pub use adaptive::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord};
 pub use backend::{Backend, HostTensor, HostTensorMut};
 pub use config::{Config, NonFinitePolicy};
 pub use cpu::CpuProbe;

@@ -13,8 +13,9 @@ use common::gsnr_cases;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report, StepOutputs,
+    AdaptiveClip, AdaptiveClipReport, Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
+    GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
+    StepOutputs,
 };
 
 /// What a perfect backend would say.
@@ -418,6 +419,16 @@ macro_rules! tracks_as {
 /// The same of the history, of histograms and of dot products.
 macro_rules! keeps_as {
     ($field:tt) => {
+        fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+            self.$field.enable_adaptive_clip(clip)
+        }
+        fn clip_adaptively_host(
+            &mut self,
+            tensors: &mut [HostTensorMut<'_>],
+            weights: &[HostTensor<'_>],
+        ) -> Result<AdaptiveClipReport, Error> {
+            self.$field.clip_adaptively(tensors, weights)
+        }
         fn measure_host_with_weights(
             &mut self,
             tensors: &[HostTensor<'_>],

@@ -8,8 +8,9 @@ mod require;
 
 use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
-    AdamMoments, AdamStep, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error, GsnrConfig, GsnrReport,
-    Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    AdamMoments, AdamStep, AdaptiveClip, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error,
+    GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, Plan,
+    Record, Report, StepOutputs,
     cuda::{DeviceMoments, DeviceTensor},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -738,6 +739,59 @@ fn histograms_and_dot_products_have_the_bits_of_the_cpu() {
     assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
     let short = probe.dot(&a.slices(), &[&views[0], &views[1], &views[1]]).map(drop);
     assert!(matches!(short, Err(Error::TensorMismatch { name, .. }) if name == "BF16"));
+}
+
+#[test]
+fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let (mut gradients, weights) = (Tensors::of(1), Tensors::of(2));
+    let rule = AdaptiveClip::new([100_003, 400, 65_537]).clipping(0.1);
+    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let [mut a, b] = [&gradients, &weights].map(|tensors| OnDevice::new(&stream, tensors));
+    assert_eq!(probe.adaptive_clip().map(drop), Err(Error::NotEnabled { what: "adaptive_clip" }));
+    cpu.enable_adaptive_clip(&rule).unwrap();
+    probe.enable_adaptive_clip(&rule).unwrap();
+    probe.measure(&a.slices()).unwrap();
+    assert_eq!(probe.adaptive_clip().map(drop), Err(Error::NotMeasured));
+    cpu.measure(&gradients.hosts()).unwrap();
+    probe.clip_adaptively(&mut [&mut a.f32, &mut a.f16, &mut a.bf16], &b.slices()).unwrap();
+    let expected = cpu.clip_adaptively(&mut gradients.hosts_mut(), &weights.hosts()).unwrap();
+    assert!(expected.records().iter().any(|record| record.clipped > 0));
+    assert_eq!(probe.adaptive_clip().unwrap().records(), expected.records());
+    assert_eq!(a.get(), gradients);
+
+    // In a graph, with the measurement whose flag it obeys.
+    let (a_raw, b_raw) = (a.raw(), b.raw());
+    stream.begin_capture(THIS_THREAD).unwrap();
+    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+    unsafe { probe.raw().measure_raw(&a_raw) }.unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().clip_adaptively_raw(&a_raw, &b_raw) }.unwrap();
+    // SAFETY: as above.
+    let moved = unsafe { probe.raw().clip_adaptively_raw(&a_raw, &[b_raw[0], b_raw[1], a_raw[0]]) };
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    assert!(matches!(moved, Err(Error::TensorMismatch { .. })));
+    for replay in 0..2 {
+        let mut fresh = Tensors::of(3);
+        if replay == 1 {
+            fresh.bf16[9] = bf16::NAN;
+        }
+        a.set(&fresh);
+        graph.launch().unwrap();
+        let before = fresh.clone();
+        cpu.measure(&fresh.hosts()).unwrap();
+        let expected = cpu.clip_adaptively(&mut fresh.hosts_mut(), &weights.hosts()).unwrap();
+        assert_eq!(probe.adaptive_clip().unwrap().records(), expected.records());
+        let seen = a.get();
+        if replay == 0 {
+            assert_eq!(seen, fresh);
+        } else {
+            // NaN is not equal to itself.
+            assert_eq!((&seen.f32, &seen.f16), (&before.f32, &before.f16), "a step to skip");
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 mod require;
 
 use gradprobe::{
-    Config, CudaProbe, DType, Error, GsnrConfig, Plan,
+    AdaptiveClip, Config, CudaProbe, DType, Error, GsnrConfig, Plan,
     cudarc::driver::{CudaContext, CudaSlice, CudaStream, result, sys},
 };
 use half::{bf16, f16};
@@ -214,6 +214,27 @@ fn without_a_clip_a_step_is_one_launch() {
     let _held = Held::new(&stream);
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("without a clip", &calls, &[MEASURE, REPORT]);
+}
+
+#[test]
+fn an_adaptive_clip_is_a_launch() {
+    let Some((trace, stream)) = driver() else { return };
+    let mut gradients = Gradients::new(&stream);
+    let weights = Gradients::new(&stream);
+    let weights = [&weights.f32 as _, &weights.f16 as _, &weights.bf16 as _];
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    let units = Gradients::plan().tensors().iter().map(|tensor| tensor.len).collect::<Vec<_>>();
+    probe.enable_adaptive_clip(&AdaptiveClip::new(units)).unwrap();
+    probe.measure(&[&gradients.f32, &gradients.f16, &gradients.bf16]).unwrap();
+    let _held = Held::new(&stream);
+    for table in [&["cuMemcpyHtoDAsync_v2 160 bytes pageable"][..], &[]] {
+        let calls = trace.of(|| {
+            let tensors = &mut [&mut gradients.f32 as _, &mut gradients.f16 as _, &mut gradients.bf16 as _];
+            probe.clip_adaptively(tensors, &weights).unwrap();
+        });
+        let launch = ["cuMemsetD8Async 72 bytes", "cuLaunchKernel gradprobe_adaptive of 3 blocks"];
+        assert_calls("an adaptive clip", &calls, &[table, &launch].concat());
+    }
 }
 
 #[test]

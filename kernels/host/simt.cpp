@@ -7,6 +7,7 @@
 #include "../gsnr.cu"
 #include "../histogram.cu"
 #include "../dot.cu"
+#include "../adaptive.cu"
 #include "../adam.cu"
 
 thread_local SimtState gradprobe_simt_state;

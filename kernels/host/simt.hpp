@@ -54,6 +54,11 @@ template <typename T> T atomicAdd(T *address, T value) {
     *address = old + value;
     return old;
 }
+template <typename T> T atomicMax(T *address, T value) {
+    T old = *address;
+    if (value > old) *address = value;
+    return old;
+}
 inline u32 count_released(u32 *counter) { return (*counter)++; }
 inline void acquire() {}
 

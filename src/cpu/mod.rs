@@ -3,6 +3,7 @@
 //! Chunks are spread over rayon's threads; within one, loops over fixed-size arrays are left to the compiler to
 //! vectorise under the best instruction set of the machine (`dispatch`). Neither changes a bit.
 
+mod adaptive;
 mod chunk;
 mod clip;
 mod dispatch;
@@ -14,8 +15,10 @@ mod scan;
 mod sums;
 
 use crate::{
-    AdamMoments, AdamStep, Backend, Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs, adam,
+    AdamMoments, AdamStep, AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, DotReport, Error,
+    GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
+    StepOutputs, adam,
+    adaptive::Units,
     backend::with_elements,
     dtype::sealed::Bits,
     policy::ClipState,
@@ -41,6 +44,7 @@ pub struct CpuProbe {
     /// What was enabled. On the host a report is all the memory that either takes.
     histogram: bool,
     dot: bool,
+    adaptive: Option<Units>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -68,6 +72,7 @@ impl CpuProbe {
             history: None,
             histogram: false,
             dot: false,
+            adaptive: None,
             outputs: None,
             steps: 0,
         })
@@ -163,6 +168,39 @@ impl CpuProbe {
             });
         });
         Ok(())
+    }
+
+    /// Allows [`clip_adaptively`](Self::clip_adaptively), by this rule.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::TensorCount`], [`Error::UnitLength`].
+    pub fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        self.adaptive = Some(clip.of(&self.plan)?);
+        Ok(())
+    }
+
+    /// Clips tensors in place, unit by unit, by the norms of the weights whose gradients they are, which may be of any
+    /// dtypes. Leaves all as it is when the last measurement said to skip the step.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], and those of [`measure`](Self::measure) for either list.
+    pub fn clip_adaptively(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error> {
+        let units = self.adaptive.as_ref().ok_or(Error::NotEnabled { what: "adaptive_clip" })?;
+        self.plan.check_lengths(shapes(weights))?;
+        self.plan.check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
+        let outputs = self.outputs.ok_or(Error::NotMeasured)?;
+        let policy = self.config.non_finite;
+        let records = if outputs.skip != 0 {
+            vec![AdaptiveRecord::default(); tensors.len()]
+        } else {
+            let pairs = tensors.par_iter_mut().zip(weights).enumerate();
+            pairs.map(|(index, (g, &w))| adaptive::clip_tensor(units, index, g, w, policy)).collect()
+        };
+        Ok(AdaptiveClipReport::new(Arc::clone(&self.plan), units, records))
     }
 
     /// Tracks tensors across the steps from now on; what was tracked before is forgotten.
@@ -313,6 +351,18 @@ impl Backend for CpuProbe {
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.clip(tensors)
+    }
+
+    fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        self.enable_adaptive_clip(clip)
+    }
+
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error> {
+        self.clip_adaptively(tensors, weights)
     }
 
     fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {

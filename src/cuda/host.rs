@@ -3,8 +3,8 @@
 
 use super::{CudaProbe, driver::failed};
 use crate::{
-    Backend, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan,
-    Report, TensorSpec, launch::RawTensor,
+    AdaptiveClip, AdaptiveClipReport, Backend, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Report, TensorSpec, launch::RawTensor,
 };
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
@@ -66,6 +66,16 @@ impl CudaProbe {
         self.staging.as_ref().map_or(Ok(Vec::new()), |staging| staging.upload(tensors))
     }
 
+    /// Copies the tensors back, and waits.
+    fn download(&self, tensors: &mut [HostTensorMut<'_>], raw: &[RawTensor]) -> Result<(), Error> {
+        for (tensor, raw) in tensors.iter_mut().zip(raw).filter(|(_, raw)| raw.len > 0) {
+            // SAFETY: the tensor lies there, with that many bytes.
+            unsafe { result::memcpy_dtoh_async(tensor.as_bytes_mut(), raw.address, self.stream().cu_stream()) }
+                .map_err(failed("copying a tensor to the host"))?;
+        }
+        self.stream().synchronize().map_err(failed("waiting for the copies"))
+    }
+
     /// A second list, of any dtypes: the other one of a dot product, or the weights.
     fn upload_others(&mut self, tensors: &[HostTensor<'_>]) -> Result<Vec<RawTensor>, Error> {
         self.plan().check_lengths(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
@@ -77,6 +87,23 @@ impl CudaProbe {
 }
 
 impl Backend for CudaProbe {
+    fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        self.probe.enable_adaptive_clip(clip)
+    }
+
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error> {
+        let raw = self.upload(tensors.iter().map(HostTensorMut::as_ref))?;
+        let weights = self.upload_others(weights)?;
+        // SAFETY: the staging memory holds the tensors just copied, on the same stream, and is the probe's own.
+        unsafe { self.probe.clip_adaptively_raw(&raw, &weights) }?;
+        self.download(tensors, &raw)?;
+        self.probe.adaptive_clip()
+    }
+
     fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
         self.probe.track(config)
     }
@@ -147,11 +174,6 @@ impl Backend for CudaProbe {
         let raw = self.upload(tensors.iter().map(HostTensorMut::as_ref))?;
         // SAFETY: as above, and the memory is the probe's own.
         unsafe { self.probe.clip_raw(&raw) }?;
-        for (tensor, raw) in tensors.iter_mut().zip(&raw).filter(|(_, raw)| raw.len > 0) {
-            // SAFETY: the tensor lies there, with that many bytes.
-            unsafe { result::memcpy_dtoh_async(tensor.as_bytes_mut(), raw.address, self.stream().cu_stream()) }
-                .map_err(failed("copying a tensor to the host"))?;
-        }
-        self.stream().synchronize().map_err(failed("waiting for the copies"))
+        self.download(tensors, &raw)
     }
 }

@@ -43,7 +43,8 @@ pub use module::{FATBIN, compile};
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
-    AdamStep, Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, Plan, Report,
+    AdamStep, AdaptiveClip, AdaptiveClipReport, Config, DType, DotReport, Error, GsnrConfig, GsnrReport,
+    HistogramReport, HistoryReport, Plan, Report,
     launch::{DeviceProbe, RawMoments, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -126,6 +127,20 @@ impl CudaProbe {
         Ok(given)
     }
 
+    fn write<'a>(
+        &self,
+        stream: &'a CudaStream,
+        tensors: &'a mut [&mut dyn DeviceTensorMut],
+    ) -> Result<Given<'a>, Error> {
+        let mut given = Given::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter_mut().enumerate() {
+            self.check_context(&**tensor, index)?;
+            let (dtype, count) = (tensor.dtype(), tensor.element_count());
+            given.push(dtype, count, tensor.write_address(stream));
+        }
+        Ok(given)
+    }
+
     /// Tells the device where the tensors are, without a launch: before a graph capture, and when gradients have moved
     /// between replays. The memory must stay until the graph is no longer replayed.
     ///
@@ -189,14 +204,42 @@ impl CudaProbe {
     /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn DeviceTensorMut]) -> Result<(), Error> {
         let stream = Arc::clone(self.stream());
-        let mut given = Given::with_capacity(tensors.len());
-        for (index, tensor) in tensors.iter_mut().enumerate() {
-            self.check_context(&**tensor, index)?;
-            let (dtype, count) = (tensor.dtype(), tensor.element_count());
-            given.push(dtype, count, tensor.write_address(&stream));
-        }
+        let given = self.write(&stream, tensors)?;
         // SAFETY: as in `measure`, and the slices are borrowed mutably.
         unsafe { self.probe.clip_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::enable_adaptive_clip`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::TensorCount`], [`Error::UnitLength`], or the driver's.
+    pub fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        self.probe.enable_adaptive_clip(clip)
+    }
+
+    /// Launches the adaptive clip of `tensors` in place by `weights`, of any dtypes, unless the last measurement said to
+    /// skip the step. See [`AdaptiveClip`].
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure) for
+    /// either list.
+    pub fn clip_adaptively(
+        &mut self,
+        tensors: &mut [&mut dyn DeviceTensorMut],
+        weights: &[&dyn DeviceTensor],
+    ) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (tensors, weights) = (self.write(&stream, tensors)?, self.read(&stream, weights)?);
+        // SAFETY: as in `clip` and `measure`.
+        unsafe { self.probe.clip_adaptively_raw(&tensors.tensors, &weights.tensors) }
+    }
+
+    /// See [`DeviceProbe::adaptive_clip`]: what the last adaptive clip did. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], or the driver's.
+    pub fn adaptive_clip(&mut self) -> Result<AdaptiveClipReport, Error> {
+        self.probe.adaptive_clip()
     }
 
     /// See [`DeviceProbe::poll`]: a report that has arrived, without waiting.

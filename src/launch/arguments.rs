@@ -89,9 +89,13 @@ pub struct Arguments {
     pub chunk_dots: u64,
     /// One [`Dot`](crate::Dot) a tensor: a result.
     pub dots: u64,
+    /// The rule of the adaptive clip, and behind it the units of each tensor; 0 when there is none, as the next.
+    pub adaptive: u64,
+    /// One [`AdaptiveRecord`](crate::AdaptiveRecord) a tensor: a result.
+    pub adaptive_records: u64,
     /// The step of Adam and behind it the addresses of each tensor's moments; 0 but for [`Kernel::Adam`].
     pub adam: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 248);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 264);

@@ -22,12 +22,22 @@ pub enum Kernel {
     Histogram,
     /// `gradprobe_dot`: dot products of two lists of tensors.
     Dot,
+    /// `gradprobe_adaptive`: scales units in place by the norms of their weights.
+    Adaptive,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 7] =
-        [Kernel::Measure, Kernel::Clip, Kernel::Update, Kernel::Gsnr, Kernel::Adam, Kernel::Histogram, Kernel::Dot];
+    pub const ALL: [Kernel; 8] = [
+        Kernel::Measure,
+        Kernel::Clip,
+        Kernel::Update,
+        Kernel::Gsnr,
+        Kernel::Adam,
+        Kernel::Histogram,
+        Kernel::Dot,
+        Kernel::Adaptive,
+    ];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
@@ -41,6 +51,7 @@ impl Kernel {
             Kernel::Gsnr => "gradprobe_gsnr",
             Kernel::Histogram => "gradprobe_histogram",
             Kernel::Dot => "gradprobe_dot",
+            Kernel::Adaptive => "gradprobe_adaptive",
             Kernel::Adam => "gradprobe_adam",
         }
     }

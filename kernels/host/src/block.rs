@@ -58,6 +58,8 @@ entries! {
     HISTOGRAM = gradprobe_histogram;
     /// [`Kernel::Dot`].
     DOT = gradprobe_dot;
+    /// [`Kernel::Adaptive`].
+    ADAPTIVE = gradprobe_adaptive;
     /// [`Kernel::Adam`].
     ADAM = gradprobe_adam;
     /// Lanes read their neighbours' words behind a barrier: right.

@@ -9,8 +9,8 @@
 mod block;
 
 use gradprobe::{
-    Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor,
-    HostTensorMut, Plan, Report,
+    AdaptiveClip, AdaptiveClipReport, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Report,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
@@ -70,6 +70,7 @@ impl Device for Simt {
             Kernel::Histogram => Entry::HISTOGRAM,
             Kernel::Dot => Entry::DOT,
             Kernel::Adam => Entry::ADAM,
+            Kernel::Adaptive => Entry::ADAPTIVE,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
@@ -153,15 +154,24 @@ impl Backend for SimtProbe {
     }
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
-        let raw: Vec<RawTensor> = tensors
-            .iter_mut()
-            .map(|t| {
-                let address = t.as_bytes_mut().as_mut_ptr();
-                raw(&t.as_ref(), address)
-            })
-            .collect();
+        let raw = all_mut(tensors);
         // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
         unsafe { self.0.clip_raw(&raw) }
+    }
+
+    fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        self.0.enable_adaptive_clip(clip)
+    }
+
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error> {
+        let tensors = all_mut(tensors);
+        // SAFETY: as in `clip_host`, and the weights are slices that live as long.
+        unsafe { self.0.clip_adaptively_raw(&tensors, &all(weights)) }?;
+        self.0.adaptive_clip()
     }
 
     fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
@@ -205,6 +215,14 @@ impl Backend for SimtProbe {
         // SAFETY: as in `measure_host`.
         unsafe { self.0.dot_raw(&all(a), &all(b)) }
     }
+}
+
+fn all_mut(tensors: &mut [HostTensorMut<'_>]) -> Vec<RawTensor> {
+    let of = |tensor: &mut HostTensorMut<'_>| {
+        let address = tensor.as_bytes_mut().as_mut_ptr();
+        raw(&tensor.as_ref(), address)
+    };
+    tensors.iter_mut().map(of).collect()
 }
 
 fn all(tensors: &[HostTensor<'_>]) -> Vec<RawTensor> {

@@ -8,7 +8,7 @@ use crate::{
 };
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
 use gradprobe::{
-    Dot, GsnrRecord, Histogram, Record, StepOutputs,
+    AdaptiveRecord, Dot, GsnrRecord, Histogram, Record, StepOutputs,
     launch::{Arguments, Device, Kernel},
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -112,6 +112,10 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         demand_at_work(what, address, bytes);
     }
     let more: &[(&str, u64, usize)] = match kernel {
+        Kernel::Adaptive => &[
+            ("the units", arguments.adaptive, 32 + (tensors + 1) * 32),
+            ("what became of the units", arguments.adaptive_records, tensors * size_of::<AdaptiveRecord>()),
+        ],
         Kernel::Histogram => &[("the histograms", arguments.histograms, tensors * size_of::<Histogram>())],
         Kernel::Dot => &[
             ("the second list", arguments.others, tensors * 16),

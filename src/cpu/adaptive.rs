@@ -1,0 +1,70 @@
+//! The adaptive clip: sums of a unit's squares in the order of the kernel, then its coefficient, then the clip.
+
+use super::{
+    clip::{self, Clipping},
+    dispatch::{self, Work},
+};
+use crate::{
+    Element, HostTensor, HostTensorMut, NonFinitePolicy,
+    adaptive::{AdaptiveRecord, Units},
+    backend::with_elements,
+    spec::{self, CHUNK, LANES, PACKET},
+};
+use rayon::prelude::*;
+
+/// Clips the units of the tensor at `index` of the plan.
+pub(super) fn clip_tensor(
+    units: &Units,
+    index: usize,
+    gradient: &mut HostTensorMut<'_>,
+    weight: HostTensor<'_>,
+    policy: NonFinitePolicy,
+) -> AdaptiveRecord {
+    let Some(length) = usize::try_from(units.lengths[index]).ok().filter(|&length| length > 0) else {
+        return AdaptiveRecord::default();
+    };
+    with_elements!(HostTensorMut, gradient, gradient => with_elements!(HostTensor, weight, weight => {
+        let pairs = gradient.par_chunks_exact_mut(length).zip(weight.par_chunks_exact(length));
+        let records = pairs.map(|(gradient, weight)| {
+            let (g, w) = (dispatch::run(Squares(&*gradient)), dispatch::run(Squares(weight)));
+            let nonfinite = g.1 > 0;
+            let coefficient = units.coefficient(g.0, w.0, nonfinite, policy);
+            if coefficient != 1.0 || nonfinite {
+                let zero_nonfinite = policy == NonFinitePolicy::ZeroNonFinite;
+                let how = Clipping { coefficient, limit: f32::INFINITY, zero_nonfinite };
+                gradient.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, how));
+            }
+            let mut record = AdaptiveRecord::default();
+            record.count(nonfinite, coefficient);
+            record
+        });
+        records.reduce(AdaptiveRecord::default, |a, b| a.merge(&b))
+    }))
+}
+
+/// Σx² over the finite elements of a unit, and how many are not finite.
+struct Squares<'a, E>(&'a [E]);
+
+impl<E: Element> Work for Squares<'_, E> {
+    type Output = (f64, u64);
+
+    #[inline(always)]
+    fn run(self) -> (f64, u64) {
+        // Element i is slot i % PACKET of lane i / PACKET % LANES.
+        let mut sums = [0f64; LANES * PACKET];
+        let mut nonfinite = 0u64;
+        for elements in self.0.chunks(sums.len()) {
+            for (sum, &x) in sums.iter_mut().zip(elements) {
+                let finite = x.magnitude().into() < E::INFINITY;
+                let x = f64::from(if finite { x.widen_finite() } else { 0.0 });
+                *sum = x.mul_add(x, *sum);
+                nonfinite += u64::from(!finite);
+            }
+        }
+        let lane = |lane: usize| {
+            let s = &sums[lane * PACKET..][..PACKET];
+            ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+        };
+        (spec::fold(LANES, lane, |a, b| a + b).unwrap_or(0.0), nonfinite)
+    }
+}
