@@ -66,11 +66,12 @@ struct HistoryTensor {
 };
 static_assert(sizeof(HistoryTensor) == 24, "src/history.rs");
 
-// What a clip policy keeps from step to step, before its history or averages.
+// What a clip policy keeps from step to step, before its history, averages or histogram.
 struct ClipState {
     u64 steps; // that were learnt from
     double mean, variance; // of the norms
-    u64 reserved;
+    float limit; // of elements that are clipped on their own
+    u32 reserved;
 };
 static_assert(sizeof(ClipState) == 32, "src/policy.rs");
 
@@ -120,7 +121,7 @@ struct Arguments {
     ClipState *clip_state;
     float *coefficients;        // of the tensors, under a policy that has them
     u32 history_steps;
-    u32 reserved;
+    u32 one_histogram;          // of all tensors, at histograms
     HistoryStep *history;       // rings of the last steps; null when none are kept
     HistoryTensor *history_tensors;
     const u64 *tag;             // of the batch

@@ -11,7 +11,7 @@ KERNEL(8) gradprobe_clip(Arguments a) {
     u32 action = a.outputs->action;
     if (action == 0) return;
     Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & ACTION_ZERO_NONFINITE) != 0};
-    if (action & ACTION_CLAMP) how.limit = (float)a.clip_threshold;
+    if (action & ACTION_CLAMP) how.limit = a.clip_state->limit;
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end;
         u32 tensor = a.chunk_tensors[index];

@@ -13,6 +13,7 @@ struct FinishScratch {
     union {
         Record records[LANES];
         StepSums sums[LANES];
+        u64 counts[LANES];
     };
     Clip clip;
     u32 last;
@@ -85,10 +86,10 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     if (threadIdx.x == 0) {
         o.finite_total_norm = sqrt(all.squares);
         o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
-        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, 1.0, 0, 0, {0, 0}};
+        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, 1.0, 0.0f, 0, 0, {0, 0}};
     }
     BARRIER();
-    decide_clip(clip, a);
+    decide_clip(clip, scratch.counts, a);
     if (threadIdx.x != 0) return;
     o.coefficient_f64 = clip.coefficient;
     o.total_norm_f32 = narrow(o.total_norm);
@@ -97,7 +98,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.found_inf = found ? 1.0f : 0.0f;
     o.skip = skip ? 1 : 0;
     bool scales = o.coefficient != 1.0f, parts = clip.clips_parts;
-    u32 part = a.clip & CLIP_VALUE ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
+    u32 part = a.clip & (CLIP_VALUE | CLIP_QUANTILE) ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
     o.action = (scales ? ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? ACTION_ZERO_NONFINITE : 0);
     o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) |
                 (scales || parts ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0);

@@ -8,13 +8,7 @@
 // Reads each element once: n·size bytes. Zeros, of which some gradients have little else, are not counted one by one.
 #include "bins.cuh"
 #include "parts.cuh"
-
-constexpr u32 SLOTS = 1024;
-constexpr u32 SLOT_SHIFT = 21;
-constexpr u32 INF_SLOT = 1020; // the upper bits of Inf
-constexpr u32 NAN_SLOT = 1021;
-constexpr u32 ZERO_SLOT = 1022;
-static_assert(INFINITY_BITS >> SLOT_SHIFT == INF_SLOT, "src/histogram.rs");
+#include "quantile.cuh"
 
 // The copies of each counter: see TUNING.md.
 constexpr u32 COPIES = 4;
@@ -70,11 +64,11 @@ KERNEL(8) gradprobe_histogram(Arguments a) {
 #undef COUNT
         elements += chunk.length;
         held++;
-        if (held < HELD && next < a.chunk_count && a.chunk_tensors[next] == tensor) continue;
+        if (held < HELD && next < a.chunk_count && (a.one_histogram || a.chunk_tensors[next] == tensor)) continue;
         // Zeros are the elements that no lane has counted: one lane adds all, and each takes off its own.
         atomicAdd(&scratch.counts[scratch.place(ZERO_SLOT)], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
         BARRIER();
-        scratch.flush(a.histograms + (u64)tensor * SLOTS);
+        scratch.flush(a.histograms + (a.one_histogram ? 0 : (u64)tensor * SLOTS));
         BARRIER();
         held = elements = nonzeros = 0;
     }

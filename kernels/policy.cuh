@@ -2,6 +2,7 @@
 // operations.
 #pragma once
 #include "block.cuh"
+#include "quantile.cuh"
 
 // The policies; 0 is the global norm alone. A bit each: of consecutive numbers the compiler makes a jump table, with a
 // copy of the code around it for each.
@@ -10,6 +11,7 @@ constexpr u32 CLIP_TENSOR_NORM = 2;
 constexpr u32 CLIP_PERCENTILE = 4;
 constexpr u32 CLIP_Z_SCORE = 8;
 constexpr u32 CLIP_TENSOR_EMA = 16;
+constexpr u32 CLIP_QUANTILE = 32;
 constexpr u32 MAX_HISTORY = 1024;
 
 // A step as a policy sees it, and what it decided. In shared memory.
@@ -18,6 +20,7 @@ struct Clip {
     u32 finite; // all elements are, so that something is learnt
     u32 skip;
     double coefficient;
+    float limit; // of elements
     u32 clips_parts;
     u32 spike;
     u32 below[2]; // counts of the history
@@ -122,12 +125,13 @@ DEVICE double average_coefficient(const Clip &clip, double &average, double norm
     return coefficient;
 }
 
-// Decides the clip of a step whose norm and flags are in `clip`, and learns from it. By all threads, between barriers.
-DEVICE void decide_clip(Clip &clip, const Arguments &a) {
+// Decides the clip of a step whose norm and flags are in `clip`, and learns from it. By all threads, between barriers;
+// `counts` has a number a lane.
+DEVICE void decide_clip(Clip &clip, u64 *counts, const Arguments &a) {
     u32 t = threadIdx.x;
     ClipState *state = a.clip_state;
     double threshold = a.clip_threshold, smoothing = a.clip_smoothing;
-    bool by_tensor = a.clip & (CLIP_TENSOR_NORM | CLIP_TENSOR_EMA);
+    bool by_tensor = a.clip & (CLIP_TENSOR_NORM | CLIP_TENSOR_EMA), by_element = a.clip & (CLIP_VALUE | CLIP_QUANTILE);
     if (clip.skip) {
         if (by_tensor) {
             for (u32 i = t; i < a.tensor_count; i += LANES) a.coefficients[i] = 1.0f;
@@ -145,14 +149,22 @@ DEVICE void decide_clip(Clip &clip, const Arguments &a) {
         }
     } else if (a.clip & CLIP_Z_SCORE) {
         if (t == 0) clip.coefficient = rule(z_score_limit(clip, state, threshold, smoothing, a.clip_steps), clip.norm);
-    } else if (a.clip & CLIP_VALUE || by_tensor) {
+    } else if (by_tensor || by_element) {
+        if (by_element) {
+            double limit = threshold;
+            if (a.clip & CLIP_QUANTILE) limit = quantile_estimate(counts, (const u64 *)(state + 1), threshold);
+            // None where the quantile is 0.
+            if (t == 0) clip.limit = state->limit = (float)limit > 0.0f ? (float)limit : bits_to_float(INFINITY_BITS);
+            BARRIER();
+        }
         double global = (a.clip & CLIP_TENSOR_EMA) && a.max_norm > 0.0 ? torch_rule(a.max_norm, clip.norm) : 1.0;
         bool warm = (a.clip & CLIP_TENSOR_EMA) && state->steps < a.clip_steps;
         bool all_finite = clip.norm - clip.norm == 0.0;
         for (u32 i = t; i < a.tensor_count; i += LANES) {
             Record r = load_record(a.records + i);
-            if (a.clip & CLIP_VALUE) {
-                if (r.inf_count > 0 || (double)r.max_abs_or_zero > threshold) atomicAdd(&clip.clips_parts, 1u);
+            if (by_element) {
+                bool outside = r.inf_count > 0 || r.max_abs_or_zero > clip.limit;
+                if (outside && clip.limit < bits_to_float(INFINITY_BITS)) atomicAdd(&clip.clips_parts, 1u);
                 continue;
             }
             double norm = sqrt(sum_squares((double)finite_count(r), r.mean_or_zero, r.sum_squared_deviations));

@@ -225,6 +225,34 @@ impl Histogram {
         Some(Bounds { low: Self::lowest_of(bin).into(), high: Self::highest_of(bin).into() })
     }
 
+    /// An estimate of the q-quantile of |x| over the m finite elements, as one number: the ⌈q·m⌉th smallest, if those of
+    /// its bin lay evenly spread in it. `None` where [`quantile`](Self::quantile) is, which gives the bounds.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 2^40")]
+    pub fn quantile_estimate(&self, q: f64) -> Option<f64> {
+        let finite = self.finite_count();
+        if finite == 0 || !(0.0..=1.0).contains(&q) {
+            return None;
+        }
+        let rank = ((q * to_f64(finite)).ceil() as u64).clamp(1, finite);
+        let mut below = self.zero_count;
+        if rank <= below {
+            return Some(0.0);
+        }
+        for (bin, count) in self.occupied() {
+            if rank <= below + count {
+                let (low, high) = (f64::from(Self::at_edge(bin, 0)), f64::from(Self::upper_edge(bin)));
+                return Some(low + (high - low) * (to_f64(rank - below) / to_f64(count)));
+            }
+            below += count;
+        }
+        None
+    }
+
+    /// The upper edge of a bin, which the next begins with; of the last, the largest f32.
+    fn upper_edge(bin: usize) -> f32 {
+        if bin + 1 < Self::BINS { Self::at_edge(bin + 1, 0) } else { f32::MAX }
+    }
+
     /// Share of all elements that are finite with |x| < `threshold`, zeros included: of dead elements, as
     /// [`Record::dead_fraction`](crate::Record::dead_fraction) counts them. Exact where the threshold is the lower end
     /// of a bin – a power of two times 1, 1.25, 1.5 or 1.75 –; else the bounds differ by the share of its bin. `None`
@@ -412,7 +440,7 @@ mod tests {
 
     #[test]
     fn kernels_have_the_same_constants() {
-        let kernel = include_str!("../kernels/histogram.cu");
+        let kernel = include_str!("../kernels/quantile.cuh");
         for (name, value) in [
             ("SLOTS", size_of::<Histogram>() / 8),
             ("SLOT_SHIFT", SHIFT as usize),

@@ -50,7 +50,8 @@ pub struct DeviceProbe<D: Device> {
     /// Outputs, then records: what a report is read from.
     results: D::Buffer,
     /// Tables and workspace, kept alive for the kernels.
-    _workspace: [D::Buffer; 6],
+    _workspace: [D::Buffer; 5],
+    clip_state: D::Buffer,
     tracking: Option<Tracking<D>>,
     history: Option<History<D>>,
     histogram: Option<HistogramMemory<D>>,
@@ -64,6 +65,8 @@ pub struct DeviceProbe<D: Device> {
     disjoint: bool,
     /// Whether a clip could change anything.
     may_change: bool,
+    /// Whether its policy needs a histogram of each step.
+    needs_histogram: bool,
     measured: bool,
     /// Whether a measurement was launched since the last read began.
     unread: bool,
@@ -115,10 +118,10 @@ impl<D: Device> DeviceProbe<D> {
             upload(bytemuck::cast_slice(&chunk_tensors))?,
             device.allocate((all_chunks * size_of::<Record>()).max(1))?,
             upload(bytemuck::cast_slice(&vec![0u32; all_chunks + all_tensors + 1]))?,
-            upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?,
             upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
         ];
-        let [tensors, chunk_tensors, chunk_parts, chunks_done, clip_state, coefficients] =
+        let clip_state = upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?;
+        let [tensors, chunk_tensors, chunk_parts, chunks_done, coefficients] =
             workspace.each_ref().map(|buffer| device.address(buffer));
         let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         let outputs = device.address(&results);
@@ -139,7 +142,7 @@ impl<D: Device> DeviceProbe<D> {
             clip: config.clip.code(),
             clip_threshold,
             clip_smoothing,
-            clip_state,
+            clip_state: device.address(&clip_state),
             coefficients,
             clip_steps,
             ..Arguments::zeroed()
@@ -161,6 +164,8 @@ impl<D: Device> DeviceProbe<D> {
             addresses,
             results,
             _workspace: workspace,
+            clip_state,
+            needs_histogram: config.clip.needs_histogram(),
             tracking: None,
             history: None,
             histogram: None,
@@ -294,6 +299,9 @@ impl<D: Device> DeviceProbe<D> {
     }
 
     fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
+        if self.needs_histogram {
+            self.launch_histogram_of_all()?;
+        }
         let lists = 1 + u32::from(weights);
         let arguments = Arguments {
             weights: u32::from(weights),

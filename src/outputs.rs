@@ -1,7 +1,7 @@
 //! What a step decides for all the tensors together: norms, coefficient, flags. The deferred clip.
 
 use crate::{
-    NonFinitePolicy, Record,
+    Histogram, NonFinitePolicy, Record,
     policy::{ClipState, Decision, Norms},
     record::propagate,
     spec,
@@ -62,7 +62,8 @@ impl StepOutputs {
     pub const ACTION_ZERO_NONFINITE: u32 = 2;
     /// Bit of `action`: the elements of each tensor are multiplied by its own coefficient.
     pub const ACTION_SCALE_TENSORS: u32 = 4;
-    /// Bit of `action`: elements are brought between the limits of [`ClipPolicy::Value`](crate::ClipPolicy::Value).
+    /// Bit of `action`: elements are brought between the limits of [`ClipPolicy::Value`](crate::ClipPolicy::Value) or
+    /// [`ClipPolicy::Quantile`](crate::ClipPolicy::Quantile).
     pub const ACTION_CLAMP: u32 = 8;
 
     /// `verdict`: some element is NaN.
@@ -80,6 +81,7 @@ impl StepOutputs {
     pub(crate) fn finish(
         records: &[Record],
         weights: Option<&[Record]>,
+        histogram: Option<&Histogram>,
         non_finite: NonFinitePolicy,
         clip: &mut ClipState,
         step: u64,
@@ -93,7 +95,7 @@ impl StepOutputs {
         let skip = found && non_finite == NonFinitePolicy::Skip;
         let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite;
         let norms = Norms { norm: if zero { finite_total_norm } else { total_norm }, finite: !found, skip };
-        let Decision { coefficient: coefficient_f64, clips_parts, spike } = clip.decide(records, &norms);
+        let Decision { coefficient: coefficient_f64, clips_parts, spike } = clip.decide(records, &norms, histogram);
         let coefficient = narrow(coefficient_f64);
         let scales = coefficient != 1.0;
         let flag = |condition: bool, bit: u32| if condition { bit } else { 0 };

@@ -1,7 +1,7 @@
 //! How a step's clip is decided: from the step itself, or from the norms of the steps before. On the device by the last
 //! block of the measurement (`kernels/policy.cuh`, the same operations), so that no policy makes the host wait.
 
-use crate::{Error, Record, StepOutputs};
+use crate::{Error, Histogram, Record, StepOutputs};
 
 /// What the gradients are clipped to. Policies that look back learn only from steps that are finite and not skipped; a
 /// step that is not finite is clipped, if at all, by what was learnt before.
@@ -19,6 +19,14 @@ pub enum ClipPolicy {
     Value {
         /// Finite, above 0.
         max_abs: f32,
+    },
+    /// Every element to ±the quantile of |x| over all finite elements of the step: the clamp at a percentile that
+    /// tutorials call adaptive clipping. By [`Histogram::quantile_estimate`], so within its bin, a quarter of an octave
+    /// at most. Counted in a launch of its own before the measurement: gradients are read twice. Where the quantile
+    /// is 0, as it is when that many elements are, nothing is clipped.
+    Quantile {
+        /// Above 0, at most 1; there 0.9.
+        quantile: f64,
     },
     /// Every tensor to this norm of its own: burn's `GradientClipping::Norm`.
     TensorNorm {
@@ -82,6 +90,10 @@ impl ClipPolicy {
                 of_its_own()?;
                 require(max_norm.is_finite() && max_norm > 0.0, "max_norm", "finite and above 0", &max_norm)
             }
+            Self::Quantile { quantile } => {
+                of_its_own()?;
+                require(quantile > 0.0 && quantile <= 1.0, "quantile", "above 0 and at most 1", &quantile)
+            }
             Self::Percentile { percentile, history } => {
                 require((0.0..=100.0).contains(&percentile), "percentile", "from 0 to 100", &percentile)?;
                 require((2..=Self::MAX_HISTORY).contains(&history), "history", "from 2 to 1024", &history)
@@ -108,6 +120,7 @@ impl ClipPolicy {
             Self::Percentile { .. } => 4,
             Self::ZScore { .. } => 8,
             Self::TensorEma { .. } => 16,
+            Self::Quantile { .. } => 32,
         }
     }
 
@@ -117,6 +130,7 @@ impl ClipPolicy {
             Self::GlobalNorm => (0.0, 0.0, 0),
             Self::Value { max_abs } => (f64::from(max_abs), 0.0, 0),
             Self::TensorNorm { max_norm } => (max_norm, 0.0, 0),
+            Self::Quantile { quantile } => (quantile, 0.0, 0),
             Self::Percentile { percentile, history } => (percentile, 0.0, history),
             Self::ZScore { smoothing, threshold, warmup } | Self::TensorEma { smoothing, threshold, warmup } => {
                 (threshold, smoothing, warmup)
@@ -125,11 +139,12 @@ impl ClipPolicy {
     }
 
     /// 8-byte words of state that it keeps from step to step: a header of four, then a history twice, in the order of
-    /// the steps and sorted, or an average a tensor.
+    /// the steps and sorted, or an average a tensor, or a histogram of all elements.
     pub(crate) fn state_words(&self, tensors: usize) -> usize {
         let more = match *self {
             Self::Percentile { history, .. } => 2 * history as usize,
             Self::TensorEma { .. } => tensors,
+            Self::Quantile { .. } => size_of::<Histogram>() / size_of::<u64>(),
             _ => 0,
         };
         4 + more
@@ -138,6 +153,11 @@ impl ClipPolicy {
     /// Whether tensors have coefficients of their own.
     pub(crate) fn is_by_tensor(&self) -> bool {
         matches!(self, Self::TensorNorm { .. } | Self::TensorEma { .. })
+    }
+
+    /// Whether it needs a histogram of the step's elements.
+    pub(crate) fn needs_histogram(&self) -> bool {
+        matches!(self, Self::Quantile { .. })
     }
 
     /// Whether it may clip anything.
@@ -198,6 +218,8 @@ pub(crate) struct ClipState {
     history: Vec<f64>,
     sorted: Vec<f64>,
     averages: Vec<f64>,
+    /// Where elements are brought, under a policy that clips them on their own.
+    limit: f32,
     /// One a tensor, of the last step.
     pub coefficients: Vec<f32>,
 }
@@ -214,12 +236,13 @@ impl ClipState {
             history: Vec::new(),
             sorted: Vec::new(),
             averages: vec![0.0; by_tensor],
+            limit: f32::INFINITY,
             coefficients: vec![1.0; by_tensor],
         }
     }
 
-    /// Decides a step's clip, and learns from it.
-    pub(crate) fn decide(&mut self, records: &[Record], step: &Norms) -> Decision {
+    /// Decides a step's clip, and learns from it. `histogram` is that of all elements, for a policy that needs it.
+    pub(crate) fn decide(&mut self, records: &[Record], step: &Norms, histogram: Option<&Histogram>) -> Decision {
         let none = Decision { coefficient: 1.0, clips_parts: false, spike: false };
         if step.skip {
             self.coefficients.fill(1.0);
@@ -227,9 +250,11 @@ impl ClipState {
         }
         let decision = match self.policy {
             ClipPolicy::GlobalNorm => none,
-            ClipPolicy::Value { max_abs } => {
-                let outside = |r: &Record| r.inf_count > 0 || r.max_abs_or_zero > max_abs;
-                Decision { clips_parts: records.iter().any(outside), ..none }
+            ClipPolicy::Value { max_abs } => self.clamp(records, max_abs),
+            ClipPolicy::Quantile { quantile } => {
+                let limit = histogram.and_then(|histogram| histogram.quantile_estimate(quantile));
+                let limit = limit.map(crate::outputs::narrow).filter(|&limit| limit > 0.0);
+                self.clamp(records, limit.unwrap_or(f32::INFINITY))
             }
             ClipPolicy::TensorNorm { max_norm } => {
                 let coefficient = |r: &Record| torch_rule(max_norm, tensor_norm(r, step));
@@ -269,9 +294,16 @@ impl ClipState {
         if self.policy.is_by_tensor() { StepOutputs::ACTION_SCALE_TENSORS } else { StepOutputs::ACTION_CLAMP }
     }
 
-    /// Where elements are brought, under [`ClipPolicy::Value`].
+    /// Where elements are brought, under a policy that clips them on their own.
     pub(crate) fn limit(&self) -> f32 {
-        if let ClipPolicy::Value { max_abs } = self.policy { max_abs } else { f32::INFINITY }
+        self.limit
+    }
+
+    fn clamp(&mut self, records: &[Record], limit: f32) -> Decision {
+        self.limit = limit;
+        let outside = |r: &Record| r.inf_count > 0 || r.max_abs_or_zero > limit;
+        let clips_parts = limit < f32::INFINITY && records.iter().any(outside);
+        Decision { coefficient: 1.0, clips_parts, spike: false }
     }
 
     fn set_coefficients(&mut self, coefficients: Vec<f64>) -> Decision {

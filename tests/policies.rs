@@ -6,7 +6,8 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    Backend, ClipPolicy, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, StepOutputs,
+    Backend, ClipPolicy, Config, CpuProbe, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
+    StepOutputs,
 };
 use gradprobe_simt::{Schedule, Simt, SimtProbe};
 use half::bf16;
@@ -92,6 +93,8 @@ fn configs() -> Vec<Config> {
     let policies = [
         ClipPolicy::Value { max_abs: 0.03 },
         ClipPolicy::TensorNorm { max_norm: 2.0 },
+        ClipPolicy::Quantile { quantile: 0.9 },
+        ClipPolicy::Quantile { quantile: 0.013 },
         AUTO_CLIP,
         ClipPolicy::Percentile { percentile: 0.0, history: 2 },
         ClipPolicy::Percentile { percentile: 100.0, history: 1024 },
@@ -186,6 +189,46 @@ fn values_are_brought_between_the_limits() {
     let zeroed = &on_cpu(clip.non_finite(NonFinitePolicy::ZeroNonFinite), &[step.clone()])[0].1;
     assert_eq!(zeroed.large[..3], [0.0; 3]);
     assert!(on_cpu(clip, &[step.clone()])[0].1.large[3..] == step.large[3..], "skipped");
+}
+
+#[test]
+fn elements_are_brought_to_a_quantile_of_all() {
+    let steps = run(8);
+    for quantile in [0.9, 0.5, 0.013, 0.999] {
+        let policy = ClipPolicy::Quantile { quantile };
+        for ((outputs, clipped), step) in on_cpu(Config::default().clip(policy), &steps).iter().zip(&steps) {
+            let magnitudes = |step: &Step| -> Vec<f32> {
+                let small = step.small.iter().map(|x| x.to_f32().abs());
+                step.large.iter().map(|x| x.abs()).chain(small).collect()
+            };
+            let (mut sorted, after) = (magnitudes(step), magnitudes(clipped));
+            let limit = after[..LENGTHS[0]].iter().copied().fold(0.0, f32::max);
+            sorted.sort_by(f32::total_cmp);
+            let exact = sorted[(quantile * sorted.len() as f64).ceil() as usize - 1];
+            // What is promised is the bin; a straight line in it is nearer, but in the tail, where the density falls.
+            let bin = Histogram::bin_of(exact);
+            let edges = Histogram::lowest_of(bin)..=Histogram::highest_of(bin).next_up();
+            assert!(edges.contains(&limit), "{policy:?}: {limit} for {exact}");
+            let error = f64::from(limit / exact) - 1.0;
+            assert!(error.abs() < if quantile > 0.99 { 0.05 } else { 0.02 }, "{policy:?}: {limit} for {exact}");
+            assert_eq!((outputs.coefficient, outputs.verdict), (1.0, StepOutputs::VERDICT_CLIPPED));
+            let expected: Vec<f32> = step.large.iter().map(|x| x.clamp(-limit, limit)).collect();
+            assert!(clipped.large == expected);
+            let expected: Vec<bf16> =
+                step.small.iter().map(|x| bf16::from_f32(x.to_f32().clamp(-limit, limit))).collect();
+            assert!(clipped.small == expected);
+        }
+    }
+    // All of them: nothing is above, and nothing written.
+    let all = ClipPolicy::Quantile { quantile: 1.0 };
+    let (outputs, left) = &on_cpu(Config::default().clip(all), &steps[..1])[0];
+    assert!(outputs.action == 0 && *left == steps[0]);
+    // A quantile of 0 would take the gradient away.
+    let mut sparse = steps[0].clone();
+    sparse.large[2..].fill(0.0);
+    let half = ClipPolicy::Quantile { quantile: 0.5 };
+    let (outputs, left) = &on_cpu(Config::default().clip(half), std::slice::from_ref(&sparse))[0];
+    assert!(outputs.action == 0 && *left == sparse);
 }
 
 #[test]
@@ -315,6 +358,9 @@ fn parameters_out_of_range_are_refused_by_name() {
     for bad in [-0.1, 100.1, f64::NAN] {
         refused(with(ClipPolicy::Percentile { percentile: bad, history: 2 }), "percentile");
     }
+    for bad in [0.0, -0.1, 1.1, f64::NAN] {
+        refused(with(ClipPolicy::Quantile { quantile: bad }), "quantile");
+    }
     for history in [0, 1, 1025] {
         refused(with(ClipPolicy::Percentile { percentile: 1.0, history }), "history");
     }
@@ -322,4 +368,5 @@ fn parameters_out_of_range_are_refused_by_name() {
     refused(with(ClipPolicy::TensorEma { smoothing: 0.9, threshold: 2.0, warmup: 0 }), "warmup");
     refused(with(ClipPolicy::Value { max_abs: 1.0 }).max_norm(1.0), "max_norm");
     refused(with(ClipPolicy::TensorNorm { max_norm: 1.0 }).max_norm(1.0), "max_norm");
+    refused(with(ClipPolicy::Quantile { quantile: 0.9 }).max_norm(1.0), "max_norm");
 }

@@ -16,7 +16,7 @@ mod sums;
 
 use crate::{
     AdamMoments, AdamStep, AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, DotReport, Error,
-    GsnrConfig, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
+    GsnrConfig, GsnrReport, Histogram, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
     StepOutputs, adam,
     adaptive::Units,
     backend::with_elements,
@@ -134,8 +134,18 @@ impl CpuProbe {
         if let Some(tracking) = &mut self.tracking {
             tracking.update(tensors, &records);
         }
-        let outputs =
-            StepOutputs::finish(&records, weights.as_deref(), self.config.non_finite, &mut self.clip, self.steps);
+        let histogram = self.config.clip.needs_histogram().then(|| {
+            let each = tensors.par_iter().map(|&tensor| histogram::histogram(tensor));
+            each.reduce(Histogram::default, |a, b| a.merge(&b))
+        });
+        let outputs = StepOutputs::finish(
+            &records,
+            weights.as_deref(),
+            histogram.as_ref(),
+            self.config.non_finite,
+            &mut self.clip,
+            self.steps,
+        );
         if let Some(history) = &mut self.history {
             history.keep(&outputs, &records);
         }

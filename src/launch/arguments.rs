@@ -63,8 +63,8 @@ pub struct Arguments {
     pub coefficients: u64,
     /// Steps of the history.
     pub history_steps: u32,
-    /// Unused; 0.
-    pub reserved: u32,
+    /// Whether all tensors are counted in one histogram.
+    pub one_histogram: u32,
     /// One [`HistoryStep`] a step; 0 when none are kept, as the next.
     pub history: u64,
     /// One [`HistoryTensor`](crate::HistoryTensor) a step and tensor.

@@ -48,6 +48,14 @@ impl<D: Device> DeviceProbe<D> {
         self.launch(Kernel::Histogram)
     }
 
+    /// Counts all tensors in one histogram, for the clip's policy: where that keeps it, behind a header.
+    pub(super) fn launch_histogram_of_all(&mut self) -> Result<(), Error> {
+        self.device.clear(&mut self.clip_state)?;
+        let histograms = self.arguments.clip_state + CLIP_STATE_HEADER;
+        let arguments = Arguments { histograms, one_histogram: 1, ..self.arguments };
+        self.device.launch(Kernel::Histogram, self.blocks(Kernel::Histogram, arguments.chunk_count), &arguments)
+    }
+
     /// The histograms of these tensors, in the plan's order. Waits for them.
     ///
     /// # Safety
@@ -75,5 +83,8 @@ impl<D: Device> DeviceProbe<D> {
         self.histogram.as_ref().map(|_| self.arguments.histograms)
     }
 }
+
+/// Bytes of a policy's state before its histogram: `ClipState` in kernels/arguments.cuh.
+const CLIP_STATE_HEADER: u64 = 32;
 
 const NOT_ENABLED: Error = Error::NotEnabled { what: "histogram" };

@@ -111,12 +111,13 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     for (what, address, bytes) in across_steps {
         demand_at_work(what, address, bytes);
     }
+    let histograms = if arguments.one_histogram != 0 { 1 } else { tensors };
     let more: &[(&str, u64, usize)] = match kernel {
         Kernel::Adaptive => &[
             ("the units", arguments.adaptive, 32 + (tensors + 1) * 32),
             ("what became of the units", arguments.adaptive_records, tensors * size_of::<AdaptiveRecord>()),
         ],
-        Kernel::Histogram => &[("the histograms", arguments.histograms, tensors * size_of::<Histogram>())],
+        Kernel::Histogram => &[("the histograms", arguments.histograms, histograms * size_of::<Histogram>())],
         Kernel::Dot => &[
             ("the second list", arguments.others, tensors * 16),
             ("the chunks' dot products", arguments.chunk_dots, chunks * size_of::<Dot>()),
