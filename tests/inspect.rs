@@ -277,6 +277,8 @@ fn json_has_the_keys_of_the_contract_in_their_order() {
         }],
         "noise_scale": null, "findings": null, "verdict": null,
     });
+    // `tests/inspect_health.rs` is about these.
+    assert!(found["findings"].take().is_array() && found["verdict"].take() == "critical");
     for field in
         ["finite_total_norm", "tensors/0/finite_l2_norm", "tensors/0/mean", "tensors/0/mean_abs", "tensors/0/variance"]
     {
@@ -308,6 +310,7 @@ fn json_of_several_files_with_weights_has_the_keys_of_the_contract_in_their_orde
     let weights = files.write("weights", &raw(&header.to_string(), &weights));
     let mut found = report(inspect!["--json", one, two, "--params", weights]);
     let steps = found["steps"].take();
+    assert!(found["findings"].take().is_array() && found["verdict"].take().is_string());
     let median = found["gsnr"][0]["median"].take().as_f64().unwrap();
     assert!((median / 8.0 - 1.0).abs() < 0.05, "{median}");
     let cv = found["gsnr"][0]["norm_cv"].take().as_f64().unwrap();
@@ -543,9 +546,9 @@ fn odd_names_pass_through_json_and_stay_on_one_line_elsewhere() {
     assert_eq!(found["steps"][0]["tensors"][0]["name"], name);
     assert_eq!(found["gsnr"][0]["name"], name);
     assert_eq!(found["steps"][0]["file"], good.to_str().unwrap());
-    assert_eq!(text(inspect![good]).lines().count(), 5);
+    assert_eq!(text(inspect![good]).lines().count(), 6);
     let tables = text(inspect![good, good, "--params", good]);
-    assert_eq!(tables.lines().count(), 16);
+    assert_eq!(tables.lines().count(), 17);
     assert_eq!(tables.matches(r#"a "quoted"\nname\u{1b}[2J"#).count(), 3);
     assert_complains(inspect![good, bad], 1, &[r"bad\nfile.safetensors", r#"tensor "a \"quoted\"\nname\u{1b}[2J"#]);
 }
@@ -560,8 +563,16 @@ fn a_command_line_that_makes_no_sense_exits_with_2() {
         (vec![dead, "--clip-norm", "1"], "--out"),
         (vec![dead, "--out", "nowhere"], "--clip-norm"),
         (vec![dead, "--unknown"], "--unknown"),
-        (vec![dead, "--lr", "1"], "--lr"),
+        (vec![dead, "--lr"], "--lr"),
+        (vec![dead, "--lr", "0"], "--lr"),
+        (vec![dead, "--lr=-1"], "--lr"),
+        (vec![dead, "--lr", "nan"], "--lr"),
+        (vec![dead, "--lr", "1e400"], "--lr"),
+        (vec![dead, "--lr", "1e-320"], "--lr"),
+        (vec![dead, "--lr", "fast"], "--lr"),
         (vec![dead, "--preset", "gpt"], "--preset"),
+        (vec![dead, "--preset", "a\nb"], "--preset"),
+        (vec![dead, "--preset", "lr-scaled"], "--lr"),
         (vec![dead, "--params"], "--params"),
         (vec![dead, "--params", dead, "--params", dead], "--params"),
         (vec![dead, "--device", "tpu"], "tpu"),

@@ -103,7 +103,19 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// Findings for a terminal, those of one severity and kind together.
+/// Findings as lines for a terminal, as in a [`Diagnosis`]: of [`Health::diagnose_gsnr`](super::Health::diagnose_gsnr),
+/// say.
+pub fn table(findings: &[Finding]) -> impl fmt::Display + '_ {
+    struct Table<'a>(&'a [Finding]);
+    impl fmt::Display for Table<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write_findings(f, self.0)
+        }
+    }
+    Table(findings)
+}
+
+/// Those of one severity and kind together.
 fn write_findings(f: &mut fmt::Formatter<'_>, findings: &[Finding]) -> fmt::Result {
     let of = |finding: &Finding| (finding.severity, finding.kind);
     for same in findings.chunk_by(|a, b| of(a) == of(b)) {

@@ -20,7 +20,7 @@ pub use advice::advice;
 pub use baseline::{Baseline, NormRange};
 pub use cadence::Cadence;
 pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary};
-pub use diagnosis::Diagnosis;
+pub use diagnosis::{Diagnosis, table};
 pub use finding::{Finding, FindingKind, Severity, Verdict};
 pub use flow::Flow;
 pub use frontier::Frontier;

@@ -220,7 +220,7 @@ impl Rules {
         self
     }
 
-    /// With the optimizer's learning rate, finite and above 0: in any preset, a tensor's norm below 1e-10/lr is then
+    /// With the optimizer's learning rate, finite and at least 1e-290: in any preset, a tensor's norm below 1e-10/lr is then
     /// vanishing and one above 1/lr exploding, both critical. To be called anew when a schedule changes it.
     #[must_use]
     pub fn learning_rate(self, learning_rate: f64) -> Self {
@@ -260,7 +260,10 @@ impl Rules {
     /// a share above 1) or out of order (a warning past critical), and for `lr-scaled` without a learning rate.
     pub fn check(&self) -> Result<(), Error> {
         match self.learning_rate {
-            Some(x) if !(x.is_finite() && x > 0.0) => return Err(invalid("learning_rate", "finite and above 0", x)),
+            // Below, 1e-10/lr leaves f64.
+            Some(x) if !(x.is_finite() && x >= 1e-290) => {
+                return Err(invalid("learning_rate", "finite and at least 1e-290", x));
+            }
             None if self.preset == Preset::LrScaled => {
                 let value = "unset".to_owned();
                 let expected = "given for the preset lr-scaled";
