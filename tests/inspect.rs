@@ -382,7 +382,7 @@ fn a_step_that_cannot_be_merged_is_as_if_it_had_not_been() {
     let found = report(inspect!["--json", nothing, nothing]);
     assert_eq!(gsnr(&found, 1, &["steps", "skipped", "norm_cv"]), [json!(0), json!(2), Value::Null]);
     assert_eq!(found["noise_scale"], Value::Null);
-    assert!(text(inspect![nothing, nothing]).ends_with("noise scale: no tensor has two steps\n"));
+    assert!(text(inspect![nothing, nothing]).ends_with("noise scale: no tensor has two steps\nverdict: critical\n"));
     // +1 and −1: all noise.
     let [plus, minus] = [1.0, -1.0].map(|x| files.write(&format!("{x}"), &file(&[("a", &[x])], 0)));
     let found = text(inspect![plus, minus]);
@@ -425,7 +425,8 @@ fn devices_differ_in_their_name_alone() {
 
 #[test]
 fn tables_name_the_file_the_tensors_and_the_rate() {
-    let found = text(inspect![golden("dead"), golden("dead")]);
+    // By the rules of a preset that dead units are healthy to.
+    let found = text(inspect![golden("dead"), golden("dead"), "--preset", "doctor"]);
     let tables: Vec<&str> = found.split("\n\n").collect();
     assert_eq!(tables.len(), 3);
     for (step, table) in [(1, tables[0]), (2, tables[1])] {
@@ -436,10 +437,10 @@ fn tables_name_the_file_the_tensors_and_the_rate() {
         assert!(lines[9].starts_with("read 68.9 KB in ") && lines[9].ends_with(" GB/s on cpu"), "{table}");
     }
     let lines: Vec<&str> = tables[2].lines().collect();
-    assert_eq!((lines.len(), lines[0]), (9, "signal and noise across 2 steps"));
+    assert_eq!((lines.len(), lines[0], lines[9]), (10, "signal and noise across 2 steps", "verdict: healthy"));
     assert!(lines[1].starts_with("tensor") && lines[1].contains(" gsnr median "), "{lines:?}");
     assert!(lines[2].starts_with("0.bias ") && lines[8].starts_with("noise scale 0.0000 batches"), "{lines:?}");
-    assert_eq!(text(inspect![golden("dead")]).lines().count(), 10);
+    assert_eq!(text(inspect![golden("dead"), "--preset", "doctor"]).lines().count(), 11);
 }
 
 #[test]

@@ -77,11 +77,18 @@ impl<'a> Found<'a> {
     }
 
     /// The worst of each kind and tensor, in the order of [`Diagnosis::findings`](super::Diagnosis::findings); the
-    /// verdicts of the tensors raised by them.
+    /// verdicts of the tensors raised by them. The elements of a vanishing tensor are dead as well, which is no finding
+    /// of its own: its units are not what is wrong.
     pub(super) fn finish(self, verdicts: &mut [Verdict]) -> Vec<Finding> {
         let Self { mut findings, tensors, .. } = self;
         findings.sort_by_key(|(index, found)| (*index, found.kind, std::cmp::Reverse(found.severity)));
         findings.dedup_by_key(|(index, found)| (*index, found.kind));
+        let vanishing: Vec<usize> = findings
+            .iter()
+            .filter(|(_, found)| found.kind == FindingKind::Vanishing)
+            .map(|&(index, _)| index)
+            .collect();
+        findings.retain(|(index, found)| found.kind != FindingKind::Dead || vanishing.binary_search(index).is_err());
         for (index, found) in &findings {
             if let Some(verdict) = verdicts.get_mut(*index) {
                 *verdict = (*verdict).max(Verdict::of(found.severity));
