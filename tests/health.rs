@@ -420,7 +420,7 @@ fn groups_add_up_by_part_layer_block_and_pattern() {
 #[test]
 fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     // Eight steps of pure noise beside eight of a signal, in 4096 elements each.
-    let noise = |seed: u64, i: u64| (named(seed, i) - 0.5) as f32;
+    let noise = |seed: u64, i: u64| named(seed, i) - 0.5;
     let plan = Plan::new([("noise", DType::F32, 4096), ("signal", DType::F32, 4096)]).unwrap();
     let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();

@@ -70,7 +70,7 @@ fn an_explosion_is_found_before_its_nan() {
 fn a_spike_is_an_outlier_of_the_logarithm_and_names_who_rose() {
     let mut run = Run::new(Rules::default(), Config::default());
     for step in 0..40 {
-        let noise = named(1, step) as f32;
+        let noise = named(1, step);
         assert_eq!(run.step(1e-3 * (1.0 + 0.2 * noise), 1e-4).verdict(), Verdict::Healthy, "{step}");
         if step % 5 == 0 {
             assert_eq!(run.step(f32::INFINITY, 1.0).verdict(), Verdict::Critical);

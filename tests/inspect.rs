@@ -386,7 +386,10 @@ fn a_step_that_cannot_be_merged_is_as_if_it_had_not_been() {
     // +1 and −1: all noise.
     let [plus, minus] = [1.0, -1.0].map(|x| files.write(&format!("{x}"), &file(&[("a", &[x])], 0)));
     let found = text(inspect![plus, minus]);
-    assert!(found.ends_with("noise scale: the gradient is not significant beside its noise\n"), "{found}");
+    assert!(
+        found.ends_with("noise scale: the gradient is not significant beside its noise\nverdict: healthy\n"),
+        "{found}"
+    );
 }
 
 #[test]

@@ -68,9 +68,9 @@ pub fn kinds(diagnosis: &Diagnosis) -> Vec<(FindingKind, Severity)> {
 
 /// A number from 0 to 1 that this pair names (SplitMix64).
 #[allow(clippy::cast_precision_loss)]
-pub fn named(seed: u64, index: u64) -> f64 {
+pub fn named(seed: u64, index: u64) -> f32 {
     let mut x = (seed << 32 | index).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678_9abc_def1);
     x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((x ^ x >> 31) >> 11) as f64 / (1u64 << 53) as f64
+    ((x ^ x >> 31) >> 40) as f32 / (1u64 << 24) as f32
 }
