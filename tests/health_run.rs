@@ -9,7 +9,7 @@ use gradprobe::{
     Config, CpuProbe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Severity, Verdict,
     health::{
         Baseline, Cadence, Comparison, Diagnosis, Health, Limits, NormChange, Preset, Rules, RunSummary, Statistic,
-        ThresholdRule, backward_order,
+        ThresholdRule, backward_order, suggested_clip,
     },
 };
 
@@ -311,4 +311,18 @@ fn two_runs_compare_by_mean_and_deviation() {
     let reports: Vec<_> = [1.0, 2.0, f32::INFINITY].map(|x| probe.measure(&[HostTensor::F32(&[x])]).unwrap()).into();
     let history = RunSummary::of_history(&probe.history().unwrap());
     assert_eq!(history, RunSummary::of_reports(&reports).unwrap());
+}
+
+#[test]
+fn a_clip_is_suggested_by_a_percentile_of_the_clean_norms() {
+    let mut probe = CpuProbe::new(measure(&[("a", &[1.0])]).plan().clone(), Config::default().max_norm(0.5)).unwrap();
+    probe.keep_history(8).unwrap();
+    assert_eq!(suggested_clip(&probe.history().unwrap(), 95.0), Ok(None));
+    for x in [3.0, 1.0, f32::NAN, 2.0] {
+        probe.measure(&[HostTensor::F32(&[x])]).unwrap();
+    }
+    let history = probe.history().unwrap();
+    let suggested = [0.0, 50.0, 75.0, 100.0].map(|percentile| suggested_clip(&history, percentile).unwrap());
+    assert_eq!(suggested, [Some(1.0), Some(2.0), Some(2.5), Some(3.0)]);
+    assert!([-1.0, 101.0, f64::NAN].iter().all(|&percentile| suggested_clip(&history, percentile).is_err()));
 }

@@ -1,6 +1,6 @@
 //! Two runs beside each other, or one before and after a fix.
 
-use crate::{Error, HistoryReport, Report, report::printable};
+use crate::{Error, HistoryReport, Report, policy::percentile_of, report::printable};
 use std::{collections::HashMap, fmt};
 
 /// Mean and deviation of norms over steps.
@@ -85,6 +85,23 @@ impl RunSummary {
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &NormSummary)> {
         self.tensors.iter().map(|(name, summary)| (name.as_str(), summary))
     }
+}
+
+/// The norm that a clip could be set to: this percentile, from 0 to 100, of the total norms of the last steps, which are
+/// measured before the clip; 95 to 99 is usual. Steps that are not finite or skipped are left out, and `None` without any.
+/// [`ClipPolicy::Percentile`](crate::ClipPolicy::Percentile) does the same at every step.
+///
+/// # Errors
+/// [`Error::InvalidConfig`] for another percentile.
+pub fn suggested_clip(history: &HistoryReport, percentile: f64) -> Result<Option<f64>, Error> {
+    if !(0.0..=100.0).contains(&percentile) {
+        let value = percentile.to_string();
+        return Err(Error::InvalidConfig { option: "percentile", expected: "from 0 to 100", value });
+    }
+    let clean = history.steps().map(|(step, _)| &step.outputs).filter(|step| step.found_inf == 0.0 && step.skip == 0);
+    let mut norms: Vec<f64> = clean.map(|outputs| outputs.finite_total_norm).collect();
+    norms.sort_by(f64::total_cmp);
+    Ok(percentile_of(&norms, percentile))
 }
 
 /// What became of a norm.

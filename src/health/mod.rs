@@ -19,7 +19,7 @@ mod threshold;
 pub use advice::advice;
 pub use baseline::{Baseline, NormRange};
 pub use cadence::Cadence;
-pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary};
+pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary, suggested_clip};
 pub use diagnosis::{Diagnosis, table};
 pub use finding::{Finding, FindingKind, Severity, Verdict};
 pub use flow::Flow;
