@@ -288,6 +288,9 @@ fn unhealthy_limits_are_refused() {
         let plan = Plan::new([("a", DType::F32, 1)]).unwrap();
         assert!(Health::new(&plan, rules).is_err());
     }
+    let plan = Plan::new([("a", DType::F32, 1)]).unwrap();
+    let refused = Health::new(&plan, Rules::default().exempt("b*", &[FindingKind::Dead])).unwrap_err();
+    assert_eq!(refused, Error::NoSuchTensor { pattern: "b*".to_owned() });
     for preset in Preset::ALL {
         Rules::preset(preset).learning_rate(1e-3).check().unwrap();
         assert_eq!(preset.name().parse::<Preset>().unwrap(), preset);
@@ -411,6 +414,11 @@ fn groups_add_up_by_part_layer_block_and_pattern() {
         ("transformer.h.0.ln_1.bias", TensorType::Norm),
         ("transformer.wpe.weight", TensorType::Embedding),
         ("classifier.weight", TensorType::Head),
+        ("encoder.layer.0.output.dense.weight", TensorType::Mlp),
+        ("encoder.layer.0.attention.output.dense.weight", TensorType::Attention),
+        ("output.weight", TensorType::Head),
+        ("unembed.weight", TensorType::Head),
+        ("fc1.weight", TensorType::Mlp),
         ("conv1.weight", TensorType::Other),
     ] {
         assert_eq!(TensorType::of(name), expected, "{name}");

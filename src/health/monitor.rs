@@ -84,9 +84,11 @@ impl Health {
     /// Of a run with these tensors, by these rules.
     ///
     /// # Errors
-    /// Those of [`Rules::check`], and [`Error::BaselineOfAnotherModel`].
+    /// Those of [`Rules::check`], [`Error::NoSuchTensor`] for a pattern of [`Rules::exempt`] that matches no tensor, and
+    /// [`Error::BaselineOfAnotherModel`].
     pub fn new(plan: &Plan, rules: Rules) -> Result<Self, Error> {
         rules.check()?;
+        rules.check_patterns(plan)?;
         rules.learned_from().map_or(Ok(()), |baseline| baseline.check(plan))?;
         let exempt: Vec<u32> = plan.tensors().iter().map(|tensor| rules.exemptions_of(&tensor.name)).collect();
         let layers = Layers::of(plan, |index| exempt[index] & 1 << FindingKind::Flow as u32 != 0);
@@ -246,19 +248,19 @@ impl Health {
     fn of_flow(&self, flow: &Flow, found: &mut Found<'_>) {
         let Some(rule) = self.rules.flow else { return };
         let ratio = flow.measure(rule.measure);
-        let (towards, passed) = match (past_below(rule.below, ratio), past_above(rule.above, ratio)) {
+        let (change, passed) = match (past_below(rule.below, ratio), past_above(rule.above, ratio)) {
             (Some(passed), _) => ("shrink", passed),
             (_, Some(passed)) => ("grow", passed),
             _ => return,
         };
         let what = match rule.measure {
-            FlowMeasure::Slope => "the first layer's norm is, on the fitted line,",
-            FlowMeasure::Thirds => "the first third's mean norm is",
+            FlowMeasure::Slope => "on the fitted line the first layer's norm is",
+            FlowMeasure::Thirds => "the mean norm of the first third is",
         };
-        let factor = if flow.slope() < 0.0 { (-flow.slope()).exp() } else { flow.factor() };
+        let (factor, limit) = (flow.factor(), passed.1);
         let message = format!(
-            "gradients {towards} by {factor:.3} a layer towards the input: {what} {ratio:.3e} of the last one's, limit {:.3e}",
-            passed.1
+            "gradients {change} towards the input: {what} {ratio:.3e} times the last one's, limit {limit:.3e}; from one \
+             layer to the next it is {factor:.3} times as large"
         );
         found.push(None, FindingKind::Flow, passed.0, (ratio, passed.1), "flow", message);
     }

@@ -13,7 +13,7 @@ pub enum TensorType {
     Embedding,
     /// A normalisation: `norm`, `ln`, `bn`.
     Norm,
-    /// What makes the output: `head`, `classifier`, `output`, `score`.
+    /// What makes the output: `head`, `classifier`, `score`, and `output` outside the numbered layers.
     Head,
     /// None of these.
     Other,
@@ -44,17 +44,22 @@ impl TensorType {
             components(&name)
                 .any(|part| words.contains(&part.trim_end_matches(|c: char| c.is_ascii_digit() || c == '_')))
         };
+        // In a numbered layer, `output` is the end of a feed-forward part.
+        let in_layer = layer_of(&name).is_some();
         if has(&["norm"]) || is(&["ln", "ln_f", "bn", "rms"]) {
             Self::Norm
+        } else if !in_layer && is(&["head", "lm_head", "unembed", "output", "score", "logits", "classifier"]) {
+            Self::Head
         } else if has(&["embed"]) || is(&["emb", "wte", "wpe", "pos"]) {
             Self::Embedding
         } else if has(&["attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "qkv"]) {
             Self::Attention
         } else if has(&["mlp", "ffn", "feed_forward", "feedforward", "expert", "gate_proj", "up_proj", "down_proj"])
             || is(&["fc", "ff", "intermediate"])
+            || (in_layer && is(&["output"]))
         {
             Self::Mlp
-        } else if has(&["head", "classifier"]) || is(&["output", "score", "logits", "unembed"]) {
+        } else if has(&["head", "classifier"]) {
             Self::Head
         } else {
             Self::Other

@@ -56,14 +56,14 @@ fn default() -> Rules {
     let mut rules = Rules::none(Preset::Default, thresholds);
     // Rows of words that do not occur, and experts that no word went to.
     for pattern in ["*embed*", "*emb.*", "*wte*", "*wpe*", "*expert*"] {
-        rules = rules.exempt(pattern, &[Dead, Zeros]);
+        rules = rules.exempt_if_any(pattern, &[Dead, Zeros]);
     }
     // A bias of the keys adds the same to all scores of a query, which softmax takes out: its gradient is rounding.
     for pattern in ["*k_proj.bias", "*key.bias", "*key_proj.bias"] {
-        rules = rules.exempt(pattern, &[Vanishing, Dead, Zeros, Spread, Ratio]);
+        rules = rules.exempt_if_any(pattern, &[Vanishing, Dead, Zeros, Spread, Ratio]);
     }
     // Biases begin at 0 and are no scale to measure a gradient by.
-    rules = rules.exempt("*bias", &[Ratio]);
+    rules = rules.exempt_if_any("*bias", &[Ratio]);
     // Six deviations, as OLMo-core skips steps by; ten are no accident of a heavy tail.
     rules.spike = Limits::new(6.0, 20.0);
     // S0.

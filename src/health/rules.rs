@@ -1,7 +1,7 @@
 //! The table of rules: which numbers are bad. Presets for those who want to start, and every limit to be changed.
 
 use super::{Baseline, FindingKind, Statistic, ThresholdRule, presets};
-use crate::{Error, Format};
+use crate::{Error, Format, Plan};
 use std::str::FromStr;
 use wildmatch::WildMatch;
 
@@ -111,6 +111,22 @@ pub struct UnderflowRule {
     pub above: Limits,
 }
 
+/// Tensors that some kinds do not concern.
+#[derive(Clone, Debug, PartialEq)]
+struct Exemption {
+    pattern: String,
+    /// Bit k of kind number k.
+    kinds: u32,
+    /// Whether a plan must have such a tensor.
+    must_match: bool,
+}
+
+impl Exemption {
+    fn is_of(&self, name: &str) -> bool {
+        WildMatch::new(&self.pattern).matches(name)
+    }
+}
+
 /// The rules that findings are made by. Made from a [`Preset`] and changed by the methods, or in the public fields.
 ///
 /// ```
@@ -127,7 +143,7 @@ pub struct Rules {
     preset: Preset,
     thresholds: Vec<ThresholdRule>,
     learning_rate: Option<f64>,
-    exemptions: Vec<(String, u32)>,
+    exemptions: Vec<Exemption>,
     /// Steps that are looked back upon; at least 2.
     pub window: usize,
     /// Clean steps that a statement about the window needs; at least 2.
@@ -212,11 +228,21 @@ impl Rules {
     }
 
     /// With tensors whose names match (`*` stands for any characters, `?` for one) left out of findings of these kinds.
-    /// NaN and Inf are always found.
+    /// NaN and Inf are always found. [`Health::new`](super::Health::new) refuses a pattern that matches no tensor.
     #[must_use]
-    pub fn exempt(mut self, pattern: impl Into<String>, kinds: &[FindingKind]) -> Self {
-        let bits = kinds.iter().filter(|&&kind| kind > FindingKind::Inf).fold(0, |bits, &kind| bits | 1 << kind as u32);
-        self.exemptions.push((pattern.into(), bits));
+    pub fn exempt(self, pattern: impl Into<String>, kinds: &[FindingKind]) -> Self {
+        self.with_exemption(pattern.into(), kinds, true)
+    }
+
+    /// The same where there are such tensors.
+    pub(crate) fn exempt_if_any(self, pattern: &str, kinds: &[FindingKind]) -> Self {
+        self.with_exemption(pattern.to_owned(), kinds, false)
+    }
+
+    fn with_exemption(mut self, pattern: String, kinds: &[FindingKind], must_match: bool) -> Self {
+        let kinds =
+            kinds.iter().filter(|&&kind| kind > FindingKind::Inf).fold(0, |bits, &kind| bits | 1 << kind as u32);
+        self.exemptions.push(Exemption { pattern, kinds, must_match });
         self
     }
 
@@ -251,8 +277,20 @@ impl Rules {
 
     /// The bits k of the kinds that do not concern a tensor of this name.
     pub fn exemptions_of(&self, name: &str) -> u32 {
-        let matching = |(pattern, bits): &(String, u32)| if WildMatch::new(pattern).matches(name) { *bits } else { 0 };
-        self.exemptions.iter().map(matching).fold(0, |bits, more| bits | more)
+        self.exemptions
+            .iter()
+            .filter(|exemption| exemption.is_of(name))
+            .fold(0, |bits, exemption| bits | exemption.kinds)
+    }
+
+    /// # Errors
+    /// [`Error::NoSuchTensor`] for a pattern of the user's that matches no tensor.
+    pub(super) fn check_patterns(&self, plan: &Plan) -> Result<(), Error> {
+        let unused = |exemption: &&Exemption| !plan.tensors().iter().any(|tensor| exemption.is_of(&tensor.name));
+        match self.exemptions.iter().filter(|exemption| exemption.must_match).find(unused) {
+            Some(Exemption { pattern, .. }) => Err(Error::NoSuchTensor { pattern: pattern.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// # Errors
