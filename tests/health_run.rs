@@ -326,3 +326,57 @@ fn a_clip_is_suggested_by_a_percentile_of_the_clean_norms() {
     assert_eq!(suggested, [Some(1.0), Some(2.0), Some(2.5), Some(3.0)]);
     assert!([-1.0, 101.0, f64::NAN].iter().all(|&percentile| suggested_clip(&history, percentile).is_err()));
 }
+
+/// Whatever the elements: every bit of a word has its finding, every finding its verdict, and no number is made up.
+#[test]
+fn words_findings_and_verdicts_agree_on_any_input() {
+    let edges = [0.0, -0.0, 1e-45, -1e-38, 1e-20, 1e-9, 1e-3, 1.0, -7.0, 1e5, f32::MAX, f32::INFINITY, f32::NAN];
+    let names = ["embed.weight", "h.0.weight", "h.0.k_proj.bias", "h.1.weight", "h.2.weight", "empty", "head\n\"x\""];
+    let plan = Plan::new(names.map(|name| (name, DType::F32, if name == "empty" { 0 } else { 3 }))).unwrap();
+    for preset in Preset::ALL {
+        let mut health = Health::new(&plan, Rules::preset(preset).learning_rate(0.1)).unwrap();
+        let mut probe = CpuProbe::new(plan.clone(), Config::default().max_norm(1.0)).unwrap();
+        for step in 0..300 {
+            // Each step from a few neighbours among the values, so that many are finite.
+            let element = |i: usize| {
+                let place = 11.0 * named(1, step) + 2.9 * named(2 + step, i as u64);
+                edges.iter().enumerate().rfind(|(edge, _)| *edge as f32 <= place).map_or(0.0, |(_, value)| *value)
+            };
+            let elements: Vec<f32> = (0..21).map(element).collect();
+            let views: Vec<HostTensor> = (0..names.len())
+                .map(|t| HostTensor::F32(if names[t] == "empty" { &[] } else { &elements[3 * t..3 * t + 3] }))
+                .collect();
+            let norms: Vec<f64> = (0..names.len()).map(|t| f64::from(element(t)).abs()).collect();
+            let report = probe.measure(&views).unwrap().with_param_norms(&norms).unwrap();
+            let diagnosis = health.diagnose(&report).unwrap();
+            let of = |name: &str| {
+                diagnosis.findings().iter().filter(|f| f.tensor.as_deref() == Some(name)).collect::<Vec<_>>()
+            };
+            for ((name, verdict), &word) in diagnosis.tensors().zip(diagnosis.tensor_words()) {
+                let found = of(name);
+                let worst = found.iter().map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
+                assert_eq!(verdict, worst, "{preset:?} {step} {name}: {word:x} {found:?}");
+                let vanishes = found.iter().any(|finding| finding.kind == FindingKind::Vanishing);
+                for kind in FindingKind::ALL {
+                    let bits = (word >> kind as u32 & 1, word >> (16 + kind as u32) & 1);
+                    let finding = found.iter().find(|finding| finding.kind == kind);
+                    if bits != (0, 0) && !(kind == FindingKind::Dead && vanishes) {
+                        let severity = if bits.1 == 1 { CRITICAL } else { WARNING };
+                        assert!(
+                            finding.is_some_and(|finding| finding.severity >= severity),
+                            "{name} {kind}: {found:?}"
+                        );
+                    }
+                }
+            }
+            let worst = diagnosis.findings().iter().map(|finding| Verdict::of(finding.severity)).max();
+            assert_eq!(diagnosis.verdict(), worst.unwrap_or_default());
+            assert!(diagnosis.findings().is_sorted_by(|a, b| a.severity >= b.severity));
+            for finding in diagnosis.findings() {
+                assert!(finding.value.is_finite() && finding.threshold.is_finite(), "{finding:?}");
+                assert!(!finding.advice.is_empty() && !finding.message.contains('\n'), "{finding:?}");
+            }
+            assert!(diagnosis.to_string().chars().all(|c| c == '\n' || !c.is_control()));
+        }
+    }
+}
