@@ -42,7 +42,7 @@ struct StepOutputs {
     int skip;
     u32 action;
     u32 verdict;
-    u32 reserved;
+    u32 weights; // were measured too
     u64 step;
     u64 nan_count;
     u64 inf_count;
@@ -81,19 +81,22 @@ struct Arguments {
     void *chunk_parts;          // a slot a chunk for what it adds up to: a Record, in gradprobe_gsnr a GsnrSums
     Record *records;            // of the tensors; those of empty ones are set by the host, once
     StepOutputs *outputs;
-    u32 *done;                  // counters: per chunk (the first of a span is used), per tensor, and one; 0 between launches
+    u32 *chunks_done;           // counters, 0 between launches: per chunk, of which the first of a span is used
+    u32 *tensors_done;          // one more, and per tensor
     double max_norm;            // 0: no clip
     u32 chunk_count;
     u32 tensor_count;
-    u32 busy_tensors;           // that have elements
+    u32 busy_tensors;           // that have elements, of those this launch measures
+    u32 weights;                // 1: measure them too; their tables and records are behind those of the tensors
     u32 policy;
     u32 window;                 // steps after which tracking starts anew; 0: never
     u32 clip;                   // policy, and its parameters
+    u32 clip_steps;
     double clip_threshold, clip_smoothing;
     ClipState *clip_state;
     float *coefficients;        // of the tensors, under a policy that has them
-    u32 clip_steps;
     u32 history_steps;
+    u32 reserved;
     HistoryStep *history;       // rings of the last steps; null when none are kept
     HistoryTensor *history_tensors;
     const u64 *tag;             // of the batch
@@ -108,5 +111,5 @@ struct Arguments {
     Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 232, "src/launch.rs");
+static_assert(sizeof(Arguments) == 248, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

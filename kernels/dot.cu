@@ -82,8 +82,7 @@ KERNEL(4) gradprobe_dot(Arguments a) {
         Dot sums = block_fold(scratch.runs, LANES, [&](u64) { return lane; },
                               [](const Dot &left, const Dot &right) { return merge(left, right); });
         sums.count = x.length;
-        BARRIER(); // the runs are free for the chunks'
         merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, a.chunk_dots, a.dots + tensor, [] {});
-        BARRIER(); // and for the next chunk's
+        BARRIER(); // the runs are free for the next chunk's
     }
 }

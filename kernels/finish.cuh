@@ -54,11 +54,11 @@ DEVICE void merge_chunk(R *runs, u32 &last, const Arguments &a, const R &part, u
     if (threadIdx.x == 0) (chunks == 1 ? *to : parts[index]) = part;
     if (chunks > 1) {
         u32 rest = first + chunks - span_first, length = rest < SPAN ? rest : SPAN;
-        if (!last_of(last, a.done + span_first, length)) return;
+        if (!last_of(last, a.chunks_done + span_first, length)) return;
         merge_records(runs, parts + span_first, 1, length, spans == 1 ? to : parts + span_first);
     }
     if (spans > 1) {
-        if (!last_of(last, a.done + a.chunk_count + tensor, spans)) return;
+        if (!last_of(last, a.tensors_done + 1 + tensor, spans)) return;
         merge_records(runs, parts + first, SPAN, spans, to);
     }
     done();
@@ -101,6 +101,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.action = (scales ? ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? ACTION_ZERO_NONFINITE : 0);
     o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) |
                 (scales || parts ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0);
+    o.weights = a.weights;
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
     o.inf_count = inf_count;

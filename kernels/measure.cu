@@ -13,23 +13,30 @@ struct MeasureScratch {
     FinishScratch finish;
 };
 
+// The i-th chunk to be measured. Weights come first, so that gradients are what L2 holds when the clip begins.
+DEVICE u32 chunk_at(const Arguments &a, u32 i) {
+    return a.weights == 0 ? i : i < a.chunk_count ? i + a.chunk_count : i - a.chunk_count;
+}
+
 KERNEL(4) gradprobe_measure(Arguments a) {
     SHARED(MeasureScratch, scratch);
-    bool finished = a.chunk_count == 0 && blockIdx.x == 0;
-    for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
-        u32 tensor = a.chunk_tensors[index];
+    u32 chunks = a.chunk_count << a.weights;
+    bool finished = chunks == 0 && blockIdx.x == 0;
+    for (u32 i = blockIdx.x; i < chunks; i += gridDim.x) {
+        u32 index = chunk_at(a, i), tensor = a.chunk_tensors[index];
         measure_chunk(scratch.chunk, chunk_of(a, index, tensor), [&] {
-            u32 next = index + gridDim.x;
-            if (next < a.chunk_count && threadIdx.x >= WARP) prefetch_row(chunk_of(a, next, a.chunk_tensors[next]));
+            if (i + gridDim.x < chunks && threadIdx.x >= WARP) {
+                u32 next = chunk_at(a, i + gridDim.x);
+                prefetch_row(chunk_of(a, next, a.chunk_tensors[next]));
+            }
         });
         // Every way through what follows passes a barrier, behind which the scratch of the chunk is free for the next
         // one; that of the finish is not touched before the next chunk's barriers.
         FinishScratch &finish = scratch.finish;
         merge_chunk(finish.records, finish.last, a, scratch.chunk.record, index, tensor, (Record *)a.chunk_parts,
                     a.records + tensor, [&] {
-                        u32 *tensors_done = a.done + a.chunk_count + a.tensor_count;
                         // The last block to get here has no chunk left.
-                        finished = last_of(finish.last, tensors_done, a.busy_tensors);
+                        finished = last_of(finish.last, a.tensors_done, a.busy_tensors);
                     });
     }
     if (finished) finish_step(scratch.finish, a);

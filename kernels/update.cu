@@ -73,7 +73,7 @@ KERNEL(8) gradprobe_update(Arguments a) {
     // The tracks are brought up to date when all blocks have read them. Not by measure: the code cost it a quarter of
     // the loads it has in flight.
     BARRIER();
-    if (!last_of(last, a.done + a.chunk_count + a.tensor_count, gridDim.x)) return;
+    if (!last_of(last, a.tensors_done, gridDim.x)) return;
     for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
         if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], a.records[i], a.window);
     }

@@ -121,6 +121,16 @@ pub trait Backend {
     /// When the tensors are not those of the plan, or the device fails.
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error>;
 
+    /// The statistics of these tensors and of the weights whose gradients they are, both in the plan's order.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`], and as [`measure_host`](Self::measure_host).
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error>;
+
     /// Clips these tensors by what the last measurement decided.
     ///
     /// # Errors

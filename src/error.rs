@@ -87,6 +87,9 @@ pub enum Error {
         /// Micro-batches in an accumulation.
         of: u32,
     },
+    /// Weights were given, but the plan has none.
+    #[error("the plan has no weights: make it with `with_weights`")]
+    NoWeights,
     /// A step was given another number of tensors than its plan has.
     #[error("the plan has {planned} tensors, the step gave {given}")]
     TensorCount {

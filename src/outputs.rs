@@ -37,8 +37,8 @@ pub struct StepOutputs {
     pub action: u32,
     /// Bits of [`StepOutputs::VERDICT_NAN`] and its neighbours; 0 is a clean, unclipped step.
     pub verdict: u32,
-    /// Unused; 0.
-    pub reserved: u32,
+    /// 1 if the step measured the weights too, else 0.
+    pub weights: u32,
     /// Steps measured by this probe, this one included.
     pub step: u64,
     /// NaN elements of all tensors.
@@ -77,7 +77,13 @@ impl StepOutputs {
     pub const VERDICT_SPIKE: u32 = 16;
 
     /// The outputs of a step from its records: what the last block of the measure kernel does.
-    pub(crate) fn finish(records: &[Record], non_finite: NonFinitePolicy, clip: &mut ClipState, step: u64) -> Self {
+    pub(crate) fn finish(
+        records: &[Record],
+        weights: Option<&[Record]>,
+        non_finite: NonFinitePolicy,
+        clip: &mut ClipState,
+        step: u64,
+    ) -> Self {
         let squares = spec::fold(records.len(), |t| records[t].finite_sum_squares(), |a, b| a + b).unwrap_or(0.0);
         let nan_count = records.iter().map(|r| r.nan_count).sum();
         let inf_count = records.iter().map(|r| r.inf_count).sum();
@@ -108,7 +114,7 @@ impl StepOutputs {
                 | flag(scales || clips_parts, Self::VERDICT_CLIPPED)
                 | flag(skip, Self::VERDICT_SKIP)
                 | flag(spike, Self::VERDICT_SPIKE),
-            reserved: 0,
+            weights: u32::from(weights.is_some()),
             step,
             nan_count,
             inf_count,

@@ -27,6 +27,8 @@ pub struct Plan {
     tensors: Vec<TensorSpec>,
     /// First chunk of each tensor, and the number of all chunks at the end.
     first_chunks: Vec<usize>,
+    /// Types of the weights, where they are measured too.
+    weights: Option<Vec<DType>>,
 }
 
 impl Plan {
@@ -56,7 +58,26 @@ impl Plan {
             chunks += usize::try_from(len.div_ceil(CHUNK as u64)).map_err(|_| too_large())?;
             first_chunks.push(chunks);
         }
-        Ok(Self { tensors, first_chunks })
+        Ok(Self { tensors, first_chunks, weights: None })
+    }
+
+    /// The same plan for a probe that can measure the weights beside their gradients, in the same launch: they are as
+    /// many elements, of these types, one a tensor. They get records of their own, and change no number of the gradients'.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] when there are not as many types as tensors.
+    pub fn with_weights(self, dtypes: impl IntoIterator<Item = DType>) -> Result<Self, Error> {
+        let dtypes: Vec<DType> = dtypes.into_iter().collect();
+        let (planned, given) = (self.tensors.len(), dtypes.len());
+        if planned != given {
+            return Err(Error::TensorCount { planned, given });
+        }
+        Ok(Self { weights: Some(dtypes), ..self })
+    }
+
+    /// Types of the weights, one a tensor, in a plan [`with_weights`](Self::with_weights).
+    pub fn weights(&self) -> Option<&[DType]> {
+        self.weights.as_deref()
     }
 
     /// The tensors in order.
@@ -89,27 +110,40 @@ impl Plan {
     /// # Errors
     /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs.
     pub fn check(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
-        self.check_by(given, |spec, dtype, len| (spec.dtype, spec.len) == (dtype, len))
+        self.check_by(given, |index| Some(self.tensors[index].dtype))
+    }
+
+    /// [`check`](Self::check) for the weights.
+    ///
+    /// # Errors
+    /// Those of [`check`](Self::check), and [`Error::NoWeights`] when the plan has none.
+    pub fn check_weights(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
+        let dtypes = self.weights().ok_or(Error::NoWeights)?;
+        self.check_by(given, |index| Some(dtypes[index]))
     }
 
     /// [`check`](Self::check) for tensors beside those of the plan, which may be of any dtype.
     pub(crate) fn check_lengths(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
-        self.check_by(given, |spec, _, len| spec.len == len)
+        self.check_by(given, |_| None)
     }
 
     fn check_by(
         &self,
         given: impl ExactSizeIterator<Item = (DType, u64)>,
-        fits: impl Fn(&TensorSpec, DType, u64) -> bool,
+        planned: impl Fn(usize) -> Option<DType>,
     ) -> Result<(), Error> {
         if given.len() != self.tensors.len() {
             return Err(Error::TensorCount { planned: self.tensors.len(), given: given.len() });
         }
-        for (spec, (dtype, len)) in self.tensors.iter().zip(given) {
-            if !fits(spec, dtype, len) {
+        for (index, (spec, (dtype, len))) in self.tensors.iter().zip(given).enumerate() {
+            let planned = planned(index);
+            if spec.len != len || planned.is_some_and(|planned| planned != dtype) {
                 return Err(Error::TensorMismatch {
                     name: spec.name.clone(),
-                    planned: format!("{} {} elements", spec.len, spec.dtype),
+                    planned: match planned {
+                        Some(dtype) => format!("{} {dtype} elements", spec.len),
+                        None => format!("{} elements", spec.len),
+                    },
                     given: format!("{len} {dtype} elements"),
                 });
             }

@@ -9,7 +9,9 @@ pub struct Report {
     plan: Arc<Plan>,
     outputs: StepOutputs,
     records: Vec<Record>,
-    /// Of the weights, one a tensor, when they were given.
+    /// Of the weights, one a tensor, when they were measured.
+    weights: Option<Vec<Record>>,
+    /// Their norms, when those are known from elsewhere.
     param_norms: Option<Vec<f64>>,
 }
 
@@ -22,17 +24,26 @@ pub struct TensorReport<'a> {
     pub dtype: DType,
     /// Its statistics.
     pub record: &'a Record,
-    /// L2 norm of the weight whose gradient it is, if that was given.
+    /// The statistics of the weight whose gradient it is, if the step measured them.
+    pub weight: Option<&'a Record>,
+    /// L2 norm of that weight, if it was measured or given.
     pub param_norm: Option<f64>,
 }
 
 impl Report {
-    pub(crate) fn new(plan: Arc<Plan>, outputs: StepOutputs, records: Vec<Record>) -> Self {
+    /// `weights` are the records of the weights, where the step measured them.
+    pub(crate) fn new(
+        plan: Arc<Plan>,
+        outputs: StepOutputs,
+        records: Vec<Record>,
+        weights: Option<Vec<Record>>,
+    ) -> Self {
         debug_assert_eq!(plan.tensors().len(), records.len());
-        Self { plan, outputs, records, param_norms: None }
+        Self { plan, outputs, records, weights, param_norms: None }
     }
 
-    /// With the L2 norms of the weights whose gradients these are, in the plan's order.
+    /// With the L2 norms of the weights whose gradients these are, in the plan's order, known from elsewhere: from a
+    /// step that measured them, say.
     ///
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many as tensors.
@@ -64,13 +75,29 @@ impl Report {
         &self.records
     }
 
+    /// One record a weight, in the plan's order, if the step measured them.
+    pub fn weights(&self) -> Option<&[Record]> {
+        self.weights.as_deref()
+    }
+
+    /// Whether the norms of the weights are known.
+    fn has_param_norms(&self) -> bool {
+        self.weights.is_some() || self.param_norms.is_some()
+    }
+
+    fn param_norm(&self, index: usize) -> Option<f64> {
+        let given = self.param_norms.as_ref().map(|norms| norms[index]);
+        given.or_else(|| self.weights.as_ref().map(|weights| weights[index].l2_norm()))
+    }
+
     /// The tensors, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorReport<'_>> {
         self.plan.tensors().iter().zip(&self.records).enumerate().map(|(index, (spec, record))| TensorReport {
             name: &spec.name,
             dtype: spec.dtype,
             record,
-            param_norm: self.param_norms.as_ref().map(|norms| norms[index]),
+            weight: self.weights.as_ref().map(|weights| &weights[index]),
+            param_norm: self.param_norm(index),
         })
     }
 }
@@ -115,7 +142,7 @@ impl fmt::Display for Report {
         let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
         // Two columns that are there when the weights are known.
         let beside_weights = |norm: &str, ratio: &str| {
-            if self.param_norms.is_some() { format!(" {norm:>10} {ratio:>10}") } else { String::new() }
+            if self.has_param_norms() { format!(" {norm:>10} {ratio:>10}") } else { String::new() }
         };
         writeln!(
             f,

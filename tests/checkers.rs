@@ -418,6 +418,13 @@ macro_rules! tracks_as {
 /// The same of the history, of histograms and of dot products.
 macro_rules! keeps_as {
     ($field:tt) => {
+        fn measure_host_with_weights(
+            &mut self,
+            tensors: &[HostTensor<'_>],
+            weights: &[HostTensor<'_>],
+        ) -> Result<Report, Error> {
+            self.$field.measure_with_weights(tensors, weights)
+        }
         fn enable_histogram(&mut self) -> Result<(), Error> {
             Backend::enable_histogram(&mut self.$field)
         }

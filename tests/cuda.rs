@@ -741,6 +741,49 @@ fn histograms_and_dot_products_have_the_bits_of_the_cpu() {
 }
 
 #[test]
+fn weights_beside_gradients_have_the_bits_of_the_cpu_also_in_a_graph() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let plan = || Tensors::plan().with_weights(DType::ALL).unwrap();
+    let (gradients, mut weights) = (Tensors::of(1), Tensors::of(2));
+    weights.f16[7] = f16::NAN;
+    let mut cpu = CpuProbe::new(plan(), clipping()).unwrap();
+    let mut probe = CudaProbe::new(&stream, plan(), clipping()).unwrap();
+    let [a, b] = [&gradients, &weights].map(|tensors| OnDevice::new(&stream, tensors));
+    let assert_same = |seen: &Report, expected: &Report| {
+        assert_same_bits(seen, expected);
+        let bytes = |report: &Report| report.weights().map(|weights| bytemuck::cast_slice::<_, u8>(weights).to_vec());
+        assert_eq!(bytes(seen), bytes(expected));
+    };
+    for with_weights in [true, false, true] {
+        let expected = if with_weights {
+            probe.measure_with_weights(&a.slices(), &b.slices()).unwrap();
+            cpu.measure_with_weights(&gradients.hosts(), &weights.hosts()).unwrap()
+        } else {
+            probe.measure(&a.slices()).unwrap();
+            cpu.measure(&gradients.hosts()).unwrap()
+        };
+        assert_eq!(expected.weights().is_some(), with_weights);
+        assert_same(&probe.wait().unwrap(), &expected);
+    }
+
+    let (a_raw, b_raw) = (a.raw(), b.raw());
+    stream.begin_capture(THIS_THREAD).unwrap();
+    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+    unsafe { probe.raw().measure_with_weights_raw(&a_raw, &b_raw) }.unwrap();
+    // SAFETY: as above.
+    let moved = unsafe { probe.raw().measure_with_weights_raw(&a_raw, &a_raw) };
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    assert_eq!(moved, Err(Error::AddressesChangedInCapture));
+    assert_eq!(nodes(&graph), TWO_KERNELS[..1]);
+    // The weights move before the replay.
+    probe.bind_with_weights(&a.slices(), &a.slices()).unwrap();
+    graph.launch().unwrap();
+    let expected = cpu.measure_with_weights(&gradients.hosts(), &gradients.hosts()).unwrap();
+    assert_same(&probe.wait().unwrap(), &expected);
+}
+
+#[test]
 fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();

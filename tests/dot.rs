@@ -7,7 +7,7 @@ mod common;
 
 use common::{
     OFFSETS, Placed, Prepared,
-    cases::{CHUNK, Case, Data, Tensor, cases, normal, random_bits, random_finite_bits},
+    cases::{CHUNK, Data, Tensor, cases, normal, others},
     demand_none,
     oracle::{Format, Number, Wide, power_of_two},
 };
@@ -90,20 +90,6 @@ impl Exact {
         }
         complaints
     }
-}
-
-/// A second list for a case: other dtypes in turn; random patterns, of which some are not finite, or gradients.
-fn others(case: &Case) -> Vec<Data> {
-    let other = |(t, tensor): (usize, &Data)| {
-        let (dtype, seed) = (DType::ALL[t % 3], 500 + t as u64);
-        match t / 3 % 3 {
-            0 => Tensor::of_values(dtype, tensor.len(), move |i| 1e-3 * normal(seed, i)).data(),
-            1 => Tensor::of_bits(dtype, tensor.len(), move |i| random_bits(dtype, seed, i)).data(),
-            _ => Tensor::of_bits(dtype, tensor.len(), move |i| random_finite_bits(dtype, seed, i)).data(),
-        }
-    };
-    let data: Vec<Data> = case.tensors.iter().map(Tensor::data).collect();
-    data.iter().enumerate().map(other).collect()
 }
 
 fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {

@@ -217,6 +217,22 @@ fn without_a_clip_a_step_is_one_launch() {
 }
 
 #[test]
+fn weights_are_measured_in_the_launch_of_their_gradients() {
+    let Some((trace, stream)) = driver() else { return };
+    let gradients = Gradients::new(&stream);
+    let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
+    let plan = Gradients::plan();
+    let plan = plan.clone().with_weights(plan.tensors().iter().map(|tensor| tensor.dtype)).unwrap();
+    let mut probe = CudaProbe::new(&stream, plan, Config::default()).unwrap();
+    let _held = Held::new(&stream);
+    for addresses in [&["cuMemcpyHtoDAsync_v2 48 bytes pageable"][..], &[]] {
+        let calls = trace.of(|| probe.measure_with_weights(&tensors, &tensors).unwrap());
+        let measure = [MEASURE];
+        assert_calls("with weights", &calls, &[addresses, &measure].concat());
+    }
+}
+
+#[test]
 fn a_tracked_step_is_one_launch_more() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);

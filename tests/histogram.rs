@@ -111,10 +111,10 @@ fn no_order_and_no_grid_changes_a_count() {
     demand_none(&complaints);
 }
 
-/// 2^32 + 1 elements counted by one block, whose counters have 32 bits.
+/// More than 2^32 zeros counted by one block, whose counters have 32 bits.
 #[test]
 fn more_elements_than_32_bits_count() {
-    const LENGTH: usize = (1 << 32) + 1;
+    const LENGTH: usize = (1 << 32) + 9;
     let mut map = memmap2::MmapOptions::new().len(2 * LENGTH).no_reserve_swap().map_anon().unwrap();
     let elements: &mut [u16] = bytemuck::cast_slice_mut(&mut map);
     for (index, value) in [(0, 1.0f32), (1 << 31, 2.0), ((1 << 32) - 1, 3.0), (1 << 32, 4.0)] {

@@ -111,7 +111,7 @@ VARIANTS = {
     ),
     "no-prefetch": dict(
         why="expected slower by what the merge leaves the memory idle: up to 10 % (bf16)",
-        edits=[("if (next < a.chunk_count && threadIdx.x >= WARP) prefetch_row", "if (false) prefetch_row")],
+        edits=[("if (i + gridDim.x < chunks && threadIdx.x >= WARP) {", "if (false) {")],
     ),
     "prefetch-two-rows": dict(
         why="expected no faster: one row already covers the merge",
@@ -194,9 +194,9 @@ VARIANTS = {
         why="the clip's blocks start while the last of measure's finish, and wait: 1 to 2 us less a step, sm_90",
         edits=[
             (
-                "    bool finished = a.chunk_count == 0 && blockIdx.x == 0;",
+                "    bool finished = chunks == 0 && blockIdx.x == 0;",
                 '    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n'
-                "    bool finished = a.chunk_count == 0 && blockIdx.x == 0;",
+                "    bool finished = chunks == 0 && blockIdx.x == 0;",
             ),
             (
                 "    u32 action = a.outputs->action;\n",

@@ -13,10 +13,10 @@ const NAN_SLOT: usize = offset_of!(Histogram, nan_count) / size_of::<u64>();
 const ZERO_SLOT: usize = offset_of!(Histogram, zero_count) / size_of::<u64>();
 
 /// Elements whose slots are worked out together, in vectors, before any is counted.
-const BATCH: usize = 512;
+const BATCH: usize = 1024;
 /// Copies of each counter, side by side: neighbours are often in one bin, and an addition to a counter waits for the one
-/// before it.
-const COPIES: usize = 8;
+/// before it. With 4, 8, 16 and 32 copies an element of bf16 took 0.60, 0.38, 0.33 and 0.7 ns.
+const COPIES: usize = 16;
 /// Elements that are counted in 16 bits: each copy gets its share.
 const PART: usize = 8 * CHUNK;
 const _: () = assert!(PART / COPIES <= u16::MAX as usize);

@@ -14,8 +14,8 @@ mod scan;
 mod sums;
 
 use crate::{
-    AdamMoments, AdamStep, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport, HistoryReport,
-    HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs, adam,
+    AdamMoments, AdamStep, Backend, Config, DType, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs, adam,
     backend::with_elements,
     dtype::sealed::Bits,
     policy::ClipState,
@@ -78,7 +78,26 @@ impl CpuProbe {
     /// # Errors
     /// [`Error::TensorCount`] or [`Error::TensorMismatch`] when they are not.
     pub fn measure(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
-        self.plan.check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        self.plan.check(shapes(tensors))?;
+        self.step(tensors, None)
+    }
+
+    /// Reads every tensor and the weight whose gradient it is once, both in the plan's order.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] unless the plan was made with them, and those of [`measure`](Self::measure) for either list.
+    pub fn measure_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error> {
+        self.plan.check(shapes(tensors))?;
+        self.plan.check_weights(shapes(weights))?;
+        self.step(tensors, Some(weights))
+    }
+
+    /// The records of these tensors.
+    fn records(&mut self, tensors: &[HostTensor<'_>]) -> Vec<Record> {
         let plan = &*self.plan;
         let threshold = self.config.dead_threshold;
         let mut rest = self.chunks.as_mut_slice();
@@ -96,22 +115,27 @@ impl CpuProbe {
                 });
             });
         });
-        let records: Vec<Record> = (0..tensors.len())
-            .map(|index| {
-                let chunks = &self.chunks[plan.chunks_of(index)];
-                spec::fold_spans(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
-            })
-            .collect();
+        let merged = |index| {
+            let chunks = &self.chunks[plan.chunks_of(index)];
+            spec::fold_spans(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
+        };
+        (0..tensors.len()).map(merged).collect()
+    }
+
+    fn step(&mut self, tensors: &[HostTensor<'_>], weights: Option<&[HostTensor<'_>]>) -> Result<Report, Error> {
+        let weights = weights.map(|weights| self.records(weights));
+        let records = self.records(tensors);
         self.steps += 1;
         if let Some(tracking) = &mut self.tracking {
             tracking.update(tensors, &records);
         }
-        let outputs = StepOutputs::finish(&records, self.config.non_finite, &mut self.clip, self.steps);
+        let outputs =
+            StepOutputs::finish(&records, weights.as_deref(), self.config.non_finite, &mut self.clip, self.steps);
         if let Some(history) = &mut self.history {
             history.keep(&outputs, &records);
         }
         self.outputs = Some(outputs);
-        Ok(Report::new(Arc::clone(&self.plan), outputs, records))
+        Ok(Report::new(Arc::clone(&self.plan), outputs, records, weights))
     }
 
     /// Clips every tensor in place by what the last measurement decided; writes only what must change.
@@ -214,7 +238,7 @@ impl CpuProbe {
         if !self.histogram {
             return Err(Error::NotEnabled { what: "histogram" });
         }
-        self.plan.check(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        self.plan.check(shapes(tensors))?;
         let histograms = tensors.par_iter().map(|&tensor| histogram::histogram(tensor)).collect();
         Ok(HistogramReport::new(Arc::clone(&self.plan), histograms))
     }
@@ -233,8 +257,8 @@ impl CpuProbe {
         if !self.dot {
             return Err(Error::NotEnabled { what: "dot" });
         }
-        self.plan.check_lengths(b.iter().map(|t| (t.dtype(), t.len() as u64)))?;
-        self.plan.check(a.iter().map(|t| (t.dtype(), t.len() as u64)))?;
+        self.plan.check_lengths(shapes(b))?;
+        self.plan.check(shapes(a))?;
         let records = a.par_iter().zip(b).map(|(&a, &b)| dot::dot(a, b)).collect();
         Ok(DotReport::new(Arc::clone(&self.plan), records))
     }
@@ -261,6 +285,11 @@ impl CpuProbe {
     }
 }
 
+/// Types and lengths, as plans check them.
+fn shapes<'a>(tensors: &'a [HostTensor<'_>]) -> impl ExactSizeIterator<Item = (DType, u64)> + 'a {
+    tensors.iter().map(|tensor| (tensor.dtype(), tensor.len() as u64))
+}
+
 fn dead_bits<E: crate::Element>(_: &[E], threshold: f32) -> <E as Bits>::Word {
     E::word(E::DTYPE.threshold_bits(threshold))
 }
@@ -272,6 +301,14 @@ impl Backend for CpuProbe {
 
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
         self.measure(tensors)
+    }
+
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error> {
+        self.measure_with_weights(tensors, weights)
     }
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {

@@ -66,7 +66,7 @@ impl CudaProbe {
         self.staging.as_ref().map_or(Ok(Vec::new()), |staging| staging.upload(tensors))
     }
 
-    /// The second list of a dot product: of any dtypes.
+    /// A second list, of any dtypes: the other one of a dot product, or the weights.
     fn upload_others(&mut self, tensors: &[HostTensor<'_>]) -> Result<Vec<RawTensor>, Error> {
         self.plan().check_lengths(tensors.iter().map(|t| (t.dtype(), t.len() as u64)))?;
         if self.staging_of_others.is_none() {
@@ -129,6 +129,17 @@ impl Backend for CudaProbe {
         let raw = self.upload(tensors.iter().copied())?;
         // SAFETY: the staging memory holds the tensors just copied, on the same stream.
         unsafe { self.probe.measure_raw(&raw) }?;
+        self.wait()
+    }
+
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error> {
+        let (tensors, weights) = (self.upload(tensors.iter().copied())?, self.upload_others(weights)?);
+        // SAFETY: as above.
+        unsafe { self.probe.measure_with_weights_raw(&tensors, &weights) }?;
         self.wait()
     }
 

@@ -151,6 +151,38 @@ impl CudaProbe {
         unsafe { self.probe.measure_raw(&given.tensors) }
     }
 
+    /// Launches the measurement of `tensors` and, in the same launch, of the `weights` whose gradients they are: their
+    /// norms, and the ratio of both, beside all that [`measure`](Self::measure) finds. For a plan made
+    /// [`with_weights`](Plan::with_weights); steps with and without may alternate.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`], and those of [`measure`](Self::measure) for either list.
+    pub fn measure_with_weights(
+        &mut self,
+        tensors: &[&dyn DeviceTensor],
+        weights: &[&dyn DeviceTensor],
+    ) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (tensors, weights) = (self.read(&stream, tensors)?, self.read(&stream, weights)?);
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.measure_with_weights_raw(&tensors.tensors, &weights.tensors) }
+    }
+
+    /// [`bind`](Self::bind) for the weights as well.
+    ///
+    /// # Errors
+    /// As there, for either list, and [`Error::NoWeights`].
+    pub fn bind_with_weights(
+        &mut self,
+        tensors: &[&dyn DeviceTensor],
+        weights: &[&dyn DeviceTensor],
+    ) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let (tensors, weights) = (self.read(&stream, tensors)?, self.read(&stream, weights)?);
+        // SAFETY: as in `bind`.
+        unsafe { self.probe.bind_with_weights_raw(&tensors.tensors, &weights.tensors) }
+    }
+
     /// Launches the clip of `tensors`, in place, by what the last measurement decided.
     ///
     /// # Errors

@@ -577,3 +577,17 @@ fn large() -> Vec<Case> {
         Case::new("one_large_and_1000_biases", plain().max_norm(1.0), biases).large(),
     ]
 }
+
+/// A second list for a case: other dtypes in turn; random patterns, of which some are not finite, or gradients.
+pub fn others(case: &Case) -> Vec<Data> {
+    let other = |(t, tensor): (usize, &Data)| {
+        let (dtype, seed) = (DType::ALL[t % 3], 500 + t as u64);
+        match t / 3 % 3 {
+            0 => Tensor::of_values(dtype, tensor.len(), move |i| 1e-3 * normal(seed, i)).data(),
+            1 => Tensor::of_bits(dtype, tensor.len(), move |i| random_bits(dtype, seed, i)).data(),
+            _ => Tensor::of_bits(dtype, tensor.len(), move |i| random_finite_bits(dtype, seed, i)).data(),
+        }
+    };
+    let data: Vec<Data> = case.tensors.iter().map(Tensor::data).collect();
+    data.iter().enumerate().map(other).collect()
+}

@@ -306,7 +306,7 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     ];
     let verdict = verdict.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("verdict", outputs.verdict, verdict);
-    c.equal("reserved", outputs.reserved, 0);
+    c.equal("weights", outputs.weights, 0);
     complaints.list
 }
 

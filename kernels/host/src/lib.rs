@@ -142,6 +142,16 @@ impl Backend for SimtProbe {
         self.0.wait()
     }
 
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error> {
+        // SAFETY: as in `measure_host`.
+        unsafe { self.0.measure_with_weights_raw(&all(tensors), &all(weights)) }?;
+        self.0.wait()
+    }
+
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         let raw: Vec<RawTensor> = tensors
             .iter_mut()

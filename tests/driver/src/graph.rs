@@ -78,14 +78,18 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     const TENSOR_ENTRY: usize = 24;
 
     let (tensors, chunks) = (arguments.tensor_count as usize, arguments.chunk_count as usize);
+    // In a measurement with weights, theirs are behind those of the tensors.
+    let lists = if kernel == Kernel::Measure && arguments.weights != 0 { 2 } else { 1 };
+    let (of_tensors, of_chunks) = (lists * tensors, lists * chunks);
     for (what, address, bytes) in [
-        ("the addresses", arguments.addresses, tensors * 8),
-        ("the tensors' entries", arguments.tensors, tensors * TENSOR_ENTRY),
-        ("the chunks' tensors", arguments.chunk_tensors, chunks * 4),
-        ("the chunks' parts", arguments.chunk_parts, chunks * size_of::<Record>()),
-        ("the tensors' records", arguments.records, tensors * size_of::<Record>()),
+        ("the addresses", arguments.addresses, of_tensors * 8),
+        ("the tensors' entries", arguments.tensors, of_tensors * TENSOR_ENTRY),
+        ("the chunks' tensors", arguments.chunk_tensors, of_chunks * 4),
+        ("the chunks' parts", arguments.chunk_parts, of_chunks * size_of::<Record>()),
+        ("the tensors' records", arguments.records, of_tensors * size_of::<Record>()),
         ("the outputs", arguments.outputs, size_of::<StepOutputs>()),
-        ("the counters", arguments.done, (chunks + tensors + 1) * 4),
+        ("the chunks' counters", arguments.chunks_done, of_chunks * 4),
+        ("the tensors' counters", arguments.tensors_done, (of_tensors + 1) * 4),
     ] {
         demand_at_work(what, address, bytes);
     }
