@@ -14,8 +14,9 @@ CHARACTER, LINE, MARGIN = 7.22, 17, 16
 table = subprocess.run(
     [ROOT / "target/release/examples/inspect", *COMMAND], cwd=ROOT, check=True, capture_output=True, text=True
 ).stdout.splitlines()
-# The time of the read is another one each time.
-lines = ["$ cargo run --release --example inspect -- " + COMMAND[-1], *table[1:-1]]
+# Up to the time of the read, which is another one each time.
+end = next(index for index, line in enumerate(table) if line.startswith("read "))
+lines = ["$ cargo run --release --example inspect -- " + COMMAND[-1], *table[1:end]]
 width = round(2 * MARGIN + CHARACTER * max(map(len, lines)))
 height = 2 * MARGIN + LINE * len(lines)
 
