@@ -46,8 +46,10 @@ struct StepOutputs {
     u64 step;
     u64 nan_count;
     u64 inf_count;
+    u32 health;
+    u32 reserved[3];
 };
-static_assert(sizeof(StepOutputs) == 80, "src/outputs.rs");
+static_assert(sizeof(StepOutputs) == 96, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, skip, 40, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, step, 56, "src/outputs.rs");
@@ -57,7 +59,7 @@ struct HistoryStep {
     StepOutputs outputs;
     u64 tag, reserved;
 };
-static_assert(sizeof(HistoryStep) == 96, "src/history.rs");
+static_assert(sizeof(HistoryStep) == 112, "src/history.rs");
 
 struct HistoryTensor {
     double finite_l2_norm;
@@ -99,6 +101,20 @@ struct AdaptiveRecord {
 };
 static_assert(sizeof(AdaptiveRecord) == 24, "src/adaptive.rs");
 
+// A rule by which one step decides its verdict words, and all of them.
+struct ThresholdRule {
+    u32 statistic, kind, flags, reserved;
+    double warning, critical;
+};
+static_assert(sizeof(ThresholdRule) == 32, "src/health/threshold.rs");
+
+struct HealthRules {
+    u32 count;
+    u32 reserved[7];
+    ThresholdRule rules[63];
+};
+static_assert(sizeof(HealthRules) == 2048, "src/health/judge.rs");
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -134,9 +150,12 @@ struct Arguments {
     const Other *others;        // the second list of a dot; null, as the two below, when there is none
     Dot *chunk_dots;
     Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
+    const HealthRules *health_rules; // and behind them the exemptions of the tensors; null when there are none
+    double *last_norms;         // of the last clean step, and behind it of its tensors
+    u32 *health_words;          // of the tensors
     const AdaptiveRule *adaptive; // and behind it the units of the tensors, and one more; null when there is none
     AdaptiveRecord *adaptive_records; // of the tensors
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 264, "src/launch.rs");
+static_assert(sizeof(Arguments) == 288, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

@@ -1,7 +1,7 @@
 // What the last blocks do: a tensor's record from its chunks', and the step's outputs from the records.
 // StepOutputs::finish in src/outputs.rs does the second on the host.
 #pragma once
-#include "history.cuh"
+#include "health.cuh"
 
 // What the step needs of a tensor, and of all of them.
 struct StepSums {
@@ -16,6 +16,7 @@ struct FinishScratch {
         u64 counts[LANES];
     };
     Clip clip;
+    StepHealth health;
     u32 last;
 };
 
@@ -86,9 +87,14 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     if (threadIdx.x == 0) {
         o.finite_total_norm = sqrt(all.squares);
         o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
+        scratch.health = {0, ~0ull, 0, 0};
         clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, 1.0, 0.0f, 0, 0, {0, 0}};
     }
     BARRIER();
+    if (a.health_rules) {
+        judge_tensors(scratch.health, a, clip.finite);
+        BARRIER(); // what decides the clip has none when there is nothing to decide
+    }
     decide_clip(clip, scratch.counts, a);
     if (threadIdx.x != 0) return;
     o.coefficient_f64 = clip.coefficient;
@@ -106,6 +112,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
     o.inf_count = inf_count;
+    if (a.health_rules) o.health = judge_step(scratch.health, a, o.finite_total_norm, clip.finite);
     *a.outputs = o;
     if (a.history) keep_step(a, o);
 }

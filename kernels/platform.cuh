@@ -112,4 +112,5 @@ DEVICE u16 float_to_half(float value) {
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 DEVICE double bits_to_double(u64 bits) { return __longlong_as_double((long long)bits); }
+DEVICE u64 double_to_bits(double value) { return (u64)__double_as_longlong(value); }
 #endif

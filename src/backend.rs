@@ -5,7 +5,7 @@
 
 use crate::{
     AdaptiveClip, AdaptiveClipReport, DType, DotReport, Element, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, Report, dtype::sealed::Bits,
+    HistoryReport, Report, dtype::sealed::Bits, health::Health,
 };
 use half::{bf16, f16};
 
@@ -184,6 +184,12 @@ pub trait Backend {
     /// # Errors
     /// [`Error::NotEnabled`], and as [`measure_host`](Self::measure_host).
     fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error>;
+
+    /// Has every measurement from now on judge its step by the threshold rules of `health`.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`], [`Error::InvalidConfig`] for more than 63 rules, [`Error::OutOfMemory`].
+    fn judge_by(&mut self, health: &Health) -> Result<(), Error>;
 
     /// Makes room for adaptive clips by this rule.
     ///

@@ -8,7 +8,7 @@ use crate::{Error, Plan, Record, StepOutputs};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
-/// One step of the history (96 bytes, the same on the device).
+/// One step of the history (112 bytes, the same on the device).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct HistoryStep {
@@ -19,7 +19,7 @@ pub struct HistoryStep {
     /// Unused; 0.
     pub reserved: u64,
 }
-const _: () = assert!(size_of::<HistoryStep>() == 96);
+const _: () = assert!(size_of::<HistoryStep>() == 112);
 
 /// One tensor in one step of the history (24 bytes, the same on the device).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]

@@ -8,6 +8,7 @@ use adaptive::AdaptiveMemory;
 use arguments::TensorEntry;
 use bytemuck::{Pod, Zeroable};
 use dot::DotMemory;
+use health::HealthMemory;
 use histogram::HistogramMemory;
 use history::History;
 use std::{collections::VecDeque, sync::Arc};
@@ -17,6 +18,7 @@ mod adaptive;
 mod arguments;
 mod device;
 mod dot;
+mod health;
 mod histogram;
 mod history;
 mod reports;
@@ -47,7 +49,7 @@ pub struct DeviceProbe<D: Device> {
     plan: Arc<Plan>,
     arguments: Arguments,
     addresses: D::Buffer,
-    /// Outputs, then records: what a report is read from.
+    /// Outputs, then records, then verdict words: what a report is read from.
     results: D::Buffer,
     /// Tables and workspace, kept alive for the kernels.
     _workspace: [D::Buffer; 5],
@@ -56,6 +58,7 @@ pub struct DeviceProbe<D: Device> {
     history: Option<History<D>>,
     histogram: Option<HistogramMemory<D>>,
     dot: Option<DotMemory<D>>,
+    health: Option<HealthMemory<D>>,
     adaptive: Option<AdaptiveMemory<D>>,
     /// For Adam's moments; made when the first of those come.
     adam: Option<(Reduction<D>, D::Buffer)>,
@@ -112,6 +115,8 @@ impl<D: Device> DeviceProbe<D> {
         let addresses = upload(bytemuck::cast_slice(&vec![0u64; all_tensors]))?;
         let mut results = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
         results.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; all_tensors]));
+        results.resize(results.len() + tensor_count * size_of::<u32>(), 0);
+        let read_bytes = results.len();
         let results = upload(&results)?;
         let workspace = [
             upload(bytemuck::cast_slice(&entries))?,
@@ -132,6 +137,7 @@ impl<D: Device> DeviceProbe<D> {
             chunk_parts,
             records: outputs + size_of::<StepOutputs>() as u64,
             outputs,
+            health_words: outputs + (read_bytes - tensor_count * size_of::<u32>()) as u64,
             chunks_done,
             tensors_done: chunks_done + (all_chunks * size_of::<u32>()) as u64,
             max_norm: config.max_norm.unwrap_or(0.0),
@@ -155,9 +161,7 @@ impl<D: Device> DeviceProbe<D> {
             measured: false,
             unread: false,
             reads: VecDeque::with_capacity(READS),
-            idle: (0..READS)
-                .map(|_| device.prepare_read(size_of::<StepOutputs>() + size_of::<Record>() * all_tensors))
-                .collect::<Result<_, _>>()?,
+            idle: (0..READS).map(|_| device.prepare_read(read_bytes)).collect::<Result<_, _>>()?,
             reported: 0,
             plan: Arc::new(plan),
             arguments,
@@ -170,6 +174,7 @@ impl<D: Device> DeviceProbe<D> {
             history: None,
             histogram: None,
             dot: None,
+            health: None,
             adaptive: None,
             adam: None,
             device,

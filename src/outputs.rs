@@ -8,7 +8,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// The step's scalars, in the layout kernels read on the device (80 bytes, `kernels/outputs.cuh`).
+/// The step's scalars, in the layout kernels read on the device (96 bytes, `kernels/arguments.cuh`).
 ///
 /// An optimizer that multiplies gradients by `coefficient` (or divides by `inverse_coefficient`, PyTorch's
 /// `grad_scale`) and returns early on `skip` (or on `found_inf`) needs no clip pass at all.
@@ -45,11 +45,16 @@ pub struct StepOutputs {
     pub nan_count: u64,
     /// Infinite elements of all tensors.
     pub inf_count: u64,
+    /// The step's verdict word by the rules of `judge_by`, 0 without them: see [`health`](crate::health) for its bits, and
+    /// [`verdict_of`](crate::health::verdict_of) for what it comes to.
+    pub health: u32,
+    /// Unused; 0.
+    pub reserved: [u32; 3],
 }
 
-// The other side of these numbers is in kernels/outputs.cuh.
+// The other side of these numbers is in kernels/arguments.cuh.
 const _: () = {
-    assert!(size_of::<StepOutputs>() == 80);
+    assert!(size_of::<StepOutputs>() == 96);
     assert!(std::mem::offset_of!(StepOutputs, total_norm_f32) == 24);
     assert!(std::mem::offset_of!(StepOutputs, skip) == 40);
     assert!(std::mem::offset_of!(StepOutputs, step) == 56);
@@ -120,6 +125,8 @@ impl StepOutputs {
             step,
             nan_count,
             inf_count,
+            health: 0,
+            reserved: [0; 3],
         }
     }
 }

@@ -13,6 +13,8 @@ pub struct Report {
     weights: Option<Vec<Record>>,
     /// Their norms, when those are known from elsewhere.
     param_norms: Option<Vec<f64>>,
+    /// Verdict words of the tensors, where the probe judges them.
+    health_words: Option<Vec<u32>>,
 }
 
 /// One tensor of a report.
@@ -31,15 +33,17 @@ pub struct TensorReport<'a> {
 }
 
 impl Report {
-    /// `weights` are the records of the weights, where the step measured them.
+    /// `weights` are the records of the weights, where the step measured them; `health_words` one a tensor, where it judged
+    /// them.
     pub(crate) fn new(
         plan: Arc<Plan>,
         outputs: StepOutputs,
         records: Vec<Record>,
         weights: Option<Vec<Record>>,
+        health_words: Option<Vec<u32>>,
     ) -> Self {
         debug_assert_eq!(plan.tensors().len(), records.len());
-        Self { plan, outputs, records, weights, param_norms: None }
+        Self { plan, outputs, records, weights, param_norms: None, health_words }
     }
 
     /// With the L2 norms of the weights whose gradients these are, in the plan's order, known from elsewhere: from a
@@ -73,6 +77,12 @@ impl Report {
     /// One record a tensor, in the plan's order.
     pub fn records(&self) -> &[Record] {
         &self.records
+    }
+
+    /// The verdict word of each tensor, in the plan's order, if the probe was told to judge them: the bits of
+    /// [`StepOutputs::health`].
+    pub fn health_words(&self) -> Option<&[u32]> {
+        self.health_words.as_deref()
     }
 
     /// One record a weight, in the plan's order, if the step measured them.

@@ -15,7 +15,7 @@ use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
     AdaptiveClip, AdaptiveClipReport, Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
     GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
-    StepOutputs,
+    StepOutputs, health::Health,
 };
 
 /// What a perfect backend would say.
@@ -419,6 +419,9 @@ macro_rules! tracks_as {
 /// The same of the history, of histograms and of dot products.
 macro_rules! keeps_as {
     ($field:tt) => {
+        fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+            self.$field.judge_by(health)
+        }
         fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
             self.$field.enable_adaptive_clip(clip)
         }

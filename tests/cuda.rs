@@ -19,6 +19,7 @@ use gradprobe::{
             CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD,
         },
     },
+    health::{Health, Rules},
     launch::{RawMoments, RawTensor},
 };
 use half::{bf16, f16};
@@ -358,8 +359,11 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
         let config = Config::default().clip(clip);
         let mut reference = Reference::new(config);
         reference.0.keep_history(3).unwrap();
+        let health = Health::new(&Tensors::plan(), Rules::default()).unwrap();
+        reference.0.judge_by(&health).unwrap();
         let mut probe = CudaProbe::new(&stream, Tensors::plan(), config).unwrap();
         probe.keep_history(3).unwrap();
+        probe.judge_by(&health).unwrap();
         // SAFETY: the memory lives as long as the graph, and is used on this stream only.
         unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
         stream.begin_capture(THIS_THREAD).unwrap();
@@ -382,7 +386,9 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
             reference.0.tag(seed).unwrap();
             graph.launch().unwrap();
             let (report, clipped) = reference.step(tensors);
-            assert_same_bits(&probe.wait().unwrap(), &report);
+            let seen = probe.wait().unwrap();
+            assert_same_bits(&seen, &report);
+            assert!(seen.health_words().is_some_and(|words| Some(words) == report.health_words()));
             assert!(place.get() == clipped, "{clip:?}: clipped");
         }
         let bytes = |report: &HistoryReport| -> Vec<u8> {

@@ -31,8 +31,8 @@ const CLIP: &str = "cuLaunchKernel gradprobe_clip of 12 blocks";
 const UPDATE: &str = "cuLaunchKernel gradprobe_update of 12 blocks";
 const GSNR: &str = "cuLaunchKernel gradprobe_gsnr of 12 blocks";
 const ADDRESSES: &str = "cuMemcpyHtoDAsync_v2 24 bytes pageable";
-/// Outputs of 80 bytes and three records of 80.
-const REPORT: &str = "cuMemcpyDtoHAsync_v2 320 bytes page-locked";
+/// Outputs of 96 bytes, three records of 80 and three words of 4.
+const REPORT: &str = "cuMemcpyDtoHAsync_v2 348 bytes page-locked";
 /// Three records of 104 bytes.
 const GSNR_REPORT: &str = "cuMemcpyDtoHAsync_v2 312 bytes page-locked";
 

@@ -59,6 +59,16 @@ template <typename T> T atomicMax(T *address, T value) {
     if (value > old) *address = value;
     return old;
 }
+template <typename T> T atomicMin(T *address, T value) {
+    T old = *address;
+    if (value < old) *address = value;
+    return old;
+}
+template <typename T> T atomicOr(T *address, T value) {
+    T old = *address;
+    *address = old | value;
+    return old;
+}
 inline u32 count_released(u32 *counter) { return (*counter)++; }
 inline void acquire() {}
 
@@ -102,6 +112,12 @@ inline double bits_to_double(u64 bits) {
     double value;
     memcpy(&value, &bits, 8);
     return value;
+}
+
+inline u64 double_to_bits(double value) {
+    u64 bits;
+    memcpy(&bits, &value, 8);
+    return bits;
 }
 
 inline float half_to_float(u16 bits) {

@@ -21,6 +21,7 @@ use crate::{
     adaptive::Units,
     backend::with_elements,
     dtype::sealed::Bits,
+    health::{Health, Judge},
     policy::ClipState,
     spec::{self, CHUNK},
 };
@@ -45,6 +46,7 @@ pub struct CpuProbe {
     histogram: bool,
     dot: bool,
     adaptive: Option<Units>,
+    judge: Option<Judge>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -73,6 +75,7 @@ impl CpuProbe {
             histogram: false,
             dot: false,
             adaptive: None,
+            judge: None,
             outputs: None,
             steps: 0,
         })
@@ -138,7 +141,7 @@ impl CpuProbe {
             let each = tensors.par_iter().map(|&tensor| histogram::histogram(tensor));
             each.reduce(Histogram::default, |a, b| a.merge(&b))
         });
-        let outputs = StepOutputs::finish(
+        let mut outputs = StepOutputs::finish(
             &records,
             weights.as_deref(),
             histogram.as_ref(),
@@ -146,11 +149,17 @@ impl CpuProbe {
             &mut self.clip,
             self.steps,
         );
+        let words = self.judge.as_mut().map(|judge| {
+            let finite = outputs.found_inf == 0.0;
+            let (word, words) = judge.judge(&records, weights.as_deref(), outputs.finite_total_norm, finite);
+            outputs.health = word;
+            words
+        });
         if let Some(history) = &mut self.history {
             history.keep(&outputs, &records);
         }
         self.outputs = Some(outputs);
-        Ok(Report::new(Arc::clone(&self.plan), outputs, records, weights))
+        Ok(Report::new(Arc::clone(&self.plan), outputs, records, weights, words))
     }
 
     /// Clips every tensor in place by what the last measurement decided; writes only what must change.
@@ -177,6 +186,17 @@ impl CpuProbe {
                 elements.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, how));
             });
         });
+        Ok(())
+    }
+
+    /// Has every measurement from now on judge its step by the threshold rules of `health`: one verdict word for the step,
+    /// [`StepOutputs::health`], and one a tensor, [`Report::health_words`]. They are those of [`Health::diagnose`] for the
+    /// same steps; what was judged before is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`] for the health of other tensors, [`Error::InvalidConfig`] for more than 63 rules.
+    pub fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        self.judge = Some(Judge::new(health, &self.plan)?);
         Ok(())
     }
 
@@ -239,7 +259,7 @@ impl CpuProbe {
         GsnrReport::new(Arc::clone(&self.plan), tracking.records(&self.plan))
     }
 
-    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Takes 96 bytes a step and 24 a
+    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Takes 112 bytes a step and 24 a
     /// step and tensor.
     ///
     /// # Errors
@@ -361,6 +381,10 @@ impl Backend for CpuProbe {
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.clip(tensors)
+    }
+
+    fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        self.judge_by(health)
     }
 
     fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {

@@ -4,7 +4,7 @@
 use super::{CudaProbe, driver::failed};
 use crate::{
     AdaptiveClip, AdaptiveClipReport, Backend, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, Plan, Report, TensorSpec, launch::RawTensor,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Report, TensorSpec, health::Health, launch::RawTensor,
 };
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
@@ -87,6 +87,10 @@ impl CudaProbe {
 }
 
 impl Backend for CudaProbe {
+    fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        self.probe.judge_by(health)
+    }
+
     fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
         self.probe.enable_adaptive_clip(clip)
     }

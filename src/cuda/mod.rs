@@ -45,6 +45,7 @@ pub use tensor::{DeviceTensor, DeviceTensorMut};
 use crate::{
     AdamStep, AdaptiveClip, AdaptiveClipReport, Config, DType, DotReport, Error, GsnrConfig, GsnrReport,
     HistogramReport, HistoryReport, Plan, Report,
+    health::Health,
     launch::{DeviceProbe, RawMoments, RawTensor},
 };
 use cudarc::driver::{CudaStream, SyncOnDrop};
@@ -207,6 +208,14 @@ impl CudaProbe {
         let given = self.write(&stream, tensors)?;
         // SAFETY: as in `measure`, and the slices are borrowed mutably.
         unsafe { self.probe.clip_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::judge_by`]: verdict words by the rules of `health`, on the device.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`], [`Error::InvalidConfig`] for more than 63 rules, or the driver's.
+    pub fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        self.probe.judge_by(health)
     }
 
     /// See [`DeviceProbe::enable_adaptive_clip`].

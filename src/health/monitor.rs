@@ -119,6 +119,11 @@ impl Health {
         Ok(Self { order, ..self })
     }
 
+    /// The plan of the run.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// The rules it goes by.
     pub fn rules(&self) -> &Rules {
         &self.rules

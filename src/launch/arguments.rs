@@ -89,6 +89,12 @@ pub struct Arguments {
     pub chunk_dots: u64,
     /// One [`Dot`](crate::Dot) a tensor: a result.
     pub dots: u64,
+    /// The rules of the verdict words, and behind them the tensors' exemptions; 0 when there are none, as the next.
+    pub health_rules: u64,
+    /// f64 norm of the last clean step, and behind it of each tensor in it.
+    pub last_norms: u64,
+    /// One u32 verdict word a tensor: a result.
+    pub health_words: u64,
     /// The rule of the adaptive clip, and behind it the units of each tensor; 0 when there is none, as the next.
     pub adaptive: u64,
     /// One [`AdaptiveRecord`](crate::AdaptiveRecord) a tensor: a result.
@@ -98,4 +104,4 @@ pub struct Arguments {
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 264);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 288);

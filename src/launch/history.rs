@@ -24,7 +24,7 @@ impl<D: Device> History<D> {
 }
 
 impl<D: Device> DeviceProbe<D> {
-    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Allocates 96 bytes a step and 24
+    /// Keeps the last steps from now on, this many; what was kept before is forgotten. Allocates 112 bytes a step and 24
     /// a step and tensor of device memory; a graph captured before goes on without.
     ///
     /// # Errors

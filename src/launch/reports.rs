@@ -72,11 +72,13 @@ impl<D: Device> DeviceProbe<D> {
         let mut report = None;
         if outputs.step > self.reported {
             let mut records = vec![Record::EMPTY; self.current.len()];
-            bytemuck::cast_slice_mut(&mut records).copy_from_slice(rest);
+            let (of_records, of_words) = rest.split_at(size_of_val(records.as_slice()));
+            bytemuck::cast_slice_mut(&mut records).copy_from_slice(of_records);
+            let words = self.health.is_some().then(|| super::values(of_words).collect());
             let weights = records.split_off(self.plan.tensors().len());
             let weights = (outputs.weights != 0).then_some(weights);
             self.reported = outputs.step;
-            report = Some(Report::new(Arc::clone(&self.plan), outputs, records, weights));
+            report = Some(Report::new(Arc::clone(&self.plan), outputs, records, weights, words));
         }
         self.idle.push(read);
         Ok(report)

@@ -307,6 +307,7 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     let verdict = verdict.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("verdict", outputs.verdict, verdict);
     c.equal("weights", outputs.weights, 0);
+    c.equal("health and what is unused", (outputs.health, outputs.reserved), (0, [0; 3]));
     complaints.list
 }
 

@@ -11,6 +11,7 @@ mod block;
 use gradprobe::{
     AdaptiveClip, AdaptiveClipReport, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
     HistoryReport, HostTensor, HostTensorMut, Plan, Report,
+    health::Health,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
@@ -157,6 +158,10 @@ impl Backend for SimtProbe {
         let raw = all_mut(tensors);
         // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
         unsafe { self.0.clip_raw(&raw) }
+    }
+
+    fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        self.0.judge_by(health)
     }
 
     fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {

@@ -112,6 +112,11 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         demand_at_work(what, address, bytes);
     }
     let histograms = if arguments.one_histogram != 0 { 1 } else { tensors };
+    if kernel == Kernel::Measure && arguments.health_rules != 0 {
+        demand_at_work("the rules", arguments.health_rules, 2048 + tensors * 4);
+        demand_at_work("the last norms", arguments.last_norms, (tensors + 1) * 8);
+        demand_at_work("the verdict words", arguments.health_words, tensors * 4);
+    }
     let more: &[(&str, u64, usize)] = match kernel {
         Kernel::Adaptive => &[
             ("the units", arguments.adaptive, 32 + (tensors + 1) * 32),
