@@ -1,0 +1,504 @@
+//! The writers: what they write reads back value for value, whatever the values and names, and failures are told.
+
+mod entries;
+mod require;
+
+use entries::{NAMES, entries};
+use gradprobe::{
+    Config, CpuProbe, DType, Error, Histogram, HostTensor, Plan, Verdict,
+    write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
+};
+use require::skipped;
+use serde_json::Value;
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::mpsc::{Receiver, Sender, channel},
+    time::Instant,
+};
+use tempfile::TempDir;
+
+/// A number as JSON has it here.
+#[track_caller]
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Null => None,
+        Value::String(text) => {
+            Some(["nan", "inf", "-inf"].contains(&text.as_str()).then(|| text.parse().unwrap()).unwrap())
+        }
+        value => Some(value.as_f64().unwrap()),
+    }
+}
+
+#[track_caller]
+fn same(read: Option<f64>, written: Option<f64>) {
+    let bits = |x: Option<f64>| x.map(|x| if x.is_nan() { f64::NAN.to_bits() } else { x.to_bits() });
+    assert_eq!(bits(read), bits(written), "{read:?} was read of {written:?}");
+}
+
+#[test]
+fn json_reads_back_to_the_same_bits() {
+    for entry in entries(5) {
+        let line = json_line(&entry);
+        assert!(!line.contains(['\n', '\r']));
+        let read: Value = serde_json::from_str(&line).unwrap();
+        let outputs = entry.report().outputs();
+        assert_eq!((read["step"].as_u64(), read["verdict"].as_str()), (Some(outputs.step), Some("critical")));
+        same(number(&read["total_norm"]), Some(outputs.total_norm));
+        same(number(&read["finite_total_norm"]), Some(outputs.finite_total_norm));
+        same(number(&read["clip_coefficient"]), Some(outputs.coefficient_f64));
+        let tensors = read["tensors"].as_array().unwrap();
+        assert_eq!(tensors.len(), NAMES.len());
+        for (read, tensor) in tensors.iter().zip(entry.tensors()) {
+            let record = tensor.report.record;
+            assert_eq!(read["name"].as_str(), Some(tensor.report.name));
+            assert_eq!(read["dtype"].as_str(), Some("F32"));
+            assert_eq!(read["verdict"].as_str(), tensor.verdict.map(|verdict| verdict.name()));
+            for (field, count) in [
+                ("count", record.count),
+                ("nan_count", record.nan_count),
+                ("inf_count", record.inf_count),
+                ("zero_count", record.zero_count),
+                ("dead_count", record.dead_count),
+            ] {
+                assert_eq!(read[field].as_u64(), Some(count), "{field}");
+            }
+            assert_eq!(read["first_nonfinite"].as_u64(), record.first_nonfinite());
+            for (field, written) in [
+                ("l2_norm", Some(record.l2_norm())),
+                ("finite_l2_norm", Some(record.finite_l2_norm())),
+                ("max_abs", record.max_abs().map(f64::from)),
+                ("min_nonzero_abs", record.min_nonzero_abs().map(f64::from)),
+                ("mean", record.mean()),
+                ("mean_abs", record.mean_abs()),
+                ("variance", record.variance()),
+                ("param_norm", tensor.report.param_norm),
+                ("ratio", tensor.report.ratio()),
+            ] {
+                same(number(&read[field]), written);
+            }
+        }
+        let finding = &read["findings"][0];
+        assert_eq!(finding["tensor"].as_str(), Some(NAMES[2]));
+        assert_eq!((finding["value"].as_str(), finding["kind"].as_str()), (Some("inf"), Some("exploding")));
+        assert_eq!(finding["message"].as_str(), Some(entry.findings()[0].message.as_str()));
+        assert_eq!(finding["advice"][1].as_str(), Some("clip, harder"));
+        assert_eq!(
+            (&read["findings"][2]["tensor"], read["findings"][1]["value"].as_str()),
+            (&Value::Null, Some("nan"))
+        );
+        let bins = read["histogram"][2]["bins"].as_array().unwrap();
+        let ends: Vec<f64> = bins.iter().map(|bin| bin[0].as_f64().unwrap()).collect();
+        let bin = |x: f32| f64::from(Histogram::lowest_of(Histogram::bin_of(x)));
+        assert_eq!(ends, [f32::from_bits(1), f32::MIN_POSITIVE, 1.0, f32::MAX].map(bin));
+        match entry.gsnr() {
+            None => assert_eq!(read.get("gsnr"), None),
+            Some(gsnr) => {
+                for (read, (name, record)) in read["gsnr"].as_array().unwrap().iter().zip(gsnr.tensors()) {
+                    assert_eq!(read["name"].as_str(), Some(name));
+                    same(number(&read["median"]), record.median());
+                    same(number(&read["norm_cv"]), record.norm_cv());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_nobody_diagnosed_has_no_verdict() {
+    let mut probe = CpuProbe::new(Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
+    let entry = Entry::new(probe.measure(&[HostTensor::F32(&[3.0])]).unwrap());
+    let read: Value = serde_json::from_str(&json_line(&entry)).unwrap();
+    assert!(read["verdict"].is_null() && read["findings"].is_null() && read["noise_scale"].is_null());
+    let absent = ["gsnr", "histogram"].map(|field| read.get(field)).into_iter();
+    assert!(absent.chain(["verdict", "ratio"].map(|field| read["tensors"][0].get(field))).all(|field| field.is_none()));
+    assert!(!prometheus_text(&entry).contains("verdict") && prometheus_text(&entry).contains("total_norm 3e0\n"));
+}
+
+/// Runs a sink over entries, twice from opening to the end, as before and after a restart.
+fn written(path: &Path, open: impl Fn(&Path) -> Box<dyn Sink>, entries: &[Entry]) -> Vec<u8> {
+    let (before, after) = entries.split_at(entries.len() / 2);
+    for part in [before, after] {
+        let mut sink = open(path);
+        part.iter().for_each(|entry| sink.write(entry).unwrap());
+        sink.finish().unwrap();
+    }
+    fs::read(path).unwrap()
+}
+
+#[test]
+fn json_lines_continue_a_file_after_its_last_whole_line() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("steps.jsonl");
+    let entries = entries(4);
+    let whole: Vec<String> = entries.iter().map(json_line).collect();
+    let read = written(&path, |path| Box::new(JsonLines::open(path).unwrap()), &entries);
+    assert_eq!(String::from_utf8(read).unwrap(), whole.join("\n") + "\n");
+    // A crash has cut off a line, longer than a block of the search for its beginning.
+    fs::write(&path, format!("{}\n{{\"step\": {}", whole[0], "1".repeat(10_000))).unwrap();
+    JsonLines::open(&path).unwrap().write(&entries[1]).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n{}\n", whole[0], whole[1]));
+}
+
+#[test]
+fn csv_has_a_row_for_every_step_and_tensor() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("tensors.csv");
+    let entries = entries(5);
+    let read = written(&path, |path| Box::new(Csv::open(path).unwrap()), &entries);
+    let mut reader = csv::Reader::from_reader(read.as_slice());
+    let headings = reader.headers().unwrap().clone();
+    let rows: Vec<csv::StringRecord> = reader.records().map(Result::unwrap).collect();
+    assert_eq!(rows.len(), 5 * NAMES.len());
+    let tensors = entries.iter().flat_map(|entry| entry.tensors().map(move |tensor| (entry, tensor)));
+    for (row, (entry, tensor)) in rows.iter().zip(tensors) {
+        let field = |name: &str| row.get(headings.iter().position(|heading| heading == name).unwrap()).unwrap();
+        let number = |name: &str| (!field(name).is_empty()).then(|| field(name).parse::<f64>().unwrap());
+        let record = tensor.report.record;
+        assert_eq!((field("tensor"), field("step")), (tensor.report.name, entry.step().to_string().as_str()));
+        assert_eq!(field("nan_count"), record.nan_count.to_string());
+        assert_eq!(field("verdict"), tensor.verdict.unwrap().name());
+        let findings = entry.findings().iter().filter(|f| f.tensor.as_deref() == Some(tensor.report.name)).count();
+        assert_eq!(field("findings").split_whitespace().count(), findings);
+        same(number("total_norm"), Some(entry.report().outputs().total_norm));
+        same(number("clip_coefficient"), Some(entry.report().outputs().coefficient_f64));
+        same(number("l2_norm"), Some(record.l2_norm()));
+        same(number("min_nonzero_abs"), record.min_nonzero_abs().map(f64::from));
+        same(number("variance"), record.variance());
+        same(number("ratio"), tensor.report.ratio());
+        same(number("gsnr_median"), tensor.gsnr.and_then(|record| record.median()));
+    }
+}
+
+/// Runs a test's Python with TensorBoard and prometheus_client; none where there is none.
+fn python(code: &str, arguments: &[&Path]) -> Option<Value> {
+    const VARIABLE: &str = "GRADPROBE_TENSORBOARD";
+    let Ok(python) = std::env::var(VARIABLE) else {
+        skipped(
+            require::TENSORBOARD,
+            &format!("{VARIABLE} names no Python that has tensorboard and prometheus_client"),
+        );
+        return None;
+    };
+    let output = Command::new(python).arg("-c").arg(code).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn prometheus_reads_its_text() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("gradients.prom");
+    let entry = entries(5).pop().unwrap();
+    let mut sink = Prometheus::create(&path).unwrap();
+    assert!(fs::read_dir(&folder).unwrap().next().is_none(), "nothing is there before the first step");
+    sink.write(&entry).unwrap();
+    sink.write(&entry).unwrap();
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text, prometheus_text(&entry));
+    for line in [
+        "# TYPE gradprobe_total_norm gauge",
+        "gradprobe_total_norm NaN",
+        "gradprobe_step 5e0",
+        "gradprobe_verdict 2e0",
+        r#"gradprobe_tensor_l2_norm{tensor="a \"quoted\", name"} 0e0"#,
+        r#"gradprobe_tensor_zero_fraction{tensor="a \"quoted\", name"} 1e0"#,
+        r#"gradprobe_tensor_nan_count{tensor="größe–∇∥{x=\"1\"}"} 1e0"#,
+        r#"gradprobe_findings{kind="exploding",severity="warning"} 2e0"#,
+        r#"gradprobe_findings{kind="nan",severity="critical"} 0e0"#,
+    ] {
+        assert!(text.split('\n').any(|own| own == line), "{line} is not in\n{text}");
+    }
+    let of_inf = entries(1).pop().unwrap();
+    let names: Vec<&str> = of_inf.tensors().map(|tensor| tensor.report.name).collect();
+    assert_eq!(names, NAMES);
+
+    let code = "
+import json, sys
+from prometheus_client.parser import text_string_to_metric_families
+samples = [sample for family in text_string_to_metric_families(open(sys.argv[1], newline='').read())
+           for sample in family.samples]
+print(json.dumps([[sample.name, sample.labels.get('tensor'), repr(sample.value)] for sample in samples]))
+";
+    let Some(read) = python(code, &[&path]) else { return };
+    let samples: Vec<(&str, Option<&str>, f64)> = read
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|sample| (sample[0].as_str().unwrap(), sample[1].as_str(), sample[2].as_str().unwrap().parse().unwrap()))
+        .collect();
+    let find = |name: &str, tensor: Option<&str>| {
+        samples.iter().find(|sample| (sample.0, sample.1) == (name, tensor)).map(|sample| sample.2)
+    };
+    same(find("gradprobe_total_norm", None), Some(entry.report().outputs().total_norm));
+    for tensor in entry.tensors() {
+        let name = Some(tensor.report.name);
+        same(find("gradprobe_tensor_l2_norm", name), Some(tensor.report.record.l2_norm()));
+        same(find("gradprobe_tensor_max_abs", name), tensor.report.record.max_abs().map(f64::from));
+        same(find("gradprobe_tensor_mean", name), tensor.report.record.mean());
+        same(find("gradprobe_tensor_ratio", name), tensor.report.ratio());
+        same(find("gradprobe_tensor_gsnr_median", name), tensor.gsnr.and_then(|record| record.median()));
+    }
+}
+
+#[test]
+fn tensorboard_reads_back_value_for_value() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("runs/one");
+    let entries = entries(5);
+    let mut sink = TensorBoard::create(&run).unwrap();
+    entries.iter().for_each(|entry| sink.write(entry).unwrap());
+    sink.finish().unwrap();
+    assert_eq!(sink.path().parent(), Some(run.as_path()));
+
+    // The reader under TensorBoard's own pages, with all events kept; and then what its histogram page is given.
+    let code = "
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util import tensor_util
+accumulator = EventAccumulator(sys.argv[1], size_guidance={'scalars': 0, 'histograms': 0, 'tensors': 0})
+accumulator.Reload()
+scalars, histograms = {}, {}
+tags = accumulator.Tags()['tensors']
+for tag in tags:
+    plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
+    for event in accumulator.Tensors(tag):
+        value = tensor_util.make_ndarray(event.tensor_proto)
+        if plugin == 'scalars':
+            scalars.setdefault(tag, {})[event.step] = repr(float(value))
+        else:
+            assert plugin == 'histograms', plugin
+            histograms.setdefault(tag, {})[event.step] = [[repr(float(x)) for x in row] for row in value]
+from tensorboard.backend.event_processing import directory_watcher, io_wrapper
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto import event_pb2
+raw, versions = {}, []
+for record in RawEventFileLoader(sys.argv[2]).Load():
+    event = event_pb2.Event.FromString(record)
+    versions.append(event.file_version)
+    for value in event.summary.value:
+        if value.HasField('histo'):
+            h = value.histo
+            raw.setdefault(value.tag, {})[event.step] = [repr(x) for x in (h.min, h.max, h.num, h.sum, h.sum_squares)] + [
+                [repr(x) for x in h.bucket_limit], [repr(x) for x in h.bucket]]
+print(json.dumps({'scalars': scalars, 'histograms': histograms, 'raw': raw, 'versions': versions}))
+";
+    let Some(read) = python(code, &[&run, sink.path()]) else { return };
+    assert_eq!(read["versions"].as_array().unwrap().len(), 1 + entries.len());
+    assert_eq!(read["versions"][0].as_str(), Some("brain.Event:2"));
+    let parsed = |value: &Value| value.as_str().map(|text| text.parse::<f64>().unwrap());
+    let mut scalars = 0;
+    for entry in &entries {
+        let step = entry.step().to_string();
+        let outputs = entry.report().outputs();
+        let mut scalar = |tag: String, written: Option<f64>| {
+            #[expect(clippy::cast_possible_truncation, reason = "a scalar is f32")]
+            let written = written.map(|x| f64::from(x as f32));
+            same(parsed(&read["scalars"][&tag][&step]), written);
+            scalars += usize::from(written.is_some());
+        };
+        scalar("total_norm".into(), Some(outputs.total_norm));
+        scalar("finite_total_norm".into(), Some(outputs.finite_total_norm));
+        scalar("clip_coefficient".into(), Some(outputs.coefficient_f64));
+        scalar("skip".into(), Some(outputs.skip.into()));
+        scalar("nan_count".into(), Some(outputs.nan_count as f64));
+        scalar("inf_count".into(), Some(outputs.inf_count as f64));
+        scalar("noise_scale".into(), entry.gsnr().and_then(|gsnr| gsnr.noise_scale()));
+        scalar("verdict".into(), Some(2.0));
+        for tensor in entry.tensors() {
+            let (name, record) = (tensor.report.name, tensor.report.record);
+            for (statistic, written) in [
+                ("l2_norm", Some(record.l2_norm())),
+                ("finite_l2_norm", Some(record.finite_l2_norm())),
+                ("max_abs", record.max_abs().map(f64::from)),
+                ("mean", record.mean()),
+                ("std", record.std()),
+                ("zero_fraction", record.zero_fraction()),
+                ("dead_fraction", record.dead_fraction()),
+                ("nan_count", Some(record.nan_count as f64)),
+                ("inf_count", Some(record.inf_count as f64)),
+                ("ratio", tensor.report.ratio()),
+                ("gsnr_mean", tensor.gsnr.and_then(|record| record.mean())),
+                ("gsnr_median", tensor.gsnr.and_then(|record| record.median())),
+                ("verdict", tensor.verdict.map(|verdict| f64::from(verdict as u8))),
+            ] {
+                scalar(format!("{statistic}/{name}"), written);
+            }
+            let histogram = tensor.histogram.unwrap();
+            let tag = format!("gradient_abs/{name}");
+            let raw = &read["raw"][&tag][&step];
+            if record.finite_count() == 0 {
+                assert!(raw.is_null());
+                continue;
+            }
+            same(parsed(&raw[2]), Some(record.finite_count() as f64));
+            same(parsed(&raw[3]), Some(record.sum_abs));
+            same(parsed(&raw[4]), Some(record.finite_sum_squares()));
+            same(parsed(&raw[1]), Some(histogram.range().map_or(0.0, |range| range.high)));
+            let list = |value: &Value| value.as_array().unwrap().iter().map(|x| parsed(x).unwrap()).collect::<Vec<_>>();
+            let (limits, counts) = (list(&raw[5]), list(&raw[6]));
+            assert!(limits.is_sorted_by(|a, b| a < b) && limits.len() == counts.len(), "{limits:?}");
+            // Every bin is a bucket: its upper end a limit, its lower end just above the limit before.
+            let mut found: Vec<(f64, f64, f64)> = Vec::new();
+            for (index, &count) in counts.iter().enumerate().filter(|&(_, &count)| count > 0.0) {
+                found.push((limits[index - 1], limits[index], count));
+            }
+            let zeros =
+                (histogram.zero_count > 0).then(|| (-f64::from(f32::from_bits(1)), 0.0, histogram.zero_count as f64));
+            let bins = (0..Histogram::BINS).filter(|&bin| histogram.bins[bin] > 0).map(|bin| {
+                let low = f64::from(Histogram::lowest_of(bin).next_down());
+                (low, f64::from(Histogram::highest_of(bin)), histogram.bins[bin] as f64)
+            });
+            assert_eq!(found, zeros.into_iter().chain(bins).collect::<Vec<_>>());
+            // What the page shows counts every finite element once.
+            let shown = read["histograms"][&tag][&step].as_array().unwrap();
+            let sum: f64 = shown.iter().map(|bucket| parsed(&bucket[2]).unwrap()).sum();
+            same(Some(sum), Some(record.finite_count() as f64));
+            assert!(shown.iter().all(|bucket| parsed(&bucket[0]).unwrap() <= parsed(&bucket[1]).unwrap()));
+        }
+    }
+    let of_all = |kind: &str| {
+        read[kind].as_object().unwrap().values().map(|steps| steps.as_object().unwrap().len()).sum::<usize>()
+    };
+    assert_eq!(of_all("scalars"), scalars, "there is nothing that was not checked");
+}
+
+#[test]
+fn two_event_files_of_one_process_are_two() {
+    let folder = TempDir::new().unwrap();
+    let files = [0, 1].map(|_| TensorBoard::create(&folder).unwrap().path().to_owned());
+    assert_ne!(files[0], files[1]);
+}
+
+/// A sink that waits for a word before each entry, and notes the steps it has seen.
+struct Slow {
+    go: Receiver<()>,
+    seen: Sender<u64>,
+}
+
+impl Sink for Slow {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        let _ = self.go.recv();
+        self.seen.send(entry.step()).unwrap();
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        self.seen.send(u64::MAX).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_slow_sink_drops_entries_and_holds_nobody_up() {
+    let (go, gate) = channel();
+    let (seen, steps) = channel();
+    let mut background = Background::new(vec![Box::new(Slow { go: gate, seen })], 2).unwrap();
+    let entries = entries(1000);
+    let started = Instant::now();
+    let sent: Vec<u64> = entries
+        .into_iter()
+        .filter_map(|entry| {
+            let step = entry.step();
+            background.send(entry).then_some(step)
+        })
+        .collect();
+    assert!(started.elapsed().as_secs() < 5, "sending waited");
+    // Two wait, and the sink may have taken one.
+    assert!((2..=3).contains(&sent.len()) && sent[0] == 1, "{sent:?}");
+    assert_eq!(background.dropped(), 1000 - sent.len() as u64);
+    drop(go);
+    let finished = background.finish();
+    assert_eq!((finished.dropped, finished.error), (1000 - sent.len() as u64, None));
+    assert_eq!(steps.try_iter().collect::<Vec<_>>(), [sent, vec![u64::MAX]].concat());
+}
+
+/// Fails, or panics, at step 2.
+struct Faulty(bool);
+
+impl Sink for Faulty {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        assert!(!self.0 || entry.step() != 2, "a sink that panics");
+        match entry.step() {
+            2 => Err(Error::Unwritable { path: "somewhere".into(), reason: "no room".into() }),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn errors_and_panics_of_a_sink_reach_neither_the_others_nor_training() {
+    let folder = TempDir::new().unwrap();
+    for panics in [false, true] {
+        let path = folder.path().join(format!("{panics}.jsonl"));
+        let sinks: Vec<Box<dyn Sink>> = vec![Box::new(Faulty(panics)), Box::new(JsonLines::open(&path).unwrap())];
+        let mut background = Background::new(sinks, 8).unwrap();
+        assert!(entries(5).into_iter().all(|entry| background.send(entry)));
+        let finished = background.finish();
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 5);
+        match finished.error.unwrap() {
+            Error::Thread { reason } => assert!(panics && reason.contains("panicked"), "{reason}"),
+            error => assert_eq!((panics, error.to_string().as_str()), (false, "somewhere: no room")),
+        }
+    }
+    assert!(matches!(Background::new(Vec::new(), 0), Err(Error::InvalidConfig { option: "capacity", .. })));
+}
+
+#[test]
+fn what_is_queued_is_written_when_the_writers_are_dropped() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("steps.jsonl");
+    let mut background = Background::new(vec![Box::new(JsonLines::open(&path).unwrap())], 8).unwrap();
+    entries(3).into_iter().for_each(|entry| assert!(background.send(entry)));
+    drop(background);
+    assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 3);
+}
+
+#[test]
+fn a_path_that_cannot_be_written_is_named() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let below = file.join("name");
+    let refusals = [
+        JsonLines::open(&below).map(drop),
+        Csv::open(&below).map(drop),
+        Prometheus::create(&below).map(drop),
+        TensorBoard::create(&below).map(drop),
+        Prometheus::create(folder.path()).map(drop),
+        JsonLines::open(folder.path()).map(drop),
+    ];
+    for (index, refusal) in refusals.into_iter().enumerate() {
+        let Err(Error::Unwritable { path, reason }) = refusal else { panic!("{index}: {refusal:?}") };
+        assert!(path.starts_with(folder.path()) && !reason.contains('\n'), "{index}: {}: {reason}", path.display());
+    }
+    // A folder that goes away while training runs.
+    let gone = folder.path().join("gone");
+    fs::create_dir(&gone).unwrap();
+    let mut sink = Prometheus::create(gone.join("a.prom")).unwrap();
+    fs::remove_dir(&gone).unwrap();
+    assert!(matches!(sink.write(&entries(1)[0]), Err(Error::Unwritable { path, .. }) if path == gone.join("a.prom")));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error_that_names_the_file() {
+    let mut sink = JsonLines::open("/dev/full").unwrap();
+    let error = sink.write(&entries(1)[0]).unwrap_err();
+    assert!(error.to_string().starts_with("/dev/full: "), "{error}");
+}
+
+#[test]
+fn what_belongs_to_other_tensors_is_refused() {
+    let mut probe = CpuProbe::new(Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
+    let entry = Entry::new(probe.measure(&[HostTensor::F32(&[3.0])]).unwrap());
+    let other = entries(2).pop().unwrap();
+    let refused = entry.clone().with_histogram(other.histogram().unwrap().clone()).unwrap_err();
+    assert_eq!(refused.to_string(), "the histogram is of another plan than the report");
+    assert!(entry.clone().with_gsnr(other.gsnr().unwrap().clone()).is_err());
+    let refused = entry.with_diagnosis(Verdict::Healthy, [Verdict::Healthy; 2], []).unwrap_err();
+    assert_eq!(refused, Error::TensorCount { planned: 1, given: 2 });
+}
