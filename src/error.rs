@@ -187,6 +187,18 @@ pub enum Error {
         /// What was given.
         what: &'static str,
     },
+    /// A picture could not be drawn.
+    #[error("drawing: {reason}")]
+    Drawing {
+        /// What happened.
+        reason: String,
+    },
+    /// The view was asked for where there is no terminal to show it.
+    #[error("no terminal: {reason}")]
+    NoTerminal {
+        /// What the system said.
+        reason: String,
+    },
     /// A thread that writes could not be started, or one of its sinks panicked.
     #[error("writing in the background: {reason}")]
     Thread {

@@ -256,10 +256,10 @@ fn tensorboard_reads_back_value_for_value() {
     // The reader under TensorBoard's own pages, with all events kept; and then what its histogram page is given.
     let code = "
 import json, sys
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
 from tensorboard.util import tensor_util
-accumulator = EventAccumulator(sys.argv[1], size_guidance={'scalars': 0, 'histograms': 0, 'tensors': 0})
+accumulator = EventAccumulator(sys.argv[1], tensor_size_guidance={'scalars': 0, 'histograms': 0}, size_guidance={'tensors': 0})
 accumulator.Reload()
 scalars, histograms = {}, {}
 tags = accumulator.Tags()['tensors']
@@ -272,7 +272,7 @@ for tag in tags:
         else:
             assert plugin == 'histograms', plugin
             histograms.setdefault(tag, {})[event.step] = [[repr(float(x)) for x in row] for row in value]
-from tensorboard.backend.event_processing import directory_watcher, io_wrapper
+
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto import event_pb2
 raw, versions = {}, []

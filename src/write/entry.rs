@@ -73,6 +73,19 @@ impl Entry {
         Ok(Self { histogram: Some(histogram), ..self })
     }
 
+    /// A copy without the histograms, which are most of an entry.
+    #[cfg(feature = "charts")]
+    pub(super) fn without_histogram(&self) -> Self {
+        Self {
+            report: self.report.clone(),
+            verdict: self.verdict,
+            verdicts: self.verdicts.clone(),
+            findings: self.findings.clone(),
+            gsnr: self.gsnr.clone(),
+            histogram: None,
+        }
+    }
+
     /// The statistics.
     pub fn report(&self) -> &Report {
         &self.report
