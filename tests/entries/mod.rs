@@ -5,6 +5,7 @@
 use gradprobe::{
     Config, CpuProbe, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Severity, Verdict, write::Entry,
 };
+use std::ops::RangeInclusive;
 
 /// Names that break a format which does not escape them.
 pub const NAMES: [&str; 6] =
@@ -67,8 +68,8 @@ pub fn entries(steps: u64) -> Vec<Entry> {
         .collect()
 }
 
-/// `layers` layers of one tensor each, which shrink with depth and turn bad at the end, over so many steps.
-pub fn deep(layers: usize, steps: u64, name: impl Fn(usize) -> String) -> Vec<Entry> {
+/// `layers` layers of one tensor each, which shrink with depth, over so many steps. In those of `bad` three tensors are.
+pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(usize) -> String) -> Vec<Entry> {
     let plan = Plan::new((0..layers).map(|layer| (name(layer), DType::F32, 64))).unwrap();
     let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
     probe.enable_histogram();
@@ -76,12 +77,13 @@ pub fn deep(layers: usize, steps: u64, name: impl Fn(usize) -> String) -> Vec<En
     (1..=steps)
         .map(|step| {
             let wave = |layer: usize, i: usize| (i as f32 * 0.7 + step as f32 * 1.3 + layer as f32).sin();
-            let size = |layer: usize| (-6.0 * layer as f32 / layers as f32).exp() * (0.05 * step as f32).exp();
+            let size =
+                |layer: usize| (-6.0 * layer as f32 / layers as f32).exp() * (2.0 * step as f32 / steps as f32).exp();
             let mut tensors: Vec<Vec<f32>> = (0..layers)
                 .map(|layer| (0..64).map(|i| size(layer) * (0.3 + wave(layer, i) + wave(i, layer))).collect())
                 .collect();
             let mut verdicts = vec![Verdict::Healthy; layers];
-            if layers > 3 && step + 2 > steps {
+            if bad.contains(&step) {
                 tensors[layers - 1].fill(f32::NAN);
                 tensors[layers - 2].fill(0.0);
                 tensors[1][5] = f32::INFINITY;

@@ -1,12 +1,13 @@
 //! One bar a tensor.
 
 use super::{
-    Drawn, EntryTensor, HEALTHY, NOT_FINITE, colour, printable,
+    DARK, EntryTensor, GREY, HEALTHY, NOT_FINITE, WHITE,
+    canvas::{Anchor, Canvas},
+    colour, printable,
     scale::{Axis, Frame, Scale},
-    text::{self, DARK, HEADING, TINY},
+    text::{self, HEADING, Labels, TINY},
 };
 use crate::Verdict;
-use plotters::{coord::Shift, prelude::*};
 
 /// Bars side by side, with the names below.
 #[derive(Clone, Debug)]
@@ -33,84 +34,82 @@ impl Bar {
 }
 
 /// Characters of a name that are shown.
-const NAME: usize = 24;
+pub const NAME: usize = 24;
 
 impl Bars {
-    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
-        let (width, height) = super::dimensions(area);
-        let names: Vec<String> = self.bars.iter().map(|bar| text::shortened(&bar.name, NAME)).collect();
-        let longest = names.iter().map(|name| text::width(name, TINY)).max().unwrap_or(0);
+    pub fn draw(&self, canvas: &mut Canvas) {
+        let labels = Labels::of(self.bars.iter().map(|bar| bar.name.as_str()), NAME);
+        let longest = labels.short.iter().map(|name| text::width(name, TINY)).max().unwrap_or(0);
         let values = self.bars.iter().filter_map(|bar| bar.value).chain(self.reference);
+        let headed = !self.title.is_empty() || !labels.pattern.is_empty();
         let frame = Frame {
             left: Frame::LABELS + 8,
-            right: width - 16,
-            top: if self.title.is_empty() { 12 } else { 34 },
-            bottom: height - longest - 18,
+            right: canvas.width - 16,
+            top: if headed { 34 } else { 12 },
+            bottom: canvas.height - longest - 18,
             axis: Axis::of(self.scale, values),
         };
-        text::left(area, self.title, (frame.left, 14), HEADING, &DARK)?;
-        frame.draw(area)?;
-        if self.bars.is_empty() {
-            return frame.empty(area);
+        canvas.text(self.title, (frame.left, 14), HEADING, DARK, Anchor::Start);
+        if !labels.pattern.is_empty() {
+            let room = frame.right - frame.left - text::width(self.title, HEADING) - 20;
+            let pattern = text::shortened(&labels.pattern, text::characters(room, TINY));
+            canvas.text(&pattern, (frame.right, 14), TINY, GREY, Anchor::End);
         }
-        let pixels = f64::from(frame.right - frame.left) / self.bars.len() as f64;
+        frame.draw(canvas);
+        if self.bars.is_empty() {
+            return frame.empty(canvas);
+        }
         // The unhealthy last: where bars share a pixel they are the ones to be seen.
         let mut order: Vec<usize> = (0..self.bars.len()).collect();
         order.sort_by_key(|&index| {
             (self.bars[index].verdict, self.bars[index].value.is_some_and(|value| !value.is_finite()))
         });
         for index in order {
-            self.draw_bar(area, &frame, index)?;
+            self.draw_bar(canvas, &frame, index);
         }
         if let Some(y) = self.reference.and_then(|value| frame.axis.place(value)).map(|share| frame.at(share)) {
-            area.draw(&PathElement::new([(frame.left, y), (frame.right, y)], DARK.stroke_width(2)))?;
+            canvas.area((frame.left, y), (frame.right - frame.left, 2), DARK);
         }
         // As many names as do not touch.
-        let room = f64::from(TINY) + 3.0;
-        let mut next = f64::NEG_INFINITY;
-        for (index, name) in names.iter().enumerate() {
-            let middle = (index as f64 + 0.5) * pixels;
-            if middle >= next {
-                let x = frame.across((index as f64 + 0.5) / names.len() as f64);
+        let mut next = i32::MIN;
+        for (index, name) in labels.short.iter().enumerate() {
+            let x = frame.across((index as f64 + 0.5) / self.bars.len() as f64);
+            if x >= next {
                 let ink = match colour(self.bars[index].verdict) {
                     HEALTHY => DARK,
                     other => other,
                 };
-                text::upright(area, name, (x, frame.bottom + 6), TINY, &ink)?;
-                next = middle + room;
+                canvas.text(name, (x, frame.bottom + 6), TINY, ink, Anchor::TopEnd);
+                next = x + TINY + 3;
             }
         }
-        Ok(())
     }
 
-    fn draw_bar<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, frame: &Frame, index: usize) -> Drawn<DB> {
+    fn draw_bar(&self, canvas: &mut Canvas, frame: &Frame, index: usize) {
         let bar = &self.bars[index];
-        let Some(value) = bar.value else { return Ok(()) };
+        let Some(value) = bar.value else { return };
         let share = |place: f64| (index as f64 + place) / self.bars.len() as f64;
-        let (left, right) = (frame.across(share(0.1)), frame.across(share(0.9)));
-        // Rectangles include both ends; none is thinner than a pixel.
-        let right = (right - 1).max(left);
-        let column = |from: i32, to: i32, colour: RGBColor| {
-            Rectangle::new([(left, from.min(to)), (right, from.max(to))], colour.filled())
+        let left = frame.across(share(0.1));
+        // None is thinner than a pixel.
+        let width = (frame.across(share(0.9)) - left).max(1);
+        let mut column = |from: i32, to: i32, colour| {
+            canvas.area((left, from.min(to)), (width, (from - to).abs().max(1)), colour);
         };
         let foot = frame.at(frame.axis.foot());
         match frame.axis.place(value) {
-            Some(share) if value != 0.0 => area.draw(&column(foot, frame.at(share), colour(bar.verdict))),
+            Some(share) if value != 0.0 => column(foot, frame.at(share), colour(bar.verdict)),
             _ if value.is_finite() => {
-                let radius = ((right - left) / 2).clamp(1, 4);
-                let ring = colour(bar.verdict).stroke_width(1);
-                area.draw(&Circle::new(((left + right) / 2, foot - radius), radius, ring))
+                let radius = (width / 2).clamp(1, 4);
+                canvas.ring((left + width / 2, foot - radius), radius, colour(bar.verdict));
             }
             _ => {
-                area.draw(&column(frame.bottom, frame.top, NOT_FINITE))?;
+                column(frame.bottom, frame.top, NOT_FINITE);
                 // Its verdict at the foot.
-                area.draw(&column(frame.bottom, frame.bottom - 8, colour(bar.verdict)))?;
+                column(frame.bottom, frame.bottom - 8, colour(bar.verdict));
                 let word = if value.is_nan() { "NaN" } else { "Inf" };
-                if text::width(word, TINY) <= right - left + 1 {
-                    let place = ((left + right) / 2, frame.top + 10);
-                    text::centred(area, word, place, TINY, &WHITE)?;
+                if text::width(word, TINY) <= width {
+                    canvas.text(word, (left + width / 2, frame.top + 10), TINY, WHITE, Anchor::Middle);
                 }
-                Ok(())
             }
         }
     }

@@ -1,13 +1,11 @@
 //! What pictures of a whole run need, in memory of a fixed size.
 
 use super::{
-    Chart, HEADER, NOT_FINITE, Panel,
+    Chart, Colour, DARK, HEADER, NOT_FINITE, Panel,
     heat::Heat,
     lines::{Lines, Point, Series},
-    text::DARK,
 };
 use crate::{Error, Histogram, Plan, Verdict, report::printable, write::Entry};
-use plotters::prelude::*;
 
 /// Steps that a picture shows at most; of longer runs one step of every two, four, … is kept: the worst of them.
 const STEPS: usize = 512;
@@ -23,6 +21,7 @@ pub struct Course {
     plan: Plan,
     norms: Thinned<Norms>,
     histograms: Thinned<(u64, Box<Histogram>)>,
+    last_step: Option<u64>,
     /// Of the last step.
     verdicts: Vec<Option<Verdict>>,
 }
@@ -50,18 +49,23 @@ impl Course {
         Self {
             verdicts: vec![None; plan.tensors().len()],
             plan: plan.clone(),
+            last_step: None,
             norms: Thinned::new(STEPS, worse),
             histograms: Thinned::new(COLUMNS, unlike),
         }
     }
 
-    /// Adds a step.
+    /// Adds a step. One that is not after the last begins the course anew: the run was restarted.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
     pub fn push(&mut self, entry: &Entry) -> Result<(), Error> {
         if *entry.report().plan() != self.plan {
             return Err(Error::EntryOfAnotherPlan { what: "course" });
+        }
+        if self.last_step.replace(entry.step()).is_some_and(|last| entry.step() <= last) {
+            self.norms.clear();
+            self.histograms.clear();
         }
         let norm = |record: &crate::Record| crate::outputs::narrow(record.l2_norm());
         self.norms.push(Norms {
@@ -80,13 +84,13 @@ impl Course {
     /// The total norm over the steps, and those of six tensors: the unhealthy of the last step, then the largest. Steps
     /// that are not healthy are marked. 1200 × 600 pixels.
     pub fn norms(&self) -> Chart {
-        const COLOURS: [RGBColor; LINES] = [
-            RGBColor(0x4e, 0x79, 0xa7),
-            RGBColor(0x59, 0xa1, 0x4f),
-            RGBColor(0x76, 0xb7, 0xb2),
-            RGBColor(0xb0, 0x7a, 0x5f),
-            RGBColor(0xed, 0xc9, 0x48),
-            RGBColor(0xe3, 0x8e, 0xb0),
+        const COLOURS: [Colour; LINES] = [
+            [0x4e, 0x79, 0xa7],
+            [0x59, 0xa1, 0x4f],
+            [0x76, 0xb7, 0xb2],
+            [0xb0, 0x7a, 0x5f],
+            [0xed, 0xc9, 0x48],
+            [0xe3, 0x8e, 0xb0],
         ];
         let steps = &self.norms.items;
         let point = |norms: &Norms, value: f64, verdict| Point { step: norms.step, value, verdict };
@@ -146,6 +150,10 @@ struct Thinned<T> {
 impl<T> Thinned<T> {
     fn new(most: usize, second: fn(&T, &T) -> bool) -> Self {
         Self { items: Vec::new(), most, stride: 1, seen: 0, second }
+    }
+
+    fn clear(&mut self) {
+        *self = Self::new(self.most, self.second);
     }
 
     fn push(&mut self, item: T) {

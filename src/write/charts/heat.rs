@@ -1,16 +1,12 @@
 //! Histograms over steps: a column a step, a row a range of magnitudes.
 
 use super::{
-    Drawn, NOT_FINITE,
+    Colour, DARK, NOT_FINITE, PALE,
+    canvas::{Anchor, Canvas},
     scale::{Axis, Frame, Steps},
-    text::{self, DARK, GREY, SMALL},
+    text::SMALL,
 };
 use crate::Histogram;
-use plotters::{
-    coord::Shift,
-    prelude::*,
-    style::colors::colormaps::{ColorMap, ViridisRGB},
-};
 
 /// Histograms by step, and beside the rows of magnitudes one for each of 0, Inf and NaN.
 #[derive(Clone, Debug)]
@@ -27,8 +23,7 @@ const DARKEST: f64 = -5.0;
 const BAND: i32 = 14;
 
 impl Heat {
-    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
-        let (width, height) = super::dimensions(area);
+    pub fn draw(&self, canvas: &mut Canvas) {
         let ends = self.columns.iter().filter_map(|(_, histogram)| {
             let mut bins = histogram.occupied().map(|(bin, _)| bin);
             let first = bins.next()?;
@@ -40,53 +35,51 @@ impl Heat {
         let per_row = (last - first).div_ceil(ROWS);
         let frame = Frame {
             left: Frame::LABELS + 8,
-            right: width - 24,
+            right: canvas.width - 24,
             top: 44 + 2 * (BAND + 4),
-            bottom: height - 44 - BAND - 8,
+            bottom: canvas.height - 44 - BAND - 8,
             axis: Axis::with_ticks((last - first) as f64, decades(first, last)),
         };
-        scale(area, frame.right)?;
+        scale(canvas, frame.right);
         if self.columns.is_empty() {
-            return frame.empty(area);
+            return frame.empty(canvas);
         }
         let edges = self.edges();
         let across = |index: usize| {
             let share = (edges[index] - edges[0]) / (edges[edges.len() - 1] - edges[0]);
             frame.across(share)
         };
+        frame.draw(canvas);
         let zeros = frame.bottom + 5;
         let [inf, nan] = [1, 2].map(|row| frame.top - row * (BAND + 4));
         for (y, label) in [(zeros, "0"), (inf, "Inf"), (nan, "NaN")] {
-            text::right(area, label, (frame.left - 6, y + BAND / 2), SMALL, &DARK)?;
-            let line = Rectangle::new([(frame.left, y), (frame.right, y + BAND)], text::PALE);
-            area.draw(&line)?;
+            canvas.text(label, (frame.left - 6, y + BAND / 2), SMALL, DARK, Anchor::End);
+            canvas.area((frame.left, y), (frame.right - frame.left, BAND), PALE);
         }
         for (index, (_, histogram)) in self.columns.iter().enumerate() {
-            let (left, right) = (across(index), (across(index + 1) - 1).max(across(index)));
+            let left = across(index);
+            let width = (across(index + 1) - left).max(1);
             let finite = histogram.finite_count() as f64;
             for row in (first..last).step_by(per_row) {
                 let end = (row + per_row).min(last);
                 let count: u64 = histogram.bins[row..end.min(Histogram::BINS)].iter().sum();
                 if count > 0 {
                     let share = |bin: usize| (bin - first) as f64 / (last - first) as f64;
-                    let (top, bottom) = (frame.at(share(end)), frame.at(share(row)) - 1);
-                    let cell = Rectangle::new([(left, top), (right, bottom.max(top))], shade(count as f64 / finite));
-                    area.draw(&cell)?;
+                    let (top, bottom) = (frame.at(share(end)), frame.at(share(row)));
+                    canvas.area((left, top), (width, (bottom - top).max(1)), shade(count as f64 / finite));
                 }
             }
-            let band = |y: i32, style: ShapeStyle| area.draw(&Rectangle::new([(left, y), (right, y + BAND)], style));
-            if histogram.zero_count > 0 {
-                band(zeros, shade(histogram.zero_count as f64 / finite))?;
-            }
-            if histogram.inf_count > 0 {
-                band(inf, NOT_FINITE.filled())?;
-            }
-            if histogram.nan_count > 0 {
-                band(nan, NOT_FINITE.filled())?;
+            let of_zeros = shade(histogram.zero_count as f64 / finite);
+            let bands = [
+                (zeros, histogram.zero_count, of_zeros),
+                (inf, histogram.inf_count, NOT_FINITE),
+                (nan, histogram.nan_count, NOT_FINITE),
+            ];
+            for (y, _, colour) in bands.into_iter().filter(|&(_, count, _)| count > 0) {
+                canvas.area((left, y), (width, BAND), colour);
             }
         }
-        frame.draw(area)?;
-        self.label_steps(area, &frame, &across)
+        self.label_steps(canvas, &frame, &across);
     }
 
     /// Where columns end: half-way between two steps.
@@ -103,27 +96,34 @@ impl Heat {
     }
 
     /// Steps below the columns they are of, or nearest to.
-    fn label_steps<DB: DrawingBackend>(
-        &self,
-        area: &DrawingArea<DB, Shift>,
-        frame: &Frame,
-        across: &dyn Fn(usize) -> i32,
-    ) -> Drawn<DB> {
-        let Some(steps) = Steps::of(self.columns.iter().map(|(step, _)| *step)) else { return Ok(()) };
-        let bottom = frame.bottom + BAND + 5;
+    fn label_steps(&self, canvas: &mut Canvas, frame: &Frame, across: &dyn Fn(usize) -> i32) {
+        let Some(steps) = Steps::of(self.columns.iter().map(|(step, _)| *step)) else { return };
+        let bottom = frame.bottom + BAND + 7;
+        let mut last = None;
         for tick in steps.ticks() {
             let index = self.columns.partition_point(|(step, _)| *step < tick).min(self.columns.len() - 1);
-            let x = i32::midpoint(across(index), across(index + 1));
-            area.draw(&PathElement::new([(x, bottom + 3), (x, bottom + 7)], GREY))?;
-            text::centred(area, &self.columns[index].0.to_string(), (x, bottom + 17), text::TINY, &DARK)?;
+            if last.replace(index) != Some(index) {
+                let x = i32::midpoint(across(index), across(index + 1));
+                Steps::label(canvas, self.columns[index].0, (x, bottom));
+            }
         }
-        text::centred(area, "step", (frame.across(0.5), bottom + 32), SMALL, &DARK)
+        canvas.text("step", (frame.across(0.5), bottom + 30), SMALL, DARK, Anchor::Middle);
     }
 }
 
+/// Dark to bright, and as bright as it is to eyes that tell no red from green: five colours of matplotlib's viridis.
+const SHADES: [[f64; 3]; 5] =
+    [[68.0, 1.0, 84.0], [59.0, 82.0, 139.0], [33.0, 145.0, 140.0], [94.0, 201.0, 98.0], [253.0, 231.0, 37.0]];
+
 /// The colour of a row with this share of the column's finite elements.
-fn shade(share: f64) -> ShapeStyle {
-    ViridisRGB.get_color(1.0 - share.log10().clamp(DARKEST, 0.0) / DARKEST).filled()
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 4, and 0 to 255")]
+fn shade(share: f64) -> Colour {
+    let place = (1.0 - share.log10().clamp(DARKEST, 0.0) / DARKEST) * (SHADES.len() - 1) as f64;
+    let below = (place as usize).min(SHADES.len() - 2);
+    let part = place - below as f64;
+    [0, 1, 2].map(|channel| {
+        (SHADES[below][channel] + part * (SHADES[below + 1][channel] - SHADES[below][channel])).round() as u8
+    })
 }
 
 /// The decades among the bins, as places above the first.
@@ -143,14 +143,13 @@ fn decades(first: usize, last: usize) -> Vec<(f64, String)> {
 }
 
 /// What the colours mean.
-fn scale<DB: DrawingBackend>(area: &DrawingArea<DB, Shift>, right: i32) -> Drawn<DB> {
+fn scale(canvas: &mut Canvas, right: i32) {
     const CELLS: i32 = 40;
-    let left = right - 6 * CELLS / 2 - 40;
-    text::right(area, "share of the finite elements   1e-5", (left - 8, 22), SMALL, &DARK)?;
+    let left = right - 3 * CELLS - 30;
+    canvas.text("share of the finite elements: 1e-5", (left - 8, 14), SMALL, DARK, Anchor::End);
     for cell in 0..CELLS {
         let share = 10f64.powf(DARKEST * (1.0 - f64::from(cell) / f64::from(CELLS - 1)));
-        let x = left + 3 * cell;
-        area.draw(&Rectangle::new([(x, 15), (x + 2, 29)], shade(share)))?;
+        canvas.area((left + 3 * cell, 7), (3, 14), shade(share));
     }
-    text::left(area, "1", (left + 3 * CELLS + 8, 22), SMALL, &DARK)
+    canvas.text("1", (left + 3 * CELLS + 8, 14), SMALL, DARK, Anchor::Start);
 }

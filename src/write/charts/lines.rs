@@ -1,12 +1,12 @@
 //! Values over steps.
 
 use super::{
-    CRITICAL, Drawn, NOT_FINITE, WARNING,
+    CRITICAL, Colour, DARK, NOT_FINITE, WARNING,
+    canvas::{Anchor, Canvas},
     scale::{Axis, Frame, Scale, Steps},
-    text::{self, DARK, SMALL, TINY},
+    text::{self, SMALL},
 };
 use crate::Verdict;
-use plotters::{coord::Shift, prelude::*};
 
 /// Lines over steps on a logarithmic axis, with their names beside them.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub struct Lines {
 #[derive(Clone, Debug)]
 pub struct Series {
     pub name: String,
-    pub colour: RGBColor,
+    pub colour: Colour,
     /// Pixels.
     pub thickness: u32,
     pub points: Vec<Point>,
@@ -35,43 +35,39 @@ pub struct Point {
 const NAME: usize = 28;
 
 impl Lines {
-    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
-        let (width, height) = super::dimensions(area);
+    pub fn draw(&self, canvas: &mut Canvas) {
         let points = || self.series.iter().flat_map(|series| &series.points);
         let names: Vec<String> = self.series.iter().map(|series| text::shortened(&series.name, NAME)).collect();
         let longest = names.iter().map(|name| text::width(name, SMALL)).max().unwrap_or(0);
         let frame = Frame {
             left: Frame::LABELS + 8,
-            right: width - longest - 56,
+            right: canvas.width - longest - 56,
             top: 12,
-            bottom: height - 44,
+            bottom: canvas.height - 44,
             axis: Axis::of(Scale::Logarithmic, points().map(|point| point.value)),
         };
-        frame.draw(area)?;
-        let Some(steps) = Steps::of(points().map(|point| point.step)) else { return frame.empty(area) };
-        steps.draw(area, &frame)?;
+        frame.draw(canvas);
+        let Some(steps) = Steps::of(points().map(|point| point.step)) else { return frame.empty(canvas) };
+        steps.draw(canvas, &frame);
         // What is not finite first, behind the lines.
         for point in points().filter(|point| !point.value.is_finite()) {
             let x = steps.at(&frame, point.step);
-            area.draw(&Rectangle::new([(x - 1, frame.top), (x, frame.bottom)], NOT_FINITE.filled()))?;
+            canvas.area((x - 1, frame.top), (2, frame.bottom - frame.top), NOT_FINITE);
         }
         // From the last, so that the first lies on top.
         for series in self.series.iter().rev() {
-            series.draw(area, &frame, &steps)?;
+            series.draw(canvas, &frame, &steps);
         }
         for (row, (series, name)) in (0..).zip(self.series.iter().zip(&names)) {
-            let y = frame.top + 10 + 20 * row;
-            let x = frame.right + 14;
-            let line = PathElement::new([(x, y), (x + 18, y)], series.colour.stroke_width(series.thickness));
-            area.draw(&line)?;
-            text::left(area, name, (x + 24, y), SMALL, &DARK)?;
+            let (x, y) = (frame.right + 14, frame.top + 10 + 20 * row);
+            canvas.line(&[(x, y), (x + 18, y)], series.colour, series.thickness);
+            canvas.text(name, (x + 24, y), SMALL, DARK, Anchor::Start);
         }
-        Ok(())
     }
 }
 
 impl Series {
-    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, frame: &Frame, steps: &Steps) -> Drawn<DB> {
+    fn draw(&self, canvas: &mut Canvas, frame: &Frame, steps: &Steps) {
         let places: Vec<Option<(i32, i32)>> = self
             .points
             .iter()
@@ -82,14 +78,14 @@ impl Series {
             let run: Vec<(i32, i32)> = run.iter().copied().flatten().collect();
             match run.as_slice() {
                 [] => {}
-                [alone] => area.draw(&Circle::new(*alone, 3, self.colour.filled()))?,
-                _ => area.draw(&PathElement::new(run, self.colour.stroke_width(self.thickness)))?,
+                [alone] => canvas.disc(*alone, 3, self.colour),
+                run => canvas.line(run, self.colour, self.thickness),
             }
         }
         for (point, place) in self.points.iter().zip(&places) {
+            let x = steps.at(frame, point.step);
             if point.value == 0.0 {
-                let foot = (steps.at(frame, point.step), frame.bottom - 4);
-                area.draw(&Circle::new(foot, 3, self.colour.stroke_width(1)))?;
+                canvas.ring((x, frame.bottom - 4), 3, self.colour);
             }
             let mark = match point.verdict {
                 Some(Verdict::Warning) => WARNING,
@@ -97,21 +93,7 @@ impl Series {
                 _ => continue,
             };
             // A column of its own marks a value that is not finite; its verdict sits on top.
-            let place = place.unwrap_or((steps.at(frame, point.step), frame.top));
-            area.draw(&Circle::new(place, 3, mark.filled()))?;
+            canvas.disc(place.unwrap_or((x, frame.top)), 4, mark);
         }
-        Ok(())
-    }
-}
-
-impl Steps {
-    /// Draws the ticks below a frame.
-    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, frame: &Frame) -> Drawn<DB> {
-        for step in self.ticks() {
-            let x = self.at(frame, step);
-            area.draw(&PathElement::new([(x, frame.bottom), (x, frame.bottom + 5)], text::GREY))?;
-            text::centred(area, &step.to_string(), (x, frame.bottom + 15), TINY, &DARK)?;
-        }
-        text::centred(area, "step", (frame.across(0.5), frame.bottom + 31), SMALL, &DARK)
     }
 }

@@ -9,12 +9,13 @@
 //! # use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, write::{Entry, charts::Chart}};
 //! # let mut probe = CpuProbe::new(Plan::new([("weight", DType::F32, 2)])?, Config::default())?;
 //! # let entry = Entry::new(probe.measure(&[HostTensor::F32(&[1.0, 2.0])])?);
-//! let svg = Chart::overview(&entry).svg()?;
+//! let svg = Chart::overview(&entry).svg();
 //! assert!(svg.starts_with("<svg"));
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 
 mod bars;
+mod canvas;
 mod course;
 mod folder;
 mod heat;
@@ -28,32 +29,37 @@ pub use folder::ChartFolder;
 use super::{Entry, EntryTensor, file};
 use crate::{Error, GsnrRecord, Record, Verdict, report::printable};
 use bars::{Bar, Bars};
+use canvas::{Anchor, Canvas};
 use heat::Heat;
 use lines::Lines;
-use plotters::{coord::Shift, prelude::*};
 use scale::Scale;
-use std::{fmt::Display, path::Path};
-use text::{DARK, SMALL, TITLE};
+use std::path::Path;
+use text::{Labels, SMALL, TITLE};
+
+/// Red, green, blue.
+type Colour = [u8; 3];
 
 /// Blue.
-const HEALTHY: RGBColor = RGBColor(0x4c, 0x78, 0xa8);
+const HEALTHY: Colour = [0x4c, 0x78, 0xa8];
 /// Orange.
-const WARNING: RGBColor = RGBColor(0xf5, 0x85, 0x18);
+const WARNING: Colour = [0xf5, 0x85, 0x18];
 /// Red.
-const CRITICAL: RGBColor = RGBColor(0xd6, 0x27, 0x28);
+const CRITICAL: Colour = [0xd6, 0x27, 0x28];
 /// Purple.
-const NOT_FINITE: RGBColor = RGBColor(0x8e, 0x44, 0xad);
+const NOT_FINITE: Colour = [0x8e, 0x44, 0xad];
+const WHITE: Colour = [0xff; 3];
+const DARK: Colour = [0x22; 3];
+const GREY: Colour = [0x66; 3];
+/// Lines behind the data.
+const PALE: Colour = [0xe4; 3];
 
-fn colour(verdict: Option<Verdict>) -> RGBColor {
+fn colour(verdict: Option<Verdict>) -> Colour {
     match verdict {
         None | Some(Verdict::Healthy) => HEALTHY,
         Some(Verdict::Warning) => WARNING,
         Some(Verdict::Critical) => CRITICAL,
     }
 }
-
-/// What drawing gives, on whichever backend.
-type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
 
 /// A picture, ready to be drawn.
 #[derive(Clone, Debug)]
@@ -62,12 +68,12 @@ pub struct Chart {
     /// A line below the title.
     subtitle: String,
     /// What the colours mean.
-    legend: Vec<(RGBColor, &'static str)>,
+    legend: Vec<(Colour, &'static str)>,
     /// Left to right, then down.
     panels: Vec<Panel>,
-    columns: usize,
+    columns: i32,
     /// Pixels.
-    size: (u32, u32),
+    size: (i32, i32),
 }
 
 #[derive(Clone, Debug)]
@@ -78,8 +84,8 @@ enum Panel {
 }
 
 /// Height of title, subtitle and legend, in pixels.
-const HEADER: u32 = 64;
-const OF_TENSORS: [(RGBColor, &str); 4] =
+const HEADER: i32 = 64;
+const OF_TENSORS: [(Colour, &str); 4] =
     [(HEALTHY, "healthy"), (WARNING, "warning"), (CRITICAL, "critical"), (NOT_FINITE, "NaN or Inf")];
 
 impl Chart {
@@ -140,34 +146,22 @@ impl Chart {
 
     /// Width and height in pixels.
     pub fn size(&self) -> (u32, u32) {
-        self.size
+        (self.size.0.unsigned_abs(), self.size.1.unsigned_abs())
     }
 
     /// The picture as an SVG document.
-    ///
-    /// # Errors
-    /// [`Error::Drawing`].
-    pub fn svg(&self) -> Result<String, Error> {
-        let mut svg = String::new();
-        self.draw_on(SVGBackend::with_string(&mut svg, self.size))?;
-        Ok(svg)
+    pub fn svg(&self) -> String {
+        let mut canvas = Canvas::new(self.size.0, self.size.1);
+        self.draw(&mut canvas);
+        canvas.into_svg()
     }
 
     /// The picture as a PNG file.
     ///
     /// # Errors
-    /// [`Error::Drawing`].
+    /// [`Error::Drawing`], for want of memory.
     pub fn png(&self) -> Result<Vec<u8>, Error> {
-        let (width, height) = self.size;
-        let mut pixels = vec![0; 3 * width as usize * height as usize];
-        self.draw_on(BitMapBackend::with_buffer(&mut pixels, self.size))?;
-        let mut file = Vec::new();
-        let mut encoder = png::Encoder::new(&mut file, width, height);
-        encoder.set_color(png::ColorType::Rgb);
-        encoder.set_depth(png::BitDepth::Eight);
-        let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels));
-        written.map_err(drawing)?;
-        Ok(file)
+        canvas::png(&self.svg())
     }
 
     /// Writes the picture in one piece: as PNG to a path that ends in `.png`, else as SVG.
@@ -177,46 +171,39 @@ impl Chart {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         let is_png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
-        let content = if is_png { self.png()? } else { self.svg()?.into_bytes() };
+        let content = if is_png { self.png()? } else { self.svg().into_bytes() };
         file::replace(path, &content)
     }
 
-    fn draw_on<DB: DrawingBackend>(&self, backend: DB) -> Result<(), Error> {
-        text::register_font()?;
-        let root = backend.into_drawing_area();
-        self.draw(&root).and_then(|()| root.present()).map_err(drawing)
-    }
-
-    fn draw<DB: DrawingBackend>(&self, root: &DrawingArea<DB, Shift>) -> Drawn<DB> {
-        root.fill(&WHITE)?;
-        let (header, body) = root.split_vertically(HEADER);
-        text::left(&header, &self.title, (16, 20), TITLE, &DARK)?;
-        let room = text::characters(self.size.0.saturating_sub(32), SMALL);
-        text::left(&header, &text::cut(&self.subtitle, room), (16, 46), SMALL, &DARK)?;
-        let mut x = i32::try_from(self.size.0).unwrap_or(i32::MAX) - 16;
+    fn draw(&self, canvas: &mut Canvas) {
+        let (width, height) = self.size;
+        canvas.text(&self.title, (16, 20), TITLE, DARK, Anchor::Start);
+        canvas.text(
+            &text::cut(&self.subtitle, text::characters(width - 32, SMALL)),
+            (16, 46),
+            SMALL,
+            DARK,
+            Anchor::Start,
+        );
+        let mut x = width - 16;
         for (colour, meaning) in self.legend.iter().rev() {
-            x -= text::width(meaning, SMALL);
-            text::left(&header, meaning, (x, 20), SMALL, &DARK)?;
-            x -= 18;
-            header.draw(&Rectangle::new([(x, 14), (x + 12, 26)], colour.filled()))?;
+            canvas.text(meaning, (x, 20), SMALL, DARK, Anchor::End);
+            x -= text::width(meaning, SMALL) + 18;
+            canvas.area((x, 14), (12, 12), *colour);
             x -= 18;
         }
-        let rows = self.panels.len().div_ceil(self.columns);
-        for (panel, area) in self.panels.iter().zip(body.split_evenly((rows, self.columns))) {
-            match panel {
-                Panel::Bars(bars) => bars.draw(&area)?,
-                Panel::Lines(lines) => lines.draw(&area)?,
-                Panel::Heat(heat) => heat.draw(&area)?,
-            }
+        let across = self.columns;
+        let down = i32::try_from(self.panels.len()).map_or(1, |panels| (panels + across - 1) / across).max(1);
+        let size = (width / across, (height - HEADER) / down);
+        for (index, panel) in (0..).zip(&self.panels) {
+            let place = (index % across * size.0, HEADER + index / across * size.1);
+            canvas.within(place, size, |canvas| match panel {
+                Panel::Bars(bars) => bars.draw(canvas),
+                Panel::Lines(lines) => lines.draw(canvas),
+                Panel::Heat(heat) => heat.draw(canvas),
+            });
         }
-        Ok(())
     }
-}
-
-/// Width and height of an area in pixels.
-fn dimensions<DB: DrawingBackend>(area: &DrawingArea<DB, Shift>) -> (i32, i32) {
-    let (width, height) = area.dim_in_pixel();
-    (i32::try_from(width).unwrap_or(i32::MAX), i32::try_from(height).unwrap_or(i32::MAX))
 }
 
 fn bars_of(entry: &Entry, value: impl Fn(&EntryTensor<'_>) -> Option<f64>) -> Vec<Bar> {
@@ -225,21 +212,15 @@ fn bars_of(entry: &Entry, value: impl Fn(&EntryTensor<'_>) -> Option<f64>) -> Ve
 
 /// The unhealthy tensors by name, the worst first: where there are hundreds, an axis cannot name them.
 fn worst(entry: &Entry) -> String {
-    let total = entry.report().outputs().total_norm;
-    let mut line = format!("total norm {total:.3e}");
+    let names: Vec<String> = entry.tensors().map(|tensor| printable(tensor.report.name)).collect();
+    let labels = Labels::of(names.iter().map(String::as_str), bars::NAME);
+    let mut line = format!("total norm {:.3e}", entry.report().outputs().total_norm);
     for verdict in [Verdict::Critical, Verdict::Warning] {
-        let names: Vec<String> = entry
-            .tensors()
-            .filter(|tensor| tensor.verdict == Some(verdict))
-            .map(|tensor| text::shortened(&printable(tensor.report.name), 28))
-            .collect();
+        let of_it = entry.tensors().zip(&labels.short).filter(|(tensor, _)| tensor.verdict == Some(verdict));
+        let names: Vec<&str> = of_it.map(|(_, name)| name.as_str()).collect();
         if !names.is_empty() {
             line += &format!(" · {} {verdict}: {}", names.len(), names.join(", "));
         }
     }
     line
-}
-
-fn drawing(error: impl Display) -> Error {
-    Error::Drawing { reason: error.to_string() }
 }

@@ -1,7 +1,10 @@
 //! Axes of values: where the ticks are, and where a value is between the ends.
 
-use super::{Drawn, text};
-use plotters::{coord::Shift, prelude::*};
+use super::{
+    DARK, GREY, PALE,
+    canvas::{Anchor, Canvas},
+    text,
+};
 
 /// How values lie along an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,14 +129,14 @@ impl Frame {
     pub const LABELS: i32 = 66;
 
     /// Draws the ticks' lines and labels.
-    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+    pub fn draw(&self, canvas: &mut Canvas) {
         for (place, label) in &self.axis.ticks {
             let y = self.at(self.axis.share(*place));
-            area.draw(&PathElement::new([(self.left, y), (self.right, y)], text::PALE))?;
-            text::right(area, label, (self.left - 6, y), text::SMALL, &text::DARK)?;
+            canvas.area((self.left, y), (self.right - self.left, 1), PALE);
+            canvas.text(label, (self.left - 6, y), text::SMALL, DARK, Anchor::End);
         }
-        let corners = [(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)];
-        area.draw(&PathElement::new(corners, text::GREY))
+        canvas.area((self.left - 1, self.top), (1, self.bottom - self.top), GREY);
+        canvas.area((self.left - 1, self.bottom), (self.right - self.left + 1, 1), GREY);
     }
 
     /// The pixel at a share of the height.
@@ -149,9 +152,9 @@ impl Frame {
     }
 
     /// What a picture of nothing says.
-    pub fn empty<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+    pub fn empty(&self, canvas: &mut Canvas) {
         let middle = (self.across(0.5), self.at(0.5));
-        text::centred(area, "nothing to show", middle, text::HEADING, &text::GREY)
+        canvas.text("nothing to show", middle, text::HEADING, GREY, Anchor::Middle);
     }
 }
 
@@ -175,6 +178,20 @@ impl Steps {
     pub fn at(&self, frame: &Frame, step: u64) -> i32 {
         let span = self.last - self.first;
         frame.across(if span == 0 { 0.5 } else { (step - self.first) as f64 / span as f64 })
+    }
+
+    /// Draws ticks at these steps below a frame, or below something else there.
+    pub fn draw(&self, canvas: &mut Canvas, frame: &Frame) {
+        for step in self.ticks() {
+            Self::label(canvas, step, (self.at(frame, step), frame.bottom));
+        }
+        canvas.text("step", (frame.across(0.5), frame.bottom + 32), text::SMALL, DARK, Anchor::Middle);
+    }
+
+    /// Draws the tick of one step.
+    pub fn label(canvas: &mut Canvas, step: u64, (x, y): (i32, i32)) {
+        canvas.area((x, y), (1, 6), GREY);
+        canvas.text(&step.to_string(), (x, y + 15), text::TINY, DARK, Anchor::Middle);
     }
 
     /// At most a dozen steps, at round numbers.

@@ -1,53 +1,26 @@
-//! Text in pictures: one monospaced font, so that the width of a label is known before it is drawn.
+//! Labels: one monospaced font, so that the width of a label is known before it is drawn; names made short.
 
-use super::Drawn;
-use crate::Error;
-use plotters::{
-    coord::Shift,
-    prelude::*,
-    style::{
-        FontTransform,
-        text_anchor::{HPos, Pos, VPos},
-    },
-};
-use std::sync::OnceLock;
-
-/// Heights of a line, in pixels.
-pub const TITLE: i32 = 20;
-pub const HEADING: i32 = 16;
-pub const SMALL: i32 = 13;
-pub const TINY: i32 = 11;
-/// Nearly black.
-pub const DARK: RGBColor = RGBColor(0x22, 0x22, 0x22);
-pub const GREY: RGBColor = RGBColor(0x66, 0x66, 0x66);
-/// Lines behind the data.
-pub const PALE: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
+/// Sizes, in pixels.
+pub const TITLE: i32 = 18;
+pub const HEADING: i32 = 14;
+pub const SMALL: i32 = 12;
+pub const TINY: i32 = 10;
 
 /// A browser without Hack takes its own monospaced font, all of which are about as wide.
-const FAMILY: &str = "Hack, monospace";
-
-/// Makes the font known to plotters, once.
-pub fn register_font() -> Result<(), Error> {
-    static REGISTERED: OnceLock<bool> = OnceLock::new();
-    let font = epaint_default_fonts::HACK_REGULAR;
-    let registered =
-        *REGISTERED.get_or_init(|| plotters::style::register_font(FAMILY, FontStyle::Normal, font).is_ok());
-    if registered { Ok(()) } else { Err(super::drawing("the font cannot be read")) }
-}
-
-/// Hack's characters are 0.602 of an em wide and its lines 1.164 em high.
-const WIDTH_TO_HEIGHT: f64 = 0.602 / 1.164;
+pub const FAMILY: &str = "Hack, monospace";
+/// Hack's characters are so much of the font's size wide.
+const WIDTH: f64 = 0.602;
 
 /// Pixels that a text takes.
 #[expect(clippy::cast_possible_truncation, reason = "labels are short")]
-pub fn width(text: &str, height: i32) -> i32 {
-    (text.chars().count() as f64 * f64::from(height) * WIDTH_TO_HEIGHT).ceil() as i32
+pub fn width(text: &str, size: i32) -> i32 {
+    (text.chars().count() as f64 * f64::from(size) * WIDTH).ceil() as i32
 }
 
 /// Characters that so many pixels have room for.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a picture has thousands of pixels")]
-pub fn characters(pixels: u32, height: i32) -> usize {
-    (f64::from(pixels) / (f64::from(height) * WIDTH_TO_HEIGHT)) as usize
+pub fn characters(pixels: i32, size: i32) -> usize {
+    (f64::from(pixels.max(0)) / (f64::from(size) * WIDTH)) as usize
 }
 
 /// At most so many characters, cut at the end.
@@ -69,63 +42,68 @@ pub fn shortened(name: &str, most: usize) -> String {
     characters[..start].iter().chain(&['…']).chain(&characters[characters.len() - end..]).collect()
 }
 
-pub fn style(height: i32, colour: &RGBColor) -> TextStyle<'static> {
-    (FAMILY, height).into_font().color(colour)
+/// Names for an axis.
+pub struct Labels {
+    /// One a name.
+    pub short: Vec<String>,
+    /// What was taken off them all, with a * in its middle; empty when nothing was.
+    pub pattern: String,
 }
 
-/// Text that begins at a place, which is the middle of its height.
-pub fn left<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
-    text: &str,
-    at: (i32, i32),
-    height: i32,
-    colour: &RGBColor,
-) -> Drawn<DB> {
-    draw(area, text, at, style(height, colour).pos(Pos::new(HPos::Left, VPos::Center)))
+impl Labels {
+    /// Where a name is longer than `most`, all lose the beginning and the end that they share.
+    pub fn of<'a>(names: impl Iterator<Item = &'a str> + Clone, most: usize) -> Self {
+        let characters = |name: &'a str| name.chars().collect::<Vec<char>>();
+        let long = names.clone().any(|name| name.chars().count() > most);
+        let mut before = names.clone().next().map(characters).unwrap_or_default();
+        let mut after = before.clone();
+        for name in names.clone().map(characters) {
+            let shared = before.iter().zip(&name).take_while(|(a, b)| a == b).count();
+            before.truncate(shared);
+            let shared = after.iter().rev().zip(name.iter().rev()).take_while(|(a, b)| a == b).count();
+            after.drain(..after.len() - shared);
+        }
+        // Whole parts of names only: "layers.1" and "layers.12" share no number.
+        let separates = |c: &char| !c.is_alphanumeric();
+        before.truncate(before.iter().rposition(separates).map_or(0, |place| place + 1));
+        after.drain(..after.iter().position(separates).unwrap_or(after.len()));
+        let taken = before.len() + after.len();
+        // The two may overlap, as they do where there is but one name.
+        let fits = names.clone().all(|name| name.chars().count() > taken);
+        if !long || !fits || taken == 0 {
+            return Self { short: names.map(|name| shortened(name, most)).collect(), pattern: String::new() };
+        }
+        let middle = |name: &'a str| -> String {
+            let name = characters(name);
+            name[before.len()..name.len() - after.len()].iter().collect()
+        };
+        let pattern: String = before.iter().chain(&['*']).chain(&after).collect();
+        Self { short: names.map(|name| shortened(&middle(name), most)).collect(), pattern }
+    }
 }
 
-/// Text around a place.
-pub fn centred<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
-    text: &str,
-    at: (i32, i32),
-    height: i32,
-    colour: &RGBColor,
-) -> Drawn<DB> {
-    draw(area, text, at, style(height, colour).pos(Pos::new(HPos::Center, VPos::Center)))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Text that ends at a place.
-pub fn right<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
-    text: &str,
-    at: (i32, i32),
-    height: i32,
-    colour: &RGBColor,
-) -> Drawn<DB> {
-    draw(area, text, at, style(height, colour).pos(Pos::new(HPos::Right, VPos::Center)))
-}
+    #[test]
+    fn long_names_lose_what_they_share() {
+        let names =
+            ["model.layers.1.attention.weight", "model.layers.12.attention.weight", "model.layers.1.mlp.weight"];
+        let labels = Labels::of(names.into_iter(), 20);
+        assert_eq!(labels.short, ["1.attention", "12.attention", "1.mlp"]);
+        assert_eq!(labels.pattern, "model.layers.*.weight");
+        assert_eq!(Labels::of(names.into_iter(), 40).short, names);
+        for names in [vec![], vec!["a.very.long.name.of.one"], vec!["aaaa.bbbb.cccc", "aaaa.bbbb.cccc.bbbb.cccc"]] {
+            let labels = Labels::of(names.iter().copied(), 10);
+            assert!(labels.short.len() == names.len() && labels.short.iter().all(|name| name.chars().count() <= 10));
+        }
+    }
 
-/// Text that is read upwards and ends at a place.
-pub fn upright<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
-    text: &str,
-    at: (i32, i32),
-    height: i32,
-    colour: &RGBColor,
-) -> Drawn<DB> {
-    let font = (FAMILY, height).into_font().transform(FontTransform::Rotate270);
-    draw(area, text, at, TextStyle::from(font).color(colour).pos(Pos::new(HPos::Right, VPos::Center)))
-}
-
-fn draw<DB: DrawingBackend>(
-    area: &DrawingArea<DB, Shift>,
-    text: &str,
-    at: (i32, i32),
-    style: TextStyle<'_>,
-) -> Drawn<DB> {
-    // XML has no place for these two, escaped or not. Control characters were replaced where the names came in.
-    let text: String =
-        text.chars().map(|c| if matches!(c, '\u{fffe}' | '\u{ffff}') { '\u{fffd}' } else { c }).collect();
-    area.draw_text(&text, &style, at)
+    #[test]
+    fn names_are_cut_to_size() {
+        assert_eq!(shortened("abcdefghij", 5), "ab…ij");
+        assert_eq!(shortened("∇∇∇∇", 4), "∇∇∇∇");
+        assert_eq!(cut("abcdef", 4), "abc…");
+    }
 }
