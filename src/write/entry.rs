@@ -74,7 +74,7 @@ impl Entry {
     }
 
     /// A copy without the histograms, which are most of an entry.
-    #[cfg(feature = "charts")]
+    #[cfg(any(feature = "charts", feature = "live"))]
     pub(super) fn without_histogram(&self) -> Self {
         Self {
             report: self.report.clone(),

@@ -90,8 +90,9 @@ impl Bars {
         let Some(value) = bar.value else { return };
         let share = |place: f64| (index as f64 + place) / self.bars.len() as f64;
         let left = frame.across(share(0.1));
-        // None is thinner than a pixel.
-        let width = (frame.across(share(0.9)) - left).max(1);
+        // None is thinner than a pixel, and none that matters thinner than two.
+        let plain = value.is_finite() && colour(bar.verdict) == HEALTHY;
+        let width = (frame.across(share(0.9)) - left).max(if plain { 1 } else { 2 });
         let mut column = |from: i32, to: i32, colour| {
             canvas.area((left, from.min(to)), (width, (from - to).abs().max(1)), colour);
         };

@@ -4,6 +4,7 @@ use super::{
     Chart, Colour, DARK, HEADER, NOT_FINITE, Panel,
     heat::Heat,
     lines::{Lines, Point, Series},
+    text::Labels,
 };
 use crate::{Error, Histogram, Plan, Verdict, report::printable, write::Entry};
 
@@ -11,6 +12,8 @@ use crate::{Error, Histogram, Plan, Verdict, report::printable, write::Entry};
 const STEPS: usize = 512;
 /// Columns of histograms.
 const COLUMNS: usize = 128;
+/// Characters of a name that are shown.
+const NAME: usize = 28;
 /// Tensors that have a line of their own.
 const LINES: usize = 6;
 
@@ -95,6 +98,8 @@ impl Course {
         let steps = &self.norms.items;
         let point = |norms: &Norms, value: f64, verdict| Point { step: norms.step, value, verdict };
         let total = steps.iter().map(|norms| point(norms, norms.total, norms.verdict)).collect();
+        let names: Vec<String> = self.plan.tensors().iter().map(|tensor| printable(&tensor.name)).collect();
+        let labels = Labels::of(names.iter().map(String::as_str), NAME);
         let mut series = vec![Series { name: "total norm".to_owned(), colour: DARK, thickness: 3, points: total }];
         if let Some(last) = steps.last() {
             let mut chosen: Vec<usize> = (0..self.verdicts.len()).collect();
@@ -103,13 +108,13 @@ impl Course {
             chosen.sort_by(|a, b| rank(b).cmp(&rank(a)).then(norm(*b).total_cmp(&norm(*a))));
             for (tensor, colour) in chosen.into_iter().zip(COLOURS) {
                 let points = steps.iter().map(|norms| point(norms, norms.tensors[tensor].into(), None)).collect();
-                let name = printable(&self.plan.tensors()[tensor].name);
+                let name = labels.short[tensor].clone();
                 series.push(Series { name, colour, thickness: 1, points });
             }
         }
         Chart {
             title: "L2 norm over steps".to_owned(),
-            subtitle: thinned(self.norms.stride),
+            subtitle: [thinned(self.norms.stride), labels.pattern].join(" ").trim().to_owned(),
             legend: vec![(super::WARNING, "warning"), (super::CRITICAL, "critical"), (NOT_FINITE, "NaN or Inf")],
             panels: vec![Panel::Lines(Lines { series })],
             columns: 1,

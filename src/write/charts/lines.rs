@@ -16,6 +16,7 @@ pub struct Lines {
 
 #[derive(Clone, Debug)]
 pub struct Series {
+    /// Short.
     pub name: String,
     pub colour: Colour,
     /// Pixels.
@@ -31,14 +32,10 @@ pub struct Point {
     pub verdict: Option<Verdict>,
 }
 
-/// Characters of a name that are shown.
-const NAME: usize = 28;
-
 impl Lines {
     pub fn draw(&self, canvas: &mut Canvas) {
         let points = || self.series.iter().flat_map(|series| &series.points);
-        let names: Vec<String> = self.series.iter().map(|series| text::shortened(&series.name, NAME)).collect();
-        let longest = names.iter().map(|name| text::width(name, SMALL)).max().unwrap_or(0);
+        let longest = self.series.iter().map(|series| text::width(&series.name, SMALL)).max().unwrap_or(0);
         let frame = Frame {
             left: Frame::LABELS + 8,
             right: canvas.width - longest - 56,
@@ -58,10 +55,10 @@ impl Lines {
         for series in self.series.iter().rev() {
             series.draw(canvas, &frame, &steps);
         }
-        for (row, (series, name)) in (0..).zip(self.series.iter().zip(&names)) {
+        for (row, series) in (0..).zip(&self.series) {
             let (x, y) = (frame.right + 14, frame.top + 10 + 20 * row);
             canvas.line(&[(x, y), (x + 18, y)], series.colour, series.thickness);
-            canvas.text(name, (x + 24, y), SMALL, DARK, Anchor::Start);
+            canvas.text(&series.name, (x + 24, y), SMALL, DARK, Anchor::Start);
         }
     }
 }
