@@ -2,10 +2,15 @@
 //! tracked step beside a plain loop that moves the same bytes: group `gsnr`, `step` against `plain`.
 //!
 //! 64 tensors of 1 Mi elements each. The ratio of two medians is the figure; either alone is the machine's.
+//!
+//! Group `diagnose` is what the rules take on the host for a step of 1000 tensors, of which none or all are unhealthy.
 
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gradprobe::{Config, CpuProbe, Element, GsnrConfig, HostTensor, HostTensorMut, Plan};
+use gradprobe::{
+    Config, CpuProbe, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan,
+    health::{Health, Rules},
+};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -129,7 +134,23 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     group.finish();
 }
 
+fn diagnose(criterion: &mut Criterion) {
+    let parts = ["attn.q", "attn.k", "attn.v", "attn.o", "ln1", "mlp.up", "mlp.down", "ln2"];
+    let names = (0..125).flat_map(|layer| parts.map(|part| format!("blocks.{layer}.{part}.weight")));
+    let plan = Plan::new(names.map(|name| (name, DType::F32, 16))).unwrap();
+    let mut group = criterion.benchmark_group("diagnose");
+    for (name, value) in [("healthy", 1e-3), ("unhealthy", 1e3), ("nan", f32::NAN)] {
+        let tensor = [value; 16];
+        let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+        let report = probe.measure(&vec![HostTensor::F32(&tensor); plan.tensors().len()]).unwrap();
+        let mut health = Health::new(&plan, Rules::default()).unwrap();
+        group.bench_function(name, |b| b.iter(|| health.diagnose(black_box(&report)).unwrap()));
+    }
+    group.finish();
+}
+
 fn benches(criterion: &mut Criterion) {
+    diagnose(criterion);
     benches_of::<f32, u32>(criterion, "cpu/f32", |x| x);
     benches_of::<bf16, u16>(criterion, "cpu/bf16", bf16::from_f32);
     benches_of::<f16, u16>(criterion, "cpu/f16", f16::from_f32);

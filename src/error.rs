@@ -60,9 +60,17 @@ pub enum Error {
         /// `histogram` or `dot`.
         what: &'static str,
     },
-    /// A report of other tensors than those that noise is estimated of.
-    #[error("the report is of another plan than the one whose noise is estimated")]
+    /// A report of other tensors than those that noise is estimated of, or whose health is followed.
+    #[error("the report is of another plan than the one whose noise is estimated or health followed")]
     ReportOfAnotherPlan,
+    /// Norms that were learned from other tensors.
+    #[error("the baseline is of another model: tensor {name:?}: {what}")]
+    BaselineOfAnotherModel {
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
     /// A micro-batch that is not the next, or not one of an accumulation.
     #[error(
         "micro-batch {given} (measurement {step}) cannot follow micro-batch {last} (measurement {last_step}) of {of}"

@@ -31,7 +31,7 @@ mod dot;
 mod dtype;
 mod error;
 mod gsnr;
-mod health;
+pub mod health;
 mod histogram;
 mod history;
 pub mod launch;

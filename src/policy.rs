@@ -357,7 +357,7 @@ fn tensor_norm(record: &Record, step: &Norms) -> f64 {
 }
 
 /// numpy's linear interpolation.
-fn percentile_of(sorted: &[f64], percentile: f64) -> Option<f64> {
+pub(crate) fn percentile_of(sorted: &[f64], percentile: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
     #[expect(clippy::cast_precision_loss, reason = "at most 1023")]
     let place = percentile / 100.0 * last as f64;

@@ -45,7 +45,7 @@ impl Report {
     }
 
     /// What was measured.
-    pub(crate) fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &Plan {
         &self.plan
     }
 

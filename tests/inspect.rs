@@ -277,6 +277,8 @@ fn json_has_the_keys_of_the_contract_in_their_order() {
         }],
         "noise_scale": null, "findings": null, "verdict": null,
     });
+    // `tests/inspect_health.rs` is about these.
+    assert!(found["findings"].take().is_array() && found["verdict"].take() == "critical");
     for field in
         ["finite_total_norm", "tensors/0/finite_l2_norm", "tensors/0/mean", "tensors/0/mean_abs", "tensors/0/variance"]
     {
@@ -308,6 +310,7 @@ fn json_of_several_files_with_weights_has_the_keys_of_the_contract_in_their_orde
     let weights = files.write("weights", &raw(&header.to_string(), &weights));
     let mut found = report(inspect!["--json", one, two, "--params", weights]);
     let steps = found["steps"].take();
+    assert!(found["findings"].take().is_array() && found["verdict"].take().is_string());
     let median = found["gsnr"][0]["median"].take().as_f64().unwrap();
     assert!((median / 8.0 - 1.0).abs() < 0.05, "{median}");
     let cv = found["gsnr"][0]["norm_cv"].take().as_f64().unwrap();
@@ -379,11 +382,14 @@ fn a_step_that_cannot_be_merged_is_as_if_it_had_not_been() {
     let found = report(inspect!["--json", nothing, nothing]);
     assert_eq!(gsnr(&found, 1, &["steps", "skipped", "norm_cv"]), [json!(0), json!(2), Value::Null]);
     assert_eq!(found["noise_scale"], Value::Null);
-    assert!(text(inspect![nothing, nothing]).ends_with("noise scale: no tensor has two steps\n"));
+    assert!(text(inspect![nothing, nothing]).ends_with("noise scale: no tensor has two steps\nverdict: critical\n"));
     // +1 and −1: all noise.
     let [plus, minus] = [1.0, -1.0].map(|x| files.write(&format!("{x}"), &file(&[("a", &[x])], 0)));
     let found = text(inspect![plus, minus]);
-    assert!(found.ends_with("noise scale: the gradient is not significant beside its noise\n"), "{found}");
+    assert!(
+        found.ends_with("noise scale: the gradient is not significant beside its noise\nverdict: healthy\n"),
+        "{found}"
+    );
 }
 
 #[test]
@@ -422,7 +428,8 @@ fn devices_differ_in_their_name_alone() {
 
 #[test]
 fn tables_name_the_file_the_tensors_and_the_rate() {
-    let found = text(inspect![golden("dead"), golden("dead")]);
+    // By the rules of a preset that dead units are healthy to.
+    let found = text(inspect![golden("dead"), golden("dead"), "--preset", "doctor"]);
     let tables: Vec<&str> = found.split("\n\n").collect();
     assert_eq!(tables.len(), 3);
     for (step, table) in [(1, tables[0]), (2, tables[1])] {
@@ -433,10 +440,10 @@ fn tables_name_the_file_the_tensors_and_the_rate() {
         assert!(lines[9].starts_with("read 68.9 KB in ") && lines[9].ends_with(" GB/s on cpu"), "{table}");
     }
     let lines: Vec<&str> = tables[2].lines().collect();
-    assert_eq!((lines.len(), lines[0]), (9, "signal and noise across 2 steps"));
+    assert_eq!((lines.len(), lines[0], lines[9]), (10, "signal and noise across 2 steps", "verdict: healthy"));
     assert!(lines[1].starts_with("tensor") && lines[1].contains(" gsnr median "), "{lines:?}");
     assert!(lines[2].starts_with("0.bias ") && lines[8].starts_with("noise scale 0.0000 batches"), "{lines:?}");
-    assert_eq!(text(inspect![golden("dead")]).lines().count(), 10);
+    assert_eq!(text(inspect![golden("dead"), "--preset", "doctor"]).lines().count(), 11);
 }
 
 #[test]
@@ -543,9 +550,9 @@ fn odd_names_pass_through_json_and_stay_on_one_line_elsewhere() {
     assert_eq!(found["steps"][0]["tensors"][0]["name"], name);
     assert_eq!(found["gsnr"][0]["name"], name);
     assert_eq!(found["steps"][0]["file"], good.to_str().unwrap());
-    assert_eq!(text(inspect![good]).lines().count(), 5);
+    assert_eq!(text(inspect![good]).lines().count(), 6);
     let tables = text(inspect![good, good, "--params", good]);
-    assert_eq!(tables.lines().count(), 16);
+    assert_eq!(tables.lines().count(), 17);
     assert_eq!(tables.matches(r#"a "quoted"\nname\u{1b}[2J"#).count(), 3);
     assert_complains(inspect![good, bad], 1, &[r"bad\nfile.safetensors", r#"tensor "a \"quoted\"\nname\u{1b}[2J"#]);
 }
@@ -560,8 +567,16 @@ fn a_command_line_that_makes_no_sense_exits_with_2() {
         (vec![dead, "--clip-norm", "1"], "--out"),
         (vec![dead, "--out", "nowhere"], "--clip-norm"),
         (vec![dead, "--unknown"], "--unknown"),
-        (vec![dead, "--lr", "1"], "--lr"),
+        (vec![dead, "--lr"], "--lr"),
+        (vec![dead, "--lr", "0"], "--lr"),
+        (vec![dead, "--lr=-1"], "--lr"),
+        (vec![dead, "--lr", "nan"], "--lr"),
+        (vec![dead, "--lr", "1e400"], "--lr"),
+        (vec![dead, "--lr", "1e-320"], "--lr"),
+        (vec![dead, "--lr", "fast"], "--lr"),
         (vec![dead, "--preset", "gpt"], "--preset"),
+        (vec![dead, "--preset", "a\nb"], "--preset"),
+        (vec![dead, "--preset", "lr-scaled"], "--lr"),
         (vec![dead, "--params"], "--params"),
         (vec![dead, "--params", dead, "--params", dead], "--params"),
         (vec![dead, "--device", "tpu"], "tpu"),

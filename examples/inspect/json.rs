@@ -1,11 +1,17 @@
 //! The report for machines.
 
-use gradprobe::{GsnrRecord, GsnrReport, Report, TensorReport};
+use gradprobe::{Finding, GsnrRecord, GsnrReport, Report, TensorReport, Verdict};
 use serde_json::{Map, Number, Value, json};
 use std::path::Path;
 
-/// The whole report; `gsnr` when there is more than one step. What is null here is not computed by this version.
-pub fn report(device: &str, steps: Vec<Value>, gsnr: Option<&GsnrReport>) -> Value {
+/// The whole report; `gsnr` when there is more than one step.
+pub fn report(
+    device: &str,
+    steps: Vec<Value>,
+    gsnr: Option<&GsnrReport>,
+    findings: &[Finding],
+    verdict: Verdict,
+) -> Value {
     let mut report = Map::new();
     report.insert("device".to_owned(), device.into());
     report.insert("steps".to_owned(), steps.into());
@@ -13,9 +19,23 @@ pub fn report(device: &str, steps: Vec<Value>, gsnr: Option<&GsnrReport>) -> Val
         report.insert("gsnr".to_owned(), gsnr.tensors().map(|(name, record)| signal_and_noise(name, record)).collect());
     }
     report.insert("noise_scale".to_owned(), optional(gsnr.and_then(GsnrReport::noise_scale)));
-    report.insert("findings".to_owned(), Value::Null);
-    report.insert("verdict".to_owned(), Value::Null);
+    report.insert("findings".to_owned(), findings.iter().map(finding).collect());
+    report.insert("verdict".to_owned(), verdict.name().into());
     report.into()
+}
+
+/// One finding. Its step is the place of the file in `steps`, from 0; what is known of all steps together has the last.
+fn finding(finding: &Finding) -> Value {
+    json!({
+        "severity": finding.severity.name(),
+        "kind": finding.kind.name(),
+        "step": finding.step.saturating_sub(1),
+        "tensor": finding.tensor,
+        "value": number(finding.value),
+        "threshold": number(finding.threshold),
+        "message": finding.message,
+        "advice": finding.advice,
+    })
 }
 
 /// One step.

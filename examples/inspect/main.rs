@@ -1,8 +1,9 @@
 //! Inspects gradients in safetensors files: `cargo run --release --example inspect -- FILE.safetensors...`
 //!
 //! Every file holds the gradients of one step. All are checked before the first is measured; then each is read,
-//! measured, clipped if that was asked for, and reported; at last, what they say together. Exit code 2 for a command line that cannot be understood, 1
-//! for every other failure, with one line on standard error.
+//! measured, clipped if that was asked for, diagnosed and reported; at last, what they say together. Exit code 2 for a
+//! command line that cannot be understood, 1 for every other failure, with one line on standard error. What is wrong with
+//! the gradients is no failure.
 
 mod copies;
 mod device;
@@ -23,7 +24,10 @@ use copies::Copies;
 use elements::Elements;
 use failure::Failure;
 use gradients::Gradients;
-use gradprobe::{GsnrConfig, HostTensor, HostTensorMut};
+use gradprobe::{
+    Finding, GsnrConfig, HostTensor, HostTensorMut, Verdict,
+    health::{self, Health},
+};
 use options::Options;
 use progress::Progress;
 use std::{
@@ -78,6 +82,8 @@ fn run(options: &Options) -> Result<(), Failure> {
 
     let plan = first.tensors.plan()?;
     let bytes = plan.bytes();
+    // The plan is sorted by name, which is no order of a model.
+    let mut health = Health::new(&plan, options.rules())?.backward_order(health::backward_order(&plan))?;
     let mut probe = device::open(options.device, plan, options.config())?;
     if files.len() > 1 {
         probe.track(&GsnrConfig::new()).map_err(Failure::Tracking)?;
@@ -86,6 +92,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     let copies = options.out.as_deref().map(|directory| Copies::prepare(directory, files, params)).transpose()?;
 
     let mut steps = Vec::new();
+    let mut findings: Vec<Finding> = Vec::new();
     for (index, file) in files.iter().enumerate() {
         // Opened and compared again: the run may be long, and the file another one by now.
         let mut step = Gradients::open(file)?;
@@ -104,6 +111,8 @@ fn run(options: &Options) -> Result<(), Failure> {
             probe.clip_host(&mut views).map_err(failed)?;
             copies.write(file, &step, &tensors)?;
         }
+        let diagnosis = health.diagnose(&report)?;
+        findings.extend_from_slice(diagnosis.findings());
         if options.json {
             steps.push(json::step(file, &report, copies.is_some()));
             continue;
@@ -111,7 +120,9 @@ fn run(options: &Options) -> Result<(), Failure> {
         progress.clear();
         let gap = if index > 0 { "\n" } else { "" };
         let name = one_line(&file.display().to_string());
-        let printed = print(&format!("{gap}{name}\n{report}{} on {}\n", units::rate(bytes, time), probe.name()));
+        let diagnosis = if diagnosis.verdict() == Verdict::Healthy { String::new() } else { diagnosis.to_string() };
+        let rate = units::rate(bytes, time);
+        let printed = print(&format!("{gap}{name}\n{report}{rate} on {}\n{diagnosis}", probe.name()));
         match printed {
             // Whoever stopped reading the tables still wants the copies.
             Err(failure) if failure.reader_left() && copies.is_some() => {}
@@ -120,11 +131,15 @@ fn run(options: &Options) -> Result<(), Failure> {
     }
     progress.clear();
     let gsnr = if files.len() > 1 { Some(probe.gsnr()?) } else { None };
-    match &gsnr {
-        _ if options.json => print(&format!("{}\n", json::report(probe.name(), steps, gsnr.as_ref()))),
-        Some(gsnr) => print(&format!("\nsignal and noise across {} steps\n{gsnr}", files.len())),
-        None => Ok(()),
+    let of_all = gsnr.as_ref().map_or_else(Vec::new, |gsnr| health.diagnose_gsnr(gsnr));
+    let verdict = findings.iter().chain(&of_all).map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
+    if options.json {
+        findings.extend(of_all);
+        return print(&format!("{}\n", json::report(probe.name(), steps, gsnr.as_ref(), &findings, verdict)));
     }
+    let across =
+        gsnr.map_or_else(String::new, |gsnr| format!("\nsignal and noise across {} steps\n{gsnr}", files.len()));
+    print(&format!("{across}{}verdict: {verdict}\n", health::table(&of_all)))
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -1,7 +1,10 @@
 //! The command line.
 
 use clap::{Parser, ValueEnum};
-use gradprobe::Config;
+use gradprobe::{
+    Config,
+    health::{Preset, Rules},
+};
 use std::{path::PathBuf, str::FromStr};
 
 /// Reads gradients from safetensors files and reports what is in them: norms, moments, extremes, zero and dead
@@ -28,6 +31,20 @@ pub struct Options {
     /// Elements with |x| below this count as dead [default: 1e-10]
     #[arg(long, value_name = "X", value_parser = not_negative, allow_hyphen_values = true)]
     pub dead_threshold: Option<f32>,
+
+    /// Rules by which gradients are called unhealthy: default, lr-scaled, course, doctor or transformer
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = preset)]
+    pub preset: Preset,
+
+    /// The learning rate: norms below 1e-10/X count as vanishing and above 1/X as exploding
+    #[arg(
+        long,
+        value_name = "X",
+        value_parser = learning_rate,
+        required_if_eq("preset", "lr-scaled"),
+        allow_hyphen_values = true
+    )]
+    pub lr: Option<f64>,
 
     /// Print the report as JSON
     #[arg(long)]
@@ -62,6 +79,15 @@ impl Options {
         }
         config
     }
+
+    /// What findings are made by.
+    pub fn rules(&self) -> Rules {
+        let rules = Rules::preset(self.preset);
+        match self.lr {
+            Some(learning_rate) => rules.learning_rate(learning_rate),
+            None => rules,
+        }
+    }
 }
 
 /// What is wrong with a command line, without the usage and the advice that follow it over several lines.
@@ -70,6 +96,14 @@ pub fn first_sentence(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).take_while(|line| !advice(line)).filter(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")
+}
+
+fn preset(name: &str) -> Result<Preset, String> {
+    name.parse().map_err(|error: gradprobe::Error| error.to_string())
+}
+
+fn learning_rate(text: &str) -> Result<f64, String> {
+    number(text, |x: f64| Rules::default().learning_rate(x).check().is_ok(), "a finite number above 0, at least 1e-290")
 }
 
 fn above_zero(text: &str) -> Result<f64, String> {

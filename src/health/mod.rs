@@ -1,5 +1,31 @@
-//! What the numbers mean: rules that turn reports into findings and a verdict.
+#![doc = include_str!("../health.md")]
 
+mod advice;
+mod baseline;
+mod cadence;
+mod compare;
+mod diagnosis;
 mod finding;
+mod flow;
+mod found;
+mod frontier;
+mod groups;
+mod monitor;
+mod names;
+mod presets;
+mod rules;
+mod threshold;
 
+pub use advice::advice;
+pub use baseline::{Baseline, NormRange};
+pub use cadence::Cadence;
+pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary, suggested_clip};
+pub use diagnosis::{Diagnosis, table};
 pub use finding::{Finding, FindingKind, Severity, Verdict};
+pub use flow::Flow;
+pub use frontier::Frontier;
+pub use groups::{Contribution, GroupNorm, Groups, risen, top_contributors};
+pub use monitor::Health;
+pub use names::{TensorType, backward_order};
+pub use rules::{FlowMeasure, FlowRule, Limits, Preset, Rules, UnderflowRule};
+pub use threshold::{Statistic, StepNorms, ThresholdRule, step_word, tensor_word, verdict_of};

@@ -1,0 +1,74 @@
+//! What usually helps, by kind: the remedies that the literature on gradient monitoring gives, most promising first.
+
+use super::FindingKind;
+
+/// The remedies for a kind of finding, most promising first.
+pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
+    match kind {
+        FindingKind::Nan => &[
+            LOWER_RATE,
+            "look at the operation between the frontier's tensor and the last clean one: a division by 0, the log or root of 0",
+            CLIP,
+            "check the batch for bad data",
+            LOSS_SCALE,
+        ],
+        FindingKind::Inf => {
+            &[LOSS_SCALE, LOWER_RATE, CLIP, "compute the overflowing part in f32, or all of it in bf16"]
+        }
+        FindingKind::Vanishing => &[
+            "use ReLU, GELU or SiLU in place of sigmoid and tanh",
+            "add residual connections",
+            "add a normalisation, before the layer rather than after it",
+            INITIALISE,
+            "raise the learning rate, or warm it up for less long",
+        ],
+        FindingKind::Exploding => &[CLIP, LOWER_RATE, WARM_UP, INITIALISE, "add a normalisation"],
+        FindingKind::Dead => &[
+            "use Leaky ReLU, GELU or SiLU in place of ReLU",
+            LOWER_RATE,
+            "initialise again the layers whose units are dead, with small positive biases",
+            LOSS_SCALE,
+        ],
+        FindingKind::Zeros => &[
+            "check that the tensor takes part in the loss and is not frozen or detached",
+            "use Leaky ReLU, GELU or SiLU in place of ReLU",
+            LOSS_SCALE,
+        ],
+        FindingKind::Ratio => {
+            &["above 1: lower the learning rate; below 1e-6: raise it, or give the layer its own", WARM_UP, INITIALISE]
+        }
+        FindingKind::Spread => &[
+            "give the layers learning rates of their own, or use an optimizer that does, such as Adam or LAMB",
+            INITIALISE,
+            "add a normalisation",
+        ],
+        FindingKind::Flow => &[
+            "add residual connections",
+            "add a normalisation, before the layer rather than after it",
+            INITIALISE,
+            "use ReLU, GELU or SiLU in place of sigmoid and tanh",
+        ],
+        FindingKind::Spike => &[
+            "look at the batch by its tag: outliers, broken samples, wrong labels",
+            CLIP,
+            LOWER_RATE,
+            "leave the step out",
+        ],
+        FindingKind::Unstable => &[LOWER_RATE, CLIP, WARM_UP, LARGER_BATCH],
+        FindingKind::Noisy => &[LARGER_BATCH, "lower the learning rate or decay it", "raise the optimizer's momentum"],
+        FindingKind::Underflow => &[LOSS_SCALE, "keep this tensor's gradient in bf16 or f32"],
+        FindingKind::Clipped => &[
+            "raise the clip to about the 95th or 99th percentile of the unclipped norms",
+            "lower the learning rate in place of a tight clip, which acts as a cut of it",
+            "clip by a percentile or z-score of the last norms (`ClipPolicy`)",
+        ],
+    }
+}
+
+const LOWER_RATE: &str = "lower the learning rate";
+const CLIP: &str = "clip the global norm: 1.0 for transformers, 5.0 for recurrent networks, 0.5 if it still explodes";
+const WARM_UP: &str = "warm the learning rate up for longer";
+const INITIALISE: &str =
+    "check the initialisation: He for ReLU, Xavier for tanh, scaled down with depth on residual paths";
+const LOSS_SCALE: &str = "in mixed precision, adapt the loss scale: lower on overflow, higher when gradients become 0";
+const LARGER_BATCH: &str = "raise the batch size or accumulate more micro-batches";

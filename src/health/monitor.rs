@@ -1,0 +1,444 @@
+//! Follows the health of a run: turns each step's report into a diagnosis, and remembers what that needs.
+
+use super::{
+    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, Frontier, Limits, NormRange, Rules, Severity, StepNorms,
+    Verdict,
+    diagnosis::{self, finding},
+    flow::Layers,
+    found::{Found, past_above, past_below, percent},
+    frontier,
+    groups::largest,
+    threshold::{NONFINITE, step_word, tensor_word, verdict_of},
+};
+use crate::{Error, GsnrReport, HistogramReport, Plan, Record, Report, StepOutputs, report::printable};
+use std::{collections::VecDeque, sync::Arc};
+
+/// Diagnoses the steps of one run, in their order.
+///
+/// ```
+/// use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, Verdict};
+/// use gradprobe::health::{Health, Rules};
+///
+/// let plan = Plan::new([("0.weight", DType::F32, 3), ("1.weight", DType::F32, 2)])?;
+/// let mut health = Health::new(&plan, Rules::default())?;
+/// let mut probe = CpuProbe::new(plan, Config::default())?;
+/// let report = probe.measure(&[HostTensor::F32(&[1e-3, 2e-3, 1e-3]), HostTensor::F32(&[f32::NAN, 0.1])])?;
+/// let diagnosis = health.diagnose(&report)?;
+/// assert_eq!(diagnosis.verdict(), Verdict::Critical);
+/// assert_eq!(diagnosis.frontier().unwrap().tensor, "1.weight");
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Health {
+    plan: Arc<Plan>,
+    rules: Rules,
+    /// Of each tensor, the kinds that do not concern it.
+    exempt: Vec<u32>,
+    /// In which a backward pass reaches the tensors.
+    order: Vec<usize>,
+    layers: Layers,
+    state: State,
+}
+
+/// What is kept from step to step; only clean ones, which are finite and not skipped, change it.
+#[derive(Clone, Debug)]
+struct State {
+    step: u64,
+    /// Of the last clean step, 0 before it.
+    norms: Vec<f64>,
+    total: f64,
+    /// Clean steps in a row in which a tensor was vanishing.
+    vanishing: Vec<u32>,
+    window: VecDeque<Past>,
+    frontier: Option<Frontier>,
+}
+
+/// A clean step of the window.
+#[derive(Clone, Copy, Debug)]
+struct Past {
+    norm: f64,
+    clipped: bool,
+    log_coefficient: f64,
+}
+
+impl State {
+    fn new(tensors: usize) -> Self {
+        Self {
+            step: 0,
+            norms: vec![0.0; tensors],
+            total: 0.0,
+            vanishing: vec![0; tensors],
+            window: VecDeque::new(),
+            frontier: None,
+        }
+    }
+}
+
+/// The least standard deviation of the logarithm of norms that a z-score is measured by: norms of a run without noise
+/// must rise by half before they are a spike of 4, not by 4 %.
+const LEAST_DEVIATION: f64 = 0.1;
+/// Tensors that a spike's message names.
+const NAMED: usize = 3;
+
+impl Health {
+    /// Of a run with these tensors, by these rules.
+    ///
+    /// # Errors
+    /// Those of [`Rules::check`], and [`Error::BaselineOfAnotherModel`].
+    pub fn new(plan: &Plan, rules: Rules) -> Result<Self, Error> {
+        rules.check()?;
+        rules.learned_from().map_or(Ok(()), |baseline| baseline.check(plan))?;
+        let exempt: Vec<u32> = plan.tensors().iter().map(|tensor| rules.exemptions_of(&tensor.name)).collect();
+        let layers = Layers::of(plan, |index| exempt[index] & 1 << FindingKind::Flow as u32 != 0);
+        let tensors = exempt.len();
+        Ok(Self {
+            plan: Arc::new(plan.clone()),
+            rules,
+            exempt,
+            order: (0..tensors).rev().collect(),
+            layers,
+            state: State::new(tensors),
+        })
+    }
+
+    /// With the tensors' places in the plan in the order in which a backward pass reaches them, for the frontier; without
+    /// it, the reverse of the plan's. [`backward_order`](super::backward_order) reads one from the names.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] unless each place is there once.
+    pub fn backward_order(self, order: Vec<usize>) -> Result<Self, Error> {
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        if !sorted.iter().copied().eq(0..self.exempt.len()) {
+            let value = format!("{} places", order.len());
+            let expected = "every tensor's place in the plan, once";
+            return Err(Error::InvalidConfig { option: "backward_order", expected, value });
+        }
+        Ok(Self { order, ..self })
+    }
+
+    /// The rules it goes by.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// Goes by other rules from the next step on, with what is remembered kept.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new); the rules then stay.
+    pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
+        let state = std::mem::replace(&mut self.state, State::new(0));
+        match Self::new(&self.plan, rules) {
+            Ok(new) => {
+                let order = std::mem::take(&mut self.order);
+                *self = Self { state, order, ..new };
+                Ok(())
+            }
+            Err(error) => {
+                self.state = state;
+                Err(error)
+            }
+        }
+    }
+
+    /// For each tensor the bits k of the kinds that do not concern it, as a device needs them.
+    pub fn exemptions(&self) -> &[u32] {
+        &self.exempt
+    }
+
+    /// Forgets all steps and the frontier.
+    pub fn reset(&mut self) {
+        self.state = State::new(self.exempt.len());
+    }
+
+    /// Diagnoses the next step.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`].
+    pub fn diagnose(&mut self, report: &Report) -> Result<Diagnosis, Error> {
+        if *report.plan() != *self.plan {
+            return Err(Error::ReportOfAnotherPlan);
+        }
+        let (outputs, records) = (report.outputs(), report.records());
+        let clean = outputs.found_inf == 0.0 && outputs.skip == 0;
+        let (words, norms) = self.tensor_words(report);
+        let united = words.iter().fold(0, |united, word| united | word);
+        let step_word = step_word(self.rules.thresholds(), united, &norms);
+        if clean {
+            self.state.count_vanishing(&words);
+        } else if self.state.frontier.is_none() {
+            self.state.frontier = frontier::find(&self.plan, records, &self.order, outputs.step);
+        }
+        let flow = if clean { self.layers.flow(records) } else { None };
+
+        let mut found = Found::new(&self.plan, outputs.step, self.exempt.len());
+        for (index, tensor) in report.tensors().enumerate().filter(|&(index, _)| words[index] != 0) {
+            if words[index] & NONFINITE != 0 {
+                found.nonfinite(index, tensor.record);
+            } else {
+                self.of_tensor(index, tensor.record, tensor.param_norm.unwrap_or(0.0), clean, &mut found);
+            }
+        }
+        if united & NONFINITE == 0 && norms.has_elements {
+            for rule in self.rules.thresholds() {
+                if let Some((value, bit)) = rule.of_step(&norms).filter(|&(_, bit)| bit != 0) {
+                    found.threshold(None, rule, value, bit, "");
+                }
+            }
+        }
+        if let Some(flow) = &flow {
+            self.of_flow(flow, &mut found);
+        }
+        if clean {
+            self.of_spike(outputs.finite_total_norm, records, &mut found);
+            self.state.remember(outputs, records, self.rules.window);
+            self.of_window(&mut found);
+            self.of_baseline(outputs.finite_total_norm, records, &mut found);
+        }
+        self.state.step = outputs.step;
+
+        let mut verdicts: Vec<Verdict> = words.iter().map(|&word| verdict_of(word)).collect();
+        let findings = found.finish(&mut verdicts);
+        Ok(Diagnosis {
+            plan: Arc::clone(&self.plan),
+            step: outputs.step,
+            verdict: diagnosis::worst(&findings).max(verdict_of(step_word)),
+            findings,
+            words,
+            step_word,
+            verdicts,
+            frontier: self.state.frontier.clone(),
+            flow,
+        })
+    }
+
+    /// The words of the tensors, and what the rules on the step look at.
+    fn tensor_words(&self, report: &Report) -> (Vec<u32>, StepNorms) {
+        let mut norms = StepNorms::new(report.outputs().finite_total_norm, self.state.total);
+        let words = report.tensors().zip(&self.exempt).zip(&self.state.norms).map(|((tensor, &exempt), &last)| {
+            norms.add(tensor.record, exempt);
+            tensor_word(self.rules.thresholds(), tensor.record, tensor.param_norm.unwrap_or(0.0), last, exempt)
+        });
+        let words = words.collect();
+        (words, norms)
+    }
+
+    fn of_tensor(&self, index: usize, record: &Record, param_norm: f64, clean: bool, found: &mut Found<'_>) {
+        let exempt = self.exempt[index];
+        for rule in self.rules.thresholds() {
+            let Some((value, bit)) = rule.of_tensor(record, param_norm, self.state.norms[index]) else { continue };
+            if bit & !(exempt | exempt << 16) == 0 {
+                continue;
+            }
+            let steps = self.state.vanishing[index];
+            let persists = clean
+                && self.rules.persistence > 0
+                && steps >= self.rules.persistence
+                && rule.kind() == Some(FindingKind::Vanishing);
+            if persists {
+                found.threshold(Some(index), rule, value, 1 << 16, &format!(", for {steps} steps"));
+            } else {
+                found.threshold(Some(index), rule, value, bit, "");
+            }
+        }
+    }
+
+    fn of_flow(&self, flow: &Flow, found: &mut Found<'_>) {
+        let Some(rule) = self.rules.flow else { return };
+        let ratio = flow.measure(rule.measure);
+        let (towards, passed) = match (past_below(rule.below, ratio), past_above(rule.above, ratio)) {
+            (Some(passed), _) => ("shrink", passed),
+            (_, Some(passed)) => ("grow", passed),
+            _ => return,
+        };
+        let what = match rule.measure {
+            FlowMeasure::Slope => "the first layer's norm is, on the fitted line,",
+            FlowMeasure::Thirds => "the first third's mean norm is",
+        };
+        let factor = if flow.slope() < 0.0 { (-flow.slope()).exp() } else { flow.factor() };
+        let message = format!(
+            "gradients {towards} by {factor:.3} a layer towards the input: {what} {ratio:.3e} of the last one's, limit {:.3e}",
+            passed.1
+        );
+        found.push(None, FindingKind::Flow, passed.0, (ratio, passed.1), "flow", message);
+    }
+
+    /// Measured against the steps before it.
+    fn of_spike(&self, norm: f64, records: &[Record], found: &mut Found<'_>) {
+        let logarithms = || self.state.window.iter().filter(|past| past.norm > 0.0).map(|past| past.norm.ln());
+        let count = logarithms().count();
+        if norm <= 0.0 || count < self.rules.least_steps {
+            return;
+        }
+        let mean = logarithms().sum::<f64>() / to_f64(count);
+        let variance = logarithms().map(|x| (x - mean).powi(2)).sum::<f64>() / to_f64(count);
+        let z = (norm.ln() - mean) / variance.sqrt().max(LEAST_DEVIATION);
+        let Some((severity, limit)) = past_above(self.rules.spike, z) else { return };
+        let rise = |(index, record): (usize, &Record)| {
+            let before = self.state.norms[index];
+            (self.plan.tensors()[index].name.as_str(), record.finite_sum_squares() - before * before)
+        };
+        let risen = largest(records.iter().enumerate().map(rise).collect(), NAMED);
+        let risen: Vec<String> =
+            risen.iter().map(|part| format!("{} ({:.0} %)", printable(part.tensor), 100.0 * part.share)).collect();
+        let message = format!(
+            "norm {norm:.3e} lies {z:.1} deviations above the {count} steps before, limit {limit}; most of the rise: {}",
+            risen.join(", ")
+        );
+        found.push(None, FindingKind::Spike, severity, (z, limit), "spike", message);
+    }
+
+    /// The window, the step included.
+    fn of_window(&self, found: &mut Found<'_>) {
+        let window = &self.state.window;
+        let count = window.len();
+        if count < self.rules.least_steps {
+            return;
+        }
+        let mean_of = |value: &dyn Fn(&Past) -> f64| window.iter().map(value).sum::<f64>() / to_f64(count);
+        let mean = mean_of(&|past| past.norm);
+        let variation = mean_of(&|past| (past.norm - mean).powi(2)).sqrt() / mean;
+        if let Some((severity, limit)) = past_above(self.rules.variation, variation) {
+            let message = format!("the norm varies by {variation:.2} of its mean over {count} steps, limit {limit}");
+            found.push(None, FindingKind::Unstable, severity, (variation, limit), "variation", message);
+        }
+        let clipped = mean_of(&|past| f64::from(u8::from(past.clipped)));
+        if let Some((severity, limit)) = past_above(self.rules.clipped_fraction, clipped) {
+            let message = format!("{} % of {count} steps were clipped, limit {} %", percent(clipped), percent(limit));
+            found.push(None, FindingKind::Clipped, severity, (clipped, limit), "clipped_fraction", message);
+        }
+        let coefficient = mean_of(&|past| past.log_coefficient).exp();
+        if let Some((severity, limit)) = past_below(self.rules.mean_coefficient, coefficient) {
+            let message = format!(
+                "the clip cuts gradients, and so the learning rate, to {coefficient:.3e} on average, limit {limit}"
+            );
+            found.push(None, FindingKind::Clipped, severity, (coefficient, limit), "mean_coefficient", message);
+        }
+    }
+
+    fn of_baseline(&self, total: f64, records: &[Record], found: &mut Found<'_>) {
+        let Some(baseline) = self.rules.learned_from() else { return };
+        let Limits { warning, critical } = self.rules.learned;
+        let mut judge = |index: Option<usize>, norm: f64, range: &NormRange| {
+            if range.steps == 0 {
+                return;
+            }
+            let exempt = |kind: FindingKind| index.is_some_and(|index| self.exempt[index] & 1 << kind as u32 != 0);
+            let low = Limits::new(range.smallest / warning, range.smallest / critical);
+            let high = Limits::new(range.largest * warning, range.largest * critical);
+            let (kind, (severity, limit)) = match (past_below(low, norm), past_above(high, norm)) {
+                (Some(passed), _) => (FindingKind::Vanishing, passed),
+                // Of a tensor that never had a gradient nothing was learned.
+                (_, Some(passed)) if range.largest > 0.0 => (FindingKind::Exploding, passed),
+                _ => return,
+            };
+            if !exempt(kind) {
+                let (smallest, largest) = (range.smallest, range.largest);
+                let message = format!(
+                    "norm {norm:.3e}, limit {limit:.3e}; in {} healthy steps it was {smallest:.3e} to {largest:.3e}",
+                    range.steps
+                );
+                found.push(index, kind, severity, (norm, limit), "learned", message);
+            }
+        };
+        judge(None, total, &baseline.total());
+        for (index, record) in records.iter().enumerate() {
+            judge(Some(index), record.finite_l2_norm(), baseline.range_of(index));
+        }
+    }
+
+    /// What signal and noise over the tracked steps say: noisy, and of norms that jump. Of the step diagnosed last.
+    pub fn diagnose_gsnr(&self, report: &GsnrReport) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for (name, record) in report.tensors() {
+            let exempt = self.rules.exemptions_of(name);
+            let mut add = |kind: FindingKind, passed: Option<(Severity, f64)>, value, rule, message: &str| {
+                if let Some((severity, limit)) = passed.filter(|_| exempt & 1 << kind as u32 == 0) {
+                    let message = format!("{message} {value:.3e} over {} steps, limit {limit}", record.steps);
+                    findings.push(finding(severity, kind, self.state.step, Some(name), (value, limit), rule, message));
+                }
+            };
+            let median = record.median().and_then(|median| Some((past_below(self.rules.gsnr_median, median)?, median)));
+            // Pure noise of n elements has a signal of 0 ± √(2/n)/k: only what cannot be that far off counts.
+            let signal = record.squared_gradient().filter(|_| record.sum_variance > 0.0).and_then(|squared| {
+                let signal = squared / record.sum_variance;
+                let error = (2.0 / to_f64_of_u64(record.defined)).sqrt() / f64::from(record.steps);
+                past_below(self.rules.signal, signal + 2.0 * error).map(|passed| (passed, signal))
+            });
+            if let Some((passed, median)) = median {
+                add(FindingKind::Noisy, Some(passed), median, "gsnr_median", "median signal to noise");
+            } else if let Some((passed, signal)) = signal {
+                add(FindingKind::Noisy, Some(passed), signal, "signal", "squared gradient over its variance");
+            }
+            if let Some(variation) = record.norm_cv() {
+                let passed = past_above(self.rules.variation, variation);
+                add(FindingKind::Unstable, passed, variation, "variation", "std over mean of the norm");
+            }
+        }
+        diagnosis::sort(&mut findings);
+        findings
+    }
+
+    /// What narrower formats would lose of these gradients. Of the step diagnosed last.
+    pub fn diagnose_histogram(&self, report: &HistogramReport) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        let total = report.total();
+        for rule in &self.rules.underflow {
+            let Some(scale) = rule.scale.or_else(|| total.loss_scale(rule.format)) else { continue };
+            for (name, histogram) in report.tensors() {
+                if self.rules.exemptions_of(name) & 1 << FindingKind::Underflow as u32 != 0 {
+                    continue;
+                }
+                // The lower bound: what is certain.
+                let Some(lost) = histogram.shares(rule.format, scale).map(|shares| shares.underflow.low) else {
+                    continue;
+                };
+                if let Some((severity, limit)) = past_above(rule.above, lost) {
+                    let message = format!(
+                        "{} % of the elements that are not 0 become 0 in {} at a loss scale of 2^{scale}, limit {} %",
+                        percent(lost),
+                        rule.format,
+                        percent(limit)
+                    );
+                    let values = (lost, limit);
+                    let kind = FindingKind::Underflow;
+                    findings.push(finding(severity, kind, self.state.step, Some(name), values, "underflow", message));
+                }
+            }
+        }
+        diagnosis::sort(&mut findings);
+        findings
+    }
+}
+
+impl State {
+    fn count_vanishing(&mut self, words: &[u32]) {
+        let bits = 1 << FindingKind::Vanishing as u32 | 1 << (16 + FindingKind::Vanishing as u32);
+        for (steps, word) in self.vanishing.iter_mut().zip(words) {
+            *steps = if word & bits != 0 { steps.saturating_add(1) } else { 0 };
+        }
+    }
+
+    fn remember(&mut self, outputs: &StepOutputs, records: &[Record], window: usize) {
+        self.norms.iter_mut().zip(records).for_each(|(norm, record)| *norm = record.finite_l2_norm());
+        self.total = outputs.finite_total_norm;
+        while self.window.len() >= window {
+            self.window.pop_front();
+        }
+        self.window.push_back(Past {
+            norm: outputs.finite_total_norm,
+            clipped: outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0,
+            log_coefficient: outputs.coefficient_f64.ln(),
+        });
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a few steps")]
+fn to_f64(count: usize) -> f64 {
+    count as f64
+}
+
+#[expect(clippy::cast_precision_loss, reason = "below 2^32")]
+fn to_f64_of_u64(count: u64) -> f64 {
+    count as f64
+}

@@ -1,0 +1,136 @@
+//! What the inspector says is wrong: findings and verdict, as JSON and for a terminal, on the models of `tests/data`.
+
+use serde_json::{Value, json};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name).with_extension("safetensors")
+}
+
+/// Standard output of a run on the CPU, or on the device that the arguments name.
+fn inspect(arguments: &[&str], files: &[&str]) -> String {
+    let test = std::env::current_exe().unwrap();
+    let name = format!("inspect{}", std::env::consts::EXE_SUFFIX);
+    let binary = test.parent().and_then(Path::parent).unwrap().join("examples").join(name);
+    assert!(binary.exists(), "{} is missing: cargo build --example inspect", binary.display());
+    let mut command = Command::new(binary);
+    command.args(arguments).args(files.iter().map(|name| golden(name)));
+    if !arguments.contains(&"--device") {
+        command.args(["--device", "cpu"]);
+    }
+    let output = command.output().unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && complaint.is_empty(), "{}: {complaint}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The report by a preset.
+fn report(preset: &str, files: &[&str]) -> Value {
+    let arguments = [&["--json", "--preset"][..], &preset.split(' ').collect::<Vec<_>>()].concat();
+    serde_json::from_str(&inspect(&arguments, files)).unwrap()
+}
+
+/// Whether there is a finding of this kind in this step, by its place.
+fn finds(report: &Value, kind: &str, severity: &str, step: u64) -> bool {
+    let matches = |f: &Value| f["kind"] == kind && f["severity"] == severity && f["step"] == step;
+    report["findings"].as_array().unwrap().iter().any(matches)
+}
+
+const EXPLODING: [&str; 4] = ["exploding-step0", "exploding-step1", "exploding-step2", "exploding-step3"];
+
+#[test]
+fn a_healthy_model_is_healthy() {
+    let steps: Vec<String> = (0..8).map(|step| format!("gpt-bf16-step{step}")).collect();
+    let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
+    let weights = golden("gpt-params");
+    for arguments in
+        [vec!["--json"], vec!["--json", "--params", weights.to_str().unwrap()], vec!["--json", "--lr", "1e-3"]]
+    {
+        let report: Value = serde_json::from_str(&inspect(&arguments, &steps)).unwrap();
+        assert_eq!((&report["findings"], &report["verdict"]), (&json!([]), &json!("healthy")));
+    }
+    assert!(inspect(&[], &["gpt-mixed-step0"]).ends_with("\nverdict: healthy\n"));
+    for preset in ["doctor", "transformer"] {
+        assert_eq!(report(preset, &steps)["verdict"], "healthy", "{preset}");
+    }
+    // The source of this one calls a tensor noisy where the median of its elements has more noise than signal, which is
+    // what micro-batches have.
+    let scaled = report("lr-scaled --lr 1e-3", &steps);
+    assert_eq!(scaled["verdict"], "warning");
+    assert!(
+        scaled["findings"].as_array().unwrap().iter().all(|finding| finding["kind"] == "noisy" && finding["step"] == 7)
+    );
+    // And this one has 5 % of zeros as its limit, whatever the tensor: a third of an embedding is.
+    let course = report("course", &steps);
+    assert_eq!(
+        (&course["findings"][0]["kind"], &course["findings"][0]["tensor"]),
+        (&json!("zeros"), &json!("embed.weight"))
+    );
+}
+
+#[test]
+fn every_preset_finds_the_explosion_and_its_nan() {
+    for (preset, before) in [
+        ("default", vec![("unstable", "warning", 1), ("exploding", "warning", 2)]),
+        ("course", vec![("exploding", "warning", 1), ("exploding", "critical", 2)]),
+        ("transformer", vec![("unstable", "warning", 1), ("exploding", "critical", 2)]),
+        ("lr-scaled --lr 60", vec![("exploding", "critical", 0), ("exploding", "critical", 2)]),
+        ("doctor", vec![]),
+    ] {
+        let report = report(preset, &EXPLODING);
+        for (kind, severity, step) in before {
+            assert!(finds(&report, kind, severity, step), "{preset} {kind} {step}");
+        }
+        assert!(finds(&report, "nan", "critical", 3), "{preset}");
+        assert_eq!(report["verdict"], "critical");
+    }
+    let text = inspect(&[], &EXPLODING);
+    let began = "began at step 4 in blocks.0.attn.qkv.weight, element 576 (nan); the last clean one before it is \
+                 blocks.0.attn.proj.bias\n";
+    assert!(text.contains(began), "{text}");
+    assert!(text.ends_with("\nverdict: critical\n"));
+}
+
+#[test]
+fn vanishing_and_dead_units_are_found() {
+    let vanishing = report("default", &["vanishing"]);
+    assert!(finds(&vanishing, "vanishing", "critical", 0) && finds(&vanishing, "flow", "critical", 0));
+    assert!(finds(&report("lr-scaled --lr 0.1", &["vanishing"]), "vanishing", "critical", 0));
+    assert!(finds(&report("doctor", &["vanishing"]), "vanishing", "warning", 0));
+    let transformer = report("transformer", &["vanishing"]);
+    assert!(finds(&transformer, "vanishing", "warning", 0) && finds(&transformer, "flow", "warning", 0));
+    let dead = report("default", &["dead"]);
+    assert!(finds(&dead, "dead", "warning", 0));
+    assert_eq!(dead["verdict"], "warning");
+    assert!(finds(&report("course", &["dead"]), "zeros", "critical", 0));
+}
+
+#[test]
+fn findings_have_the_keys_of_the_contract_in_their_order() {
+    let report = report("course", &["dead"]);
+    let zeros = &report["findings"][3];
+    let value = zeros["value"].as_f64().unwrap();
+    let expected = json!({
+        "severity": "critical", "kind": "zeros", "step": 0, "tensor": "0.bias", "value": 0.75, "threshold": 0.2,
+        "message": "zeros 75 %, above 20 %", "advice": zeros["advice"],
+    });
+    assert_eq!((zeros.to_string(), value), (expected.to_string(), 0.75));
+    assert!(zeros["advice"].as_array().unwrap().iter().all(Value::is_string));
+    let of_all = report["findings"].as_array().unwrap().iter().find(|finding| finding["kind"] == "vanishing").unwrap();
+    assert_eq!(of_all["tensor"], Value::Null);
+    let nan = &self::report("default", &["exploding-step3"])["findings"][0];
+    assert_eq!((&nan["kind"], &nan["value"], &nan["threshold"]), (&json!("nan"), &json!(72.0), &json!(0.0)));
+    assert_eq!(nan["message"], "72 of 144 elements are NaN; the first that is not finite is 12");
+}
+
+#[test]
+fn the_kernels_report_the_same_findings() {
+    let on = |device: &str| {
+        let text = inspect(&["--json", "--preset", "course", "--device", device], &["dead", "dead"]);
+        text.replacen(&format!("{device:?}"), "", 1)
+    };
+    assert_eq!(on("cpu"), on("simt"));
+}
