@@ -189,8 +189,8 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
-    /// An entry was given something of other tensors than its report's.
-    #[error("the {what} is of another plan than the report")]
+    /// Something to be written is of other tensors, or of another step, than the report it was put beside.
+    #[error("the {what} is of another plan or step than the report")]
     EntryOfAnotherPlan {
         /// What was given.
         what: &'static str,

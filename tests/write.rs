@@ -6,6 +6,7 @@ mod require;
 use entries::{NAMES, entries};
 use gradprobe::{
     Config, CpuProbe, DType, Error, Histogram, HostTensor, Plan, Verdict,
+    health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
 };
 use require::skipped;
@@ -497,8 +498,18 @@ fn what_belongs_to_other_tensors_is_refused() {
     let entry = Entry::new(probe.measure(&[HostTensor::F32(&[3.0])]).unwrap());
     let other = entries(2).pop().unwrap();
     let refused = entry.clone().with_histogram(other.histogram().unwrap().clone()).unwrap_err();
-    assert_eq!(refused.to_string(), "the histogram is of another plan than the report");
+    assert_eq!(refused.to_string(), "the histogram is of another plan or step than the report");
     assert!(entry.clone().with_gsnr(other.gsnr().unwrap().clone()).is_err());
-    let refused = entry.with_diagnosis(Verdict::Healthy, [Verdict::Healthy; 2], []).unwrap_err();
+    let mut health = Health::new(other.report().plan(), Rules::default()).unwrap();
+    let diagnosis = health.diagnose(other.report()).unwrap();
+    assert!(entry.clone().with_diagnosis(&diagnosis).is_err());
+    assert_eq!(
+        entries(1)[0].clone().with_diagnosis(&diagnosis).map(drop).unwrap_err(),
+        Error::EntryOfAnotherPlan { what: "diagnosis" }
+    );
+    let diagnosed = other.with_diagnosis(&diagnosis).unwrap();
+    assert_eq!((diagnosed.verdict(), diagnosed.findings()), (Some(diagnosis.verdict()), diagnosis.findings()));
+    assert!(diagnosed.tensors().map(|tensor| tensor.verdict.unwrap()).eq(diagnosis.verdicts().iter().copied()));
+    let refused = entry.with_findings(Verdict::Healthy, [Verdict::Healthy; 2], []).unwrap_err();
     assert_eq!(refused, Error::TensorCount { planned: 1, given: 2 });
 }

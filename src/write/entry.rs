@@ -1,6 +1,9 @@
 //! One step with everything that is known of it, owned, so that it can go to another thread.
 
-use crate::{Error, Finding, GsnrRecord, GsnrReport, Histogram, HistogramReport, Report, TensorReport, Verdict};
+use crate::{
+    Error, Finding, GsnrRecord, GsnrReport, Histogram, HistogramReport, Report, TensorReport, Verdict,
+    health::Diagnosis,
+};
 
 /// What a step has to say: its report and, where they were made, its diagnosis, signal and noise, and histograms.
 #[derive(Clone, Debug)]
@@ -33,11 +36,24 @@ impl Entry {
         Self { report, verdict: None, verdicts: Vec::new(), findings: Vec::new(), gsnr: None, histogram: None }
     }
 
-    /// With what a diagnosis says: of the step, of each tensor in the plan's order, and why.
+    /// With the diagnosis of the step.
+    ///
+    /// # Errors
+    /// [`Error::EntryOfAnotherPlan`] when it is of other tensors or of another step.
+    pub fn with_diagnosis(self, diagnosis: &Diagnosis) -> Result<Self, Error> {
+        let names = self.report.tensors().map(|tensor| tensor.name);
+        if diagnosis.step() != self.step() || !names.eq(diagnosis.tensors().map(|(name, _)| name)) {
+            return Err(Error::EntryOfAnotherPlan { what: "diagnosis" });
+        }
+        self.with_findings(diagnosis.verdict(), diagnosis.verdicts(), diagnosis.findings())
+    }
+
+    /// With what is known otherwise of the step, of each tensor in the plan's order, and why; in place of what was
+    /// known.
     ///
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many verdicts as tensors.
-    pub fn with_diagnosis(
+    pub fn with_findings(
         self,
         verdict: Verdict,
         tensors: impl Into<Vec<Verdict>>,

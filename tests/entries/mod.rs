@@ -61,7 +61,7 @@ pub fn entries(steps: u64) -> Vec<Entry> {
             ];
             let (good, bad, worst) = (Verdict::Healthy, Verdict::Warning, Verdict::Critical);
             let verdicts = [good, bad, worst, if step < 4 { good } else { worst }, worst, good];
-            let entry = Entry::new(report).with_diagnosis(worst, verdicts, findings).unwrap();
+            let entry = Entry::new(report).with_findings(worst, verdicts, findings).unwrap();
             let entry = entry.with_histogram(probe.histogram(&tensors).unwrap()).unwrap();
             if step < 2 { entry } else { entry.with_gsnr(probe.gsnr().unwrap()).unwrap() }
         })
@@ -93,7 +93,7 @@ pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(u
             let views: Vec<HostTensor> = tensors.iter().map(|tensor| HostTensor::F32(tensor)).collect();
             let report = probe.measure(&views).unwrap();
             let verdict = verdicts.iter().copied().max().unwrap_or_default();
-            let entry = Entry::new(report).with_diagnosis(verdict, verdicts, []).unwrap();
+            let entry = Entry::new(report).with_findings(verdict, verdicts, []).unwrap();
             let entry = entry.with_histogram(probe.histogram(&views).unwrap()).unwrap();
             if step < 2 { entry } else { entry.with_gsnr(probe.gsnr().unwrap()).unwrap() }
         })
