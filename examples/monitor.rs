@@ -86,7 +86,7 @@ fn run(options: &Options) -> Result<(), Error> {
         }
         writers.send(entry);
         if options.live {
-            thread::sleep(Duration::from_millis(100));
+            thread::sleep(Duration::from_millis(40));
         }
     }
     let finished = writers.finish();

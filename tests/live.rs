@@ -183,7 +183,7 @@ const RESTORED: &str = "\u{1b}[?1049l";
 fn a_view_that_is_closed_lets_the_program_end_as_it_would() {
     let Some((sent, status)) = in_a_terminal("q") else { return };
     let (view, after) = sent.split_once(RESTORED).expect("the terminal is given back");
-    assert!(view.contains("total norm over steps") && view.contains("layers.3.weight"));
+    assert!(view.contains("verdict") && view.contains("layers.3.weight"));
     assert!(after.contains("110 steps, 0 of them dropped") && after.contains("steps.jsonl"), "{after}");
     assert_eq!(status, 0);
 }

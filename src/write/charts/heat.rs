@@ -126,9 +126,9 @@ fn shade(share: f64) -> Colour {
     })
 }
 
-/// The decades among the bins, as places above the first.
+/// The decades among the bins, as places above the first. Below 1e-37 they crowd: subnormal numbers share four bins.
 fn decades(first: usize, last: usize) -> Vec<(f64, String)> {
-    let exponents: Vec<i32> = (-45..=38).collect();
+    let exponents: Vec<i32> = (-37..=38).collect();
     let places = exponents.into_iter().filter_map(|exponent| {
         let x = 10f64.powi(exponent);
         #[expect(clippy::cast_possible_truncation, reason = "near enough for a tick")]
