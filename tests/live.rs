@@ -135,6 +135,7 @@ fn a_step_of_other_tensors_is_refused() {
 
 /// Runs `monitor --live` in a pseudoterminal of 40 lines, types `keys` at step 5, and gives what a terminal was sent
 /// and the exit status; none without Python.
+#[cfg(unix)]
 fn in_a_terminal(keys: &str) -> Option<(String, i64)> {
     let code = "
 import fcntl, json, os, pty, select, struct, sys, tempfile, termios, time
@@ -176,6 +177,7 @@ print(json.dumps([sent.decode(errors='replace'), status]))
 }
 
 /// Leaves the alternate screen.
+#[cfg(unix)]
 const RESTORED: &str = "\u{1b}[?1049l";
 
 #[cfg(unix)]

@@ -1,12 +1,12 @@
 //! CSV: one row a step and tensor, for spreadsheets and data frames.
 
-use super::{Entry, EntryTensor, Sink, file::Appender};
+use super::{Entry, EntryTensor, Sink, append::Appender};
 use crate::{Error, GsnrRecord};
 use std::path::PathBuf;
 
 /// Writes one row a step and tensor, below a line of headings. Commas, quotes and line breaks in names are quoted as
 /// RFC 4180 has it. What does not exist is empty; other numbers are `nan`, `inf`, `-inf` or digits that read back to the
-/// same bits. A file that is there is continued, without headings; it should be one of this version's.
+/// same bits. A file that is there is continued; it must have the same headings.
 ///
 /// `total_norm`, `clip_coefficient` and `step_verdict` are the step's, the same in each of its rows.
 #[derive(Debug)]
@@ -45,11 +45,12 @@ impl Csv {
     /// Opens the file. What a crash has left of a line at its end is removed.
     ///
     /// # Errors
-    /// [`Error::Unwritable`].
+    /// [`Error::Unwritable`], also where the file holds something else.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        let mut file = Appender::lines(path.into())?;
+        let headings = rows([HEADINGS.map(str::to_owned)]);
+        let mut file = Appender::lines(path.into(), &headings)?;
         if file.is_empty() {
-            file.append(&rows([HEADINGS.map(str::to_owned)]))?;
+            file.append(&headings)?;
         }
         Ok(Self(file))
     }

@@ -1,6 +1,6 @@
 //! JSON lines: one object a step, with the names that the inspector's report has.
 
-use super::{Entry, EntryTensor, Sink, file::Appender};
+use super::{Entry, EntryTensor, Sink, append::Appender};
 use crate::{Error, Finding, GsnrRecord, GsnrReport, Histogram};
 use serde::{Serialize, Serializer};
 use std::path::PathBuf;
@@ -13,9 +13,9 @@ impl JsonLines {
     /// Opens the file. What a crash has left of a line at its end is removed.
     ///
     /// # Errors
-    /// [`Error::Unwritable`].
+    /// [`Error::Unwritable`], also where the file holds something else.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        Appender::lines(path.into()).map(Self)
+        Appender::lines(path.into(), b"{\"step\":").map(Self)
     }
 }
 

@@ -21,6 +21,8 @@
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 
+#[cfg(any(feature = "json", feature = "csv", feature = "tensorboard"))]
+mod append;
 mod background;
 #[cfg(feature = "charts")]
 pub mod charts;

@@ -1,6 +1,6 @@
 //! TensorBoard's event files: TFRecord framing around protobuf messages.
 
-use super::{Entry, Sink, file, file::Appender};
+use super::{Entry, Sink, append::Appender, file};
 use crate::{Error, GsnrRecord, GsnrReport, Histogram, Record};
 use crc::{CRC_32_ISCSI, Crc};
 use prost::Message;
