@@ -121,6 +121,7 @@ for tag in tags:
             assert plugin == 'histograms', plugin
             histograms.setdefault(tag, {})[event.step] = [[repr(float(x)) for x in row] for row in value]
 
+# What lies in the file, which the reader above shows in another form.
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto import event_pb2
 raw, versions = {}, []

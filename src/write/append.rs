@@ -27,7 +27,9 @@ impl Appender {
         let opened = || -> std::io::Result<(File, u64)> {
             let mut file = File::options().create(true).read(true).write(true).truncate(false).open(&path)?;
             let mut found = Vec::new();
-            Read::by_ref(&mut file).take(beginning.len() as u64).read_to_end(&mut found)?;
+            // No more than its length: some devices have no end.
+            let compared = file.metadata()?.len().min(beginning.len() as u64);
+            Read::by_ref(&mut file).take(compared).read_to_end(&mut found)?;
             if !beginning.starts_with(&found) {
                 return Err(std::io::Error::other("holds something else, which is left as it is"));
             }
