@@ -89,10 +89,13 @@ impl Bars {
         let bar = &self.bars[index];
         let Some(value) = bar.value else { return };
         let share = |place: f64| (index as f64 + place) / self.bars.len() as f64;
-        let left = frame.across(share(0.1));
+        // Gaps only where there is room: of many bars they would make a pattern that means nothing.
+        let gap =
+            if frame.right - frame.left / 4 < i32::try_from(self.bars.len()).unwrap_or(i32::MAX) { 0.0 } else { 0.1 };
+        let left = frame.across(share(gap));
         // None is thinner than a pixel, and none that matters thinner than two.
         let plain = value.is_finite() && colour(bar.verdict) == HEALTHY;
-        let width = (frame.across(share(0.9)) - left).max(if plain { 1 } else { 2 });
+        let width = (frame.across(share(1.0 - gap)) - left).max(if plain { 1 } else { 2 });
         let mut column = |from: i32, to: i32, colour| {
             canvas.area((left, from.min(to)), (width, (from - to).abs().max(1)), colour);
         };
