@@ -194,6 +194,38 @@ pub enum Error {
     /// A report was waited for while the stream was being captured; it exists once the graph has run.
     #[error("wait() was called during graph capture: there is a report only once the graph has run")]
     WaitInCapture,
+    /// A file or folder cannot be written.
+    #[error("{}: {reason}", path.display())]
+    Unwritable {
+        /// The file or folder.
+        path: std::path::PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// Something to be written is of other tensors, or of another step, than the report it was put beside.
+    #[error("the {what} is of another plan or step than the report")]
+    EntryOfAnotherPlan {
+        /// What was given.
+        what: &'static str,
+    },
+    /// A picture could not be drawn.
+    #[error("drawing: {reason}")]
+    Drawing {
+        /// What happened.
+        reason: String,
+    },
+    /// The view was asked for where there is no terminal to show it.
+    #[error("no terminal: {reason}")]
+    NoTerminal {
+        /// What the system said.
+        reason: String,
+    },
+    /// A thread that writes could not be started, or one of its sinks panicked.
+    #[error("writing in the background: {reason}")]
+    Thread {
+        /// What happened.
+        reason: String,
+    },
     /// The host ran out of memory, or the device did.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory {

@@ -367,6 +367,11 @@ impl GsnrReport {
         }
     }
 
+    /// What was measured.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// Names and records of the tracked tensors, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &GsnrRecord)> {
         self.records.iter().map(|(index, record)| (self.plan.tensors()[*index].name.as_str(), record))

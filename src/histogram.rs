@@ -200,7 +200,7 @@ impl Histogram {
     }
 
     /// Bins that have elements, with their counts.
-    fn occupied(&self) -> impl DoubleEndedIterator<Item = (usize, u64)> {
+    pub(crate) fn occupied(&self) -> impl DoubleEndedIterator<Item = (usize, u64)> {
         self.bins.iter().copied().enumerate().filter(|&(_, count)| count > 0)
     }
 
@@ -368,6 +368,11 @@ impl HistogramReport {
     pub(crate) fn new(plan: Arc<Plan>, histograms: Vec<Histogram>) -> Self {
         debug_assert_eq!(plan.tensors().len(), histograms.len());
         Self { plan, histograms }
+    }
+
+    /// What was measured.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// One histogram a tensor, in the plan's order.

@@ -44,6 +44,7 @@ mod policy;
 mod record;
 mod report;
 mod spec;
+pub mod write;
 
 pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
 pub use adam::{AdamMoments, AdamStep};

@@ -549,7 +549,10 @@ fn a_step_whose_gradients_have_moved_does_not_wait() {
     }
     assert!(gate.open(), "something waited for the device");
     let last = Reference::new(clipping()).step(Tensors::of(4)).0;
-    assert_eq!(bytemuck::cast_slice::<_, u8>(probe.wait().unwrap().records()), bytemuck::cast_slice(last.records()));
+    assert_eq!(
+        bytemuck::cast_slice::<_, u8>(probe.wait().unwrap().records()),
+        bytemuck::cast_slice::<_, u8>(last.records())
+    );
 }
 
 /// By cudarc's events, whatever comes first on either stream.

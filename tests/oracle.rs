@@ -99,8 +99,8 @@ fn encoding_agrees_with_the_hardware_and_with_half() {
         let single = f32::from_bits(hash(4, i) as u32);
         if !single.is_nan() {
             let value = f64::from(single);
-            assert_eq!(Format::F16.encode(value), f16::from_f32(single).to_bits().into(), "{value:e}");
-            assert_eq!(Format::BF16.encode(value), bf16::from_f32(single).to_bits().into(), "{value:e}");
+            assert_eq!(Format::F16.encode(value), u32::from(f16::from_f32(single).to_bits()), "{value:e}");
+            assert_eq!(Format::BF16.encode(value), u32::from(bf16::from_f32(single).to_bits()), "{value:e}");
         }
     }
 }

@@ -10,6 +10,8 @@ pub const NVCC: &str = "GRADPROBE_REQUIRE_NVCC";
 pub const GPU: &str = "GRADPROBE_REQUIRE_GPU";
 /// Set to 1, it makes a missing Python a failure.
 pub const PYTHON: &str = "GRADPROBE_REQUIRE_PYTHON";
+/// Set to 1, it makes a missing TensorBoard a failure.
+pub const TENSORBOARD: &str = "GRADPROBE_REQUIRE_TENSORBOARD";
 
 /// Says that the running test is skipped and why; or fails it when the environment sets `variable` to 1.
 #[track_caller]

@@ -1,0 +1,89 @@
+//! All pictures of a run, in a folder.
+
+use super::{Chart, Course};
+use crate::{
+    Error, Plan, Verdict,
+    write::{Entry, Sink, file},
+};
+use std::path::{Path, PathBuf};
+
+/// Keeps the pictures of a run in a folder, each as SVG and PNG: `overview`, `norm-by-depth` and `gsnr` of the last step
+/// that has what they show, `norms` and `histograms` over all steps. They are drawn when the run ends and, with
+/// [`every`](Self::every), now and then before. `first-critical`, an overview, is drawn at the first critical step: the
+/// flood that follows does not hide where it began.
+#[derive(Debug)]
+pub struct ChartFolder {
+    folder: PathBuf,
+    course: Course,
+    every: Option<u64>,
+    entries: u64,
+    last: Option<Entry>,
+    /// The last that had signal and noise.
+    gsnr: Option<Entry>,
+    was_critical: bool,
+}
+
+impl ChartFolder {
+    /// Makes the folder if it is not there. Pictures of the same names are replaced.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`].
+    pub fn create(folder: impl AsRef<Path>, plan: &Plan) -> Result<Self, Error> {
+        let folder = folder.as_ref().to_owned();
+        file::folder(&folder)?;
+        file::check_folder_of(&folder.join("overview.svg"))?;
+        let course = Course::new(plan);
+        Ok(Self { folder, course, every: None, entries: 0, last: None, gsnr: None, was_critical: false })
+    }
+
+    /// Draws all pictures after every so many entries as well: about half a second of the thread that writes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0.
+    pub fn every(self, entries: u64) -> Result<Self, Error> {
+        if entries == 0 {
+            return Err(Error::InvalidConfig { option: "every", expected: "at least 1", value: "0".to_owned() });
+        }
+        Ok(Self { every: Some(entries), ..self })
+    }
+
+    fn save(&self, name: &str, chart: &Chart) -> Result<(), Error> {
+        chart.save(self.folder.join(format!("{name}.svg")))?;
+        chart.save(self.folder.join(format!("{name}.png")))
+    }
+
+    fn draw(&self) -> Result<(), Error> {
+        if let Some(last) = &self.last {
+            self.save("overview", &Chart::overview(last))?;
+            self.save("norm-by-depth", &Chart::norm_by_depth(last))?;
+        }
+        if let Some(entry) = &self.gsnr {
+            self.save("gsnr", &Chart::gsnr(entry))?;
+        }
+        self.save("norms", &self.course.norms())?;
+        self.save("histograms", &self.course.histograms())
+    }
+}
+
+impl Sink for ChartFolder {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.course.push(entry)?;
+        self.entries += 1;
+        if entry.gsnr().is_some() {
+            self.gsnr = Some(entry.without_histogram());
+        }
+        self.last = Some(entry.without_histogram());
+        if entry.verdict() == Some(Verdict::Critical) && !self.was_critical {
+            self.was_critical = true;
+            self.save("first-critical", &Chart::overview(entry))?;
+        }
+        match self.every {
+            Some(every) if self.entries.is_multiple_of(every) => self.draw(),
+            _ => Ok(()),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        self.draw()
+    }
+}

@@ -1,0 +1,226 @@
+//! Pictures, as SVG and as PNG: of a step by layer, and of a run by step.
+//!
+//! Tensors are coloured by their verdicts: blue or none is healthy, orange a warning, red critical. What an axis cannot
+//! show is marked, never left out: a value that is NaN or infinite is a purple column as high as the picture, a 0 on a
+//! logarithmic axis a ring at its foot. Both formats come from the same drawing code with a font of its own, so that a
+//! machine without fonts draws the same picture.
+//!
+//! ```
+//! # use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, write::{Entry, charts::Chart}};
+//! # let mut probe = CpuProbe::new(Plan::new([("weight", DType::F32, 2)])?, Config::default())?;
+//! # let entry = Entry::new(probe.measure(&[HostTensor::F32(&[1.0, 2.0])])?);
+//! let svg = Chart::overview(&entry).svg();
+//! assert!(svg.starts_with("<svg"));
+//! # Ok::<(), gradprobe::Error>(())
+//! ```
+
+mod bars;
+mod canvas;
+mod course;
+mod folder;
+mod heat;
+mod lines;
+mod scale;
+mod text;
+
+pub use course::Course;
+pub use folder::ChartFolder;
+
+use super::{Entry, EntryTensor, file};
+use crate::{Error, GsnrRecord, Record, Verdict, report::printable};
+use bars::{Bar, Bars};
+use canvas::{Anchor, Canvas};
+use heat::Heat;
+use lines::Lines;
+use scale::Scale;
+use std::path::Path;
+use text::{Labels, SMALL, TITLE};
+
+/// Red, green, blue.
+type Colour = [u8; 3];
+
+/// Blue.
+const HEALTHY: Colour = [0x4c, 0x78, 0xa8];
+/// Orange.
+const WARNING: Colour = [0xf5, 0x85, 0x18];
+/// Red.
+const CRITICAL: Colour = [0xd6, 0x27, 0x28];
+/// Purple.
+const NOT_FINITE: Colour = [0x8e, 0x44, 0xad];
+const WHITE: Colour = [0xff; 3];
+const DARK: Colour = [0x22; 3];
+const GREY: Colour = [0x66; 3];
+/// Lines behind the data.
+const PALE: Colour = [0xe4; 3];
+
+fn colour(verdict: Option<Verdict>) -> Colour {
+    match verdict {
+        None | Some(Verdict::Healthy) => HEALTHY,
+        Some(Verdict::Warning) => WARNING,
+        Some(Verdict::Critical) => CRITICAL,
+    }
+}
+
+/// A picture, ready to be drawn.
+#[derive(Clone, Debug)]
+pub struct Chart {
+    title: String,
+    /// A line below the title.
+    subtitle: String,
+    /// What the colours mean.
+    legend: Vec<(Colour, &'static str)>,
+    /// Left to right, then down.
+    panels: Vec<Panel>,
+    columns: i32,
+    /// Pixels.
+    size: (i32, i32),
+}
+
+#[derive(Clone, Debug)]
+enum Panel {
+    Bars(Bars),
+    Lines(Lines),
+    Heat(Heat),
+}
+
+/// Height of title, subtitle and legend, in pixels.
+const HEADER: i32 = 64;
+const OF_TENSORS: [(Colour, &str); 4] =
+    [(HEALTHY, "healthy"), (WARNING, "warning"), (CRITICAL, "critical"), (NOT_FINITE, "NaN or Inf")];
+
+impl Chart {
+    /// Mean, std, norm and largest magnitude of every tensor, the last three on logarithmic axes. 1500 × 1000 pixels.
+    pub fn overview(entry: &Entry) -> Self {
+        let bars = |title, scale, of: fn(&Record) -> Option<f64>| {
+            let value = move |tensor: &EntryTensor<'_>| {
+                // Statistics are of the finite elements; a tensor with others is marked all the same.
+                let record = tensor.report.record;
+                if record.has_nonfinite() { Some(record.l2_norm()) } else { of(record) }
+            };
+            Panel::Bars(Bars { title, scale, reference: None, bars: bars_of(entry, value) })
+        };
+        Self {
+            title: format!("Gradients by layer, step {}", entry.step()),
+            subtitle: worst(entry),
+            legend: OF_TENSORS.into(),
+            panels: vec![
+                bars("mean", Scale::Linear, Record::mean),
+                bars("standard deviation", Scale::Logarithmic, Record::std),
+                bars("L2 norm", Scale::Logarithmic, |record| Some(record.l2_norm())),
+                bars("largest magnitude", Scale::Logarithmic, |record| record.max_abs().map(f64::from)),
+            ],
+            columns: 2,
+            size: (1500, 1000),
+        }
+    }
+
+    /// The norm of every tensor in the plan's order, on a logarithmic axis: gradients that vanish or explode with depth
+    /// make a slope. 1200 × 600 pixels.
+    pub fn norm_by_depth(entry: &Entry) -> Self {
+        let bars = bars_of(entry, |tensor| Some(tensor.report.record.l2_norm()));
+        Self {
+            title: format!("L2 norm by depth, step {}", entry.step()),
+            subtitle: worst(entry),
+            legend: OF_TENSORS.into(),
+            panels: vec![Panel::Bars(Bars { title: "", scale: Scale::Logarithmic, reference: None, bars })],
+            columns: 1,
+            size: (1200, 600),
+        }
+    }
+
+    /// The median signal-to-noise ratio of every tracked tensor, on a logarithmic axis with a line at 1, below which
+    /// there is more noise than signal. 1200 × 600 pixels.
+    pub fn gsnr(entry: &Entry) -> Self {
+        let tracked = entry.tensors().filter(|tensor| tensor.gsnr.is_some());
+        let bars = tracked.map(|tensor| Bar::new(&tensor, tensor.gsnr.and_then(GsnrRecord::median))).collect();
+        let noise = entry.gsnr().and_then(crate::GsnrReport::noise_scale);
+        Self {
+            title: format!("Median signal-to-noise ratio by layer, to step {}", entry.step()),
+            subtitle: noise.map_or_else(String::new, |scale| format!("noise scale {scale:.3e} batches")),
+            legend: OF_TENSORS[..3].into(),
+            panels: vec![Panel::Bars(Bars { title: "", scale: Scale::Logarithmic, reference: Some(1.0), bars })],
+            columns: 1,
+            size: (1200, 600),
+        }
+    }
+
+    /// Width and height in pixels.
+    pub fn size(&self) -> (u32, u32) {
+        (self.size.0.unsigned_abs(), self.size.1.unsigned_abs())
+    }
+
+    /// The picture as an SVG document.
+    pub fn svg(&self) -> String {
+        let mut canvas = Canvas::new(self.size.0, self.size.1);
+        self.draw(&mut canvas);
+        canvas.into_svg()
+    }
+
+    /// The picture as a PNG file.
+    ///
+    /// # Errors
+    /// [`Error::Drawing`], for want of memory.
+    pub fn png(&self) -> Result<Vec<u8>, Error> {
+        canvas::png(&self.svg())
+    }
+
+    /// Writes the picture in one piece: as PNG to a path that ends in `.png`, else as SVG.
+    ///
+    /// # Errors
+    /// [`Error::Drawing`], [`Error::Unwritable`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let is_png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+        let content = if is_png { self.png()? } else { self.svg().into_bytes() };
+        file::replace(path, &content)
+    }
+
+    fn draw(&self, canvas: &mut Canvas) {
+        let (width, height) = self.size;
+        canvas.text(&self.title, (16, 20), TITLE, DARK, Anchor::Start);
+        canvas.text(
+            &text::cut(&self.subtitle, text::characters(width - 32, SMALL)),
+            (16, 46),
+            SMALL,
+            DARK,
+            Anchor::Start,
+        );
+        let mut x = width - 16;
+        for (colour, meaning) in self.legend.iter().rev() {
+            canvas.text(meaning, (x, 20), SMALL, DARK, Anchor::End);
+            x -= text::width(meaning, SMALL) + 18;
+            canvas.area((x, 14), (12, 12), *colour);
+            x -= 18;
+        }
+        let across = self.columns;
+        let down = i32::try_from(self.panels.len()).map_or(1, |panels| (panels + across - 1) / across).max(1);
+        let size = (width / across, (height - HEADER) / down);
+        for (index, panel) in (0..).zip(&self.panels) {
+            let place = (index % across * size.0, HEADER + index / across * size.1);
+            canvas.within(place, size, |canvas| match panel {
+                Panel::Bars(bars) => bars.draw(canvas),
+                Panel::Lines(lines) => lines.draw(canvas),
+                Panel::Heat(heat) => heat.draw(canvas),
+            });
+        }
+    }
+}
+
+fn bars_of(entry: &Entry, value: impl Fn(&EntryTensor<'_>) -> Option<f64>) -> Vec<Bar> {
+    entry.tensors().map(|tensor| Bar::new(&tensor, value(&tensor))).collect()
+}
+
+/// The unhealthy tensors by name, the worst first: where there are hundreds, an axis cannot name them.
+fn worst(entry: &Entry) -> String {
+    let names: Vec<String> = entry.tensors().map(|tensor| printable(tensor.report.name)).collect();
+    let labels = Labels::of(names.iter().map(String::as_str), bars::NAME);
+    let mut line = format!("total norm {:.3e}", entry.report().outputs().total_norm);
+    for verdict in [Verdict::Critical, Verdict::Warning] {
+        let of_it = entry.tensors().zip(&labels.short).filter(|(tensor, _)| tensor.verdict == Some(verdict));
+        let names: Vec<&str> = of_it.map(|(_, name)| name.as_str()).collect();
+        if !names.is_empty() {
+            line += &format!(" · {} {verdict}: {}", names.len(), names.join(", "));
+        }
+    }
+    line
+}

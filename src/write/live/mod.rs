@@ -1,0 +1,241 @@
+//! A view of a run in the terminal: the total norm over the steps, the tensors, the worst first, and what is wrong with
+//! what usually helps.
+//!
+//! [`View`] is for programs that have a terminal interface of their own on ratatui; [`Live`] takes the terminal over.
+
+mod terminal;
+
+pub use terminal::Live;
+
+use super::Entry;
+use crate::{Error, Finding, Plan, Severity, Verdict, report::printable};
+use ratatui::{
+    Frame,
+    layout::{Alignment, Constraint, Layout, Rect},
+    style::{Color, Style, Stylize},
+    symbols::Marker,
+    text::{Line, Span},
+    widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph, Row, Table},
+};
+use std::collections::VecDeque;
+
+/// Steps of the curve: more than a terminal has columns.
+const STEPS: usize = 400;
+
+/// What is known of a run, to be drawn. Holds the last 400 norms, and of each tensor the last step.
+#[derive(Clone, Debug)]
+pub struct View {
+    plan: Plan,
+    step: u64,
+    verdict: Option<Verdict>,
+    clip_coefficient: f64,
+    skip: bool,
+    norms: VecDeque<(u64, f64)>,
+    tensors: Vec<Tensor>,
+    findings: Vec<Finding>,
+    /// The first tensor that is shown.
+    scroll: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Tensor {
+    name: String,
+    verdict: Option<Verdict>,
+    norm: f64,
+    /// In the step before.
+    previous: Option<f64>,
+    dead_fraction: Option<f64>,
+    remarks: String,
+}
+
+impl View {
+    /// Of a run with these tensors, before its first step.
+    pub fn new(plan: &Plan) -> Self {
+        Self {
+            plan: plan.clone(),
+            step: 0,
+            verdict: None,
+            clip_coefficient: 1.0,
+            skip: false,
+            norms: VecDeque::new(),
+            tensors: Vec::new(),
+            findings: Vec::new(),
+            scroll: 0,
+        }
+    }
+
+    /// Takes in a step.
+    ///
+    /// # Errors
+    /// [`Error::EntryOfAnotherPlan`].
+    pub fn update(&mut self, entry: &Entry) -> Result<(), Error> {
+        if *entry.report().plan() != self.plan {
+            return Err(Error::EntryOfAnotherPlan { what: "view" });
+        }
+        let outputs = entry.report().outputs();
+        (self.step, self.verdict) = (entry.step(), entry.verdict());
+        (self.clip_coefficient, self.skip) = (outputs.coefficient_f64, outputs.skip != 0);
+        if self.norms.len() == STEPS {
+            self.norms.pop_front();
+        }
+        self.norms.push_back((entry.step(), outputs.total_norm));
+        let mut before = std::mem::take(&mut self.tensors).into_iter();
+        self.tensors = entry
+            .tensors()
+            .map(|tensor| Tensor {
+                name: printable(tensor.report.name),
+                verdict: tensor.verdict,
+                norm: tensor.report.record.l2_norm(),
+                previous: before.next().map(|tensor| tensor.norm),
+                dead_fraction: tensor.report.record.dead_fraction(),
+                remarks: tensor.report.remarks(),
+            })
+            .collect();
+        self.findings = entry.findings().to_vec();
+        // The worst first, the rest in their order.
+        self.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+        Ok(())
+    }
+
+    /// Moves the list of tensors by so many, up or down.
+    pub fn scroll(&mut self, by: isize) {
+        self.scroll = self.scroll.saturating_add_signed(by).min(self.tensors.len().saturating_sub(1));
+    }
+
+    /// Draws the view over the whole frame, whatever its size.
+    pub fn draw(&self, frame: &mut Frame<'_>) {
+        let area = frame.area();
+        let findings = self.findings_lines();
+        let wanted = u16::try_from(findings.len()).unwrap_or(u16::MAX).saturating_add(2);
+        let third = area.height / 3;
+        let [header, curve, tensors, below] = Layout::vertical([
+            Constraint::Length(1),
+            Constraint::Length(third.min(12)),
+            Constraint::Min(0),
+            Constraint::Length(if self.findings.is_empty() { 0 } else { wanted.min(third) }),
+        ])
+        .areas(area);
+        frame.render_widget(self.header(), header);
+        self.draw_curve(frame, curve);
+        self.draw_tensors(frame, tensors);
+        frame.render_widget(Paragraph::new(findings).block(Block::bordered().title(" findings ")), below);
+    }
+
+    fn header(&self) -> Line<'static> {
+        let total = self.norms.back().map_or_else(|| "–".to_owned(), |(_, norm)| format!("{norm:.4e}"));
+        let mut spans =
+            vec![Span::from(format!(" step {}  ", self.step)).bold(), Span::from(format!("total norm {total}  "))];
+        if let Some(verdict) = self.verdict {
+            spans.push(Span::styled(format!("{verdict}  "), style(Some(verdict)).bold()));
+        }
+        if self.clip_coefficient != 1.0 {
+            spans.push(Span::from(format!("clipped by {:.3e}  ", self.clip_coefficient)));
+        }
+        if self.skip {
+            spans.push("to be skipped  ".fg(Color::Red));
+        }
+        let bad = self.norms.iter().filter(|(_, norm)| !norm.is_finite()).count();
+        if bad > 0 {
+            spans.push(format!("not finite in {bad} of the last {} steps", self.norms.len()).fg(Color::Magenta));
+        }
+        Line::from(spans)
+    }
+
+    /// The total norm by its decadic logarithm; along the upper edge the steps whose norm is not finite.
+    fn draw_curve(&self, frame: &mut Frame<'_>, area: Rect) {
+        let of_step = |step: u64| step as f64;
+        let shown: Vec<(f64, f64)> = self
+            .norms
+            .iter()
+            .filter(|(_, norm)| norm.is_finite() && *norm > 0.0)
+            .map(|&(step, norm)| (of_step(step), norm.log10()))
+            .collect();
+        let low = shown.iter().map(|point| point.1).fold(f64::INFINITY, f64::min);
+        let high = shown.iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
+        let (low, high) = if shown.is_empty() { (-1.0, 0.0) } else { (low.floor(), (high + 0.01).ceil()) };
+        let bad: Vec<(f64, f64)> =
+            self.norms.iter().filter(|(_, norm)| !norm.is_finite()).map(|&(step, _)| (of_step(step), high)).collect();
+        let first = self.norms.front().map_or(0, |&(step, _)| step);
+        let last = self.norms.back().map_or(1, |&(step, _)| step).max(first + 1);
+        let curve = Dataset::default().marker(Marker::Braille).graph_type(GraphType::Line).data(&shown).cyan();
+        let marks = Dataset::default().marker(Marker::Block).graph_type(GraphType::Scatter).data(&bad).magenta();
+        let labels = |ends: [String; 2]| ends.map(Line::from);
+        let x_axis = Axis::default()
+            .bounds([of_step(first), of_step(last)])
+            .labels(labels([first.to_string(), last.to_string()]))
+            .labels_alignment(Alignment::Right);
+        let y_axis =
+            Axis::default().bounds([low, high]).labels(labels([low, high].map(|decade| format!("1e{decade}"))));
+        let chart = Chart::new(vec![curve, marks]).x_axis(x_axis).y_axis(y_axis);
+        frame.render_widget(chart.block(Block::bordered().title(" total norm over steps ")), area);
+    }
+
+    fn draw_tensors(&self, frame: &mut Frame<'_>, area: Rect) {
+        let mut order: Vec<&Tensor> = self.tensors.iter().collect();
+        order.sort_by_key(|tensor| std::cmp::Reverse(tensor.verdict));
+        let rows = order.iter().skip(self.scroll).take(area.height.into()).map(|tensor| {
+            let verdict = tensor.verdict.map_or_else(|| "–".to_owned(), |verdict| verdict.to_string());
+            let change = tensor.change().map_or_else(|| "–".to_owned(), |change| format!("×{change:.3}"));
+            let dead = tensor.dead_fraction.map_or_else(|| "–".to_owned(), |dead| format!("{:.2}", 100.0 * dead));
+            let cells = [
+                Line::from(verdict).style(style(tensor.verdict)),
+                Line::from(tensor.name.as_str()),
+                Line::from(format!("{:.3e}", tensor.norm)).right_aligned(),
+                Line::from(change).right_aligned(),
+                Line::from(dead).right_aligned(),
+                Line::from(tensor.remarks.as_str()),
+            ];
+            Row::new(cells)
+        });
+        let right = |title: &'static str| Line::from(title).right_aligned();
+        let titles =
+            [Line::from("verdict"), "tensor".into(), right("l2 norm"), right("change"), right("dead %"), "".into()];
+        let widths = [
+            Constraint::Length(8),
+            Constraint::Fill(2),
+            Constraint::Length(10),
+            Constraint::Length(10),
+            Constraint::Length(7),
+            Constraint::Fill(1),
+        ];
+        let title = format!(" tensors {} to {} ", self.tensors.len().min(self.scroll + 1), self.tensors.len());
+        let table = Table::new(rows, widths).header(Row::new(titles).bold()).block(Block::bordered().title(title));
+        frame.render_widget(table, area);
+    }
+
+    fn findings_lines(&self) -> Vec<Line<'_>> {
+        let mut lines = Vec::new();
+        let mut told: Vec<&str> = Vec::new();
+        for finding in &self.findings {
+            let verdict = Some(Verdict::of(finding.severity));
+            let tensor = finding.tensor.as_deref().map_or_else(String::new, |name| format!(" {}", printable(name)));
+            lines.push(Line::from(vec![
+                Span::styled(format!("{} {}", finding.severity, finding.kind), style(verdict)),
+                Span::from(format!("{tensor}: {}", printable(&finding.message))),
+            ]));
+            // Advice that was given above helps no more the second time.
+            let new = finding.advice.iter().copied().filter(|advice| !told.contains(advice)).collect::<Vec<_>>();
+            if !new.is_empty() {
+                lines.push(Line::from(format!("  → {}", new.join("; "))));
+                told.extend(new);
+            }
+        }
+        lines
+    }
+}
+
+impl Tensor {
+    /// The norm over that of the step before, if that says anything.
+    fn change(&self) -> Option<f64> {
+        self.previous.filter(|&previous| previous > 0.0).map(|previous| self.norm / previous).filter(|x| x.is_finite())
+    }
+}
+
+fn style(verdict: Option<Verdict>) -> Style {
+    match verdict {
+        None => Style::new(),
+        Some(Verdict::Healthy) => Style::new().fg(Color::Green),
+        Some(verdict) if verdict == Verdict::of(Severity::Warning) => Style::new().fg(Color::Yellow),
+        Some(_) => Style::new().fg(Color::Red),
+    }
+}

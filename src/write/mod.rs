@@ -1,0 +1,79 @@
+//! What a step has to say, written down: JSON lines, CSV, Prometheus' text, TensorBoard's event files, pictures and a
+//! view in the terminal.
+//!
+//! An [`Entry`] holds all there is of a step; a [`Sink`] writes entries; [`Background`] has sinks write on a thread of
+//! its own, so that no disk and no terminal ever holds up training. NaN, Inf and names of any characters are data for
+//! all of them.
+//!
+//! ```
+//! use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, write::{Background, Entry, Prometheus}};
+//!
+//! let folder = std::env::temp_dir();
+//! let plan = Plan::new([("weight", DType::F32, 3)])?;
+//! let mut probe = CpuProbe::new(plan, Config::default())?;
+//! let mut writers = Background::new(vec![Box::new(Prometheus::create(folder.join("gradients.prom"))?)], 16)?;
+//! // every step, or every n-th:
+//! let report = probe.measure(&[HostTensor::F32(&[1.0, f32::NAN, 2.0])])?;
+//! writers.send(Entry::new(report));
+//! // at the end:
+//! let finished = writers.finish();
+//! assert_eq!((finished.error, finished.dropped), (None, 0));
+//! # Ok::<(), gradprobe::Error>(())
+//! ```
+
+#[cfg(any(feature = "json", feature = "csv", feature = "tensorboard"))]
+mod append;
+mod background;
+#[cfg(feature = "charts")]
+pub mod charts;
+#[cfg(feature = "csv")]
+mod csv;
+mod entry;
+mod file;
+#[cfg(feature = "json")]
+mod json;
+#[cfg(feature = "live")]
+pub mod live;
+mod prometheus;
+#[cfg(feature = "tensorboard")]
+mod tensorboard;
+
+#[cfg(feature = "csv")]
+pub use self::csv::Csv;
+pub use background::{Background, Finished};
+pub use entry::{Entry, EntryTensor};
+#[cfg(feature = "json")]
+pub use json::{JsonLines, json_line};
+pub use prometheus::{Prometheus, prometheus_text};
+#[cfg(feature = "tensorboard")]
+pub use tensorboard::TensorBoard;
+
+use crate::{Error, Verdict};
+
+/// Something that entries are written to.
+///
+/// A sink that fails is given the next entry all the same: a full disk may have room again.
+pub trait Sink: Send {
+    /// Writes one entry, whole or not at all.
+    ///
+    /// # Errors
+    /// Usually [`Error::Unwritable`], which names the file.
+    fn write(&mut self, entry: &Entry) -> Result<(), Error>;
+
+    /// Completes what is written. Called once, after the last entry.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write).
+    fn finish(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// A verdict as a number that can be drawn over time and compared in an alert.
+fn level(verdict: Verdict) -> f64 {
+    match verdict {
+        Verdict::Healthy => 0.0,
+        Verdict::Warning => 1.0,
+        Verdict::Critical => 2.0,
+    }
+}

@@ -1,0 +1,234 @@
+//! TensorBoard's event files: TFRecord framing around protobuf messages.
+
+use super::{Entry, Sink, append::Appender, file};
+use crate::{Error, GsnrRecord, GsnrReport, Histogram, Record};
+use crc::{CRC_32_ISCSI, Crc};
+use prost::Message;
+use std::{
+    path::Path,
+    process,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
+///
+/// Scalars, as f32, which is what TensorBoard keeps: `total_norm`, `finite_total_norm`, `clip_coefficient`, `skip`,
+/// `nan_count`, `inf_count`, `noise_scale` and `verdict` (0 healthy, 1 warning, 2 critical) of the step; `l2_norm/NAME`,
+/// `finite_l2_norm/NAME`, `max_abs/NAME`, `mean/NAME`, `std/NAME`, `zero_fraction/NAME`, `dead_fraction/NAME`,
+/// `ratio/NAME`, `gsnr_mean/NAME`, `gsnr_median/NAME` and `verdict/NAME` of each tensor, as far as they exist. What is
+/// beyond f32 becomes infinite or 0.
+///
+/// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, the elements that are 0 in a bin of their own below.
+/// NaN and Inf are in none; they are the scalars `nan_count/NAME` and `inf_count/NAME`, there in every step that has
+/// histograms or any of them. A tensor without a finite element has no histogram.
+#[derive(Debug)]
+pub struct TensorBoard {
+    file: Appender,
+}
+
+impl TensorBoard {
+    /// Makes a new event file in `folder`, and that if it is not there. One folder is one run to TensorBoard; a run that
+    /// goes on after a restart is continued by a second file in it.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`].
+    pub fn create(folder: impl AsRef<Path>) -> Result<Self, Error> {
+        let folder = folder.as_ref();
+        file::folder(folder)?;
+        let now = now();
+        let since = now.as_secs();
+        // TensorBoard looks for `tfevents` in the name and reads files in the order of their names. The nanoseconds keep
+        // two files of one process apart.
+        let name = format!("events.out.tfevents.{since:010}.gradprobe.{}.{:09}", process::id(), now.subsec_nanos());
+        let mut file = Appender::create_new(folder.join(name))?;
+        file.append(&framed(&Event {
+            wall_time: now.as_secs_f64(),
+            step: 0,
+            what: Some(event::What::FileVersion("brain.Event:2".to_owned())),
+        }))?;
+        Ok(Self { file })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+impl Sink for TensorBoard {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        let event = Event {
+            wall_time: now().as_secs_f64(),
+            step: i64::try_from(entry.step()).unwrap_or(i64::MAX),
+            what: Some(event::What::Summary(Summary { value: values(entry) })),
+        };
+        self.file.append(&framed(&event))
+    }
+}
+
+fn now() -> std::time::Duration {
+    // A clock before 1970 is no reason to fail.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// A TFRecord: length, its checksum, the message, its checksum.
+fn framed(event: &Event) -> Vec<u8> {
+    const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
+    // "Masked", since a checksum over data that holds checksums is weak.
+    let masked = |data: &[u8]| CRC.checksum(data).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes();
+    let message = event.encode_to_vec();
+    let length = (message.len() as u64).to_le_bytes();
+    [&length[..], &masked(&length), &message, &masked(&message)].concat()
+}
+
+fn values(entry: &Entry) -> Vec<Value> {
+    let mut values = Vec::new();
+    let outputs = entry.report().outputs();
+    let of_step = [
+        ("total_norm", Some(outputs.total_norm)),
+        ("finite_total_norm", Some(outputs.finite_total_norm)),
+        ("clip_coefficient", Some(outputs.coefficient_f64)),
+        ("skip", Some(outputs.skip.into())),
+        ("nan_count", Some(as_f64(outputs.nan_count))),
+        ("inf_count", Some(as_f64(outputs.inf_count))),
+        ("noise_scale", entry.gsnr().and_then(GsnrReport::noise_scale)),
+        ("verdict", entry.verdict().map(super::level)),
+    ];
+    values.extend(of_step.into_iter().filter_map(|(tag, value)| Some(Value::scalar(tag.to_owned(), value?))));
+    for tensor in entry.tensors() {
+        let (name, record) = (tensor.report.name, tensor.report.record);
+        let count = |count: u64| (count > 0 || tensor.histogram.is_some()).then(|| as_f64(count));
+        let of_tensor = [
+            ("l2_norm", Some(record.l2_norm())),
+            ("finite_l2_norm", Some(record.finite_l2_norm())),
+            ("max_abs", record.max_abs().map(f64::from)),
+            ("mean", record.mean()),
+            ("std", record.std()),
+            ("zero_fraction", record.zero_fraction()),
+            ("dead_fraction", record.dead_fraction()),
+            ("nan_count", count(record.nan_count)),
+            ("inf_count", count(record.inf_count)),
+            ("ratio", tensor.report.ratio()),
+            ("gsnr_mean", tensor.gsnr.and_then(GsnrRecord::mean)),
+            ("gsnr_median", tensor.gsnr.and_then(GsnrRecord::median)),
+            ("verdict", tensor.verdict.map(super::level)),
+        ];
+        // The statistic first: TensorBoard groups by what is before the slash.
+        let scalar = |(tag, value): (&str, Option<f64>)| Some(Value::scalar(format!("{tag}/{name}"), value?));
+        values.extend(of_tensor.into_iter().filter_map(scalar));
+        if let Some(histogram) = tensor.histogram.filter(|histogram| histogram.finite_count() > 0) {
+            let what = value::What::Histogram(HistogramProto::new(histogram, record));
+            values.push(Value { tag: format!("gradient_abs/{name}"), what: Some(what) });
+        }
+    }
+    values
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a plan holds at most 2^40 elements")]
+fn as_f64(count: u64) -> f64 {
+    count as f64
+}
+
+// From tensorflow/core/util/event.proto and tensorflow/core/framework/{summary,histogram}.proto, what is used of them.
+
+#[derive(Clone, PartialEq, Message)]
+struct Event {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(oneof = "event::What", tags = "3, 5")]
+    what: Option<event::What>,
+}
+
+mod event {
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum What {
+        #[prost(string, tag = "3")]
+        FileVersion(String),
+        #[prost(message, tag = "5")]
+        Summary(super::Summary),
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<Value>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Value {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(oneof = "value::What", tags = "2, 5")]
+    what: Option<value::What>,
+}
+
+mod value {
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum What {
+        #[prost(float, tag = "2")]
+        Simple(f32),
+        #[prost(message, tag = "5")]
+        Histogram(super::HistogramProto),
+    }
+}
+
+impl Value {
+    fn scalar(tag: String, value: f64) -> Self {
+        Self { tag, what: Some(value::What::Simple(crate::outputs::narrow(value))) }
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct HistogramProto {
+    #[prost(double, tag = "1")]
+    min: f64,
+    #[prost(double, tag = "2")]
+    max: f64,
+    #[prost(double, tag = "3")]
+    num: f64,
+    #[prost(double, tag = "4")]
+    sum: f64,
+    #[prost(double, tag = "5")]
+    sum_squares: f64,
+    /// Upper ends; a bucket reaches from that of the one before.
+    #[prost(double, repeated, tag = "6")]
+    bucket_limit: Vec<f64>,
+    #[prost(double, repeated, tag = "7")]
+    bucket: Vec<f64>,
+}
+
+impl HistogramProto {
+    /// Of |x| over the finite elements, of which there must be some; `record` is of the same elements.
+    fn new(histogram: &Histogram, record: &Record) -> Self {
+        let (mut limits, mut counts) = (Vec::new(), Vec::new());
+        let mut push = |low: f64, high: f64, count: u64| {
+            // One empty bucket for all that lie between: hundreds of zeros a tensor and step would fill a disk.
+            if limits.last().is_none_or(|&last| last < low) {
+                limits.push(low);
+                counts.push(0.0);
+            }
+            limits.push(high);
+            counts.push(as_f64(count));
+        };
+        if histogram.zero_count > 0 {
+            push(f64::from(0f32.next_down()), 0.0, histogram.zero_count);
+        }
+        for (bin, count) in histogram.occupied() {
+            push(Histogram::lowest_of(bin).next_down().into(), Histogram::highest_of(bin).into(), count);
+        }
+        let range = histogram.range();
+        let lowest = if histogram.zero_count > 0 { 0.0 } else { range.map_or(0.0, |range| range.low) };
+        Self {
+            min: lowest,
+            max: range.map_or(0.0, |range| range.high),
+            num: as_f64(histogram.finite_count()),
+            sum: record.sum_abs,
+            sum_squares: record.finite_sum_squares(),
+            bucket_limit: limits,
+            bucket: counts,
+        }
+    }
+}
