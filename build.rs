@@ -26,8 +26,17 @@ fn main() {
     let source = out.join("gradprobe.cu");
     let mut text = String::from("// All of kernels/ in one file, made by build.rs.\n");
     let mut seen = Vec::new();
-    for kernel in ["measure.cu", "clip.cu", "update.cu", "gsnr.cu", "adam.cu", "histogram.cu", "dot.cu", "adaptive.cu"]
-    {
+    for kernel in [
+        "measure.cu",
+        "clip.cu",
+        "update.cu",
+        "gsnr.cu",
+        "adam.cu",
+        "histogram.cu",
+        "dot.cu",
+        "adaptive.cu",
+        "sample.cu",
+    ] {
         flatten(&Path::new("kernels").join(kernel), &mut seen, &mut text);
     }
     fs::write(&source, &text).expect("OUT_DIR can be written");

@@ -115,6 +115,22 @@ struct HealthRules {
 };
 static_assert(sizeof(HealthRules) == 2048, "src/health/judge.rs");
 
+// Elements to be sampled, and the ring they go to: numbers of the steps, and their values.
+struct SamplePlace {
+    u64 index;
+    u32 tensor, reserved;
+};
+static_assert(sizeof(SamplePlace) == 16, "src/samples.rs");
+constexpr u64 SAMPLE_NONFINITE = 1ull << 63; // in the number of a step
+
+struct Samples {
+    const SamplePlace *places;
+    u64 *numbers;
+    float *ring;
+    u32 count, steps;
+};
+static_assert(sizeof(Samples) == 32, "src/launch/samples.rs");
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -155,7 +171,8 @@ struct Arguments {
     u32 *health_words;          // of the tensors
     const AdaptiveRule *adaptive; // and behind it the units of the tensors, and one more; null when there is none
     AdaptiveRecord *adaptive_records; // of the tensors
+    const Samples *samples;     // null when nothing is sampled
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
 };
-static_assert(sizeof(Arguments) == 288, "src/launch.rs");
+static_assert(sizeof(Arguments) == 296, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

@@ -5,7 +5,7 @@
 
 use crate::{
     AdaptiveClip, AdaptiveClipReport, DType, DotReport, Element, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, Report, dtype::sealed::Bits, health::Health,
+    HistoryReport, Report, SampleConfig, SampleReport, dtype::sealed::Bits, health::Health,
 };
 use half::{bf16, f16};
 
@@ -190,6 +190,24 @@ pub trait Backend {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`], [`Error::InvalidConfig`] for more than 63 rules, [`Error::OutOfMemory`].
     fn judge_by(&mut self, health: &Health) -> Result<(), Error>;
+
+    /// Makes room for samples.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::OutOfMemory`].
+    fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error>;
+
+    /// Keeps the sampled elements of these tensors, as those of the step that was measured last.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], and as [`measure_host`](Self::measure_host).
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error>;
+
+    /// The sampled elements of the last steps.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], or the device's.
+    fn samples(&mut self) -> Result<SampleReport, Error>;
 
     /// Makes room for adaptive clips by this rule.
     ///

@@ -57,7 +57,7 @@ pub enum Error {
     /// What needs memory of its own was asked for, but that was never allocated.
     #[error("{what} has no memory to work in: call `enable_{what}` first")]
     NotEnabled {
-        /// `histogram`, `dot` or `adaptive_clip`.
+        /// `histogram`, `dot`, `adaptive_clip` or `samples`.
         what: &'static str,
     },
     /// A tensor does not fall into units of the length given.

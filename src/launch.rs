@@ -11,6 +11,7 @@ use dot::DotMemory;
 use health::HealthMemory;
 use histogram::HistogramMemory;
 use history::History;
+use samples::SampleMemory;
 use std::{collections::VecDeque, sync::Arc};
 use tracking::{Reduction, Tracking};
 
@@ -22,6 +23,7 @@ mod health;
 mod histogram;
 mod history;
 mod reports;
+mod samples;
 mod tracking;
 
 pub use arguments::Arguments;
@@ -59,6 +61,7 @@ pub struct DeviceProbe<D: Device> {
     histogram: Option<HistogramMemory<D>>,
     dot: Option<DotMemory<D>>,
     health: Option<HealthMemory<D>>,
+    samples: Option<SampleMemory<D>>,
     adaptive: Option<AdaptiveMemory<D>>,
     /// For Adam's moments; made when the first of those come.
     adam: Option<(Reduction<D>, D::Buffer)>,
@@ -175,6 +178,7 @@ impl<D: Device> DeviceProbe<D> {
             histogram: None,
             dot: None,
             health: None,
+            samples: None,
             adaptive: None,
             adam: None,
             device,

@@ -43,6 +43,7 @@ mod plan;
 mod policy;
 mod record;
 mod report;
+mod samples;
 mod spec;
 pub mod write;
 
@@ -68,6 +69,7 @@ pub use plan::{Plan, TensorSpec};
 pub use policy::ClipPolicy;
 pub use record::Record;
 pub use report::{Report, TensorReport};
+pub use samples::{SampleConfig, SamplePlace, SampleReport};
 
 /// The README's code, compiled.
 #[cfg(all(doctest, feature = "cuda"))]

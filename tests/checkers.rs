@@ -15,7 +15,7 @@ use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
     AdaptiveClip, AdaptiveClipReport, Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
     GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
-    StepOutputs, health::Health,
+    SampleConfig, SampleReport, StepOutputs, health::Health,
 };
 
 /// What a perfect backend would say.
@@ -419,6 +419,15 @@ macro_rules! tracks_as {
 /// The same of the history, of histograms and of dot products.
 macro_rules! keeps_as {
     ($field:tt) => {
+        fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+            self.$field.enable_samples(config)
+        }
+        fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+            self.$field.sample(tensors)
+        }
+        fn samples(&mut self) -> Result<SampleReport, Error> {
+            self.$field.samples()
+        }
         fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
             self.$field.judge_by(health)
         }

@@ -10,7 +10,7 @@ use common::{Effort, demand_none, gsnr, run_all};
 use gradprobe::{
     AdamMoments, AdamStep, AdaptiveClip, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error,
     GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, Plan,
-    Record, Report, StepOutputs,
+    Record, Report, SampleConfig, StepOutputs,
     cuda::{DeviceMoments, DeviceTensor},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -805,6 +805,47 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
             assert_eq!((&seen.f32, &seen.f16), (&before.f32, &before.f16), "a step to skip");
         }
     }
+}
+
+#[test]
+fn samples_are_those_of_the_cpu_also_in_a_graph() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let config = SampleConfig::new(1000, 3);
+    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    cpu.enable_samples(&config).unwrap();
+    probe.enable_samples(&config).unwrap();
+    let mut place = OnDevice::new(&stream, &Tensors::of(0));
+    let addresses = place.raw();
+    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
+    unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+    stream.begin_capture(THIS_THREAD).unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
+    // SAFETY: as above.
+    unsafe { probe.raw().sample_raw(&addresses) }.unwrap();
+    let refused = probe.samples().map(drop);
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    assert_eq!(refused, Err(Error::WaitInCapture));
+    assert_eq!(nodes(&graph), TWO_KERNELS);
+    for seed in 1..=4 {
+        let mut tensors = Tensors::of(seed);
+        if seed == 3 {
+            tensors.f16[0] = f16::INFINITY;
+        }
+        place.set(&tensors);
+        graph.launch().unwrap();
+        cpu.measure(&tensors.hosts()).unwrap();
+        cpu.sample(&tensors.hosts()).unwrap();
+        assert_eq!(probe.samples().unwrap(), cpu.samples().unwrap());
+    }
+    // And by the safe calls.
+    probe.measure(&place.slices()).unwrap();
+    probe.sample(&place.slices()).unwrap();
+    cpu.measure(&Tensors::of(4).hosts()).unwrap();
+    cpu.sample(&Tensors::of(4).hosts()).unwrap();
+    assert_eq!(probe.samples().unwrap(), cpu.samples().unwrap());
 }
 
 #[test]

@@ -8,6 +8,7 @@
 #include "../histogram.cu"
 #include "../dot.cu"
 #include "../adaptive.cu"
+#include "../sample.cu"
 #include "../adam.cu"
 
 thread_local SimtState gradprobe_simt_state;

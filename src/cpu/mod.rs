@@ -11,13 +11,14 @@ mod dot;
 mod gsnr;
 mod histogram;
 mod history;
+mod samples;
 mod scan;
 mod sums;
 
 use crate::{
     AdamMoments, AdamStep, AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, DotReport, Error,
     GsnrConfig, GsnrReport, Histogram, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
-    StepOutputs, adam,
+    SampleConfig, SampleReport, StepOutputs, adam,
     adaptive::Units,
     backend::with_elements,
     dtype::sealed::Bits,
@@ -30,6 +31,7 @@ use clip::Clipping;
 use gsnr::Tracking;
 use history::History;
 use rayon::prelude::*;
+use samples::Samples;
 use std::sync::Arc;
 
 /// Measures and clips gradients on the host. Owns its workspace: a step allocates only its report.
@@ -47,6 +49,7 @@ pub struct CpuProbe {
     dot: bool,
     adaptive: Option<Units>,
     judge: Option<Judge>,
+    samples: Option<Samples>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -76,6 +79,7 @@ impl CpuProbe {
             dot: false,
             adaptive: None,
             judge: None,
+            samples: None,
             outputs: None,
             steps: 0,
         })
@@ -187,6 +191,35 @@ impl CpuProbe {
             });
         });
         Ok(())
+    }
+
+    /// Keeps samples from now on; those of before are forgotten.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], [`Error::OutOfMemory`].
+    pub fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        self.samples = Some(Samples::new(&self.plan, config)?);
+        Ok(())
+    }
+
+    /// Keeps the sampled elements of `tensors`, as those of the step that was measured last.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], and those of [`measure`](Self::measure).
+    pub fn sample(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        let samples = self.samples.as_mut().ok_or(Error::NotEnabled { what: "samples" })?;
+        let outputs = self.outputs.as_ref().ok_or(Error::NotMeasured)?;
+        self.plan.check(shapes(tensors))?;
+        samples.keep(tensors, outputs);
+        Ok(())
+    }
+
+    /// The sampled elements of the last steps.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`].
+    pub fn samples(&self) -> Result<SampleReport, Error> {
+        self.samples.as_ref().map(Samples::report).ok_or(Error::NotEnabled { what: "samples" })
     }
 
     /// Has every measurement from now on judge its step by the threshold rules of `health`: one verdict word for the step,
@@ -381,6 +414,18 @@ impl Backend for CpuProbe {
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.clip(tensors)
+    }
+
+    fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        self.enable_samples(config)
+    }
+
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        self.sample(tensors)
+    }
+
+    fn samples(&mut self) -> Result<SampleReport, Error> {
+        CpuProbe::samples(self)
     }
 
     fn judge_by(&mut self, health: &Health) -> Result<(), Error> {

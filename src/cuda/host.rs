@@ -4,7 +4,8 @@
 use super::{CudaProbe, driver::failed};
 use crate::{
     AdaptiveClip, AdaptiveClipReport, Backend, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, Plan, Report, TensorSpec, health::Health, launch::RawTensor,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Report, SampleConfig, SampleReport, TensorSpec, health::Health,
+    launch::RawTensor,
 };
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 use std::sync::Arc;
@@ -87,6 +88,20 @@ impl CudaProbe {
 }
 
 impl Backend for CudaProbe {
+    fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        self.probe.enable_samples(config)
+    }
+
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        let raw = self.upload(tensors.iter().copied())?;
+        // SAFETY: the staging memory holds the tensors just copied, on the same stream.
+        unsafe { self.probe.sample_raw(&raw) }
+    }
+
+    fn samples(&mut self) -> Result<SampleReport, Error> {
+        self.probe.samples()
+    }
+
     fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
         self.probe.judge_by(health)
     }

@@ -44,7 +44,7 @@ pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
     AdamStep, AdaptiveClip, AdaptiveClipReport, Config, DType, DotReport, Error, GsnrConfig, GsnrReport,
-    HistogramReport, HistoryReport, Plan, Report,
+    HistogramReport, HistoryReport, Plan, Report, SampleConfig, SampleReport,
     health::Health,
     launch::{DeviceProbe, RawMoments, RawTensor},
 };
@@ -208,6 +208,33 @@ impl CudaProbe {
         let given = self.write(&stream, tensors)?;
         // SAFETY: as in `measure`, and the slices are borrowed mutably.
         unsafe { self.probe.clip_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::enable_samples`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`], or the driver's when there is not enough memory.
+    pub fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        self.probe.enable_samples(config)
+    }
+
+    /// Launches the copy of the sampled elements of `tensors`, as those of the step that was measured last.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`], and those of [`measure`](Self::measure).
+    pub fn sample(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let given = self.read(&stream, tensors)?;
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.sample_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::samples`]. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], or the driver's.
+    pub fn samples(&mut self) -> Result<SampleReport, Error> {
+        self.probe.samples()
     }
 
     /// See [`DeviceProbe::judge_by`]: verdict words by the rules of `health`, on the device.

@@ -99,9 +99,11 @@ pub struct Arguments {
     pub adaptive: u64,
     /// One [`AdaptiveRecord`](crate::AdaptiveRecord) a tensor: a result.
     pub adaptive_records: u64,
+    /// What is sampled, and where to; 0 when nothing is.
+    pub samples: u64,
     /// The step of Adam and behind it the addresses of each tensor's moments; 0 but for [`Kernel::Adam`].
     pub adam: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 288);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 296);

@@ -24,11 +24,13 @@ pub enum Kernel {
     Dot,
     /// `gradprobe_adaptive`: scales units in place by the norms of their weights.
     Adaptive,
+    /// `gradprobe_sample`: copies a few elements into a ring of steps.
+    Sample,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 8] = [
+    pub const ALL: [Kernel; 9] = [
         Kernel::Measure,
         Kernel::Clip,
         Kernel::Update,
@@ -37,6 +39,7 @@ impl Kernel {
         Kernel::Histogram,
         Kernel::Dot,
         Kernel::Adaptive,
+        Kernel::Sample,
     ];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
@@ -52,6 +55,7 @@ impl Kernel {
             Kernel::Histogram => "gradprobe_histogram",
             Kernel::Dot => "gradprobe_dot",
             Kernel::Adaptive => "gradprobe_adaptive",
+            Kernel::Sample => "gradprobe_sample",
             Kernel::Adam => "gradprobe_adam",
         }
     }

@@ -60,6 +60,8 @@ entries! {
     DOT = gradprobe_dot;
     /// [`Kernel::Adaptive`].
     ADAPTIVE = gradprobe_adaptive;
+    /// [`Kernel::Sample`].
+    SAMPLE = gradprobe_sample;
     /// [`Kernel::Adam`].
     ADAM = gradprobe_adam;
     /// Lanes read their neighbours' words behind a barrier: right.

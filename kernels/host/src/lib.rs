@@ -10,7 +10,7 @@ mod block;
 
 use gradprobe::{
     AdaptiveClip, AdaptiveClipReport, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, Plan, Report,
+    HistoryReport, HostTensor, HostTensorMut, Plan, Report, SampleConfig, SampleReport,
     health::Health,
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
@@ -72,6 +72,7 @@ impl Device for Simt {
             Kernel::Dot => Entry::DOT,
             Kernel::Adam => Entry::ADAM,
             Kernel::Adaptive => Entry::ADAPTIVE,
+            Kernel::Sample => Entry::SAMPLE,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
@@ -158,6 +159,19 @@ impl Backend for SimtProbe {
         let raw = all_mut(tensors);
         // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
         unsafe { self.0.clip_raw(&raw) }
+    }
+
+    fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        self.0.enable_samples(config)
+    }
+
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        // SAFETY: as in `measure_host`.
+        unsafe { self.0.sample_raw(&all(tensors)) }
+    }
+
+    fn samples(&mut self) -> Result<SampleReport, Error> {
+        self.0.samples()
     }
 
     fn judge_by(&mut self, health: &Health) -> Result<(), Error> {

@@ -118,6 +118,7 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
         demand_at_work("the verdict words", arguments.health_words, tensors * 4);
     }
     let more: &[(&str, u64, usize)] = match kernel {
+        Kernel::Sample => &[("what is sampled", arguments.samples, 32)],
         Kernel::Adaptive => &[
             ("the units", arguments.adaptive, 32 + (tensors + 1) * 32),
             ("what became of the units", arguments.adaptive_records, tensors * size_of::<AdaptiveRecord>()),

@@ -1,0 +1,156 @@
+//! Sampled elements over steps, and their mean correlation: known answers, and the kernel on the host against the CPU.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "small numbers"
+)]
+
+mod common;
+
+use common::cases::{Data, Tensor, normal};
+use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, Plan, SampleConfig, SampleReport};
+use gradprobe_simt::{Schedule, Simt, SimtProbe};
+
+const LENGTHS: [usize; 5] = [3, 0, 700, 40_000, 1];
+
+fn plan() -> Plan {
+    let tensors = LENGTHS.iter().enumerate();
+    Plan::new(tensors.map(|(t, &len)| (format!("t{t}"), DType::ALL[t % 3], len as u64))).unwrap()
+}
+
+/// A step of tensors that share a direction to some degree.
+fn step(number: u64, shared: f64) -> Vec<Data> {
+    let direction = normal(77, number as usize);
+    let tensor = |(t, &len): (usize, &usize)| {
+        let value = move |i: usize| shared * direction + (1.0 - shared) * normal(1000 * number + t as u64, i);
+        Tensor::of_values(DType::ALL[t % 3], len, value).data()
+    };
+    LENGTHS.iter().enumerate().map(tensor).collect()
+}
+
+fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
+    data.iter().map(Data::tensor).collect()
+}
+
+fn run(probe: &mut dyn Backend, config: &SampleConfig, steps: &[Vec<Data>]) -> SampleReport {
+    probe.enable_samples(config).unwrap();
+    for step in steps {
+        probe.measure_host(&tensors(step)).unwrap();
+        probe.sample_host(&tensors(step)).unwrap();
+    }
+    probe.samples().unwrap()
+}
+
+/// Pearson's correlation of every pair, one by one.
+fn by_pairs(report: &SampleReport) -> f64 {
+    let columns: Vec<Vec<f64>> = (0..report.places().len())
+        .map(|element| report.steps().map(|(_, values)| f64::from(values[element])).collect())
+        .collect();
+    let centred = |column: &Vec<f64>| {
+        let mean = column.iter().sum::<f64>() / column.len() as f64;
+        column.iter().map(|x| x - mean).collect::<Vec<f64>>()
+    };
+    let columns: Vec<Vec<f64>> = columns.iter().map(centred).filter(|c| c.iter().any(|&x| x != 0.0)).collect();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let (mut sum, mut pairs) = (0.0, 0.0);
+    for (i, a) in columns.iter().enumerate() {
+        for b in &columns[..i] {
+            sum += dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+            pairs += 1.0;
+        }
+    }
+    sum / pairs
+}
+
+#[test]
+fn the_mean_correlation_is_that_of_all_pairs() {
+    for (shared, low, high) in [(0.0, -0.01, 0.01), (0.5, 0.4, 0.6), (0.9, 0.97, 1.0)] {
+        let steps: Vec<Vec<Data>> = (0..40).map(|number| step(number, shared)).collect();
+        let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
+        let report = run(&mut probe, &SampleConfig::new(200, 40), &steps);
+        let (seen, expected) = (report.mean_correlation().unwrap(), by_pairs(&report));
+        assert!((seen - expected).abs() < 1e-9, "{seen}, should be {expected}");
+        assert!((low..high).contains(&seen), "{shared}: {seen}");
+    }
+}
+
+#[test]
+fn elements_are_spread_evenly_and_their_values_are_exact() {
+    let steps: Vec<Vec<Data>> = (0..3).map(|number| step(number, 0.3)).collect();
+    let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
+    let report = run(&mut probe, &SampleConfig::new(500, 2), &steps);
+    assert_eq!(report.places().len(), 500);
+    assert_eq!(report.steps().map(|(number, _)| number).collect::<Vec<_>>(), [2, 3], "the last two");
+    let begin = |tensor: u32| LENGTHS[..tensor as usize].iter().sum::<usize>() as u64;
+    let all = LENGTHS.iter().sum::<usize>() as f64;
+    for (k, place) in report.places().iter().enumerate() {
+        assert!(place.index < LENGTHS[place.tensor as usize] as u64);
+        let expected = k as f64 * all / 500.0;
+        assert!(((begin(place.tensor) + place.index) as f64 - expected).abs() < 1.0, "{place:?}");
+    }
+    for ((_, values), step) in report.steps().zip(&steps[1..]) {
+        let wide: Vec<Vec<f32>> = step.iter().map(|data| data.tensor().to_f32()).collect();
+        for (value, place) in values.iter().zip(report.places()) {
+            assert_eq!(*value, wide[place.tensor as usize][place.index as usize]);
+        }
+    }
+    // No more than there are.
+    let small = Plan::new([("a", DType::F32, 2), ("none", DType::F16, 0), ("b", DType::F32, 1)]).unwrap();
+    let mut probe = CpuProbe::new(small, Config::default()).unwrap();
+    probe.enable_samples(&SampleConfig::new(1000, 2)).unwrap();
+    let places: Vec<_> = probe.samples().unwrap().places().iter().map(|place| (place.tensor, place.index)).collect();
+    assert_eq!(places, [(0, 0), (0, 1), (2, 0)]);
+}
+
+#[test]
+fn the_kernel_keeps_the_same() {
+    let mut steps: Vec<Vec<Data>> = (0..7).map(|number| step(number, 0.3)).collect();
+    steps[4][3] = Data::of_bits(DType::F32, (0..40_000).map(|i| if i == 9 { 0x7fc0_0000 } else { 0 }));
+    for (elements, window) in [(1, 2), (333, 5), (65_536, 7)] {
+        let config = SampleConfig::new(elements, window);
+        let expected = run(&mut CpuProbe::new(plan(), Config::default()).unwrap(), &config, &steps);
+        assert_eq!(
+            (expected.skipped(), expected.steps().len()),
+            if window == 2 { (0, 2) } else { (1, window as usize - 1) }
+        );
+        for (schedule, blocks) in [(Schedule::Forward, 0), (Schedule::Shuffled(1), 1), (Schedule::Reverse, 300)] {
+            let mut probe = SimtProbe::with(Simt { schedule, blocks }, plan(), Config::default()).unwrap();
+            assert_eq!(run(&mut probe, &config, &steps), expected);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_right_is_refused() {
+    let data = step(0, 0.0);
+    let probes: [Box<dyn Backend>; 2] = [
+        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
+        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    ];
+    for mut probe in probes {
+        assert_eq!(probe.sample_host(&tensors(&data)), Err(Error::NotEnabled { what: "samples" }));
+        assert_eq!(probe.samples(), Err(Error::NotEnabled { what: "samples" }));
+        for (config, wrong) in [
+            (SampleConfig::new(0, 2), "elements"),
+            (SampleConfig::new(65_537, 2), "elements"),
+            (SampleConfig::new(1, 1), "steps"),
+        ] {
+            let refused = probe.enable_samples(&config);
+            assert!(matches!(&refused, Err(Error::InvalidConfig { option, .. }) if *option == wrong), "{refused:?}");
+        }
+        probe.enable_samples(&SampleConfig::new(10, 4)).unwrap();
+        assert_eq!(probe.sample_host(&tensors(&data)), Err(Error::NotMeasured));
+        probe.measure_host(&tensors(&data)).unwrap();
+        let refused = probe.sample_host(&tensors(&data[..2]));
+        assert_eq!(refused, Err(Error::TensorCount { planned: 5, given: 2 }));
+        assert_eq!(probe.samples().unwrap().mean_correlation(), None, "no step yet");
+        // Elements that never change have no correlation.
+        for _ in 0..3 {
+            probe.measure_host(&tensors(&data)).unwrap();
+            probe.sample_host(&tensors(&data)).unwrap();
+        }
+        let report = probe.samples().unwrap();
+        assert_eq!((report.steps().len(), report.mean_correlation()), (3, None));
+    }
+}
