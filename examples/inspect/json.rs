@@ -1,7 +1,11 @@
-//! The report for machines.
+//! The report for machines: the objects of `gradprobe::write`, in the shape of the inspector's contract.
 
-use gradprobe::{Finding, GsnrRecord, GsnrReport, Report, TensorReport, Verdict};
-use serde_json::{Map, Number, Value, json};
+use gradprobe::{
+    Finding, GsnrReport, Report, Verdict,
+    write::{json_gsnr, json_number, json_tensor},
+};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// The whole report; `gsnr` when there is more than one step.
@@ -16,7 +20,7 @@ pub fn report(
     report.insert("device".to_owned(), device.into());
     report.insert("steps".to_owned(), steps.into());
     if let Some(gsnr) = gsnr {
-        report.insert("gsnr".to_owned(), gsnr.tensors().map(|(name, record)| signal_and_noise(name, record)).collect());
+        report.insert("gsnr".to_owned(), gsnr.tensors().map(|(name, record)| value(json_gsnr(name, record))).collect());
     }
     report.insert("noise_scale".to_owned(), optional(gsnr.and_then(GsnrReport::noise_scale)));
     report.insert("findings".to_owned(), findings.iter().map(finding).collect());
@@ -48,60 +52,18 @@ pub fn step(file: &Path, report: &Report, clipped: bool) -> Value {
     if clipped {
         step.insert("clip_coefficient".to_owned(), number(outputs.coefficient_f64));
     }
-    step.insert("tensors".to_owned(), report.tensors().map(tensor).collect());
+    step.insert("tensors".to_owned(), report.tensors().map(|tensor| value(json_tensor(&tensor))).collect());
     step.into()
-}
-
-fn tensor(tensor: TensorReport<'_>) -> Value {
-    let record = tensor.record;
-    let mut value = json!({
-        "name": tensor.name,
-        "dtype": tensor.dtype.name(),
-        "count": record.count,
-        "nan_count": record.nan_count,
-        "inf_count": record.inf_count,
-        "zero_count": record.zero_count,
-        "dead_count": record.dead_count,
-        "l2_norm": number(record.l2_norm()),
-        "finite_l2_norm": number(record.finite_l2_norm()),
-        "max_abs": optional(record.max_abs().map(f64::from)),
-        "min_nonzero_abs": optional(record.min_nonzero_abs().map(f64::from)),
-        "mean": optional(record.mean()),
-        "mean_abs": optional(record.mean_abs()),
-        "variance": optional(record.variance()),
-        "first_nonfinite": record.first_nonfinite(),
-    });
-    if let Some(norm) = tensor.param_norm {
-        value["param_norm"] = number(norm);
-        value["ratio"] = optional(tensor.ratio());
-    }
-    value
-}
-
-/// One tensor across the steps.
-fn signal_and_noise(name: &str, record: &GsnrRecord) -> Value {
-    // Of fewer than two steps, the sums say nothing.
-    let sum = |sum: f64| optional((record.steps >= 2).then_some(sum));
-    json!({
-        "name": name,
-        "steps": record.steps,
-        "skipped": record.skipped,
-        "defined": record.defined,
-        "constant": record.constant,
-        "mean": optional(record.mean()),
-        "median": optional(record.median()),
-        "fraction_below_one": optional(record.fraction_below_one()),
-        "sum_variance": sum(record.sum_variance),
-        "sum_squared_mean": sum(record.sum_squared_mean),
-        "norm_cv": optional(record.norm_cv()),
-    })
 }
 
 fn optional(x: Option<f64>) -> Value {
     x.map_or(Value::Null, number)
 }
 
-/// A number with all its bits; the ones JSON cannot hold are strings.
 fn number(x: f64) -> Value {
-    Number::from_f64(x).map_or_else(|| if x.is_nan() { "nan".into() } else { x.to_string().into() }, Value::Number)
+    value(json_number(x))
+}
+
+fn value(of: impl Serialize) -> Value {
+    serde_json::to_value(of).expect("strings, numbers and lists of them")
 }

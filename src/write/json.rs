@@ -1,7 +1,7 @@
 //! JSON lines: one object a step, with the names that the inspector's report has.
 
-use super::{Entry, EntryTensor, Sink, append::Appender};
-use crate::{Error, Finding, GsnrRecord, GsnrReport, Histogram};
+use super::{Entry, Sink, append::Appender};
+use crate::{Error, Finding, GsnrRecord, GsnrReport, Histogram, TensorReport, Verdict};
 use serde::{Serialize, Serializer};
 use std::path::PathBuf;
 
@@ -39,6 +39,21 @@ impl Sink for JsonLines {
 #[expect(clippy::missing_panics_doc, reason = "the types below have nothing that serde_json refuses")]
 pub fn json_line(entry: &Entry) -> String {
     serde_json::to_string(&Step::new(entry)).expect("strings, numbers and lists of them")
+}
+
+/// One tensor of a step as [`json_line`] has it, for reports of another shape.
+pub fn json_tensor<'a>(tensor: &TensorReport<'a>) -> impl Serialize + use<'a> {
+    Tensor::new(tensor, None)
+}
+
+/// One tensor across steps, the same.
+pub fn json_gsnr<'a>(name: &'a str, record: &GsnrRecord) -> impl Serialize + use<'a> {
+    Gsnr::new(name, record)
+}
+
+/// A number, the same.
+pub fn json_number(value: f64) -> impl Serialize {
+    Number(value)
 }
 
 #[derive(Serialize)]
@@ -130,19 +145,18 @@ impl<'a> Step<'a> {
             finite_total_norm: Number(outputs.finite_total_norm),
             clip_coefficient: Number(outputs.coefficient_f64),
             skip: outputs.skip != 0,
-            tensors: entry.tensors().map(|tensor| Tensor::new(&tensor)).collect(),
+            tensors: entry.tensors().map(|tensor| Tensor::new(&tensor.report, tensor.verdict)).collect(),
             gsnr: entry.gsnr().map(|gsnr| gsnr.tensors().map(|(name, record)| Gsnr::new(name, record)).collect()),
             noise_scale: entry.gsnr().and_then(GsnrReport::noise_scale).map(Number),
             histogram: entry.histogram().map(|report| report.tensors().map(|(name, of)| Bins::new(name, of)).collect()),
             findings: entry.verdict().map(|_| entry.findings().iter().map(Found::new).collect()),
-            verdict: entry.verdict().map(|verdict| verdict.name()),
+            verdict: entry.verdict().map(Verdict::name),
         }
     }
 }
 
 impl<'a> Tensor<'a> {
-    fn new(tensor: &EntryTensor<'a>) -> Self {
-        let report = tensor.report;
+    fn new(report: &TensorReport<'a>, verdict: Option<Verdict>) -> Self {
         let record = report.record;
         Self {
             name: report.name,
@@ -162,7 +176,7 @@ impl<'a> Tensor<'a> {
             first_nonfinite: record.first_nonfinite(),
             param_norm: report.param_norm.map(Number),
             ratio: report.param_norm.map(|_| report.ratio().map(Number)),
-            verdict: tensor.verdict.map(|verdict| verdict.name()),
+            verdict: verdict.map(Verdict::name),
         }
     }
 }

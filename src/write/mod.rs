@@ -43,7 +43,7 @@ pub use self::csv::Csv;
 pub use background::{Background, Finished};
 pub use entry::{Entry, EntryTensor};
 #[cfg(feature = "json")]
-pub use json::{JsonLines, json_line};
+pub use json::{JsonLines, json_gsnr, json_line, json_number, json_tensor};
 pub use prometheus::{Prometheus, prometheus_text};
 #[cfg(feature = "tensorboard")]
 pub use tensorboard::TensorBoard;
