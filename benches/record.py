@@ -33,6 +33,7 @@ CASES = [
     *("ceiling/sum", "ceiling/copy", "ceiling/scale"),
     *("measure/f32", "measure/bf16", "measure/f16", "measure/bf16-misaligned"),
     *("step/clips", "step/does-not-clip", "small/device", "small/graph", "small/host", "cached/step", "cached/measure"),
+    *("tracked/f32", "tracked/bf16", "histogram/f32", "histogram/bf16"),
 ]
 
 # A ratio: how many times faster, or which part of the ceiling. A time in ns. A part of the bytes.
@@ -45,6 +46,9 @@ GOALS = {
     "small/graph": {TIME: 12_000, "clip_grad_norm_": 10},
     "small/host": {TIME: 15_000},
     "cached/step": {HBM: 0.2},
+    "tracked/f32": {CEILING: 0.9},
+    "histogram/f32": {CEILING: 0.7},
+    "histogram/bf16": {CEILING: 0.7},
 }
 
 # How often a case moves the bytes of its gradients through memory, and the ceiling that this can go no faster than.
@@ -53,6 +57,11 @@ READS_THEN_SCALES = {"ceiling/sum": 1, "ceiling/scale": 2}
 TRAFFIC = {case: READS for case in CASES if case.startswith("measure/")} | {
     "step/does-not-clip": READS,
     "step/clips": READS_THEN_SCALES,
+    # The gradient twice, and mean and deviations of 8 bytes an element read and written.
+    "tracked/f32": {"ceiling/sum": 2, "ceiling/scale": 4},
+    "tracked/bf16": {"ceiling/sum": 2, "ceiling/scale": 8},
+    "histogram/f32": READS,
+    "histogram/bf16": READS,
 }
 
 # What the second pass of the case `cached` reads: 25 million elements of two bytes.

@@ -19,7 +19,7 @@ use clock::Clock;
 use criterion::{Criterion, Throughput};
 use gradients::{Gradients, transformer_lengths};
 use gradprobe::{
-    Config, CudaProbe, DType, Element, Error, Plan,
+    Config, CudaProbe, DType, Element, Error, GsnrConfig, Plan,
     cuda::{DeviceTensor, DeviceTensorMut},
     cudarc::driver::{
         CudaContext, CudaSlice, CudaStream, DeviceRepr,
@@ -122,6 +122,35 @@ impl Bench<'_> {
             let (probe, tensors) = &mut places[turn % count];
             begin();
             measure(probe, tensors);
+        });
+    }
+
+    /// A tracked step: the measurement, and the update of every element's mean and deviations.
+    fn tracked<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
+        let mut places = probes(&self.stream, gradients, None);
+        for (probe, _) in &mut places {
+            probe.track(&GsnrConfig::new()).unwrap();
+        }
+        let count = places.len();
+        self.time("tracked", name, gradients.bytes(), |turn, begin| {
+            let (probe, tensors) = &mut places[turn % count];
+            begin();
+            measure(probe, tensors);
+        });
+    }
+
+    /// Histograms of the exponents.
+    fn histogram<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
+        let mut places = probes(&self.stream, gradients, None);
+        for (probe, _) in &mut places {
+            probe.enable_histogram().unwrap();
+        }
+        let count = places.len();
+        self.time("histogram", name, gradients.bytes(), |turn, begin| {
+            let (probe, tensors) = &mut places[turn % count];
+            begin();
+            // SAFETY: as for the measurements.
+            unsafe { probe.raw().launch_histogram_raw(tensors) }.unwrap();
         });
     }
 
@@ -230,6 +259,17 @@ impl Bench<'_> {
             let mut gradients = Gradients::new(&stream, transformer_lengths(), 2, 0, bf16::from_f32);
             self.step("step", "clips", &mut gradients, CLIPS);
             self.step("step", "does-not-clip", &mut gradients, DOES_NOT_CLIP);
+        }
+        {
+            // A gradient of 1 GiB, whose state is 2 GiB in f32 and 4 GiB in bf16.
+            let gradients = Gradients::new(&stream, vec![1 << 28], 2, 0, |x| x);
+            self.tracked("f32", &gradients);
+            self.histogram("f32", &gradients);
+        }
+        {
+            let gradients = Gradients::new(&stream, vec![1 << 29], 2, 0, bf16::from_f32);
+            self.tracked("bf16", &gradients);
+            self.histogram("bf16", &gradients);
         }
         self.mixed();
         self.measure("cached", "measure", &cached(&stream));
