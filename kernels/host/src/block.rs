@@ -78,6 +78,12 @@ entries! {
     MISALIGNED = gradprobe_simt_misaligned;
     /// Shared memory is read before it is written.
     UNSET_SHARED = gradprobe_simt_unset_shared;
+    /// Writes `window` negated elements of `means` to `deviations` and a record a block to `records`, as runs.
+    EPILOGUE = gradprobe_simt_epilogue;
+    /// The same, the blocks having tiles.
+    EPILOGUE_TILES = gradprobe_simt_epilogue_tiles;
+    /// Merges `window` records, and writes two behind them: merged as runs, and as parts of one buffer.
+    EPILOGUE_MERGE = gradprobe_simt_epilogue_merge;
 }
 
 /// Why a thread stopped.

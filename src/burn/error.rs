@@ -1,0 +1,58 @@
+//! What can go wrong between burn and the probe.
+
+/// What can go wrong. Every message names the parameter at fault; nothing has been clipped when one is returned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A parameter, or its gradient, is of a type that is not measured.
+    #[error("parameter {name:?}: {dtype} is not measured; f32, f16 and bf16 are")]
+    Dtype {
+        /// The parameter's name.
+        name: String,
+        /// Its type, as burn calls it.
+        dtype: String,
+    },
+    /// The module is not the one the probe was made for.
+    #[error("parameter {name:?}: the plan has {planned}, the module has {given}")]
+    Changed {
+        /// The first parameter that differs.
+        name: String,
+        /// Shape and type in the plan, or `nothing`.
+        planned: String,
+        /// Shape and type in the module, or `nothing`.
+        given: String,
+    },
+    /// A gradient has another shape or type than its parameter.
+    #[error("parameter {name:?} is {parameter}, its gradient {gradient}")]
+    Gradient {
+        /// The parameter's name.
+        name: String,
+        /// Its shape and type.
+        parameter: String,
+        /// Those of the gradient.
+        gradient: String,
+    },
+    /// There are gradients of parameters that the module does not have: burn does not tell their names.
+    #[error("{count} gradients belong to no parameter of the module")]
+    UnknownGradients {
+        /// How many.
+        count: usize,
+    },
+    /// A gradient is missing that the last step had, or the other way round, and the clip policy remembers earlier steps.
+    #[error("parameter {name:?} had a gradient in one step and none in another, which this clip policy cannot compare")]
+    MissingGradient {
+        /// The first parameter for which that holds.
+        name: String,
+    },
+    /// burn could not give a gradient's elements.
+    #[error("parameter {name:?}: its gradient cannot be read: {reason}")]
+    Read {
+        /// The parameter's name.
+        name: String,
+        /// What burn said.
+        reason: String,
+    },
+    /// The probe's own error.
+    #[error(transparent)]
+    Probe(#[from] gradprobe::Error),
+}
