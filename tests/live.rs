@@ -4,6 +4,7 @@ mod entries;
 mod require;
 
 use entries::{NAMES, deep, entries};
+use gradprobe::write::live::ratatui::{Terminal, backend::TestBackend, buffer::Buffer, style::Color};
 use gradprobe::{
     Error, Plan,
     write::{
@@ -11,7 +12,6 @@ use gradprobe::{
         live::{Live, View},
     },
 };
-use ratatui::{Terminal, backend::TestBackend, buffer::Buffer, style::Color};
 use require::skipped;
 use std::{path::Path, process::Command};
 

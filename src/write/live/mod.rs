@@ -5,6 +5,7 @@
 
 mod terminal;
 
+pub use ratatui;
 pub use terminal::Live;
 
 use super::Entry;
