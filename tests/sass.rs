@@ -59,6 +59,12 @@ fn hopper() -> Option<[Listing; Kernel::ALL.len()]> {
     Some(listings)
 }
 
+/// One of them.
+fn hopper_code(kernel: Kernel) -> Option<Listing> {
+    let place = Kernel::ALL.iter().position(|&other| other == kernel)?;
+    hopper()?.into_iter().nth(place)
+}
+
 /// The loop that reads whole tiles of one dtype, one group of a lane in a turn.
 struct HotLoop {
     span: Range<usize>,
@@ -114,7 +120,7 @@ fn hot_loops(code: &Listing) -> [HotLoop; 3] {
 /// An H200 issues about 15 instructions in the time its memory delivers a 16-bit element, and 30 for f32.
 #[test]
 fn hot_loops_stay_within_what_memory_allows() {
-    let Some([measure, ..]) = hopper() else { return };
+    let Some(measure) = hopper_code(Kernel::Measure) else { return };
     for (hot, limit) in hot_loops(&measure).iter().zip([22.0, 12.0, 12.0]) {
         let dtype = hot.dtype(&measure);
         let executed = hot.executed(&measure, |_| true) as f64 / GROUP as f64;
@@ -128,7 +134,7 @@ fn hot_loops_stay_within_what_memory_allows() {
 /// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
 #[test]
 fn enough_bytes_are_in_flight() {
-    let Some([measure, ..]) = hopper() else { return };
+    let Some(measure) = hopper_code(Kernel::Measure) else { return };
     let blocks = resident_blocks("gradprobe_measure");
     for hot in hot_loops(&measure) {
         // Before the first of its loads is used a lane has issued these, and then waits.
@@ -143,7 +149,7 @@ fn enough_bytes_are_in_flight() {
 /// A block that merges a chunk reads nothing; the next chunk's first row is then on its way to L2.
 #[test]
 fn the_next_chunk_is_fetched_while_one_is_merged() {
-    let Some([measure, ..]) = hopper() else { return };
+    let Some(measure) = hopper_code(Kernel::Measure) else { return };
     let all = measure.instructions().iter().enumerate();
     let fetches: Vec<usize> = all.filter(|(_, code)| code.is("CCTL.PF2")).map(|(index, _)| index).collect();
     assert!(!fetches.is_empty());
@@ -158,7 +164,7 @@ fn the_next_chunk_is_fetched_while_one_is_merged() {
 /// Few GPUs have more than one f64 unit to 64 f32 ones; on those, f64 must not take longer than the memory.
 #[test]
 fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
-    let Some([measure, ..]) = hopper() else { return };
+    let Some(measure) = hopper_code(Kernel::Measure) else { return };
     let hot_loops = hot_loops(&measure);
     let chunks = measure.loops().into_iter().filter(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
     let chunk = chunks.min_by_key(Range::len).expect("the hot loops lie in a loop over the chunks");
@@ -213,7 +219,7 @@ fn nothing_goes_to_local_memory() {
 /// Per 16 bytes read and 16 written an H200 issues 250 instructions in the time its memory takes.
 #[test]
 fn clip_keeps_the_memory_busy_both_ways() {
-    let Some([_, clip, ..]) = hopper() else { return };
+    let Some(clip) = hopper_code(Kernel::Clip) else { return };
     let blocks = resident_blocks("gradprobe_clip");
     let loads = |span: &Range<usize>| clip.count(span, Instruction::is_vector_load);
     let mut loops = clip.loops();
@@ -234,7 +240,7 @@ fn clip_keeps_the_memory_busy_both_ways() {
 #[test]
 fn update_keeps_the_memory_busy_by_whole_vectors() {
     const PACKET: usize = 8;
-    let Some([_, _, update, ..]) = hopper() else { return };
+    let Some(update) = hopper_code(Kernel::Update) else { return };
     let blocks = resident_blocks("gradprobe_update");
     let reads_and_writes = |span: &Range<usize>| {
         update.count(span, Instruction::is_vector_load) > 0 && update.count(span, |code| code.is("STG.128")) > 0
@@ -286,7 +292,7 @@ fn loops_by_vectors(kernel: Kernel, code: &Listing) -> Vec<(Range<usize>, usize)
 /// none branches: zeros and NaN take the same way.
 #[test]
 fn histogram_counts_each_element_by_one_atomic_without_a_branch() {
-    let Some([.., histogram, _, _]) = hopper() else { return };
+    let Some(histogram) = hopper_code(Kernel::Histogram) else { return };
     let loops = loops_by_vectors(Kernel::Histogram, &histogram);
     assert_eq!(loops.len(), DType::ALL.len(), "{loops:?}");
     for (span, in_flight) in loops {
@@ -305,7 +311,7 @@ fn histogram_counts_each_element_by_one_atomic_without_a_branch() {
 /// many as those for f32.
 #[test]
 fn dot_multiplies_every_pair_of_types_by_whole_vectors() {
-    let Some([.., dot, _]) = hopper() else { return };
+    let Some(dot) = hopper_code(Kernel::Dot) else { return };
     let loops = loops_by_vectors(Kernel::Dot, &dot);
     assert_eq!(loops.len(), DType::ALL.len().pow(2), "{loops:?}");
     for (span, in_flight) in loops {
@@ -321,7 +327,7 @@ fn dot_multiplies_every_pair_of_types_by_whole_vectors() {
 /// bits, 46 with a weight of f32. A unit of less than 4096 elements of 16 bits has fewer loads under way.
 #[test]
 fn adaptive_reads_by_whole_vectors() {
-    let Some([.., adaptive]) = hopper() else { return };
+    let Some(adaptive) = hopper_code(Kernel::Adaptive) else { return };
     let blocks = resident_blocks("gradprobe_adaptive");
     let adds_up = |span: &Range<usize>| {
         let vectors = adaptive.count(span, Instruction::is_vector_load);
