@@ -6,9 +6,10 @@
 mod common;
 
 use common::{
-    OFFSETS, Placed,
+    Placed,
     cases::{Data, Tensor, lognormal, nearest, normal},
     oracle::Format,
+    placed,
 };
 use gradprobe::{
     AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, CpuProbe, DType, Error, HostTensor,
@@ -58,10 +59,7 @@ fn run(
     [gradients, weights]: &[Vec<Data>; 2],
     offset: usize,
 ) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
-    let place = |data: &[Data], shift: usize| -> Vec<Placed> {
-        data.iter().enumerate().map(|(t, data)| Placed::new(data, (offset + shift * t) % OFFSETS)).collect()
-    };
-    let (mut gradients, weights) = (place(gradients, 1), place(weights, offset));
+    let (mut gradients, weights) = (placed(gradients, offset, 1), placed(weights, offset, offset));
     probe.measure_host(&gradients.iter().map(Placed::tensor).collect::<Vec<_>>()).unwrap();
     let weights: Vec<HostTensor> = weights.iter().map(Placed::tensor).collect();
     let mut views: Vec<HostTensorMut> = gradients.iter_mut().map(Placed::tensor_mut).collect();

@@ -6,10 +6,11 @@
 mod common;
 
 use common::{
-    OFFSETS, Placed, Prepared,
+    Placed, Prepared,
     cases::{CHUNK, Data, Tensor, cases, normal, others},
     demand_none,
     oracle::{Format, Number, Wide, power_of_two},
+    placed, tensors,
 };
 use gradprobe::{Backend, Config, CpuProbe, DType, Dot, DotReport, Error, HostTensor, Plan, launch::RawTensor};
 use gradprobe_simt::{Schedule, Simt, SimtProbe};
@@ -92,16 +93,9 @@ impl Exact {
     }
 }
 
-fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
-    data.iter().map(Data::tensor).collect()
-}
-
 /// The dot products of a case, both lists placed at misalignments of their own.
 fn run(probe: &mut dyn Backend, a: &[Data], b: &[Data], offset: usize) -> DotReport {
-    let place = |data: &[Data], shift: usize| -> Vec<Placed> {
-        data.iter().enumerate().map(|(t, data)| Placed::new(data, (offset + shift * t) % OFFSETS)).collect()
-    };
-    let (a, b) = (place(a, 1), place(b, offset));
+    let (a, b) = (placed(a, offset, 1), placed(b, offset, offset));
     let (a, b): (Vec<_>, Vec<_>) = (a.iter().map(Placed::tensor).collect(), b.iter().map(Placed::tensor).collect());
     probe.dot_host(&a, &b).unwrap()
 }

@@ -8,8 +8,11 @@
 
 mod common;
 
-use common::cases::{Data, Tensor, normal};
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, Plan, SampleConfig, SampleReport};
+use common::{
+    cases::{Data, Tensor, normal},
+    tensors,
+};
+use gradprobe::{Backend, Config, CpuProbe, DType, Error, Plan, SampleConfig, SampleReport};
 use gradprobe_simt::{Schedule, Simt, SimtProbe};
 
 const LENGTHS: [usize; 5] = [3, 0, 700, 40_000, 1];
@@ -27,10 +30,6 @@ fn step(number: u64, shared: f64) -> Vec<Data> {
         Tensor::of_values(DType::ALL[t % 3], len, value).data()
     };
     LENGTHS.iter().enumerate().map(tensor).collect()
-}
-
-fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
-    data.iter().map(Data::tensor).collect()
 }
 
 fn run(probe: &mut dyn Backend, config: &SampleConfig, steps: &[Vec<Data>]) -> SampleReport {

@@ -4,7 +4,10 @@
 
 mod common;
 
-use common::cases::{Data, Tensor, cases, lognormal, normal, random_bits, uniform};
+use common::{
+    cases::{Data, Tensor, cases, lognormal, normal, random_bits, uniform},
+    tensors,
+};
 use gradprobe::{
     Backend, Config, CpuProbe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Report, Verdict,
     health::{Health, Preset, Rules, Statistic, ThresholdRule, verdict_of},
@@ -65,10 +68,6 @@ fn plan() -> Plan {
     let tensors = LENGTHS.iter().enumerate();
     let plan = Plan::new(tensors.map(|(t, &len)| (format!("t{t}"), DType::ALL[t % 3], len as u64))).unwrap();
     plan.with_weights(LENGTHS.map(|_| DType::F32)).unwrap()
-}
-
-fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
-    data.iter().map(Data::tensor).collect()
 }
 
 /// Compares what a report says with a diagnosis of it. Returns the word of the step.

@@ -4,9 +4,9 @@
 mod common;
 
 use common::{
-    OFFSETS, Placed, Prepared,
+    Placed, Prepared,
     cases::{Data, cases, others},
-    demand_none,
+    demand_none, placed, tensors,
 };
 use gradprobe::{
     Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
@@ -14,16 +14,9 @@ use gradprobe::{
 use gradprobe_simt::{Schedule, Simt, SimtProbe};
 use half::bf16;
 
-fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
-    data.iter().map(Data::tensor).collect()
-}
-
 /// Both lists measured in one step, placed at misalignments of their own.
 fn together(probe: &mut dyn Backend, gradients: &[Data], weights: &[Data], offset: usize) -> Report {
-    let place = |data: &[Data], shift: usize| -> Vec<Placed> {
-        data.iter().enumerate().map(|(t, data)| Placed::new(data, (offset + shift * t) % OFFSETS)).collect()
-    };
-    let (a, b) = (place(gradients, 1), place(weights, offset));
+    let (a, b) = (placed(gradients, offset, 1), placed(weights, offset, offset));
     let (a, b): (Vec<_>, Vec<_>) = (a.iter().map(Placed::tensor).collect(), b.iter().map(Placed::tensor).collect());
     probe.measure_host_with_weights(&a, &b).unwrap()
 }

@@ -1,10 +1,7 @@
 //! The adaptive clip on a device: its tables, the launch, and the read-out.
 
 use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor};
-use crate::{
-    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Error,
-    adaptive::{self},
-};
+use crate::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Error, adaptive};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 

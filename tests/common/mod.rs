@@ -205,6 +205,16 @@ pub fn clip_by_oracle(data: &[Data], outputs: &StepOutputs) -> Vec<Data> {
     data.par_iter().map(clip).collect()
 }
 
+/// The tensors, as backends take them.
+pub fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
+    data.iter().map(Data::tensor).collect()
+}
+
+/// Copies of a list's tensors, each `shift` elements further from a multiple of 16 bytes than the one before.
+pub fn placed(data: &[Data], offset: usize, shift: usize) -> Vec<Placed> {
+    data.iter().enumerate().map(|(t, data)| Placed::new(data, (offset + shift * t) % OFFSETS)).collect()
+}
+
 /// Offsets, in elements, at which a tensor is placed.
 pub const OFFSETS: usize = 16;
 
