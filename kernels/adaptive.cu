@@ -8,6 +8,7 @@
 // Reads each gradient and each weight once: n·(size of g + size of w) bytes, and writes the units that are clipped.
 #include "block.cuh"
 #include "clipping.cuh"
+#include "loss_scale.cuh"
 
 struct UnitSums {
     double gradient, weight;
@@ -85,9 +86,9 @@ DEVICE Squares squares_of(u32 dtype, u64 address, u64 length) {
 }
 
 // A unit's coefficient, by the thread that knows its sums.
-DEVICE float unit_coefficient(const UnitSums &sums, const AdaptiveRule &rule, u32 policy) {
+DEVICE float unit_coefficient(const UnitSums &sums, const AdaptiveRule &rule, u32 policy, double divisor) {
     if (sums.nonfinite > 0 && policy != POLICY_ZERO_NONFINITE) return bits_to_float(0x7fc00000u);
-    double weight = sqrt(sums.weight), norm = sqrt(sums.gradient);
+    double weight = sqrt(sums.weight), norm = sqrt(sums.gradient) / divisor;
     double limit = rule.clipping * (weight > rule.epsilon ? weight : rule.epsilon);
     return norm > limit ? (float)(limit / norm) : 1.0f;
 }
@@ -105,6 +106,7 @@ KERNEL(6) gradprobe_adaptive(Arguments a) {
     if (a.outputs->skip) return;
     const AdaptiveRule &rule = *a.adaptive;
     const Units *all = (const Units *)(&rule + 1);
+    double divisor = divisor_of(a.outputs->loss_scale);
     u32 tensor = 0;
     for (u64 unit = blockIdx.x; unit < rule.unit_count; unit += gridDim.x) {
         while (unit >= all[tensor + 1].first) tensor++;
@@ -124,9 +126,9 @@ KERNEL(6) gradprobe_adaptive(Arguments a) {
                                                        x.nonfinite + y.nonfinite};
                                    });
         if (threadIdx.x == 0) {
-            float coefficient = unit_coefficient(sums, rule, a.policy);
+            float coefficient = unit_coefficient(sums, rule, a.policy, divisor);
             count_unit(a.adaptive_records[tensor], sums, coefficient);
-            scratch.coefficient = coefficient;
+            scratch.coefficient = narrow((double)coefficient / divisor);
             scratch.nonfinite = sums.nonfinite > 0;
         }
         BARRIER(); // the fold of the next unit has more, behind which both may change

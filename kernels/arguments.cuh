@@ -27,6 +27,7 @@ constexpr u32 VERDICT_INF = 2;
 constexpr u32 VERDICT_CLIPPED = 4;
 constexpr u32 VERDICT_SKIP = 8;
 constexpr u32 VERDICT_SPIKE = 16;
+constexpr u32 VERDICT_LOSS_SCALE = 32;
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
 
@@ -47,7 +48,9 @@ struct StepOutputs {
     u64 nan_count;
     u64 inf_count;
     u32 health;
-    u32 reserved[3];
+    float loss_scale;      // of this step's gradients
+    float next_loss_scale; // and of the next one's
+    u32 reserved;
 };
 static_assert(sizeof(StepOutputs) == 96, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
@@ -131,6 +134,17 @@ struct Samples {
 };
 static_assert(sizeof(Samples) == 32, "src/launch/samples.rs");
 
+// The loss scale, and the rule it follows.
+struct LossScale {
+    float scale;
+    u32 growth_tracker; // steps without NaN or Inf since it last changed
+    float growth_factor, backoff_factor;
+    u32 growth_interval;
+    float dead_threshold;
+    u32 reserved[2];
+};
+static_assert(sizeof(LossScale) == 32, "src/loss_scale.rs");
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -173,6 +187,7 @@ struct Arguments {
     AdaptiveRecord *adaptive_records; // of the tensors
     const Samples *samples;     // null when nothing is sampled
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
+    LossScale *loss_scale;      // null when gradients are not scaled
 };
-static_assert(sizeof(Arguments) == 296, "src/launch.rs");
+static_assert(sizeof(Arguments) == 304, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

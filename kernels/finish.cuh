@@ -80,15 +80,16 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     if (a.history) keep_tensors(a);
     Clip &clip = scratch.clip;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
-    bool found = nan_count + inf_count > 0;
-    bool skip = found && a.policy == POLICY_SKIP;
-    bool zero = found && a.policy == POLICY_ZERO_NONFINITE;
+    float scale = a.loss_scale ? a.loss_scale->scale : 1.0f;
+    bool usable = is_usable(scale), found = nan_count + inf_count > 0 || !usable;
+    bool skip = found && (a.policy == POLICY_SKIP || !usable);
+    bool zero = found && a.policy == POLICY_ZERO_NONFINITE && !skip;
     StepOutputs o = {};
     if (threadIdx.x == 0) {
         o.finite_total_norm = sqrt(all.squares);
         o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
         scratch.health = {0, ~0ull, 0, 0};
-        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, 1.0, 0.0f, 0, 0, {0, 0}};
+        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, divisor_of(scale), 1.0, 0.0f, 0, 0, {0, 0}};
     }
     BARRIER();
     if (a.health_rules) {
@@ -99,19 +100,26 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     if (threadIdx.x != 0) return;
     o.coefficient_f64 = clip.coefficient;
     o.total_norm_f32 = narrow(o.total_norm);
-    o.coefficient = narrow(o.coefficient_f64);
-    o.inverse_coefficient = narrow(o.coefficient_f64 == o.coefficient_f64 ? 1.0 / o.coefficient_f64 : o.coefficient_f64);
+    o.coefficient = skip ? 1.0f : narrow(o.coefficient_f64 / clip.divisor);
+    o.inverse_coefficient = skip ? 1.0f : narrow(clip.divisor / o.coefficient_f64);
     o.found_inf = found ? 1.0f : 0.0f;
     o.skip = skip ? 1 : 0;
     bool scales = o.coefficient != 1.0f, parts = clip.clips_parts;
+    bool clips = narrow(o.coefficient_f64) != 1.0f || parts;
     u32 part = a.clip & (CLIP_VALUE | CLIP_QUANTILE) ? ACTION_CLAMP : ACTION_SCALE_TENSORS;
     o.action = (scales ? ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? ACTION_ZERO_NONFINITE : 0);
     o.verdict = (nan_count > 0 ? VERDICT_NAN : 0) | (inf_count > 0 ? VERDICT_INF : 0) |
-                (scales || parts ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0);
+                (clips ? VERDICT_CLIPPED : 0) | (skip ? VERDICT_SKIP : 0) | (clip.spike ? VERDICT_SPIKE : 0) |
+                (usable ? 0 : VERDICT_LOSS_SCALE);
     o.weights = a.weights;
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
     o.inf_count = inf_count;
+    o.loss_scale = o.next_loss_scale = scale;
+    if (a.loss_scale) {
+        adapt(*a.loss_scale, found);
+        o.next_loss_scale = a.loss_scale->scale;
+    }
     if (a.health_rules) o.health = judge_step(scratch.health, a, o.finite_total_norm, clip.finite);
     *a.outputs = o;
     if (a.history) keep_step(a, o);

@@ -18,13 +18,19 @@ DEVICE u32 chunk_at(const Arguments &a, u32 i) {
     return a.weights == 0 ? i : i < a.chunk_count ? i + a.chunk_count : i - a.chunk_count;
 }
 
+// A chunk of the gradients or weights. These are scaled by nothing.
+DEVICE Chunk chunk_to_measure(const Arguments &a, u32 index, u32 tensor) {
+    Chunk chunk = chunk_of(a, index, tensor);
+    return a.loss_scale && tensor < a.tensor_count ? with_scaled_threshold(chunk, *a.loss_scale) : chunk;
+}
+
 KERNEL(4) gradprobe_measure(Arguments a) {
     SHARED(MeasureScratch, scratch);
     u32 chunks = a.chunk_count << a.weights;
     bool finished = chunks == 0 && blockIdx.x == 0;
     for (u32 i = blockIdx.x; i < chunks; i += gridDim.x) {
         u32 index = chunk_at(a, i), tensor = a.chunk_tensors[index];
-        measure_chunk(scratch.chunk, chunk_of(a, index, tensor), [&] {
+        measure_chunk(scratch.chunk, chunk_to_measure(a, index, tensor), [&] {
             if (i + gridDim.x < chunks && threadIdx.x >= WARP) {
                 u32 next = chunk_at(a, i + gridDim.x);
                 prefetch_row(chunk_of(a, next, a.chunk_tensors[next]));
@@ -35,6 +41,9 @@ KERNEL(4) gradprobe_measure(Arguments a) {
         FinishScratch &finish = scratch.finish;
         merge_chunk(finish.records, finish.last, a, scratch.chunk.record, index, tensor, (Record *)a.chunk_parts,
                     a.records + tensor, [&] {
+                        if (a.loss_scale && tensor < a.tensor_count && threadIdx.x == 0) {
+                            unscale(a.records[tensor], divisor_of(a.loss_scale->scale));
+                        }
                         // The last block to get here has no chunk left.
                         finished = last_of(finish.last, a.tensors_done, a.busy_tensors);
                     });

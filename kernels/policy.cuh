@@ -2,6 +2,7 @@
 // operations.
 #pragma once
 #include "block.cuh"
+#include "loss_scale.cuh"
 #include "quantile.cuh"
 
 // The policies; 0 is the global norm alone. A bit each: of consecutive numbers the compiler makes a jump table, with a
@@ -19,6 +20,7 @@ struct Clip {
     double norm;
     u32 finite; // all elements are, so that something is learnt
     u32 skip;
+    double divisor; // the loss scale
     double coefficient;
     float limit; // of elements
     u32 clips_parts;
@@ -31,9 +33,6 @@ DEVICE double propagate(u64 nan_count, u64 inf_count, double finite) {
     if (inf_count > 0) return bits_to_double(0x7ff0000000000000ull);
     return finite;
 }
-
-// NaN in f32 with the bits the CPU gives it: a conversion would set all the fraction's bits.
-DEVICE float narrow(double value) { return value == value ? (float)value : bits_to_float(0x7fc00000u); }
 
 // torch's coefficient.
 DEVICE double torch_rule(double max_norm, double norm) {
@@ -152,7 +151,7 @@ DEVICE void decide_clip(Clip &clip, u64 *counts, const Arguments &a) {
     } else if (by_tensor || by_element) {
         if (by_element) {
             double limit = threshold;
-            if (a.clip & CLIP_QUANTILE) limit = quantile_estimate(counts, (const u64 *)(state + 1), threshold);
+            if (a.clip & CLIP_QUANTILE) limit = quantile_estimate(counts, (const u64 *)(state + 1), threshold) / clip.divisor;
             // None where the quantile is 0.
             if (t == 0) clip.limit = state->limit = (float)limit > 0.0f ? (float)limit : bits_to_float(INFINITY_BITS);
             BARRIER();
@@ -173,8 +172,8 @@ DEVICE void decide_clip(Clip &clip, u64 *counts, const Arguments &a) {
             double coefficient = a.clip & CLIP_TENSOR_NORM
                                      ? torch_rule(threshold, norm)
                                      : average_coefficient(clip, averages[i], norm, global, warm, threshold, smoothing);
-            a.coefficients[i] = narrow(coefficient);
-            if (a.coefficients[i] != 1.0f) atomicAdd(&clip.clips_parts, 1u);
+            a.coefficients[i] = narrow(coefficient / clip.divisor);
+            if (narrow(coefficient) != 1.0f) atomicAdd(&clip.clips_parts, 1u);
         }
     }
     BARRIER();

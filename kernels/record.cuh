@@ -25,6 +25,9 @@ ASSERT_OFFSET(Record, mean_or_zero, 48, "src/record.rs");
 ASSERT_OFFSET(Record, max_abs_or_zero, 72, "src/record.rs");
 ASSERT_OFFSET(Record, min_nonzero_abs_or_infinity, 76, "src/record.rs");
 
+// NaN in f32 with the bits the CPU gives it: a conversion would set all the fraction's bits.
+DEVICE float narrow(double value) { return value == value ? (float)value : bits_to_float(0x7fc00000u); }
+
 DEVICE u64 finite_count(const Record &r) { return r.count - r.nan_count - r.inf_count; }
 
 // Of elements with these moments.

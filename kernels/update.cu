@@ -20,7 +20,8 @@ DEVICE void store_floats(float *address, const Floats8 &floats) {
     store_words4((u64)(address + 4), floats.half[1]);
 }
 
-template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps) {
+template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps,
+                                              float unscale) {
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
     float share = 1.0f / (float)steps, rest = (float)(steps - 1) / (float)steps;
     // The state goes on to a whole packet; what lies behind the last element is 0, and stays so.
@@ -33,7 +34,7 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
 #pragma unroll
         for (u32 slot = 0; slot < PACKET; slot++) {
             u32 &m = mean.half[slot / 4].word[slot % 4], &d = deviation.half[slot / 4].word[slot % 4];
-            float x = E::widen(E::element(words, slot)), old = bits_to_float(m), gap = x - old;
+            float x = E::widen(E::element(words, slot)) * unscale, old = bits_to_float(m), gap = x - old;
             // The first is taken as it is: x·1 + 0 would be the same but for -0.
             m = float_to_bits(steps == 1 ? x : fmaf(gap, share, old));
             d = float_to_bits(steps == 1 ? 0.0f : fmaf(gap * rest, gap, bits_to_float(d)));
@@ -59,6 +60,7 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
 
 KERNEL(8) gradprobe_update(Arguments a) {
     SHARED(u32, last);
+    float unscale = (float)(1.0 / divisor_of(a.outputs->loss_scale));
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end, tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
@@ -66,7 +68,7 @@ KERNEL(8) gradprobe_update(Arguments a) {
         u32 steps = is_full(track, a.window) ? 1 : track.steps + 1;
         Chunk chunk = chunk_of(a, index, tensor);
         u64 first = track.offset + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
-#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, steps)
+#define UPDATE(E) update_chunk<E>(chunk, a.means + first, a.deviations + first, steps, unscale)
         FOR_DTYPE(chunk.dtype, UPDATE)
 #undef UPDATE
     }

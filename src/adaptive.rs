@@ -79,12 +79,11 @@ pub(crate) struct Units {
 }
 
 impl Units {
-    /// The coefficient of a unit, from the sums of its squares; its gradient has non-finite elements or not.
-    pub fn coefficient(&self, gradient: f64, weight: f64, nonfinite: bool, policy: NonFinitePolicy) -> f32 {
+    /// The coefficient of a unit, from its norm and that of its weights; its gradient has non-finite elements or not.
+    pub fn coefficient(&self, norm: f64, weight: f64, nonfinite: bool, policy: NonFinitePolicy) -> f32 {
         if nonfinite && policy != NonFinitePolicy::ZeroNonFinite {
             return f32::NAN;
         }
-        let (norm, weight) = (gradient.sqrt(), weight.sqrt());
         let limit = self.clipping * if weight > self.epsilon { weight } else { self.epsilon };
         if norm > limit { crate::outputs::narrow(limit / norm) } else { 1.0 }
     }

@@ -191,6 +191,12 @@ pub trait Backend {
     /// [`Error::ReportOfAnotherPlan`], [`Error::InvalidConfig`] for more than 63 rules, [`Error::OutOfMemory`].
     fn judge_by(&mut self, health: &Health) -> Result<(), Error>;
 
+    /// Sets the loss scale of the next step.
+    ///
+    /// # Errors
+    /// [`Error::NoLossScale`], [`Error::InvalidConfig`], or the device's.
+    fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error>;
+
     /// Makes room for samples.
     ///
     /// # Errors

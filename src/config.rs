@@ -1,6 +1,6 @@
 //! What a probe is told once: the dead threshold, the clip, and what to do when a gradient is not finite.
 
-use crate::{ClipPolicy, Error};
+use crate::{ClipPolicy, Error, LossScale};
 
 /// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,11 +28,19 @@ pub struct Config {
     pub clip: ClipPolicy,
     /// What a NaN or Inf does to the clip.
     pub non_finite: NonFinitePolicy,
+    /// What the loss is multiplied by before `backward`; nothing by default.
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { dead_threshold: 1e-10, max_norm: None, clip: ClipPolicy::GlobalNorm, non_finite: NonFinitePolicy::Skip }
+        Self {
+            dead_threshold: 1e-10,
+            max_norm: None,
+            clip: ClipPolicy::GlobalNorm,
+            non_finite: NonFinitePolicy::Skip,
+            loss_scale: None,
+        }
     }
 }
 
@@ -61,12 +69,21 @@ impl Config {
         Self { non_finite, ..self }
     }
 
+    /// With gradients of a loss that is multiplied by this scale.
+    #[must_use]
+    pub fn loss_scale(self, loss_scale: LossScale) -> Self {
+        Self { loss_scale: Some(loss_scale), ..self }
+    }
+
     /// # Errors
     /// [`Error::InvalidConfig`] for a value outside its range.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if !(self.dead_threshold.is_finite() && self.dead_threshold >= 0.0) {
             let value = self.dead_threshold.to_string();
             return Err(Error::InvalidConfig { option: "dead_threshold", expected: "finite and not negative", value });
+        }
+        if let Some(loss_scale) = &self.loss_scale {
+            loss_scale.check()?;
         }
         match self.max_norm {
             Some(x) if !(x.is_finite() && x > 0.0) => {

@@ -44,17 +44,23 @@ impl DType {
         self as u32
     }
 
-    /// Bits of the smallest non-negative number of this type that is at least `threshold` when widened to f32, so
-    /// that `|x| < threshold` is `bits(|x|) < result`. `threshold` must not be negative or NaN.
-    pub(crate) fn threshold_bits(self, threshold: f32) -> u32 {
+    /// Bits of the smallest non-negative number of this type that is at least `threshold` when widened, so that
+    /// `|x| < threshold` is `bits(|x|) < result`. `threshold` must not be negative or NaN; `threshold_bits` in
+    /// `kernels/loss_scale.cuh` has the same operations.
+    #[expect(clippy::cast_possible_truncation, reason = "what rounding loses is looked at")]
+    pub(crate) fn threshold_bits(self, threshold: f64) -> u32 {
         // −0 is a threshold of 0.
-        let widened = threshold.abs().to_bits();
+        let threshold = threshold.abs();
+        let nearest = threshold as f32;
+        // The smallest f32 at or above: what is at least that in a narrower type is at least the threshold.
+        let widened = nearest.to_bits() + u32::from(f64::from(nearest) < threshold);
+        let threshold = f32::from_bits(widened);
         match self {
             DType::F32 => widened,
             // The 16 upper bits of a binary32; any bit lost means that the next pattern is the first at or above.
             DType::BF16 => (widened >> 16) + u32::from(widened & 0xffff != 0),
             DType::F16 => {
-                let nearest = f16::from_f32(threshold.abs());
+                let nearest = f16::from_f32(threshold);
                 u32::from(nearest.to_bits()) + u32::from(nearest.to_f32() < threshold)
             }
         }
@@ -229,14 +235,30 @@ mod tests {
 
     #[test]
     fn threshold_bits_separate_below_from_at_least() {
-        let thresholds = [0.0, f32::from_bits(1), 1e-10, 6e-8, 1e-7, 0.1, 1.0, 65504.0, 65505.0, 70000.0, f32::MAX];
+        let thresholds = [
+            0.0,
+            1e-50,
+            f64::from(f32::from_bits(1)),
+            1e-10,
+            6e-8,
+            1e-7,
+            0.1,
+            1.0,
+            65504.0,
+            65505.0,
+            70000.0,
+            f64::from(f32::MAX),
+            1e39,
+            3e-10,
+            6e-8 * 3.0,
+        ];
         for threshold in thresholds {
             for bits in 0..0x7c00u16 {
-                let below = f16::from_bits(bits).to_f32() < threshold;
+                let below = f16::from_bits(bits).to_f64() < threshold;
                 assert_eq!(below, u32::from(bits) < DType::F16.threshold_bits(threshold), "{bits:#x} {threshold}");
             }
             for bits in 0..0x7f80u16 {
-                let below = bf16::from_bits(bits).to_f32() < threshold;
+                let below = bf16::from_bits(bits).to_f64() < threshold;
                 assert_eq!(below, u32::from(bits) < DType::BF16.threshold_bits(threshold), "{bits:#x} {threshold}");
             }
         }

@@ -48,6 +48,9 @@ pub enum Error {
     /// The last steps were asked for, but the probe keeps none.
     #[error("no steps are kept: call `keep_history` first")]
     NoHistory,
+    /// A loss scale was set, but the probe was made without one.
+    #[error("gradients are not scaled: make the probe with `Config::loss_scale`")]
+    NoLossScale,
     /// A variance needs two steps.
     #[error("signal and noise need at least 2 tracked steps, there were {steps}")]
     TooFewSteps {

@@ -330,6 +330,15 @@ impl Histogram {
         i32::try_from(i64::from(largest) - i64::from(margin)).ok()
     }
 
+    /// The loss scale to recommend where these are gradients of a loss that was scaled by `current`, 1 if by nothing:
+    /// [`loss_scale`](Self::loss_scale) times that. Kept within the normal numbers of f32; `None` when nothing is
+    /// finite and not 0.
+    #[expect(clippy::cast_possible_truncation, reason = "kept within f32, and a power of two times an f32")]
+    pub fn recommended_loss_scale(&self, current: f32, format: Format) -> Option<f32> {
+        let scale = f64::from(current) * f64::from(self.loss_scale(format)?).exp2();
+        Some(scale.clamp(f64::from(f32::MIN_POSITIVE), 2f64.powi(127)) as f32)
+    }
+
     /// How many finite elements that are not 0 have |x| < `limit`, or ≤ with `or_equal`: at least, and at most.
     fn count_below(&self, limit: f64, or_equal: bool) -> (u64, u64) {
         let below = |x: f32| f64::from(x) < limit || (or_equal && f64::from(x) == limit);

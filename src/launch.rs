@@ -3,7 +3,10 @@
 //! [`DeviceProbe`] drives `kernels/*.cu` through the small trait [`Device`]; CUDA implements it, and so does the
 //! emulation that runs the same kernels on the host. Implement it to run them elsewhere.
 
-use crate::{Config, DType, Error, NonFinitePolicy, Plan, Record, StepOutputs, TensorSpec, spec::CHUNK};
+use crate::{
+    Config, DType, Error, NonFinitePolicy, Plan, Record, StepOutputs, TensorSpec, loss_scale::LossScaleState,
+    spec::CHUNK,
+};
 use adaptive::AdaptiveMemory;
 use arguments::TensorEntry;
 use bytemuck::{Pod, Zeroable};
@@ -22,6 +25,7 @@ mod dot;
 mod health;
 mod histogram;
 mod history;
+mod loss_scale;
 mod reports;
 mod samples;
 mod tracking;
@@ -63,6 +67,8 @@ pub struct DeviceProbe<D: Device> {
     health: Option<HealthMemory<D>>,
     samples: Option<SampleMemory<D>>,
     adaptive: Option<AdaptiveMemory<D>>,
+    /// As it was made, and where it is.
+    loss_scale: Option<(LossScaleState, D::Buffer)>,
     /// For Adam's moments; made when the first of those come.
     adam: Option<(Reduction<D>, D::Buffer)>,
     /// The addresses in the device's table.
@@ -109,7 +115,7 @@ impl<D: Device> DeviceProbe<D> {
                 first_chunk: (list * chunk_count + chunks.start) as u32,
                 chunk_count: chunks.len() as u32,
                 dtype: dtype.code(),
-                dead_bits: dtype.threshold_bits(config.dead_threshold),
+                dead_bits: dtype.threshold_bits(f64::from(config.dead_threshold)),
             });
             chunk_tensors.extend(chunks.map(|_| index as u32));
         }
@@ -131,6 +137,11 @@ impl<D: Device> DeviceProbe<D> {
         let clip_state = upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?;
         let [tensors, chunk_tensors, chunk_parts, chunks_done, coefficients] =
             workspace.each_ref().map(|buffer| device.address(buffer));
+        let loss_scale = config.loss_scale.map(|rule| {
+            let state = LossScaleState::new(&rule, config.dead_threshold);
+            upload(bytemuck::bytes_of(&state)).map(|buffer| (state, buffer))
+        });
+        let loss_scale = loss_scale.transpose()?;
         let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         let outputs = device.address(&results);
         let arguments = Arguments {
@@ -154,13 +165,16 @@ impl<D: Device> DeviceProbe<D> {
             clip_state: device.address(&clip_state),
             coefficients,
             clip_steps,
+            loss_scale: loss_scale.as_ref().map_or(0, |(_, buffer)| device.address(buffer)),
             ..Arguments::zeroed()
         };
         const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
         Ok(Self {
             current: vec![0; all_tensors],
             disjoint: false,
-            may_change: config.clip.may_clip(config.max_norm) || config.non_finite == NonFinitePolicy::ZeroNonFinite,
+            may_change: config.clip.may_clip(config.max_norm)
+                || config.non_finite == NonFinitePolicy::ZeroNonFinite
+                || config.loss_scale.is_some(),
             measured: false,
             unread: false,
             reads: VecDeque::with_capacity(READS),
@@ -180,6 +194,7 @@ impl<D: Device> DeviceProbe<D> {
             health: None,
             samples: None,
             adaptive: None,
+            loss_scale,
             adam: None,
             device,
         })

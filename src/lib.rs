@@ -36,6 +36,7 @@ pub mod health;
 mod histogram;
 mod history;
 pub mod launch;
+mod loss_scale;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
 mod outputs;
@@ -64,6 +65,7 @@ pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
 pub use health::{Finding, FindingKind, Severity, Verdict};
 pub use histogram::{Bounds, Format, FormatShares, Histogram, HistogramReport};
 pub use history::{HistoryReport, HistoryStep, HistoryTensor, NormStatistics};
+pub use loss_scale::LossScale;
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use policy::ClipPolicy;

@@ -2,6 +2,7 @@
 
 use crate::{
     Histogram, NonFinitePolicy, Record,
+    loss_scale::{LossScaleState, divisor, is_usable},
     policy::{ClipState, Decision, Norms},
     record::propagate,
     spec,
@@ -25,11 +26,12 @@ pub struct StepOutputs {
     pub coefficient_f64: f64,
     /// `total_norm` in f32.
     pub total_norm_f32: f32,
-    /// `coefficient_f64` in f32: what gradients are multiplied by.
+    /// What gradients are multiplied by: `coefficient_f64` in f32, and over `loss_scale` where they are scaled by one. 1
+    /// in a step to skip.
     pub coefficient: f32,
-    /// 1 / coefficient: for optimizers that divide.
+    /// loss_scale / coefficient_f64: for optimizers that divide.
     pub inverse_coefficient: f32,
-    /// 1.0 if any element is NaN or infinite, else 0.0.
+    /// 1.0 if any element is NaN or infinite, or the loss scale not usable, else 0.0.
     pub found_inf: f32,
     /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element), else 0.
     pub skip: i32,
@@ -48,8 +50,12 @@ pub struct StepOutputs {
     /// The step's verdict word by the rules of `judge_by`, 0 without them: see [`health`](crate::health) for its bits, and
     /// [`verdict_of`](crate::health::verdict_of) for what it comes to.
     pub health: u32,
+    /// What the loss, and so this step's gradients, was multiplied by: 1 without a [`LossScale`](crate::LossScale).
+    pub loss_scale: f32,
+    /// The loss scale of the next step.
+    pub next_loss_scale: f32,
     /// Unused; 0.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
@@ -81,28 +87,36 @@ impl StepOutputs {
     pub const VERDICT_SKIP: u32 = 8;
     /// `verdict`: the norm is an outlier by [`ClipPolicy::ZScore`](crate::ClipPolicy::ZScore).
     pub const VERDICT_SPIKE: u32 = 16;
+    /// `verdict`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
+    /// skipped whatever the policy, and its numbers are those of the gradients as they are.
+    pub const VERDICT_LOSS_SCALE: u32 = 32;
 
-    /// The outputs of a step from its records: what the last block of the measure kernel does.
+    /// The outputs of a step from its records: what the last block of the measure kernel does. The number of the step,
+    /// and what it measured besides, are for the caller to add.
     pub(crate) fn finish(
         records: &[Record],
-        weights: Option<&[Record]>,
         histogram: Option<&Histogram>,
         non_finite: NonFinitePolicy,
         clip: &mut ClipState,
-        step: u64,
+        mut loss_scale: Option<&mut LossScaleState>,
     ) -> Self {
+        let scale = loss_scale.as_ref().map_or(1.0, |state| state.scale);
+        let (usable, divisor) = (is_usable(scale), divisor(scale));
         let squares = spec::fold(records.len(), |t| records[t].finite_sum_squares(), |a, b| a + b).unwrap_or(0.0);
         let nan_count = records.iter().map(|r| r.nan_count).sum();
         let inf_count = records.iter().map(|r| r.inf_count).sum();
-        let found = nan_count + inf_count > 0;
+        let found = nan_count + inf_count > 0 || !usable;
         let finite_total_norm = squares.sqrt();
         let total_norm = propagate(nan_count, inf_count, finite_total_norm);
-        let skip = found && non_finite == NonFinitePolicy::Skip;
-        let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite;
-        let norms = Norms { norm: if zero { finite_total_norm } else { total_norm }, finite: !found, skip };
+        let skip = found && (non_finite == NonFinitePolicy::Skip || !usable);
+        let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite && !skip;
+        let norms = Norms { norm: if zero { finite_total_norm } else { total_norm }, finite: !found, skip, divisor };
         let Decision { coefficient: coefficient_f64, clips_parts, spike } = clip.decide(records, &norms, histogram);
-        let coefficient = narrow(coefficient_f64);
-        let scales = coefficient != 1.0;
+        let coefficient = if skip { 1.0 } else { narrow(coefficient_f64 / divisor) };
+        let clips = narrow(coefficient_f64) != 1.0 || clips_parts;
+        if let Some(state) = &mut loss_scale {
+            state.step(found);
+        }
         let flag = |condition: bool, bit: u32| if condition { bit } else { 0 };
         Self {
             total_norm,
@@ -110,23 +124,26 @@ impl StepOutputs {
             coefficient_f64,
             total_norm_f32: narrow(total_norm),
             coefficient,
-            inverse_coefficient: narrow(1.0 / coefficient_f64),
+            inverse_coefficient: if skip { 1.0 } else { narrow(divisor / coefficient_f64) },
             found_inf: if found { 1.0 } else { 0.0 },
             skip: i32::from(skip),
-            action: flag(scales, Self::ACTION_SCALE)
+            action: flag(coefficient != 1.0, Self::ACTION_SCALE)
                 | flag(clips_parts, clip.action_on_parts())
                 | flag(zero, Self::ACTION_ZERO_NONFINITE),
             verdict: flag(nan_count > 0, Self::VERDICT_NAN)
                 | flag(inf_count > 0, Self::VERDICT_INF)
-                | flag(scales || clips_parts, Self::VERDICT_CLIPPED)
+                | flag(clips, Self::VERDICT_CLIPPED)
                 | flag(skip, Self::VERDICT_SKIP)
-                | flag(spike, Self::VERDICT_SPIKE),
-            weights: u32::from(weights.is_some()),
-            step,
+                | flag(spike, Self::VERDICT_SPIKE)
+                | flag(!usable, Self::VERDICT_LOSS_SCALE),
+            weights: 0,
+            step: 0,
             nan_count,
             inf_count,
             health: 0,
-            reserved: [0; 3],
+            loss_scale: scale,
+            next_loss_scale: loss_scale.map_or(1.0, |state| state.scale),
+            reserved: 0,
         }
     }
 }

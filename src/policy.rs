@@ -174,6 +174,8 @@ pub(crate) struct Norms {
     pub finite: bool,
     /// Whether the step is left as it is.
     pub skip: bool,
+    /// The loss scale: what the coefficients of tensors are divided by, and the histogram's elements.
+    pub divisor: f64,
 }
 
 /// What a policy decided.
@@ -253,12 +255,13 @@ impl ClipState {
             ClipPolicy::Value { max_abs } => self.clamp(records, max_abs),
             ClipPolicy::Quantile { quantile } => {
                 let limit = histogram.and_then(|histogram| histogram.quantile_estimate(quantile));
-                let limit = limit.map(crate::outputs::narrow).filter(|&limit| limit > 0.0);
+                let limit =
+                    limit.map(|limit| crate::outputs::narrow(limit / step.divisor)).filter(|&limit| limit > 0.0);
                 self.clamp(records, limit.unwrap_or(f32::INFINITY))
             }
             ClipPolicy::TensorNorm { max_norm } => {
                 let coefficient = |r: &Record| torch_rule(max_norm, tensor_norm(r, step));
-                self.set_coefficients(records.iter().map(coefficient).collect())
+                self.set_coefficients(&records.iter().map(coefficient).collect::<Vec<_>>(), step.divisor)
             }
             ClipPolicy::Percentile { percentile, history } => {
                 if step.finite {
@@ -306,9 +309,9 @@ impl ClipState {
         Decision { coefficient: 1.0, clips_parts, spike: false }
     }
 
-    fn set_coefficients(&mut self, coefficients: Vec<f64>) -> Decision {
-        self.coefficients = coefficients.into_iter().map(crate::outputs::narrow).collect();
-        let clips_parts = self.coefficients.iter().any(|&coefficient| coefficient != 1.0);
+    fn set_coefficients(&mut self, coefficients: &[f64], divisor: f64) -> Decision {
+        self.coefficients = coefficients.iter().map(|c| crate::outputs::narrow(c / divisor)).collect();
+        let clips_parts = coefficients.iter().any(|&c| crate::outputs::narrow(c) != 1.0);
         Decision { coefficient: 1.0, clips_parts, spike: false }
     }
 
@@ -377,8 +380,8 @@ impl ClipState {
             }
             coefficient
         });
-        let coefficients = coefficients.collect();
-        self.set_coefficients(coefficients)
+        let coefficients: Vec<f64> = coefficients.collect();
+        self.set_coefficients(&coefficients, step.divisor)
     }
 }
 

@@ -90,6 +90,8 @@ macro_rules! step_outputs {
             nan_count,
             inf_count,
             health,
+            loss_scale,
+            next_loss_scale,
             reserved,
         })
     };
@@ -125,6 +127,7 @@ fn constants() -> Vec<(String, u64)> {
         ("VERDICT_CLIPPED", StepOutputs::VERDICT_CLIPPED),
         ("VERDICT_SKIP", StepOutputs::VERDICT_SKIP),
         ("VERDICT_SPIKE", StepOutputs::VERDICT_SPIKE),
+        ("VERDICT_LOSS_SCALE", StepOutputs::VERDICT_LOSS_SCALE),
     ];
     let named = |(name, bit)| (format!("GRADPROBE_{name}"), u64::from(bit));
     bits.into_iter().map(named).chain([("GRADPROBE_NONE".to_owned(), Record::NONE)]).collect()

@@ -32,11 +32,14 @@ fn each_list_has_the_bits_it_has_alone() {
         let prepared = Prepared::new(case);
         let weights = others(case);
         let plan = || prepared.plan().with_weights(weights.iter().map(Data::dtype)).unwrap();
-        let alone = |data: &[Data]| {
+        let alone = |data: &[Data], config: Config| {
             let plan = Plan::of_host(prepared.names.iter().cloned().zip(tensors(data))).unwrap();
-            CpuProbe::new(plan, case.config).unwrap().measure(&tensors(data)).unwrap()
+            CpuProbe::new(plan, config).unwrap().measure(&tensors(data)).unwrap()
         };
-        let (of_gradients, of_weights) = (alone(&prepared.data), alone(&weights));
+        // Weights are scaled by nothing.
+        let mut of_weights = case.config;
+        of_weights.loss_scale = None;
+        let (of_gradients, of_weights) = (alone(&prepared.data, case.config), alone(&weights, of_weights));
         let probes: [Box<dyn Backend>; 2] = [
             Box::new(CpuProbe::new(plan(), case.config).unwrap()),
             Box::new(

@@ -44,20 +44,21 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_VERDICT_CLIPPED 4u /* something is clipped */
 #define GRADPROBE_VERDICT_SKIP 8u    /* the step should be skipped */
 #define GRADPROBE_VERDICT_SPIKE 16u  /* the norm is an outlier by the z-score rule */
+#define GRADPROBE_VERDICT_LOSS_SCALE 32u /* the loss scale is not finite and above 0: the step should be skipped */
 
 /* `first_nonfinite_index` of a record without a NaN or infinite element. */
 #define GRADPROBE_NONE 0xffffffffffffffffull
 
 /* What a step decided for all tensors together. An optimizer that multiplies by `coefficient` (or divides by
  * `inverse_coefficient`) and returns early on `skip` (or on `found_inf`) needs no clip pass. Norms, `coefficient_f64`,
- * `coefficient` and `inverse_coefficient` have the gradients' own unit, or none. */
+ * `coefficient` and `inverse_coefficient` have the unit of unscaled gradients, or none. */
 typedef struct gradprobe_step_outputs {
     double total_norm;         /* L2 norm of all elements: NaN if any is NaN, else +Inf if any is infinite */
     double finite_total_norm;  /* L2 norm of the finite elements */
     double coefficient_f64;    /* min(1, max_norm / (norm + 1e-6)), or what another clip policy decided; 1 without one */
     float total_norm_f32;      /* `total_norm`, rounded */
-    float coefficient;         /* `coefficient_f64`, rounded: what gradients are multiplied by */
-    float inverse_coefficient; /* 1 / coefficient, for optimizers that divide */
+    float coefficient;         /* `coefficient_f64` / `loss_scale`, rounded: what gradients are multiplied by */
+    float inverse_coefficient; /* its inverse, for optimizers that divide */
     float found_inf;           /* 1 if any element is NaN or infinite, else 0 */
     gradprobe_i32 skip;        /* 1 if the optimizer should leave this step out, else 0 */
     gradprobe_u32 action;      /* bits GRADPROBE_ACTION_... */
@@ -67,7 +68,9 @@ typedef struct gradprobe_step_outputs {
     gradprobe_u64 nan_count;   /* NaN elements of all tensors */
     gradprobe_u64 inf_count;   /* infinite elements of all tensors */
     gradprobe_u32 health;      /* verdict word by the rules of `judge_by`, 0 when all is well or there are none */
-    gradprobe_u32 reserved[3]; /* 0 */
+    float loss_scale;          /* what the loss of this step was multiplied by, or 1 */
+    float next_loss_scale;     /* and of the next */
+    gradprobe_u32 reserved;    /* 0 */
 } gradprobe_step_outputs;
 
 GRADPROBE_STATIC_ASSERT(sizeof(gradprobe_step_outputs) == 96, "gradprobe_step_outputs");

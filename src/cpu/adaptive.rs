@@ -8,17 +8,19 @@ use crate::{
     Element, HostTensor, HostTensorMut, NonFinitePolicy,
     adaptive::{AdaptiveRecord, Units},
     backend::with_elements,
+    outputs::narrow,
     spec::{self, CHUNK, LANES, PACKET},
 };
 use rayon::prelude::*;
 
-/// Clips the units of the tensor at `index` of the plan.
+/// Clips the units of the tensor at `index` of the plan, and divides all by the loss scale.
 pub(super) fn clip_tensor(
     units: &Units,
     index: usize,
     gradient: &mut HostTensorMut<'_>,
     weight: HostTensor<'_>,
     policy: NonFinitePolicy,
+    divisor: f64,
 ) -> AdaptiveRecord {
     let Some(length) = usize::try_from(units.lengths[index]).ok().filter(|&length| length > 0) else {
         return AdaptiveRecord::default();
@@ -28,10 +30,11 @@ pub(super) fn clip_tensor(
         let records = pairs.map(|(gradient, weight)| {
             let (g, w) = (dispatch::run(Squares(&*gradient)), dispatch::run(Squares(weight)));
             let nonfinite = g.1 > 0;
-            let coefficient = units.coefficient(g.0, w.0, nonfinite, policy);
-            if coefficient != 1.0 || nonfinite {
+            let coefficient = units.coefficient(g.0.sqrt() / divisor, w.0.sqrt(), nonfinite, policy);
+            let product = narrow(f64::from(coefficient) / divisor);
+            if product != 1.0 || nonfinite {
                 let zero_nonfinite = policy == NonFinitePolicy::ZeroNonFinite;
-                let how = Clipping { coefficient, limit: f32::INFINITY, zero_nonfinite };
+                let how = Clipping { coefficient: product, limit: f32::INFINITY, zero_nonfinite };
                 gradient.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, how));
             }
             let mut record = AdaptiveRecord::default();

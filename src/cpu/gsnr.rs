@@ -7,6 +7,8 @@ use crate::{
     adam::Adam,
     backend::with_elements,
     gsnr::{BINS, GsnrSums, Scaling, Track, bin_of},
+    loss_scale::divisor,
+    outputs::narrow,
     spec::{self, CHUNK, LANES},
 };
 use rayon::prelude::*;
@@ -43,8 +45,9 @@ impl Tracking {
         }
     }
 
-    /// Merges a step whose records are known.
-    pub(super) fn update(&mut self, tensors: &[HostTensor<'_>], records: &[Record]) {
+    /// Merges a step whose records are known, and whose elements were scaled by `scale`.
+    pub(super) fn update(&mut self, tensors: &[HostTensor<'_>], records: &[Record], scale: f32) {
+        let unscale = narrow(1.0 / divisor(scale));
         let (mut means, mut deviations) = (self.means.as_mut_slice(), self.deviations.as_mut_slice());
         let mut work = Vec::new();
         for ((track, tensor), record) in self.tracks.iter_mut().zip(tensors).zip(records) {
@@ -64,7 +67,7 @@ impl Tracking {
             let state = means.par_chunks_mut(CHUNK).zip(deviations.par_chunks_mut(CHUNK));
             with_elements!(HostTensor, tensor, elements => {
                 elements.par_chunks(CHUNK).zip(state).for_each(|(elements, (means, deviations))| {
-                    dispatch::run(Update { elements, means, deviations, steps });
+                    dispatch::run(Update { elements, means, deviations, steps, unscale });
                 });
             });
         });
@@ -100,6 +103,8 @@ struct Update<'a, E> {
     deviations: &'a mut [f32],
     /// This one included.
     steps: u32,
+    /// 1 / loss scale.
+    unscale: f32,
 }
 
 impl<E: Element> Work for Update<'_, E> {
@@ -110,14 +115,14 @@ impl<E: Element> Work for Update<'_, E> {
         let state = self.means.iter_mut().zip(self.deviations);
         if self.steps == 1 {
             for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
-                (*mean, *deviation) = (x.widen_finite(), 0.0);
+                (*mean, *deviation) = (x.widen_finite() * self.unscale, 0.0);
             }
             return;
         }
         #[expect(clippy::cast_precision_loss, reason = "rounded the same on every backend")]
         let (share, rest) = (1.0 / self.steps as f32, (self.steps - 1) as f32 / self.steps as f32);
         for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
-            let x = x.widen_finite();
+            let x = x.widen_finite() * self.unscale;
             let gap = x - *mean;
             *mean = gap.mul_add(share, *mean);
             *deviation = (gap * rest).mul_add(gap, *deviation);

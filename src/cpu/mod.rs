@@ -23,6 +23,7 @@ use crate::{
     backend::with_elements,
     dtype::sealed::Bits,
     health::{Health, Judge},
+    loss_scale::{self, LossScaleState},
     policy::ClipState,
     spec::{self, CHUNK},
 };
@@ -50,6 +51,7 @@ pub struct CpuProbe {
     adaptive: Option<Units>,
     judge: Option<Judge>,
     samples: Option<Samples>,
+    loss_scale: Option<LossScaleState>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -80,6 +82,7 @@ impl CpuProbe {
             adaptive: None,
             judge: None,
             samples: None,
+            loss_scale: config.loss_scale.map(|rule| LossScaleState::new(&rule, config.dead_threshold)),
             outputs: None,
             steps: 0,
         })
@@ -108,10 +111,11 @@ impl CpuProbe {
         self.step(tensors, Some(weights))
     }
 
-    /// The records of these tensors.
-    fn records(&mut self, tensors: &[HostTensor<'_>]) -> Vec<Record> {
+    /// The records of these tensors, whose elements were scaled by `scale`.
+    fn records(&mut self, tensors: &[HostTensor<'_>], scale: f32) -> Vec<Record> {
         let plan = &*self.plan;
-        let threshold = self.config.dead_threshold;
+        let divisor = loss_scale::divisor(scale);
+        let threshold = f64::from(self.config.dead_threshold) * divisor;
         let mut rest = self.chunks.as_mut_slice();
         let mut work = Vec::with_capacity(tensors.len());
         for (index, tensor) in tensors.iter().enumerate() {
@@ -129,17 +133,19 @@ impl CpuProbe {
         });
         let merged = |index| {
             let chunks = &self.chunks[plan.chunks_of(index)];
-            spec::fold_spans(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY)
+            let merged = spec::fold_spans(chunks.len(), |c| chunks[c], Record::merge).unwrap_or(Record::EMPTY);
+            merged.over(divisor)
         };
         (0..tensors.len()).map(merged).collect()
     }
 
     fn step(&mut self, tensors: &[HostTensor<'_>], weights: Option<&[HostTensor<'_>]>) -> Result<Report, Error> {
-        let weights = weights.map(|weights| self.records(weights));
-        let records = self.records(tensors);
+        let scale = self.loss_scale.as_ref().map_or(1.0, |state| state.scale);
+        let weights = weights.map(|weights| self.records(weights, 1.0));
+        let records = self.records(tensors, scale);
         self.steps += 1;
         if let Some(tracking) = &mut self.tracking {
-            tracking.update(tensors, &records);
+            tracking.update(tensors, &records, scale);
         }
         let histogram = self.config.clip.needs_histogram().then(|| {
             let each = tensors.par_iter().map(|&tensor| histogram::histogram(tensor));
@@ -147,12 +153,13 @@ impl CpuProbe {
         });
         let mut outputs = StepOutputs::finish(
             &records,
-            weights.as_deref(),
             histogram.as_ref(),
             self.config.non_finite,
             &mut self.clip,
-            self.steps,
+            self.loss_scale.as_mut(),
         );
+        outputs.step = self.steps;
+        outputs.weights = u32::from(weights.is_some());
         let words = self.judge.as_mut().map(|judge| {
             let finite = outputs.found_inf == 0.0;
             let (word, words) = judge.judge(&records, weights.as_deref(), outputs.finite_total_norm, finite);
@@ -190,6 +197,22 @@ impl CpuProbe {
                 elements.par_chunks_mut(CHUNK).for_each(|chunk| clip::clip(chunk, how));
             });
         });
+        Ok(())
+    }
+
+    /// What the next loss is to be multiplied by, under [`Config::loss_scale`].
+    pub fn loss_scale(&self) -> Option<f32> {
+        self.loss_scale.as_ref().map(|state| state.scale)
+    }
+
+    /// Sets the loss scale of the next step, and of those after it until it adapts.
+    ///
+    /// # Errors
+    /// [`Error::NoLossScale`] without [`Config::loss_scale`], [`Error::InvalidConfig`] unless finite and above 0.
+    pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        loss_scale::check_scale(scale)?;
+        let state = self.loss_scale.as_mut().ok_or(Error::NoLossScale)?;
+        *state = state.with_scale(scale);
         Ok(())
     }
 
@@ -256,12 +279,12 @@ impl CpuProbe {
         self.plan.check_lengths(shapes(weights))?;
         self.plan.check(tensors.iter().map(|t| (t.as_ref().dtype(), t.as_ref().len() as u64)))?;
         let outputs = self.outputs.ok_or(Error::NotMeasured)?;
-        let policy = self.config.non_finite;
+        let (policy, divisor) = (self.config.non_finite, loss_scale::divisor(outputs.loss_scale));
         let records = if outputs.skip != 0 {
             vec![AdaptiveRecord::default(); tensors.len()]
         } else {
             let pairs = tensors.par_iter_mut().zip(weights).enumerate();
-            pairs.map(|(index, (g, &w))| adaptive::clip_tensor(units, index, g, w, policy)).collect()
+            pairs.map(|(index, (g, &w))| adaptive::clip_tensor(units, index, g, w, policy, divisor)).collect()
         };
         Ok(AdaptiveClipReport::new(Arc::clone(&self.plan), units, records))
     }
@@ -391,7 +414,7 @@ fn shapes<'a>(tensors: &'a [HostTensor<'_>]) -> impl ExactSizeIterator<Item = (D
     tensors.iter().map(|tensor| (tensor.dtype(), tensor.len() as u64))
 }
 
-fn dead_bits<E: crate::Element>(_: &[E], threshold: f32) -> <E as Bits>::Word {
+fn dead_bits<E: crate::Element>(_: &[E], threshold: f64) -> <E as Bits>::Word {
     E::word(E::DTYPE.threshold_bits(threshold))
 }
 
@@ -414,6 +437,10 @@ impl Backend for CpuProbe {
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         self.clip(tensors)
+    }
+
+    fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        self.set_loss_scale(scale)
     }
 
     fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {

@@ -88,6 +88,10 @@ impl CudaProbe {
 }
 
 impl Backend for CudaProbe {
+    fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        self.set_loss_scale(scale)
+    }
+
     fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
         self.probe.enable_samples(config)
     }

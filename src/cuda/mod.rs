@@ -210,6 +210,14 @@ impl CudaProbe {
         unsafe { self.probe.clip_raw(&given.tensors) }
     }
 
+    /// See [`DeviceProbe::set_loss_scale`].
+    ///
+    /// # Errors
+    /// [`Error::NoLossScale`], [`Error::InvalidConfig`], or the driver's.
+    pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        self.probe.set_loss_scale(scale)
+    }
+
     /// See [`DeviceProbe::enable_samples`].
     ///
     /// # Errors

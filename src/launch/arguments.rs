@@ -103,7 +103,9 @@ pub struct Arguments {
     pub samples: u64,
     /// The step of Adam and behind it the addresses of each tensor's moments; 0 but for [`Kernel::Adam`].
     pub adam: u64,
+    /// The loss scale and its rule; 0 when gradients are not scaled.
+    pub loss_scale: u64,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 296);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 304);

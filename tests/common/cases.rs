@@ -1,13 +1,13 @@
 //! The one table of cases that every backend runs: what a gradient may look like at its worst, at every size where the
 //! reduction changes its path, in every dtype. Cases that others got wrong in public are named after the report.
 //!
-//! The table stays below 40 million elements, so that the slowest backend, the
+//! The table stays below 41 million elements, so that the slowest backend, the
 //! emulation of the kernels, runs it in seconds; the cases marked `large` hold nearly half of them.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small by design.
 
 use super::oracle::{Format, power_of_two};
-use gradprobe::{Config, DType, NonFinitePolicy};
+use gradprobe::{Config, DType, LossScale, NonFinitePolicy};
 
 pub use super::data::*;
 
@@ -98,6 +98,7 @@ pub fn cases() -> Vec<Case> {
         dead,
         lists,
         clips,
+        loss_scales,
         public_failures,
         large,
     ];
@@ -429,6 +430,42 @@ fn lists() -> Vec<Case> {
         .into_iter()
         .flat_map(|dtype| (1..=17).map(move |len| Tensor::of_values(dtype, len, move |i| normal(98 + len as u64, i))));
     cases.push(Case::new("lengths_1_to_17", clip(), short.collect()));
+    cases
+}
+
+/// Scales as trainers have them, at the ends of what f32 holds, and ones whose quotients are rounded.
+fn loss_scales() -> Vec<Case> {
+    let scales = [1.0, 65536.0, 1024.0, 3.0, 1e-3, 0.1, 1e30, f32::MAX, f32::MIN_POSITIVE, f32::from_bits(1)];
+    let mut cases = Vec::new();
+    for (turn, scale) in scales.into_iter().enumerate() {
+        for dtype in DType::ALL {
+            let config = policy(turn).loss_scale(LossScale::fixed(scale));
+            // Gradients, of which some die with the unscaling, more than a chunk of them in each dtype once; and all edges.
+            let len = if turn % 3 == 0 && turn / 3 == dtype as usize { CHUNK + 77 } else { 300 };
+            let gradient = Tensor::of_values(dtype, len, move |i| {
+                1e-3 * f64::from(scale.min(65536.0)) * normal(700 + turn as u64, i)
+            });
+            let edges = edge_values(dtype);
+            let finite: Vec<u32> = edges.iter().copied().filter(|&b| Format::of(dtype).value(b).is_finite()).collect();
+            let of_bits = |bits: Vec<u32>| Tensor::of_bits(dtype, bits.len(), move |i| bits[i]);
+            let name = |what: &str| format!("loss_scale_{scale:e}_{}_{what}", lower(dtype));
+            cases.push(Case::new(name("edges"), config, vec![of_bits(edges), Tensor::empty(dtype), gradient.clone()]));
+            cases.push(Case::new(name("finite"), config, vec![gradient, of_bits(finite)]));
+        }
+    }
+    // A threshold between two numbers of a type once it is scaled, and on one.
+    for (threshold, scale) in
+        [(1e-10, 3.0), (6e-8, 1.0), (1.0, 0.1), (0.5, 2.0), (1e-10, 65536.0), (0.0, 7.0), (3e38, 4.0)]
+    {
+        for dtype in DType::ALL {
+            let config = plain().dead_threshold(threshold).loss_scale(LossScale::fixed(scale));
+            let near = nearest(dtype, f64::from(threshold) * f64::from(scale));
+            let infinity = Format::of(dtype).infinity();
+            let tensor = Tensor::of_bits(dtype, 9, move |i| (near + i as u32).saturating_sub(4).min(infinity - 1));
+            let name = format!("dead_below_{threshold:e}_times_{scale}_{}", lower(dtype));
+            cases.push(Case::new(name, config, vec![tensor]));
+        }
+    }
     cases
 }
 

@@ -282,7 +282,7 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     c.equal("step", outputs.step, step);
     c.equal("nan_count", outputs.nan_count, nan_count);
     c.equal("inf_count", outputs.inf_count, inf_count);
-    let (seen, truth) = (outputs.finite_total_norm, oracle::finite_total_norm(truths));
+    let (seen, truth) = (outputs.finite_total_norm, oracle::finite_total_norm(truths) / oracle::loss_scale(config));
     c.bounded("finite_total_norm", error(seen, truth, truth), SUM_BOUND, seen, truth);
 
     let f32_of = |value: f64| Format::F32.value(Format::F32.encode(value)) as f32;
@@ -291,11 +291,14 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     c.same_f64("total_norm", outputs.total_norm, total_norm);
     c.same_f32("total_norm_f32", outputs.total_norm_f32, f32_of(total_norm));
     c.same_f64("coefficient_f64", outputs.coefficient_f64, coefficient);
-    c.same_f32("coefficient", outputs.coefficient, f32_of(coefficient));
-    c.same_f32("inverse_coefficient", outputs.inverse_coefficient, f32_of(1.0 / coefficient));
+    let scale = oracle::loss_scale(config);
+    let (multiplier, divisor) = if skip { (1.0, 1.0) } else { (coefficient / scale, scale / coefficient) };
+    c.same_f32("coefficient", outputs.coefficient, f32_of(multiplier));
+    c.same_f32("inverse_coefficient", outputs.inverse_coefficient, f32_of(divisor));
     c.same_f32("found_inf", outputs.found_inf, f32::from(found));
     c.equal("skip", outputs.skip, i32::from(skip));
-    let action = [(zero_nonfinite, StepOutputs::ACTION_ZERO_NONFINITE), (clipped, StepOutputs::ACTION_SCALE)];
+    let scales = f32_of(multiplier) != 1.0;
+    let action = [(zero_nonfinite, StepOutputs::ACTION_ZERO_NONFINITE), (scales, StepOutputs::ACTION_SCALE)];
     let action = action.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("action", outputs.action, action);
     let verdict = [
@@ -307,7 +310,10 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     let verdict = verdict.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("verdict", outputs.verdict, verdict);
     c.equal("weights", outputs.weights, 0);
-    c.equal("health and what is unused", (outputs.health, outputs.reserved), (0, [0; 3]));
+    c.same_f32("loss_scale", outputs.loss_scale, scale as f32);
+    // Under the rules that the table has.
+    c.same_f32("next_loss_scale", outputs.next_loss_scale, scale as f32);
+    c.equal("health and what is unused", (outputs.health, outputs.reserved), (0, 0));
     complaints.list
 }
 

@@ -178,7 +178,7 @@ impl Prepared {
             .par_iter()
             .map(|tensor| {
                 let data = tensor.data();
-                let truth = oracle::truth(data.dtype(), case.config.dead_threshold, data.bits());
+                let truth = oracle::truth_under(&case.config, data.dtype(), data.bits());
                 (data, truth)
             })
             .unzip();

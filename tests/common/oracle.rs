@@ -261,7 +261,7 @@ pub struct Truth {
     pub mean_abs: Option<f64>,
     /// ddof 0. Exactly 0 if and only if all finite elements are equal.
     pub variance: Option<f64>,
-    /// Σx² in units of 2^-298, for the sum over tensors.
+    /// Σx² in units of 2^-298, for the sum over tensors; of the elements as they are, whatever the loss scale.
     pub sum_squares: Wide,
 }
 
@@ -373,7 +373,35 @@ pub fn truth(dtype: DType, dead_threshold: f32, bits: impl IntoIterator<Item = u
     exact.truth()
 }
 
-/// The norm over the finite elements of all tensors.
+/// What the loss is scaled by under a config, which for tests of a single step is what it starts from.
+pub fn loss_scale(config: &Config) -> f64 {
+    config.loss_scale.map_or(1.0, |rule| f64::from(rule.initial))
+}
+
+/// The statistics of the elements with these bits under a config, in units of the loss before it is scaled.
+pub fn truth_under(config: &Config, dtype: DType, bits: impl IntoIterator<Item = u32>) -> Truth {
+    let scale = loss_scale(config);
+    let mut exact = Exact::new(dtype, config.dead_threshold);
+    // Exact: 24 by 24 bits.
+    exact.dead_threshold *= scale;
+    bits.into_iter().for_each(|bits| exact.push(bits));
+    let truth = exact.truth();
+    // A quotient of two f32 rounded to f64 and then to f32 is rounded right; what is finite and not 0 stays so.
+    let magnitude = |m: f32| {
+        if m == 0.0 { m } else { ((f64::from(m) / scale) as f32).clamp(f32::from_bits(1), f32::MAX) }
+    };
+    Truth {
+        max_abs: truth.max_abs.map(magnitude),
+        min_nonzero_abs: truth.min_nonzero_abs.map(magnitude),
+        finite_l2_norm: truth.finite_l2_norm / scale,
+        mean: truth.mean.map(|mean| mean / scale),
+        mean_abs: truth.mean_abs.map(|mean_abs| mean_abs / scale),
+        variance: truth.variance.map(|variance| variance / scale / scale),
+        ..truth
+    }
+}
+
+/// The norm over the finite elements of all tensors as they are, whatever the loss scale.
 pub fn finite_total_norm(truths: &[Truth]) -> f64 {
     norm_of(&truths.iter().fold(Wide::ZERO, |sum, t| sum.plus(&t.sum_squares)))
 }

@@ -161,6 +161,10 @@ impl Backend for SimtProbe {
         unsafe { self.0.clip_raw(&raw) }
     }
 
+    fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        self.0.set_loss_scale(scale)
+    }
+
     fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
         self.0.enable_samples(config)
     }

@@ -111,6 +111,9 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     for (what, address, bytes) in across_steps {
         demand_at_work(what, address, bytes);
     }
+    if kernel == Kernel::Measure && arguments.loss_scale != 0 {
+        demand_at_work("the loss scale", arguments.loss_scale, 32);
+    }
     let histograms = if arguments.one_histogram != 0 { 1 } else { tensors };
     if kernel == Kernel::Measure && arguments.health_rules != 0 {
         demand_at_work("the rules", arguments.health_rules, 2048 + tensors * 4);
