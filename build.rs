@@ -36,6 +36,7 @@ fn main() {
         "dot.cu",
         "adaptive.cu",
         "sample.cu",
+        "merge.cu",
     ] {
         flatten(&Path::new("kernels").join(kernel), &mut seen, &mut text);
     }

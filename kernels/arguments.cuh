@@ -28,6 +28,7 @@ constexpr u32 VERDICT_CLIPPED = 4;
 constexpr u32 VERDICT_SKIP = 8;
 constexpr u32 VERDICT_SPIKE = 16;
 constexpr u32 VERDICT_LOSS_SCALE = 32;
+constexpr u32 VERDICT_REPLICAS = 64;
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
 
@@ -50,7 +51,7 @@ struct StepOutputs {
     u32 health;
     float loss_scale;      // of this step's gradients
     float next_loss_scale; // and of the next one's
-    u32 reserved;
+    u32 differing_replicas; // tensors and weights of which ranks hold other bits, though they should be replicas
 };
 static_assert(sizeof(StepOutputs) == 96, "src/outputs.rs");
 ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
@@ -145,6 +146,14 @@ struct LossScale {
 };
 static_assert(sizeof(LossScale) == 32, "src/loss_scale.rs");
 
+// Which ranks hold the parts of a tensor: a run of the table of ranks behind all placements.
+struct Placement {
+    u32 first, count;
+};
+static_assert(sizeof(Placement) == 8, "src/ranks/mod.rs");
+constexpr u32 REPLICATED = 0;         // in `count`: all of it on each
+constexpr u32 EVERYWHERE = 0xffffffffu; // a part on each, in their order
+
 struct Arguments {
     const u64 *addresses;       // of the tensors' elements
     const TensorEntry *tensors;
@@ -188,6 +197,13 @@ struct Arguments {
     const Samples *samples;     // null when nothing is sampled
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
     LossScale *loss_scale;      // null when gradients are not scaled
+    const Record *lists;        // of all ranks, a list of records each; null when there is one rank
+    const Placement *placements; // of the tensors, and behind them ranks
+    u32 *differing;             // replicas that differ; 0 between launches
+    u32 list_count;             // ranks
+    u32 list_length;            // records of a rank
+    u32 is_part;                // 1: measure leaves records, and the step for another launch to finish
+    u32 reserved;
 };
-static_assert(sizeof(Arguments) == 304, "src/launch.rs");
+static_assert(sizeof(Arguments) == 344, "src/launch.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

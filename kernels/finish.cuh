@@ -116,6 +116,11 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     o.loss_scale = o.next_loss_scale = scale;
+    if (a.lists) {
+        o.differing_replicas = load_fresh(a.differing);
+        o.verdict |= o.differing_replicas > 0 ? VERDICT_REPLICAS : 0;
+        *a.differing = 0;
+    }
     if (a.loss_scale) {
         adapt(*a.loss_scale, found);
         o.next_loss_scale = a.loss_scale->scale;

@@ -48,5 +48,5 @@ KERNEL(4) gradprobe_measure(Arguments a) {
                         finished = last_of(finish.last, a.tensors_done, a.busy_tensors);
                     });
     }
-    if (finished) finish_step(scratch.finish, a);
+    if (finished && !a.is_part) finish_step(scratch.finish, a);
 }

@@ -53,6 +53,16 @@ DEVICE Record load_record(const Record *from) {
     return r;
 }
 
+// Whether two records that other launches or blocks have written are the same, byte for byte.
+DEVICE bool same_bits(const Record *a, const Record *b) {
+    bool same = true;
+    for (u32 i = 0; i < sizeof(Record) / 8; i += 2) {
+        LongPair x = load_fresh((const u64 *)a + i), y = load_fresh((const u64 *)b + i);
+        same = same && x.x == y.x && x.y == y.y;
+    }
+    return same;
+}
+
 // The record of a's elements followed by b's.
 DEVICE Record merge(const Record &a, const Record &b) {
     Record r;

@@ -51,6 +51,31 @@ pub enum Error {
     /// A loss scale was set, but the probe was made without one.
     #[error("gradients are not scaled: make the probe with `Config::loss_scale`")]
     NoLossScale,
+    /// What only a probe of many ranks has.
+    #[error("the probe is alone: call `join` first")]
+    NotJoined,
+    /// A tensor is said to be where it cannot be.
+    #[error("tensor {name:?} cannot be placed on {what}")]
+    Placement {
+        /// The tensor's name.
+        name: String,
+        /// Where.
+        what: String,
+    },
+    /// Ranks have different plans, placements or settings.
+    #[error("rank {rank} differs from rank 0: {what}")]
+    RankDiffers {
+        /// The first rank that differs from rank 0.
+        rank: u32,
+        /// In what.
+        what: String,
+    },
+    /// Ranks cannot reach each other.
+    #[error("the ranks cannot communicate: {what}")]
+    Communication {
+        /// Why.
+        what: String,
+    },
     /// A variance needs two steps.
     #[error("signal and noise need at least 2 tracked steps, there were {steps}")]
     TooFewSteps {

@@ -14,6 +14,7 @@ use dot::DotMemory;
 use health::HealthMemory;
 use histogram::HistogramMemory;
 use history::History;
+use ranks::RankMemory;
 use samples::SampleMemory;
 use std::{collections::VecDeque, sync::Arc};
 use tracking::{Reduction, Tracking};
@@ -26,6 +27,7 @@ mod health;
 mod histogram;
 mod history;
 mod loss_scale;
+mod ranks;
 mod reports;
 mod samples;
 mod tracking;
@@ -53,6 +55,7 @@ const READS: usize = 4;
 pub struct DeviceProbe<D: Device> {
     device: D,
     plan: Arc<Plan>,
+    config: Config,
     arguments: Arguments,
     addresses: D::Buffer,
     /// Outputs, then records, then verdict words: what a report is read from.
@@ -67,6 +70,7 @@ pub struct DeviceProbe<D: Device> {
     health: Option<HealthMemory<D>>,
     samples: Option<SampleMemory<D>>,
     adaptive: Option<AdaptiveMemory<D>>,
+    ranks: Option<RankMemory<D>>,
     /// As it was made, and where it is.
     loss_scale: Option<(LossScaleState, D::Buffer)>,
     /// For Adam's moments; made when the first of those come.
@@ -181,6 +185,7 @@ impl<D: Device> DeviceProbe<D> {
             idle: (0..READS).map(|_| device.prepare_read(read_bytes)).collect::<Result<_, _>>()?,
             reported: 0,
             plan: Arc::new(plan),
+            config,
             arguments,
             addresses,
             results,
@@ -195,6 +200,7 @@ impl<D: Device> DeviceProbe<D> {
             samples: None,
             adaptive: None,
             loss_scale,
+            ranks: None,
             adam: None,
             device,
         })
@@ -333,7 +339,7 @@ impl<D: Device> DeviceProbe<D> {
             ..self.arguments
         };
         let chunks = lists * self.arguments.chunk_count;
-        self.device.launch(Kernel::Measure, self.blocks(Kernel::Measure, chunks), &arguments)?;
+        self.launch_measure(self.blocks(Kernel::Measure, chunks), &arguments)?;
         if self.tracking.is_some() {
             self.launch(Kernel::Update)?;
         }

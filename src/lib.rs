@@ -42,6 +42,7 @@ pub mod statistics {}
 mod outputs;
 mod plan;
 mod policy;
+pub mod ranks;
 mod record;
 mod report;
 mod samples;
@@ -69,6 +70,7 @@ pub use loss_scale::LossScale;
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use policy::ClipPolicy;
+pub use ranks::RankReport;
 pub use record::Record;
 pub use report::{Report, TensorReport};
 pub use samples::{SampleConfig, SamplePlace, SampleReport};

@@ -54,8 +54,9 @@ pub struct StepOutputs {
     pub loss_scale: f32,
     /// The loss scale of the next step.
     pub next_loss_scale: f32,
-    /// Unused; 0.
-    pub reserved: u32,
+    /// Tensors, and weights where they are measured, of which ranks hold other bits though they should be replicas; 0
+    /// without [`ranks`](crate::ranks).
+    pub differing_replicas: u32,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
@@ -90,6 +91,8 @@ impl StepOutputs {
     /// `verdict`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
     /// skipped whatever the policy, and its numbers are those of the gradients as they are.
     pub const VERDICT_LOSS_SCALE: u32 = 32;
+    /// `verdict`: some [`differing_replicas`](Self::differing_replicas).
+    pub const VERDICT_REPLICAS: u32 = 64;
 
     /// The outputs of a step from its records: what the last block of the measure kernel does. The number of the step,
     /// and what it measured besides, are for the caller to add.
@@ -143,7 +146,7 @@ impl StepOutputs {
             health: 0,
             loss_scale: scale,
             next_loss_scale: loss_scale.map_or(1.0, |state| state.scale),
-            reserved: 0,
+            differing_replicas: 0,
         }
     }
 }

@@ -92,7 +92,7 @@ macro_rules! step_outputs {
             health,
             loss_scale,
             next_loss_scale,
-            reserved,
+            differing_replicas,
         })
     };
 }
@@ -128,6 +128,7 @@ fn constants() -> Vec<(String, u64)> {
         ("VERDICT_SKIP", StepOutputs::VERDICT_SKIP),
         ("VERDICT_SPIKE", StepOutputs::VERDICT_SPIKE),
         ("VERDICT_LOSS_SCALE", StepOutputs::VERDICT_LOSS_SCALE),
+        ("VERDICT_REPLICAS", StepOutputs::VERDICT_REPLICAS),
     ];
     let named = |(name, bit)| (format!("GRADPROBE_{name}"), u64::from(bit));
     bits.into_iter().map(named).chain([("GRADPROBE_NONE".to_owned(), Record::NONE)]).collect()

@@ -11,6 +11,7 @@
 #include "../adaptive.cu"
 #include "../sample.cu"
 #include "../adam.cu"
+#include "../merge.cu"
 #include "../include/gradprobe_epilogue.cuh"
 
 thread_local SimtState gradprobe_simt_state;

@@ -44,6 +44,7 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_VERDICT_CLIPPED 4u /* something is clipped */
 #define GRADPROBE_VERDICT_SKIP 8u    /* the step should be skipped */
 #define GRADPROBE_VERDICT_SPIKE 16u  /* the norm is an outlier by the z-score rule */
+#define GRADPROBE_VERDICT_REPLICAS 64u /* ranks hold other bits of a tensor, though they should be replicas */
 #define GRADPROBE_VERDICT_LOSS_SCALE 32u /* the loss scale is not finite and above 0: the step should be skipped */
 
 /* `first_nonfinite_index` of a record without a NaN or infinite element. */
@@ -70,7 +71,7 @@ typedef struct gradprobe_step_outputs {
     gradprobe_u32 health;      /* verdict word by the rules of `judge_by`, 0 when all is well or there are none */
     float loss_scale;          /* what the loss of this step was multiplied by, or 1 */
     float next_loss_scale;     /* and of the next */
-    gradprobe_u32 reserved;    /* 0 */
+    gradprobe_u32 differing_replicas; /* tensors and weights of which ranks hold other bits, though replicas */
 } gradprobe_step_outputs;
 
 GRADPROBE_STATIC_ASSERT(sizeof(gradprobe_step_outputs) == 96, "gradprobe_step_outputs");

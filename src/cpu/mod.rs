@@ -11,6 +11,7 @@ mod dot;
 mod gsnr;
 mod histogram;
 mod history;
+mod ranks;
 mod samples;
 mod scan;
 mod sums;
@@ -31,6 +32,7 @@ use chunk::Measure;
 use clip::Clipping;
 use gsnr::Tracking;
 use history::History;
+use ranks::Ranks;
 use rayon::prelude::*;
 use samples::Samples;
 use std::sync::Arc;
@@ -52,6 +54,7 @@ pub struct CpuProbe {
     judge: Option<Judge>,
     samples: Option<Samples>,
     loss_scale: Option<LossScaleState>,
+    ranks: Option<Ranks>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -83,6 +86,7 @@ impl CpuProbe {
             judge: None,
             samples: None,
             loss_scale: config.loss_scale.map(|rule| LossScaleState::new(&rule, config.dead_threshold)),
+            ranks: None,
             outputs: None,
             steps: 0,
         })
@@ -143,6 +147,10 @@ impl CpuProbe {
         let scale = self.loss_scale.as_ref().map_or(1.0, |state| state.scale);
         let weights = weights.map(|weights| self.records(weights, 1.0));
         let records = self.records(tensors, scale);
+        let (records, weights, differing) = match &mut self.ranks {
+            Some(ranks) => ranks.merge(records, weights)?,
+            None => (records, weights, 0),
+        };
         self.steps += 1;
         if let Some(tracking) = &mut self.tracking {
             tracking.update(tensors, &records, scale);
@@ -159,6 +167,8 @@ impl CpuProbe {
             self.loss_scale.as_mut(),
         );
         outputs.step = self.steps;
+        outputs.differing_replicas = differing;
+        outputs.verdict |= if differing > 0 { StepOutputs::VERDICT_REPLICAS } else { 0 };
         outputs.weights = u32::from(weights.is_some());
         let words = self.judge.as_mut().map(|judge| {
             let finite = outputs.found_inf == 0.0;

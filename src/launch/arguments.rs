@@ -105,7 +105,21 @@ pub struct Arguments {
     pub adam: u64,
     /// The loss scale and its rule; 0 when gradients are not scaled.
     pub loss_scale: u64,
+    /// One list of [`Record`]s a rank, of `list_length` each; 0 when there is one rank, as the two that follow.
+    pub lists: u64,
+    /// Where the elements of each tensor are, and behind that the ranks.
+    pub placements: u64,
+    /// A counter of replicas that differ.
+    pub differing: u64,
+    /// Ranks.
+    pub list_count: u32,
+    /// Records of a rank.
+    pub list_length: u32,
+    /// Whether [`Kernel::Measure`] leaves records alone, and the step for [`Kernel::Merge`] to finish.
+    pub is_part: u32,
+    /// Unused; 0.
+    pub reserved: u32,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 304);
+const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 344);

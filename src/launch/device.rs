@@ -26,11 +26,13 @@ pub enum Kernel {
     Adaptive,
     /// `gradprobe_sample`: copies a few elements into a ring of steps.
     Sample,
+    /// `gradprobe_merge`: merges the records of many ranks, and finishes the step that [`Kernel::Measure`] left open.
+    Merge,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 9] = [
+    pub const ALL: [Kernel; 10] = [
         Kernel::Measure,
         Kernel::Clip,
         Kernel::Update,
@@ -40,6 +42,7 @@ impl Kernel {
         Kernel::Dot,
         Kernel::Adaptive,
         Kernel::Sample,
+        Kernel::Merge,
     ];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
@@ -57,6 +60,7 @@ impl Kernel {
             Kernel::Adaptive => "gradprobe_adaptive",
             Kernel::Sample => "gradprobe_sample",
             Kernel::Adam => "gradprobe_adam",
+            Kernel::Merge => "gradprobe_merge",
         }
     }
 }

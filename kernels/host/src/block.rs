@@ -64,6 +64,8 @@ entries! {
     SAMPLE = gradprobe_sample;
     /// [`Kernel::Adam`].
     ADAM = gradprobe_adam;
+    /// [`Kernel::Merge`].
+    MERGE = gradprobe_merge;
     /// Lanes read their neighbours' words behind a barrier: right.
     WITH_BARRIER = gradprobe_simt_with_barrier;
     /// Lanes read their neighbours' words without a barrier.

@@ -73,6 +73,7 @@ impl Device for Simt {
             Kernel::Adam => Entry::ADAM,
             Kernel::Adaptive => Entry::ADAPTIVE,
             Kernel::Sample => Entry::SAMPLE,
+            Kernel::Merge => Entry::MERGE,
         };
         // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
         unsafe { launch(entry, blocks, arguments, self.schedule) }

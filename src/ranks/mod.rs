@@ -1,0 +1,153 @@
+//! Many GPUs: each rank measures what it holds, and every rank has the norms, the clip and the report of the whole model.
+//!
+//! A probe that has [joined](crate::CpuProbe::join) others leaves one record a tensor in each step, 80 bytes, which are
+//! gathered from all ranks and merged **in the order of the ranks**, on the device where there is one. So all ranks hold
+//! the same bits, take the same decision and clip by the same coefficient, and no host takes part. Where the elements of
+//! a tensor are, its [`Placement`] says:
+//!
+//! | trainer | placement |
+//! |---|---|
+//! | data parallel, after the all-reduce | [`Placement::Replicated`] |
+//! | tensor parallel, fully sharded (FSDP, ZeRO) | [`Placement::Sharded`] |
+//! | pipeline stages, experts: one rank has it | [`Placement::Ranks`] of that rank |
+//! | sharded over some ranks, replicated over others | [`Placement::Ranks`] of those that make it up once |
+//!
+//! Every rank plans the same tensors in the same order, with the lengths it holds, 0 where it holds nothing. That their
+//! plans, placements and settings agree is found out when they join, by hashes, before anything is merged.
+//!
+//! Nothing goes through a max- or sum-reduction of floats, in which NaN may get lost and the order is not known. Replicas
+//! of one tensor have records of the same bits, or they are not replicas:
+//! [`StepOutputs::differing_replicas`](crate::StepOutputs::differing_replicas) counts those, and
+//! [`VERDICT_REPLICAS`](crate::StepOutputs::VERDICT_REPLICAS) says so.
+//!
+//! ```
+//! use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, ranks::{Placement, ThreadCommunicator}};
+//!
+//! let shards = [[3.0f32, 0.0], [0.0, 4.0]];
+//! std::thread::scope(|scope| {
+//!     for (communicator, shard) in ThreadCommunicator::group(2).into_iter().zip(&shards) {
+//!         scope.spawn(move || {
+//!             let plan = Plan::new([("weight", DType::F32, 2)])?;
+//!             let mut probe = CpuProbe::new(plan, Config::default().max_norm(1.0))?;
+//!             probe.join(communicator, [Placement::Sharded])?;
+//!             let report = probe.measure(&[HostTensor::F32(shard)])?;
+//!             assert_eq!(report.outputs().total_norm, 5.0); // on both
+//!             Ok::<(), gradprobe::Error>(())
+//!         });
+//!     }
+//! });
+//! ```
+//!
+//! `measure` is then a collective call: all ranks make it, in the same order. A rank that fails before its measurement
+//! leaves the others waiting, as in any collective of NCCL's. The clips of elements and units, histograms, dot products
+//! and tracked elements are of what a rank holds.
+
+mod agreement;
+mod report;
+mod threads;
+
+pub use report::RankReport;
+pub use threads::ThreadCommunicator;
+
+pub(crate) use agreement::{agree, checked};
+
+use crate::{Error, Record};
+use bytemuck::{Pod, Zeroable};
+
+/// Where the elements of a tensor are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Placement {
+    /// Every rank holds all of them, the same. Counted once: from rank 0, or where the replicas differ from the first rank
+    /// whose replica is not finite.
+    Replicated,
+    /// Every rank holds a part, some perhaps none. The tensor is the parts in the order of the ranks.
+    Sharded,
+    /// These ranks hold a part each, and the tensor is the parts in this order. What other ranks hold under the name is
+    /// measured by nobody but them.
+    Ranks(Vec<u32>),
+}
+
+/// How ranks exchange bytes between their hosts.
+pub trait Communicator: std::fmt::Debug + Send + Sync {
+    /// The number of this rank, from 0.
+    fn rank(&self) -> u32;
+
+    /// How many ranks there are.
+    fn ranks(&self) -> u32;
+
+    /// What all ranks gave, one after the other in their order. All give the same number of bytes. Waits for the others.
+    ///
+    /// # Errors
+    /// [`Error::Communication`] when a rank is gone.
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error>;
+}
+
+/// How ranks exchange bytes between their devices.
+pub trait DeviceCommunicator: std::fmt::Debug + Send {
+    /// The number of this rank, from 0.
+    fn rank(&self) -> u32;
+
+    /// How many ranks there are.
+    fn ranks(&self) -> u32;
+
+    /// Copies `bytes` bytes at the device address `from` of each rank to the address `to` of every rank, in the order of
+    /// the ranks; ordered as a launch on the probe's stream is, and legal in a graph capture if a launch is.
+    ///
+    /// # Safety
+    /// `from` has that many bytes and `to` that many for each rank, in this device's memory, apart from each other and
+    /// until the copy has run.
+    ///
+    /// # Errors
+    /// When the communication fails.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
+}
+
+/// A placement as the kernels read it (`kernels/arguments.cuh`): a run of the table of ranks behind all placements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Run {
+    first: u32,
+    count: u32,
+}
+
+impl Run {
+    const REPLICATED: u32 = 0;
+    const ALL: u32 = u32::MAX;
+}
+
+/// The placements of a plan as the kernels read them.
+#[expect(clippy::cast_possible_truncation, reason = "ranks of all tensors are fewer than 2^32")]
+pub(crate) fn table(placements: &[Placement]) -> Vec<u8> {
+    let (mut runs, mut ranks) = (Vec::new(), Vec::new());
+    for placement in placements {
+        let count = match placement {
+            Placement::Replicated => Run::REPLICATED,
+            Placement::Sharded => Run::ALL,
+            Placement::Ranks(of) => of.len() as u32,
+        };
+        runs.push(Run { first: ranks.len() as u32, count });
+        if let Placement::Ranks(of) = placement {
+            ranks.extend(of);
+        }
+    }
+    [bytemuck::cast_slice(&runs), bytemuck::cast_slice::<u32, u8>(&ranks)].concat()
+}
+
+/// The record of a tensor from the ranks' records of it, and whether replicas differ.
+pub(crate) fn merged(placement: &Placement, of: impl Fn(usize) -> Record, ranks: usize) -> (Record, bool) {
+    let fold = |mut records: &mut dyn Iterator<Item = Record>| {
+        let first = records.next().unwrap_or(Record::EMPTY);
+        (&mut records).fold(first, |all, next| all.merge(&next))
+    };
+    match placement {
+        Placement::Sharded => (fold(&mut (0..ranks).map(of)), false),
+        Placement::Ranks(owners) => (fold(&mut owners.iter().map(|&rank| of(rank as usize))), false),
+        Placement::Replicated => {
+            let same = |rank: usize| bytemuck::bytes_of(&of(rank)) == bytemuck::bytes_of(&of(0));
+            let nonfinite = (0..ranks).find(|&rank| of(rank).has_nonfinite());
+            (of(nonfinite.unwrap_or(0)), !(1..ranks).all(same))
+        }
+    }
+}
