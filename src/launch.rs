@@ -33,7 +33,7 @@ mod samples;
 mod tracking;
 
 pub use arguments::Arguments;
-pub use device::{Device, Kernel, SOURCE};
+pub use device::{Device, HEADER, Kernel, SOURCE};
 pub use tracking::RawMoments;
 
 /// A tensor in device memory by its bare facts: for trainers whose memory no type of ours knows.

@@ -3,7 +3,13 @@
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code, reason = "calls functions of the host driver, and holds a stream by a host function")]
 
+#[allow(dead_code)] // The example's own.
+#[path = "../examples/adamw/data.rs"]
+mod data;
 mod require;
+#[allow(dead_code)]
+#[path = "../examples/adamw/training.rs"]
+mod training;
 
 use gradprobe::{
     AdaptiveClip, Config, CudaProbe, DType, Error, GsnrConfig, Plan,
@@ -24,6 +30,9 @@ use std::{
 /// on, and the events by which cudarc orders streams and a probe learns of its reports.
 const BYSTANDERS: [&str; 5] =
     ["cuCtxGetCurrent", "cuStreamIsCapturing", "cuStreamWaitEvent", "cuEventRecord", "cuEventQuery"];
+
+/// Outputs, four records and four words of the example with AdamW.
+const EXAMPLE_REPORT: &str = "cuMemcpyDtoHAsync_v2 432 bytes page-locked";
 
 /// The calls that do start something. A grid fills the host driver's device.
 const MEASURE: &str = "cuLaunchKernel gradprobe_measure of 12 blocks";
@@ -271,4 +280,25 @@ fn a_tracked_step_is_one_launch_more() {
     // Unless the copy has arrived already.
     calls.retain(|call| call != "cuEventSynchronize waits");
     assert_calls("a reduction that is read", &calls, &[GSNR, GSNR_REPORT]);
+}
+
+/// A step of the example with AdamW is one call, in which the device is told nothing; what is reported is copied as ever.
+#[test]
+fn a_replayed_training_step_is_one_call() {
+    let Some((trace, _)) = driver() else { return };
+    let mut training = training::Training::new().unwrap();
+    let held = Held::new(training.probe.stream());
+    let calls = trace.of(|| {
+        training.step().unwrap();
+        assert!(training.probe.poll().unwrap().is_none());
+    });
+    assert_calls("a training step", &calls, &["cuGraphLaunch", EXAMPLE_REPORT]);
+    // A report is on its way already.
+    let calls = trace.of(|| {
+        training.step().unwrap();
+        assert!(training.probe.poll().unwrap().is_none());
+    });
+    assert_calls("the next training step", &calls, &["cuGraphLaunch"]);
+    drop(held);
+    assert_eq!((training.state().unwrap().steps, training.probe.wait().unwrap().step()), (2, 2));
 }

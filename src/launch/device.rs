@@ -68,6 +68,10 @@ impl Kernel {
 /// The kernels as one source without includes, for NVRTC and for anyone who compiles them elsewhere.
 pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/gradprobe.cu"));
 
+/// `gradprobe.h`, which declares [`StepOutputs`](crate::StepOutputs) and [`Record`](crate::Record) for C, C++ and CUDA: for
+/// kernels that a program has NVRTC compile, in place of the line that includes it. NVRTC would look for it in a folder.
+pub const HEADER: &str = include_str!("../../kernels/include/gradprobe.h");
+
 /// Something that runs the kernels: memory, copies and launches, all ordered as on one CUDA stream.
 pub trait Device {
     /// Memory of the device, freed when dropped.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what a machine with a GPU but without Rust needs to run the tests and benches: their programs, stripped, the
-# inspector, data for it, the peers, what was built from what (build.json), and run.sh.
+# inspector, the example with AdamW, data, the peers, what was built from what (build.json), and run.sh.
 #
 #     tests/gpu/bundle.sh [FOLDER]
 #
@@ -16,7 +16,7 @@ if [ -e "$folder" ] && [ ! -e "$folder/run.sh" ]; then
     exit 1
 fi
 rm -rf "$folder"
-mkdir -p "$folder"/{tests,benches,data}
+mkdir -p "$folder"/{tests,examples,benches,data}
 
 # Copies the programs that a cargo command says it made, without symbols and without the hash in their names.
 pack() {
@@ -46,8 +46,10 @@ printf '{"commit": "%s", "dirty": %s, "kernels": "%s", "nvcc": %s}\n' \
 
 pack tests cargo test --no-run
 pack benches cargo bench --no-run --bench gpu
-cargo build --release --example inspect
+cargo build --release --example inspect --example adamw
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
+# Where its test looks for it.
+strip -o "$folder/examples/adamw" "${CARGO_TARGET_DIR:-target}/release/examples/adamw"
 [ "$nvcc" = null ] || python3 benches/gpu/variants.py build "$folder/variants"
 cp tests/data/*.safetensors "$folder/data/"
 cp benches/{peers,record}.py "$folder/benches/"

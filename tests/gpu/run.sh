@@ -73,6 +73,7 @@ gpu_tests=(./tests/cuda --test-threads=1)
 tests() {
     run tests "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 "${gpu_tests[@]}"
     run nvrtc "${with_nvrtc[@]}" ./tests/no_gpu
+    run adamw "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 GRADPROBE_REQUIRE_NVCC=1 ./tests/adamw_run --test-threads=1
 }
 
 benches() {

@@ -88,6 +88,50 @@ entries! {
     EPILOGUE_MERGE = gradprobe_simt_epilogue_merge;
 }
 
+/// A kernel that takes parameters of its own, each of at most eight bytes, in place of [`Arguments`]: those of
+/// `examples/adamw/adamw.cu`.
+#[derive(Clone, Copy, Debug)]
+pub struct UserKernel(&'static Described);
+
+/// `SimtKernel` of adamw.cpp.
+#[derive(Debug)]
+#[repr(C)]
+struct Described {
+    name: *const c_char,
+    call: unsafe extern "C" fn(*const u64),
+    parameter_count: u32,
+    parameter_bytes: [u32; UserKernel::MAX_PARAMETERS],
+}
+
+// SAFETY: constants of C++.
+unsafe impl Sync for Described {}
+
+unsafe extern "C" {
+    /// The kernel of this number, or null behind the last.
+    safe fn gradprobe_simt_user_kernel(index: u32) -> Option<&'static Described>;
+}
+
+impl UserKernel {
+    /// No kernel has more.
+    pub const MAX_PARAMETERS: usize = 16;
+
+    /// The kernel of this name.
+    pub fn find(name: &str) -> Option<Self> {
+        (0..).map_while(|index| gradprobe_simt_user_kernel(index)).map(Self).find(|kernel| kernel.name() == name)
+    }
+
+    /// The name of its entry point.
+    pub fn name(self) -> &'static str {
+        // SAFETY: a string literal.
+        unsafe { CStr::from_ptr(self.0.name) }.to_str().expect("names are ASCII")
+    }
+
+    /// The size of each parameter.
+    pub fn parameter_bytes(self) -> &'static [u32] {
+        &self.0.parameter_bytes[..self.0.parameter_count as usize]
+    }
+}
+
 /// Why a thread stopped.
 #[derive(Clone, Copy)]
 enum Event {
@@ -163,6 +207,36 @@ fn order(schedule: Schedule, random: &mut fastrand::Rng, n: usize) -> Vec<usize>
 /// # Errors
 /// When threads wait for others that never come, or a load is misaligned: what, and where.
 pub unsafe fn launch(entry: Entry, blocks: u32, arguments: &Arguments, schedule: Schedule) -> Result<(), String> {
+    let arguments = *arguments;
+    // SAFETY: the caller vouches for the arguments.
+    run(move || unsafe { entry.0(arguments) }, blocks, schedule)
+}
+
+/// Runs a kernel with parameters of its own: the bytes of each from the lowest of its word on.
+///
+/// # Safety
+/// The parameters must be what the kernel expects, with host addresses.
+///
+/// # Errors
+/// As [`launch`], and when there are more or fewer parameters than the kernel has.
+pub unsafe fn launch_user(
+    kernel: UserKernel,
+    blocks: u32,
+    parameters: &[u64],
+    schedule: Schedule,
+) -> Result<(), String> {
+    let mut words = [0; UserKernel::MAX_PARAMETERS];
+    if parameters.len() != kernel.parameter_bytes().len() {
+        let count = kernel.parameter_bytes().len();
+        return Err(format!("{} has {count} parameters, not {}", kernel.name(), parameters.len()));
+    }
+    words[..parameters.len()].copy_from_slice(parameters);
+    // SAFETY: the caller vouches for the parameters.
+    run(move || unsafe { (kernel.0.call)(words.as_ptr()) }, blocks, schedule)
+}
+
+/// Runs what each thread of a launch does.
+fn run(body: impl Fn() + Copy + 'static, blocks: u32, schedule: Schedule) -> Result<(), String> {
     let seed = if let Schedule::Shuffled(seed) = schedule { seed } else { 0 };
     let mut random = fastrand::Rng::with_seed(seed);
     // SAFETY: no obligations.
@@ -178,20 +252,19 @@ pub unsafe fn launch(entry: Entry, blocks: u32, arguments: &Arguments, schedule:
             // SAFETY: `shared` outlives the block and has that many bytes.
             unsafe { gradprobe_simt_enter(thread, block, blocks, shared.as_mut_ptr().cast(), shared_bytes) };
         };
-        run_block(entry, arguments, schedule, &mut random, enter).map_err(|fault| format!("block {block}: {fault}"))?;
+        run_block(body, schedule, &mut random, enter).map_err(|fault| format!("block {block}: {fault}"))?;
     }
     Ok(())
 }
 
 fn run_block(
-    entry: Entry,
-    arguments: &Arguments,
+    body: impl Fn() + Copy + 'static,
     schedule: Schedule,
     random: &mut fastrand::Rng,
     mut enter: impl FnMut(usize),
 ) -> Result<(), String> {
     YIELDERS.with_borrow_mut(|yielders| yielders.resize(THREADS, std::ptr::null()));
-    let mut fibers: Vec<Fiber> = (0..THREADS).map(|_| fiber(entry, *arguments)).collect::<Result<_, _>>()?;
+    let mut fibers: Vec<Fiber> = (0..THREADS).map(|_| fiber(body)).collect::<Result<_, _>>()?;
     let mut states = [State::Ready(0); THREADS];
     let mut fault = None;
     while fault.is_none() {
@@ -228,15 +301,14 @@ fn run_block(
     fault.map_or(Ok(()), Err)
 }
 
-fn fiber(entry: Entry, arguments: Arguments) -> Result<Fiber, String> {
+fn fiber(body: impl Fn() + 'static) -> Result<Fiber, String> {
     let stack = match STACKS.with_borrow_mut(Vec::pop) {
         Some(stack) => stack,
         None => DefaultStack::new(STACK_BYTES).map_err(|error| format!("no stack for a fiber: {error}"))?,
     };
     Ok(Fiber::with_stack(stack, move |yielder, _| {
         YIELDERS.with_borrow_mut(|yielders| yielders[THREAD.get()] = std::ptr::from_ref(yielder));
-        // SAFETY: the caller of `launch` vouches for the arguments.
-        unsafe { entry.0(arguments) };
+        body();
     }))
 }
 

@@ -15,7 +15,7 @@ use gradprobe::{
     launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
 };
 
-pub use block::{Entry, Schedule, launch};
+pub use block::{Entry, Schedule, UserKernel, launch, launch_user};
 
 /// The host as a device. Everything has happened when a call returns.
 #[derive(Clone, Copy, Debug, Default)]

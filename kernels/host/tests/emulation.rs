@@ -3,7 +3,7 @@
 
 use bytemuck::Zeroable;
 use gradprobe::launch::{Arguments, Kernel};
-use gradprobe_simt::{Entry, Schedule, launch};
+use gradprobe_simt::{Entry, Schedule, UserKernel, launch, launch_user};
 
 const THREADS: usize = Kernel::THREADS as usize;
 
@@ -68,4 +68,15 @@ fn shared_memory_is_garbage_at_the_start_of_each_block() {
 fn a_fault_leaves_the_emulation_usable() {
     run(Entry::DIVERGENT_BARRIER, 1, Schedule::Shuffled(1)).unwrap_err();
     assert_eq!(run(Entry::WITH_BARRIER, 1, Schedule::Forward).unwrap(), neighbours());
+}
+
+#[test]
+fn a_user_s_kernel_is_found_by_its_name_and_wants_all_its_parameters() {
+    assert!(UserKernel::find("no_such_kernel").is_none());
+    let kernel = UserKernel::find("count_step").unwrap();
+    // Three addresses and two numbers.
+    assert_eq!((kernel.name(), kernel.parameter_bytes()), ("count_step", &[8, 8, 8, 4, 4][..]));
+    // SAFETY: it does not run.
+    let error = unsafe { launch_user(kernel, 1, &[0; 4], Schedule::Forward) }.unwrap_err();
+    assert_eq!(error, "count_step has 5 parameters, not 4");
 }

@@ -2,7 +2,7 @@
 #![allow(non_snake_case, reason = "the driver's names")]
 
 use crate::{
-    Outcome, context,
+    Outcome, context, die,
     graph::{Capture, EXECUTABLES, GRAPHS, Graph, NODES, Work, refuse_in_any_capture},
     handles::Registry,
     memory::{self, Kind},
@@ -15,19 +15,56 @@ use cudarc::driver::sys::{
     CUstreamCaptureStatus,
 };
 use gradprobe::launch::{Arguments, Kernel};
+use gradprobe_simt::UserKernel;
 use std::{
     env,
     ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void},
     slice,
 };
 
-static MODULES: Registry<context::Id> = Registry::new("module");
+static MODULES: Registry<Module> = Registry::new("module");
 static FUNCTIONS: Registry<Function> = Registry::new("function");
+
+/// A binary, of which only the context is known, or PTX.
+struct Module {
+    context: context::Id,
+    ptx: Option<String>,
+}
+
+impl Module {
+    /// The kernel of this name: one of the library's, or one of the example's, which only PTX has.
+    fn kernel(&self, name: &str) -> Option<AnyKernel> {
+        let is_entry = |ptx: &String| ptx.contains(&format!(".entry {name}("));
+        if !self.ptx.as_ref().is_none_or(is_entry) {
+            return None;
+        }
+        let own = Kernel::ALL.into_iter().find(|kernel| name == kernel.entry()).map(AnyKernel::Own);
+        own.or_else(|| UserKernel::find(name).filter(|_| self.ptx.is_some()).map(AnyKernel::User))
+    }
+}
+
+/// A kernel of the library, or another with parameters of its own.
+#[derive(Clone, Copy)]
+enum AnyKernel {
+    Own(Kernel),
+    User(UserKernel),
+}
+
+impl AnyKernel {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Own(kernel) => kernel.entry(),
+            Self::User(kernel) => kernel.name(),
+        }
+    }
+}
 
 /// A kernel in a context.
 struct Function {
     context: context::Id,
-    kernel: Kernel,
+    /// Its module's handle.
+    module: usize,
+    kernel: AnyKernel,
 }
 
 /// Multiprocessors of the device, and blocks of either kernel that one holds: few, so that a block has many chunks.
@@ -312,18 +349,20 @@ entry_points! {
         let context = context::current();
         // SAFETY: an image has a header of more than four bytes, PTX more characters.
         let magic = unsafe { slice::from_raw_parts(image.cast::<u8>(), 4) };
-        if magic == FATBIN_MAGIC {
+        let ptx = if magic == FATBIN_MAGIC {
             if env::var_os("GRADPROBE_HOST_DRIVER_NO_BINARY").is_some() {
                 return Err(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
             }
+            None
         } else {
             // SAFETY: what is no binary is PTX, a string that ends with 0.
-            let ptx = unsafe { CStr::from_ptr(image.cast()) };
-            if !ptx.to_bytes().windows(8).any(|word| word == b".version") {
+            let ptx = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned();
+            if !ptx.contains(".version") {
                 return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
             }
-        }
-        give!(module, MODULES.insert(context));
+            Some(ptx)
+        };
+        give!(module, MODULES.insert(Module { context, ptx }));
         Ok(())
     }
 
@@ -333,12 +372,11 @@ entry_points! {
     }
 
     fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) {
-        let context = *MODULES.get(module);
+        let (handle, module) = (module.addr(), MODULES.get(module));
         // SAFETY: a string that ends with 0.
-        let name = unsafe { CStr::from_ptr(name) };
-        let kernel = Kernel::ALL.into_iter().find(|kernel| name.to_bytes() == kernel.entry().as_bytes());
-        let kernel = kernel.ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
-        give!(function, FUNCTIONS.insert(Function { context, kernel }));
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let kernel = module.kernel(&name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
+        give!(function, FUNCTIONS.insert(Function { context: module.context, module: handle, kernel }));
         Ok(())
     }
 
@@ -369,7 +407,7 @@ entry_points! {
         handle: CUstream,
         parameters: *mut *mut c_void,
         extra: *mut *mut c_void,
-    ) [format!("{} of {blocks} blocks", FUNCTIONS.get(function).kernel.entry())] {
+    ) [format!("{} of {blocks} blocks", FUNCTIONS.get(function).kernel.name())] {
         let (context, function, stream) = (context::current(), FUNCTIONS.get(function), stream(handle));
         if function.context != context || stream.context != context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
@@ -378,11 +416,31 @@ entry_points! {
         if blocks == 0 || shape != (1, 1, Kernel::THREADS, 1, 1, 0) || !extra.is_null() {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
-        // SAFETY: the address of the address of each parameter, and the kernels have one.
-        let parameter = unsafe { *parameters }.cast::<Arguments>();
-        // SAFETY: which is of this type.
-        let arguments = unsafe { *parameter };
-        stream.submit(Work::Kernel { kernel: function.kernel, blocks, arguments })
+        let module = function.module;
+        stream.submit(match function.kernel {
+            AnyKernel::Own(kernel) => {
+                // SAFETY: the address of the address of each parameter, and the library's kernels have one.
+                let parameter = unsafe { *parameters }.cast::<Arguments>();
+                // SAFETY: which is of this type.
+                let arguments = unsafe { *parameter };
+                Work::Kernel { module, kernel, blocks, arguments }
+            }
+            AnyKernel::User(kernel) => {
+                let mut words = [0; UserKernel::MAX_PARAMETERS];
+                for (index, &bytes) in kernel.parameter_bytes().iter().enumerate() {
+                    // SAFETY: as many addresses as the kernel has parameters.
+                    let parameter = unsafe { parameters.add(index) };
+                    // SAFETY: one of them.
+                    let parameter = unsafe { *parameter }.cast::<u8>();
+                    // SAFETY: of a parameter of this size.
+                    let parameter = unsafe { slice::from_raw_parts(parameter, bytes as usize) };
+                    let mut word = [0; 8];
+                    word[..parameter.len()].copy_from_slice(parameter);
+                    words[index] = u64::from_le_bytes(word);
+                }
+                Work::User { module, kernel, blocks, parameters: words }
+            }
+        })
     }
 }
 
@@ -447,8 +505,11 @@ entry_points! {
 
     fn cuGraphLaunch(executable: CUgraphExec, handle: CUstream) {
         context::current();
-        let stream = stream(handle);
-        EXECUTABLES.get(executable).iter().try_for_each(|&work| stream.submit(work))
+        let (stream, executable) = (stream(handle), EXECUTABLES.get(executable));
+        if !executable.iter().filter_map(|work| work.module()).all(|module| MODULES.lives(module)) {
+            die("a graph is launched after the module of one of its kernels was unloaded");
+        }
+        executable.iter().try_for_each(|&work| stream.submit(work))
     }
 
     fn cuGraphExecDestroy(executable: CUgraphExec) {

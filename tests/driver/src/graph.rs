@@ -11,7 +11,7 @@ use gradprobe::{
     AdaptiveRecord, Dot, GsnrRecord, Histogram, Record, StepOutputs,
     launch::{Arguments, Device, Kernel},
 };
-use gradprobe_simt::{Schedule, Simt};
+use gradprobe_simt::{Schedule, Simt, UserKernel, launch_user};
 use std::{
     env,
     ffi::c_void,
@@ -24,10 +24,11 @@ use std::{
 
 /// What a stream does and a graph holds.
 #[derive(Clone, Copy)]
-#[expect(clippy::large_enum_variant, reason = "most work is kernels, and there is little of it")]
 pub enum Work {
-    /// Runs a kernel.
-    Kernel { kernel: Kernel, blocks: u32, arguments: Arguments },
+    /// Runs a kernel of the module with this handle.
+    Kernel { module: usize, kernel: Kernel, blocks: u32, arguments: Arguments },
+    /// The same with parameters of its own, the bytes of each in a word.
+    User { module: usize, kernel: UserKernel, blocks: u32, parameters: [u64; UserKernel::MAX_PARAMETERS] },
     /// Copies bytes.
     Copy { to: u64, from: u64, bytes: usize },
     /// Sets bytes.
@@ -40,7 +41,14 @@ impl Work {
     /// Does it, on the stream's thread.
     pub fn run(self) {
         match self {
-            Work::Kernel { kernel, blocks, arguments } => run_kernel(kernel, blocks, &arguments),
+            Work::Kernel { kernel, blocks, arguments, .. } => run_kernel(kernel, blocks, &arguments),
+            Work::User { kernel, blocks, parameters, .. } => {
+                let parameters = &parameters[..kernel.parameter_bytes().len()];
+                // SAFETY: whoever launched it vouches for the parameters, whose addresses are of device memory: the host's.
+                if let Err(error) = unsafe { launch_user(kernel, blocks, parameters, next_schedule()) } {
+                    die(&format!("{}: {error}", kernel.name()));
+                }
+            }
             Work::Copy { to, from, bytes } => {
                 memory::demand_not_freed(to);
                 memory::demand_not_freed(from);
@@ -58,10 +66,18 @@ impl Work {
         }
     }
 
+    /// The module it needs.
+    pub fn module(self) -> Option<usize> {
+        match self {
+            Work::Kernel { module, .. } | Work::User { module, .. } => Some(module),
+            Work::Copy { .. } | Work::Set { .. } | Work::Host { .. } => None,
+        }
+    }
+
     /// The kind of node it is in a graph.
     pub fn node_type(self) -> CUgraphNodeType {
         match self {
-            Work::Kernel { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
+            Work::Kernel { .. } | Work::User { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
             Work::Copy { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY,
             Work::Set { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET,
             Work::Host { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_HOST,
@@ -69,11 +85,16 @@ impl Work {
     }
 }
 
-/// Runs a kernel in emulation, in another order each time, after a look at whether its tables are there.
-fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
+/// Another order each time.
+fn next_schedule() -> Schedule {
     static SEED: LazyLock<AtomicU64> = LazyLock::new(|| {
         AtomicU64::new(env::var("GRADPROBE_HOST_DRIVER_SEED").map_or(0, |seed| seed.parse().expect("a number")))
     });
+    Schedule::Shuffled(SEED.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Runs a kernel in emulation, after a look at whether its tables are there.
+fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     /// Of a tensor's entry in its table: kernels/arguments.cuh.
     const TENSOR_ENTRY: usize = 24;
 
@@ -137,8 +158,7 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     for &(what, address, bytes) in more {
         demand_at_work(what, address, bytes);
     }
-    let schedule = Schedule::Shuffled(SEED.fetch_add(1, Ordering::Relaxed));
-    if let Err(error) = (Simt { schedule, blocks: 0 }).launch(kernel, blocks, arguments) {
+    if let Err(error) = (Simt { schedule: next_schedule(), blocks: 0 }).launch(kernel, blocks, arguments) {
         die(&error.to_string());
     }
 }

@@ -41,6 +41,11 @@ impl<T> Registry<T> {
         self.live.lock().unwrap().remove(&handle.addr()).unwrap_or_else(|| self.gone(handle))
     }
 
+    /// Whether there is still an object whose handle has this number.
+    pub fn lives(&self, handle: usize) -> bool {
+        self.live.lock().unwrap().contains_key(&handle)
+    }
+
     /// All objects.
     pub fn all(&self) -> Vec<Arc<T>> {
         self.live.lock().unwrap().values().cloned().collect()
