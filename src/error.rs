@@ -70,6 +70,16 @@ pub enum Error {
         /// In what.
         what: String,
     },
+    /// The NCCL library could not be loaded.
+    #[error(
+        "no NCCL: none of {searched} could be loaded ({reason}); where there is only a libnccl.so.2, link it to that name"
+    )]
+    NcclNotFound {
+        /// File names looked for in the loader's search path.
+        searched: String,
+        /// What the loader said of the last.
+        reason: String,
+    },
     /// Ranks cannot reach each other.
     #[error("the ranks cannot communicate: {what}")]
     Communication {

@@ -32,7 +32,7 @@ use chunk::Measure;
 use clip::Clipping;
 use gsnr::Tracking;
 use history::History;
-use ranks::Ranks;
+use ranks::{Merged, Ranks};
 use rayon::prelude::*;
 use samples::Samples;
 use std::sync::Arc;
@@ -147,9 +147,9 @@ impl CpuProbe {
         let scale = self.loss_scale.as_ref().map_or(1.0, |state| state.scale);
         let weights = weights.map(|weights| self.records(weights, 1.0));
         let records = self.records(tensors, scale);
-        let (records, weights, differing) = match &mut self.ranks {
+        let Merged { records, weights, differing_replicas } = match &mut self.ranks {
             Some(ranks) => ranks.merge(records, weights)?,
-            None => (records, weights, 0),
+            None => Merged { records, weights, differing_replicas: 0 },
         };
         self.steps += 1;
         if let Some(tracking) = &mut self.tracking {
@@ -167,8 +167,8 @@ impl CpuProbe {
             self.loss_scale.as_mut(),
         );
         outputs.step = self.steps;
-        outputs.differing_replicas = differing;
-        outputs.verdict |= if differing > 0 { StepOutputs::VERDICT_REPLICAS } else { 0 };
+        outputs.differing_replicas = differing_replicas;
+        outputs.verdict |= if differing_replicas > 0 { StepOutputs::VERDICT_REPLICAS } else { 0 };
         outputs.weights = u32::from(weights.is_some());
         let words = self.judge.as_mut().map(|judge| {
             let finite = outputs.found_inf == 0.0;

@@ -18,14 +18,16 @@ pub(super) struct Ranks {
     lists: Vec<Record>,
 }
 
+/// What all ranks hold together.
+pub(super) struct Merged {
+    pub records: Vec<Record>,
+    pub weights: Option<Vec<Record>>,
+    pub differing_replicas: u32,
+}
+
 impl Ranks {
-    /// What all ranks together hold of the tensors and weights of which this one has these records, and how many replicas
-    /// differ.
-    pub(super) fn merge(
-        &mut self,
-        records: Vec<Record>,
-        weights: Option<Vec<Record>>,
-    ) -> Result<(Vec<Record>, Option<Vec<Record>>, u32), Error> {
+    /// What all ranks together hold of the tensors and weights of which this one has these records.
+    pub(super) fn merge(&mut self, records: Vec<Record>, weights: Option<Vec<Record>>) -> Result<Merged, Error> {
         let tensors = records.len();
         let measured_weights = weights.is_some();
         if let Some(weights) = weights {
@@ -47,7 +49,7 @@ impl Ranks {
         };
         let records = of_list(0);
         let weights = measured_weights.then(|| of_list(tensors));
-        Ok((records, weights, differing))
+        Ok(Merged { records, weights, differing_replicas: differing })
     }
 }
 

@@ -14,7 +14,7 @@ const NVRTC: &[&str] = if cfg!(windows) {
 };
 
 /// Loads the first library of `names` that there is; what was searched and the loader's last word, if none.
-fn find(names: &[&str]) -> Result<(), (String, String)> {
+pub(super) fn find(names: &[&str]) -> Result<(), (String, String)> {
     let mut reason = String::new();
     for name in names {
         // SAFETY: loading runs the library's initialisers: NVIDIA's, which cudarc would run next.

@@ -36,15 +36,19 @@ mod device;
 mod driver;
 mod host;
 mod module;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod tensor;
 
 pub use device::{Cuda, PinnedRead};
 pub use module::{FATBIN, compile};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclCommunicator;
 pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
     AdamStep, AdaptiveClip, AdaptiveClipReport, Config, DType, DotReport, Error, GsnrConfig, GsnrReport,
-    HistogramReport, HistoryReport, Plan, Report, SampleConfig, SampleReport,
+    HistogramReport, HistoryReport, Plan, RankReport, Report, SampleConfig, SampleReport,
     health::Health,
     launch::{DeviceProbe, RawMoments, RawTensor},
 };
@@ -208,6 +212,32 @@ impl CudaProbe {
         let given = self.write(&stream, tensors)?;
         // SAFETY: as in `measure`, and the slices are borrowed mutably.
         unsafe { self.probe.clip_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::join`]: makes this probe one of many, whose records NCCL gathers on the probe's stream. For another
+    /// [`DeviceCommunicator`](crate::ranks::DeviceCommunicator), [`raw`](Self::raw) has the same call.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Communication`] for a communicator of another stream.
+    #[cfg(feature = "nccl")]
+    pub fn join(
+        &mut self,
+        communicator: NcclCommunicator,
+        placements: impl IntoIterator<Item = crate::ranks::Placement>,
+    ) -> Result<(), Error> {
+        if communicator.stream().cu_stream() != self.stream().cu_stream() {
+            let what = "NCCL's communicator is of another stream than the probe".to_owned();
+            return Err(Error::Communication { what });
+        }
+        self.probe.join(communicator, placements)
+    }
+
+    /// See [`DeviceProbe::rank_report`]: what each rank measured. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NotJoined`], [`Error::NotMeasured`], or the driver's.
+    pub fn rank_report(&mut self) -> Result<RankReport, Error> {
+        self.probe.rank_report()
     }
 
     /// See [`DeviceProbe::set_loss_scale`].

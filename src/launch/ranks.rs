@@ -4,7 +4,6 @@ use super::{Arguments, Device, DeviceProbe, Kernel, uploaded, values};
 use crate::{
     Error, RankReport, Record,
     ranks::{DeviceCommunicator, Placement, agree, checked, table},
-    spec::LANES,
 };
 use std::sync::Arc;
 
@@ -91,7 +90,7 @@ impl<D: Device> DeviceProbe<D> {
         // SAFETY: both are buffers of the probe's, which live as long as it, with room for one list and for one a rank.
         #[allow(unsafe_code, reason = "the addresses are the probe's own")]
         unsafe { ranks.communicator.all_gather(own, self.arguments.lists, ranks.bytes) }?;
-        let items = (arguments.tensor_count << arguments.weights).div_ceil(LANES as u32);
+        let items = (arguments.tensor_count << arguments.weights).div_ceil(Kernel::THREADS);
         self.device.launch(Kernel::Merge, self.blocks(Kernel::Merge, items), arguments)
     }
 }

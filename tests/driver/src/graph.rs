@@ -4,6 +4,7 @@ use crate::{
     Outcome, die,
     handles::Registry,
     memory::{self, demand_at_work},
+    nccl::Rank,
     stream::STREAMS,
 };
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
@@ -33,6 +34,8 @@ pub enum Work {
     Copy { to: u64, from: u64, bytes: usize },
     /// Sets bytes.
     Set { to: u64, value: u8, bytes: usize },
+    /// Exchanges bytes with other streams.
+    Gather { rank: &'static Rank, from: u64, to: u64, bytes: usize },
     /// Calls a function of the host, with the address of its argument.
     Host { function: unsafe extern "C" fn(*mut c_void), argument: usize },
 }
@@ -61,6 +64,7 @@ impl Work {
                 // SAFETY: it is live device memory.
                 unsafe { (to as *mut u8).write_bytes(value, bytes) };
             }
+            Work::Gather { rank, from, to, bytes } => rank.gather(from, to, bytes),
             // SAFETY: whoever queued it vouches for the function and its argument.
             Work::Host { function, argument } => unsafe { function(argument as *mut c_void) },
         }
@@ -70,14 +74,14 @@ impl Work {
     pub fn module(self) -> Option<usize> {
         match self {
             Work::Kernel { module, .. } | Work::User { module, .. } => Some(module),
-            Work::Copy { .. } | Work::Set { .. } | Work::Host { .. } => None,
+            Work::Copy { .. } | Work::Set { .. } | Work::Gather { .. } | Work::Host { .. } => None,
         }
     }
 
     /// The kind of node it is in a graph.
     pub fn node_type(self) -> CUgraphNodeType {
         match self {
-            Work::Kernel { .. } | Work::User { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
+            Work::Kernel { .. } | Work::User { .. } | Work::Gather { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
             Work::Copy { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY,
             Work::Set { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET,
             Work::Host { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_HOST,
@@ -100,7 +104,7 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
 
     let (tensors, chunks) = (arguments.tensor_count as usize, arguments.chunk_count as usize);
     // In a measurement with weights, theirs are behind those of the tensors.
-    let lists = if kernel == Kernel::Measure && arguments.weights != 0 { 2 } else { 1 };
+    let lists = if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.weights != 0 { 2 } else { 1 };
     let (of_tensors, of_chunks) = (lists * tensors, lists * chunks);
     for (what, address, bytes) in [
         ("the addresses", arguments.addresses, of_tensors * 8),
@@ -132,11 +136,17 @@ fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
     for (what, address, bytes) in across_steps {
         demand_at_work(what, address, bytes);
     }
-    if kernel == Kernel::Measure && arguments.loss_scale != 0 {
+    if kernel == Kernel::Merge {
+        let lists = (arguments.list_count * arguments.list_length) as usize;
+        demand_at_work("the ranks' records", arguments.lists, lists * size_of::<Record>());
+        demand_at_work("the placements", arguments.placements, tensors * 8);
+        demand_at_work("the counter of replicas", arguments.differing, 4);
+    }
+    if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.loss_scale != 0 {
         demand_at_work("the loss scale", arguments.loss_scale, 32);
     }
     let histograms = if arguments.one_histogram != 0 { 1 } else { tensors };
-    if kernel == Kernel::Measure && arguments.health_rules != 0 {
+    if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.health_rules != 0 {
         demand_at_work("the rules", arguments.health_rules, 2048 + tensors * 4);
         demand_at_work("the last norms", arguments.last_norms, (tensors + 1) * 8);
         demand_at_work("the verdict words", arguments.health_words, tensors * 4);

@@ -23,6 +23,8 @@
 //! | `GRADPROBE_HOST_DRIVER_SEED` | a number: other orders of the kernels' threads and blocks than those of 0 |
 //! | `GRADPROBE_HOST_DRIVER_NO_BINARY` | if set, binaries are refused as if they were for other devices, but PTX is not |
 //!
+//! It is NCCL as well, as much of it as gathers records, when it is loaded as `libnccl.so`: ranks are streams, of one device.
+//!
 //! Two functions no other driver has tell which calls were made: `gradprobe_host_driver_trace_begin` and `…_end`.
 #![allow(unsafe_code, reason = "C functions that get addresses, and device memory that is host memory")]
 
@@ -31,6 +33,7 @@ mod functions;
 mod graph;
 mod handles;
 mod memory;
+mod nccl;
 mod stream;
 mod trace;
 

@@ -1,0 +1,125 @@
+//! What cudarc calls of NCCL to gather the records of ranks. A rank is a stream; a gathering holds each rank's stream until
+//! all have come to it, as NCCL's does.
+#![allow(non_snake_case, reason = "NCCL's names")]
+
+use crate::{die, graph::Work, handles::Registry, memory, stream::stream, trace};
+use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
+use std::{
+    collections::BTreeMap,
+    ffi::{c_int, c_void},
+    sync::{
+        Arc, Barrier, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// The ranks of one unique id.
+struct Group {
+    /// Where each rank's bytes are.
+    from: Mutex<Vec<u64>>,
+    all: Barrier,
+}
+
+/// One rank of a group. Never freed: work that is captured or queued names it.
+pub struct Rank {
+    group: Arc<Group>,
+    rank: usize,
+    ranks: usize,
+}
+
+static GROUPS: Mutex<BTreeMap<u64, Arc<Group>>> = Mutex::new(BTreeMap::new());
+static COMMUNICATORS: Registry<&'static Rank> = Registry::new("communicator");
+
+impl Rank {
+    /// Copies the bytes of all ranks, on this rank's stream.
+    pub fn gather(&self, from: u64, to: u64, bytes: usize) {
+        memory::demand_at_work("what a rank gives", from, bytes);
+        memory::demand_at_work("what a rank gets", to, bytes * self.ranks);
+        self.group.from.lock().unwrap()[self.rank] = from;
+        self.group.all.wait();
+        let all = self.group.from.lock().unwrap().clone();
+        for (rank, &from) in all.iter().enumerate() {
+            let to = to + (rank * bytes) as u64;
+            // SAFETY: its rank has found it to be live device memory, and waits below until all have copied it.
+            unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        }
+        self.group.all.wait();
+    }
+}
+
+/// A function of NCCL's, with the signature that cudarc calls it by.
+macro_rules! entry_point {
+    (fn $name:ident($($parameter:ident: $type:ty),* $(,)?) $body:block) => {
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($parameter: $type),*) -> ncclResult_t {
+            trace::call(stringify!($name), String::new);
+            $body
+        }
+        const _: unsafe fn($($type),*) -> ncclResult_t = sys::$name;
+    };
+}
+
+entry_point! {
+    fn ncclGetUniqueId(id: *mut ncclUniqueId) {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let mut internal = [0; 128];
+        for (to, byte) in internal.iter_mut().zip(NEXT.fetch_add(1, Ordering::Relaxed).to_ne_bytes()) {
+            *to = byte.cast_signed();
+        }
+        // SAFETY: the caller's variable.
+        unsafe { *id = ncclUniqueId { internal } };
+        ncclResult_t::ncclSuccess
+    }
+}
+
+entry_point! {
+    fn ncclCommInitRank(communicator: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) {
+        let (Ok(count), Ok(index)) = (usize::try_from(ranks), usize::try_from(rank)) else {
+            return ncclResult_t::ncclInvalidArgument;
+        };
+        if index >= count {
+            return ncclResult_t::ncclInvalidArgument;
+        }
+        let mut number = [0; 8];
+        for (to, byte) in number.iter_mut().zip(id.internal) {
+            *to = byte.cast_unsigned();
+        }
+        let mut groups = GROUPS.lock().unwrap();
+        let group = groups.entry(u64::from_ne_bytes(number));
+        let new = || Arc::new(Group { from: Mutex::new(vec![0; count]), all: Barrier::new(count) });
+        let group = Arc::clone(group.or_insert_with(new));
+        drop(groups);
+        if group.from.lock().unwrap().len() != count {
+            return ncclResult_t::ncclInvalidArgument;
+        }
+        // No rank has a communicator before all have come.
+        group.all.wait();
+        let rank: &'static Rank = Box::leak(Box::new(Rank { group, rank: index, ranks: count }));
+        // SAFETY: the caller's variable.
+        unsafe { *communicator = COMMUNICATORS.insert(rank) };
+        ncclResult_t::ncclSuccess
+    }
+}
+
+entry_point! {
+    fn ncclCommAbort(communicator: ncclComm_t) {
+        COMMUNICATORS.remove(communicator);
+        ncclResult_t::ncclSuccess
+    }
+}
+
+entry_point! {
+    fn ncclAllGather(from: *const c_void, to: *mut c_void, count: usize, dtype: ncclDataType_t, communicator: ncclComm_t, handle: cudaStream_t) {
+        if dtype != ncclDataType_t::ncclUint8 {
+            die("only bytes are gathered here");
+        }
+        let rank = *COMMUNICATORS.get(communicator);
+        let (from, to) = (from as u64, to as u64);
+        memory::demand(from, count);
+        memory::demand(to, count * rank.ranks);
+        match stream(handle.cast()).submit(Work::Gather { rank, from, to, bytes: count }) {
+            Ok(()) => ncclResult_t::ncclSuccess,
+            Err(_) => ncclResult_t::ncclUnhandledCudaError,
+        }
+    }
+}

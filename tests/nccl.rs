@@ -1,0 +1,271 @@
+//! Ranks that exchange their records by NCCL: the bits and decisions that ranks on the CPU have, launch by launch and in a
+//! replayed graph, with nothing that waits. As many ranks as there are GPUs; in CI the host driver, which is NCCL too, has
+//! three on its one device. Skipped where there is no GPU or no NCCL.
+#![cfg(feature = "nccl")]
+#![allow(unsafe_code, reason = "bare addresses and graphs are the driver's")]
+
+mod common;
+mod require;
+
+use common::cases::{Data, Tensor, normal};
+use gradprobe::{
+    Config, CpuProbe, CudaProbe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Report,
+    cuda::NcclCommunicator,
+    cudarc::{
+        driver::{
+            CudaContext, CudaSlice, CudaStream,
+            sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD},
+        },
+        nccl::safe::Id,
+    },
+    launch::RawTensor,
+    ranks::{Placement, ThreadCommunicator},
+};
+use require::{pointless, skipped};
+use std::{sync::Arc, thread};
+
+/// Set to a number on the host driver: so many ranks, all on the first device, which NVIDIA's NCCL refuses.
+const RANKS: &str = "GRADPROBE_NCCL_RANKS";
+
+const STEPS: u64 = 5;
+
+/// The devices of the ranks, and how they find each other; none where something is missing.
+fn devices() -> Option<(Vec<usize>, Id)> {
+    if let Err(error) = CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+        assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
+        skipped(require::GPU, &error.to_string());
+        return None;
+    }
+    let id = match NcclCommunicator::unique_id() {
+        Ok(id) => id,
+        Err(error @ Error::NcclNotFound { .. }) => {
+            assert!(std::env::var(RANKS).is_err(), "{error}");
+            // A machine with a GPU may well be without it.
+            pointless(&error.to_string());
+            return None;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let devices = match std::env::var(RANKS) {
+        Ok(ranks) => vec![0; ranks.parse().expect("a number of ranks")],
+        Err(_) => (0..usize::try_from(CudaContext::device_count().unwrap()).unwrap()).collect(),
+    };
+    Some((devices, id))
+}
+
+fn stream(device: usize) -> Arc<CudaStream> {
+    CudaContext::new(device).unwrap().new_stream().unwrap()
+}
+
+/// What each rank makes of it, as threads, in their order.
+fn on_ranks<T: Send, E: Send>(ends: Vec<E>, run: impl Fn(u32, E) -> T + Sync) -> Vec<T> {
+    let run = &run;
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..).zip(ends).map(|(rank, end)| scope.spawn(move || run(rank, end))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+const NAMES: [&str; 4] = ["sharded", "replicated", "of the last", "none"];
+
+fn placements(ranks: u32) -> [Placement; 4] {
+    [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![ranks - 1]), Placement::Sharded]
+}
+
+/// The gradients of a rank in a step: shards of other lengths on each, a replica, and what one alone has, with an overflow
+/// in the third step.
+fn gradients(rank: u32, ranks: u32, step: u64) -> Vec<Data> {
+    let key = 100 * step + u64::from(rank);
+    let size = 0.1 + step as f64;
+    let shard = Tensor::of_values(DType::F32, 40_000 + 1000 * rank as usize, move |i| size * normal(key, i));
+    let replica = Tensor::of_values(DType::BF16, 5000, move |i| size * normal(7 + step, i));
+    let owned = Tensor::of_values(DType::F16, if rank + 1 == ranks { 333 } else { 0 }, move |i| 8.0 * normal(key, i));
+    let owned = if step == 2 && rank + 1 == ranks { owned.with(5, 0x7c00) } else { owned };
+    vec![shard.data(), replica.data(), owned.data(), Tensor::empty(DType::F32).data()]
+}
+
+fn config() -> Config {
+    Config::default().max_norm(3.0).loss_scale(LossScale::dynamic().initial(4.0).growth_interval(2))
+}
+
+fn plan(data: &[Data]) -> Plan {
+    Plan::of_host(NAMES.into_iter().zip(data.iter().map(Data::tensor))).unwrap()
+}
+
+fn bytes_of(report: &Report) -> Vec<u8> {
+    [bytemuck::bytes_of(report.outputs()), bytemuck::cast_slice(report.records())].concat()
+}
+
+/// Reports and clipped gradients of a rank's steps.
+type Run = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn on_cpus(ranks: u32) -> Vec<Run> {
+    on_ranks(ThreadCommunicator::group(ranks), |rank, communicator| {
+        let mut probe = CpuProbe::new(plan(&gradients(rank, ranks, 0)), config()).unwrap();
+        probe.join(communicator, placements(ranks)).unwrap();
+        let step = |step| {
+            let mut data = gradients(rank, ranks, step);
+            let report = probe.measure(&data.iter().map(Data::tensor).collect::<Vec<HostTensor>>()).unwrap();
+            probe.clip(&mut data.iter_mut().map(Data::tensor_mut).collect::<Vec<HostTensorMut>>()).unwrap();
+            (bytes_of(&report), data.iter().flat_map(|data| data.bytes().to_vec()).collect())
+        };
+        (0..STEPS).map(step).collect()
+    })
+}
+
+/// A rank's tensors in one piece of device memory, each from a multiple of 16 bytes on.
+struct OnDevice {
+    memory: CudaSlice<u8>,
+    raw: Vec<RawTensor>,
+    places: Vec<std::ops::Range<usize>>,
+}
+
+impl OnDevice {
+    fn new(stream: &Arc<CudaStream>, data: &[Data]) -> Self {
+        use gradprobe::cudarc::driver::DevicePtr;
+        let mut places = Vec::new();
+        let mut end = 0usize;
+        for data in data {
+            let start = end.next_multiple_of(16);
+            end = start + data.bytes().len();
+            places.push(start..end);
+        }
+        let memory = stream.alloc_zeros::<u8>(end).unwrap();
+        let address = memory.device_ptr(stream).0;
+        let of = |(data, place): (&Data, &std::ops::Range<usize>)| RawTensor {
+            address: address + place.start as u64,
+            len: data.len() as u64,
+            dtype: data.dtype(),
+        };
+        let raw = data.iter().zip(&places).map(of).collect();
+        Self { memory, raw, places }
+    }
+
+    fn set(&mut self, stream: &Arc<CudaStream>, data: &[Data]) {
+        let mut bytes = vec![0; self.places.last().map_or(0, |place| place.end)];
+        for (data, place) in data.iter().zip(&self.places) {
+            bytes[place.clone()].copy_from_slice(data.bytes());
+        }
+        stream.memcpy_htod(&bytes, &mut self.memory).unwrap();
+    }
+
+    fn get(&self, stream: &Arc<CudaStream>) -> Vec<u8> {
+        let bytes = stream.clone_dtoh(&self.memory).unwrap();
+        self.places.iter().flat_map(|place| bytes[place.clone()].to_vec()).collect()
+    }
+}
+
+#[test]
+fn ranks_on_gpus_have_the_bits_of_ranks_on_cpus() {
+    let Some((devices, id)) = devices() else { return };
+    let ranks = u32::try_from(devices.len()).unwrap();
+    let expected = on_cpus(ranks);
+    let seen: Vec<[Run; 2]> = on_ranks(devices, |rank, device| {
+        let stream = stream(device);
+        let first = gradients(rank, ranks, 0);
+        let mut tensors = OnDevice::new(&stream, &first);
+        let new = || CudaProbe::new(&stream, plan(&first), config()).unwrap();
+        let mut probe = new();
+        let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
+        probe.join(communicator, placements(ranks)).unwrap();
+        let mut launched = Run::new();
+        for step in 0..STEPS {
+            tensors.set(&stream, &gradients(rank, ranks, step));
+            // SAFETY: the memory lives longer, and is used on this stream only.
+            unsafe { probe.raw().measure_raw(&tensors.raw) }.unwrap();
+            // SAFETY: as above.
+            unsafe { probe.raw().clip_raw(&tensors.raw) }.unwrap();
+            launched.push((bytes_of(&probe.wait().unwrap()), tensors.get(&stream)));
+        }
+        assert_eq!(probe.rank_report().unwrap().ranks(), ranks);
+
+        // The same from the start, in a graph. cudarc frees a communicator at once: what was queued must have run.
+        stream.synchronize().unwrap();
+        let mut probe = new();
+        // One communicator a device at a time would do; two on one stream are in order all the same.
+        let id = share(rank, || NcclCommunicator::unique_id().unwrap());
+        probe.join(NcclCommunicator::new(&stream, rank, ranks, id).unwrap(), placements(ranks)).unwrap();
+        // SAFETY: as above.
+        unsafe { probe.raw().bind_raw(&tensors.raw) }.unwrap();
+        stream.begin_capture(THIS_THREAD).unwrap();
+        // SAFETY: as above.
+        unsafe { probe.raw().measure_raw(&tensors.raw) }.unwrap();
+        // SAFETY: as above.
+        unsafe { probe.raw().clip_raw(&tensors.raw) }.unwrap();
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+        let mut replayed = Run::new();
+        for step in 0..STEPS {
+            tensors.set(&stream, &gradients(rank, ranks, step));
+            graph.launch().unwrap();
+            replayed.push((bytes_of(&probe.wait().unwrap()), tensors.get(&stream)));
+        }
+        [launched, replayed]
+    });
+    for (rank, (seen, expected)) in seen.iter().zip(&expected).enumerate() {
+        for (how, run) in ["launched", "replayed"].into_iter().zip(seen) {
+            for (step, (seen, expected)) in run.iter().zip(expected).enumerate() {
+                assert!(seen.0 == expected.0, "rank {rank}, step {step}, {how}: another report");
+                assert!(seen.1 == expected.1, "rank {rank}, step {step}, {how}: other gradients");
+            }
+        }
+    }
+}
+
+/// The id that rank 0 makes, on all ranks of a process.
+fn share(rank: u32, make: impl FnOnce() -> Id) -> Id {
+    use std::sync::{Condvar, Mutex};
+    static SHARED: Mutex<Option<Id>> = Mutex::new(None);
+    static MADE: Condvar = Condvar::new();
+    let mut shared = SHARED.lock().unwrap();
+    if rank == 0 {
+        *shared = Some(make());
+        MADE.notify_all();
+    }
+    let shared = MADE.wait_while(shared, |id| id.is_none()).unwrap();
+    (*shared).expect("was waited for")
+}
+
+#[test]
+fn ranks_that_differ_are_errors_on_all() {
+    let Some((devices, id)) = devices() else { return };
+    let ranks = u32::try_from(devices.len()).unwrap();
+    let errors = on_ranks(devices, |rank, device| {
+        let stream = stream(device);
+        // The last has another type; where it is the only one, it agrees with itself.
+        let dtype = if rank + 1 == ranks { DType::F16 } else { DType::BF16 };
+        let mut probe = CudaProbe::new(&stream, Plan::new([("w", dtype, 1)]).unwrap(), Config::default()).unwrap();
+        let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
+        let joined = probe.join(communicator, [Placement::Sharded]);
+        stream.synchronize().unwrap();
+        joined.err()
+    });
+    for error in errors {
+        match error {
+            None => assert_eq!(ranks, 1),
+            Some(Error::RankDiffers { rank, .. }) => assert_eq!(rank, ranks - 1),
+            Some(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn a_communicator_of_another_stream_is_refused() {
+    let Some((_, id)) = devices() else { return };
+    let (own, other) = (stream(0), stream(0));
+    let mut probe = CudaProbe::new(&own, Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
+    let refused = NcclCommunicator::new(&own, 1, 1, id).unwrap_err();
+    assert_eq!(refused.to_string(), "the ranks cannot communicate: there is no rank 1 of 1");
+    let communicator = NcclCommunicator::new(&other, 0, 1, id).unwrap();
+    let refused = probe.join(communicator, [Placement::Sharded]).unwrap_err();
+    assert!(matches!(refused, Error::Communication { .. }), "{refused}");
+    assert_eq!(probe.rank_report().unwrap_err(), Error::NotJoined);
+}
+
+/// Where there is none, an error and no panic.
+#[test]
+fn a_missing_library_is_an_error() {
+    if let Err(error) = NcclCommunicator::unique_id() {
+        assert!(matches!(error, Error::NcclNotFound { .. }), "{error}");
+        assert!(error.to_string().starts_with("no NCCL: none of libnccl.so could be loaded ("), "{error}");
+    }
+}
