@@ -95,7 +95,7 @@ pub enum Error {
     /// What needs memory of its own was asked for, but that was never allocated.
     #[error("{what} has no memory to work in: call `enable_{what}` first")]
     NotEnabled {
-        /// `histogram`, `dot`, `adaptive_clip` or `samples`.
+        /// `histogram`, `dot`, `adaptive_clip`, `samples` or `micro_batches`.
         what: &'static str,
     },
     /// A tensor does not fall into units of the length given.
@@ -133,6 +133,12 @@ pub enum Error {
         /// And of that one's measurement.
         last_step: u64,
         /// Micro-batches in an accumulation.
+        of: u32,
+    },
+    /// More micro-batches than there is room for, and no step between them.
+    #[error("there is room for {of} micro-batches, and no step was measured after the last")]
+    TooManyMicroBatches {
+        /// As many as were allowed.
         of: u32,
     },
     /// Weights were given, but the plan has none.

@@ -14,6 +14,7 @@ use dot::DotMemory;
 use health::HealthMemory;
 use histogram::HistogramMemory;
 use history::History;
+use micro_batches::MicroBatchMemory;
 use ranks::RankMemory;
 use samples::SampleMemory;
 use std::{collections::VecDeque, sync::Arc};
@@ -27,6 +28,7 @@ mod health;
 mod histogram;
 mod history;
 mod loss_scale;
+mod micro_batches;
 mod ranks;
 mod reports;
 mod samples;
@@ -71,6 +73,7 @@ pub struct DeviceProbe<D: Device> {
     samples: Option<SampleMemory<D>>,
     adaptive: Option<AdaptiveMemory<D>>,
     ranks: Option<RankMemory<D>>,
+    micro_batches: Option<MicroBatchMemory<D>>,
     /// As it was made, and where it is.
     loss_scale: Option<(LossScaleState, D::Buffer)>,
     /// For Adam's moments; made when the first of those come.
@@ -201,6 +204,7 @@ impl<D: Device> DeviceProbe<D> {
             adaptive: None,
             loss_scale,
             ranks: None,
+            micro_batches: None,
             adam: None,
             device,
         })
@@ -342,6 +346,9 @@ impl<D: Device> DeviceProbe<D> {
         self.launch_measure(self.blocks(Kernel::Measure, chunks), &arguments)?;
         if self.tracking.is_some() {
             self.launch(Kernel::Update)?;
+        }
+        if let Some(memory) = &mut self.micro_batches {
+            memory.accumulation.close();
         }
         self.measured = true;
         self.unread = true;

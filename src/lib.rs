@@ -37,6 +37,7 @@ mod histogram;
 mod history;
 pub mod launch;
 mod loss_scale;
+mod micro_batches;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
 mod outputs;
@@ -67,6 +68,7 @@ pub use health::{Finding, FindingKind, Severity, Verdict};
 pub use histogram::{Bounds, Format, FormatShares, Histogram, HistogramReport};
 pub use history::{HistoryReport, HistoryStep, HistoryTensor, NormStatistics};
 pub use loss_scale::LossScale;
+pub use micro_batches::MicroBatchReport;
 pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
 pub use policy::ClipPolicy;

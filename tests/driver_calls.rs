@@ -193,6 +193,27 @@ fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
     }
 }
 
+/// Nothing is read, and nobody waits, between a rank's records and those of all.
+#[cfg(feature = "nccl")]
+#[test]
+fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
+    use gradprobe::{cuda::NcclCommunicator, ranks::Placement};
+    let Some((trace, stream)) = driver() else { return };
+    let mut gradients = Gradients::new(&stream);
+    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let id = NcclCommunicator::unique_id().unwrap();
+    let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
+    probe.join(NcclCommunicator::new(&stream, 0, 1, id).unwrap(), placements).unwrap();
+    gradients.step(&trace, &mut probe);
+    probe.wait().unwrap();
+    let _held = Held::new(&stream);
+    for step in 2..=4 {
+        let (calls, _) = gradients.step(&trace, &mut probe);
+        let merge = "cuLaunchKernel gradprobe_merge of 1 blocks";
+        assert_calls(&format!("step {step}"), &calls, &[MEASURE, "ncclAllGather", merge, CLIP, REPORT]);
+    }
+}
+
 #[test]
 fn a_histogram_and_a_dot_product_are_a_launch_each() {
     let Some((trace, stream)) = driver() else { return };

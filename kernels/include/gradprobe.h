@@ -39,13 +39,13 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_ACTION_CLAMP 8u          /* elements are brought between two limits */
 
 /* Bits of `verdict`; 0 is a clean, unclipped step. */
-#define GRADPROBE_VERDICT_NAN 1u     /* some element is NaN */
-#define GRADPROBE_VERDICT_INF 2u     /* some element is infinite */
-#define GRADPROBE_VERDICT_CLIPPED 4u /* something is clipped */
-#define GRADPROBE_VERDICT_SKIP 8u    /* the step should be skipped */
-#define GRADPROBE_VERDICT_SPIKE 16u  /* the norm is an outlier by the z-score rule */
-#define GRADPROBE_VERDICT_REPLICAS 64u /* ranks hold other bits of a tensor, though they should be replicas */
-#define GRADPROBE_VERDICT_LOSS_SCALE 32u /* the loss scale is not finite and above 0: the step should be skipped */
+#define GRADPROBE_VERDICT_NAN 1u         /* some element is NaN */
+#define GRADPROBE_VERDICT_INF 2u         /* some element is infinite */
+#define GRADPROBE_VERDICT_CLIPPED 4u     /* something is clipped */
+#define GRADPROBE_VERDICT_SKIP 8u        /* the step should be skipped */
+#define GRADPROBE_VERDICT_SPIKE 16u      /* the norm is an outlier by the z-score rule */
+#define GRADPROBE_VERDICT_LOSS_SCALE 32u /* the loss scale is not finite and above 0, and the step should be skipped */
+#define GRADPROBE_VERDICT_REPLICAS 64u   /* ranks hold other bits of a tensor, though they should be replicas */
 
 /* `first_nonfinite_index` of a record without a NaN or infinite element. */
 #define GRADPROBE_NONE 0xffffffffffffffffull

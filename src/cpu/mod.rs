@@ -18,13 +18,14 @@ mod sums;
 
 use crate::{
     AdamMoments, AdamStep, AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, DotReport, Error,
-    GsnrConfig, GsnrReport, Histogram, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Plan, Record, Report,
-    SampleConfig, SampleReport, StepOutputs, adam,
+    GsnrConfig, GsnrReport, Histogram, HistogramReport, HistoryReport, HostTensor, HostTensorMut, MicroBatchReport,
+    Plan, Record, Report, SampleConfig, SampleReport, StepOutputs, adam,
     adaptive::Units,
     backend::with_elements,
     dtype::sealed::Bits,
     health::{Health, Judge},
     loss_scale::{self, LossScaleState},
+    micro_batches::Accumulation,
     policy::ClipState,
     spec::{self, CHUNK},
 };
@@ -55,6 +56,8 @@ pub struct CpuProbe {
     samples: Option<Samples>,
     loss_scale: Option<LossScaleState>,
     ranks: Option<Ranks>,
+    /// Of micro-batches, and the records of those that were measured.
+    micro_batches: Option<(Accumulation, Vec<Vec<Record>>)>,
     outputs: Option<StepOutputs>,
     steps: u64,
 }
@@ -87,6 +90,7 @@ impl CpuProbe {
             samples: None,
             loss_scale: config.loss_scale.map(|rule| LossScaleState::new(&rule, config.dead_threshold)),
             ranks: None,
+            micro_batches: None,
             outputs: None,
             steps: 0,
         })
@@ -180,6 +184,9 @@ impl CpuProbe {
             history.keep(&outputs, &records);
         }
         self.outputs = Some(outputs);
+        if let Some((accumulation, _)) = &mut self.micro_batches {
+            accumulation.close();
+        }
         Ok(Report::new(Arc::clone(&self.plan), outputs, records, weights, words))
     }
 
@@ -208,6 +215,43 @@ impl CpuProbe {
             });
         });
         Ok(())
+    }
+
+    /// Makes room for the records of this many micro-batches of an accumulation.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0.
+    pub fn enable_micro_batches(&mut self, count: u32) -> Result<(), Error> {
+        self.micro_batches = Some((Accumulation::new(count)?, Vec::new()));
+        Ok(())
+    }
+
+    /// Measures the gradients of the next micro-batch, before they are added to the sum. A measurement on the side: no
+    /// step, and what the clip does is unchanged. The measurement of a step, that of the sum, ends an accumulation.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::TooManyMicroBatches`], and those of [`measure`](Self::measure).
+    pub fn measure_micro_batch(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        let (accumulation, _) = self.micro_batches.as_mut().ok_or(Error::NotEnabled { what: "micro_batches" })?;
+        self.plan.check(shapes(tensors))?;
+        let place = accumulation.next()?;
+        let scale = self.loss_scale.as_ref().map_or(1.0, |state| state.scale);
+        let records = self.records(tensors, scale);
+        if let Some((_, lists)) = &mut self.micro_batches {
+            lists.truncate(place);
+            lists.push(records);
+        }
+        Ok(())
+    }
+
+    /// The micro-batches of the accumulation under way, or of the last one.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`] before the first.
+    pub fn micro_batches(&self) -> Result<MicroBatchReport, Error> {
+        let (accumulation, lists) = self.micro_batches.as_ref().ok_or(Error::NotEnabled { what: "micro_batches" })?;
+        accumulation.taken()?;
+        Ok(MicroBatchReport::new(Arc::clone(&self.plan), lists.clone()))
     }
 
     /// What the next loss is to be multiplied by, under [`Config::loss_scale`].

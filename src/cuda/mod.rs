@@ -48,7 +48,7 @@ pub use tensor::{DeviceTensor, DeviceTensorMut};
 
 use crate::{
     AdamStep, AdaptiveClip, AdaptiveClipReport, Config, DType, DotReport, Error, GsnrConfig, GsnrReport,
-    HistogramReport, HistoryReport, Plan, RankReport, Report, SampleConfig, SampleReport,
+    HistogramReport, HistoryReport, MicroBatchReport, Plan, RankReport, Report, SampleConfig, SampleReport,
     health::Health,
     launch::{DeviceProbe, RawMoments, RawTensor},
 };
@@ -238,6 +238,34 @@ impl CudaProbe {
     /// [`Error::NotJoined`], [`Error::NotMeasured`], or the driver's.
     pub fn rank_report(&mut self) -> Result<RankReport, Error> {
         self.probe.rank_report()
+    }
+
+    /// See [`DeviceProbe::enable_micro_batches`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for 0, or the driver's when there is not enough memory.
+    pub fn enable_micro_batches(&mut self, count: u32) -> Result<(), Error> {
+        self.probe.enable_micro_batches(count)
+    }
+
+    /// Launches the measurement of the gradients of the next micro-batch of an accumulation, before they are added to the
+    /// sum. See [`DeviceProbe::measure_micro_batch_raw`].
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::TooManyMicroBatches`], and those of [`measure`](Self::measure).
+    pub fn measure_micro_batch(&mut self, tensors: &[&dyn DeviceTensor]) -> Result<(), Error> {
+        let stream = Arc::clone(self.stream());
+        let given = self.read(&stream, tensors)?;
+        // SAFETY: as in `measure`.
+        unsafe { self.probe.measure_micro_batch_raw(&given.tensors) }
+    }
+
+    /// See [`DeviceProbe::micro_batches`]. Waits.
+    ///
+    /// # Errors
+    /// [`Error::NotEnabled`], [`Error::NotMeasured`] before the first, or the driver's.
+    pub fn micro_batches(&mut self) -> Result<MicroBatchReport, Error> {
+        self.probe.micro_batches()
     }
 
     /// See [`DeviceProbe::set_loss_scale`].

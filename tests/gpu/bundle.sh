@@ -44,7 +44,7 @@ dirty=false
 printf '{"commit": "%s", "dirty": %s, "kernels": "%s", "nvcc": %s}\n' \
     "$(git rev-parse HEAD)" "$dirty" "$(python3 benches/record.py hash)" "$nvcc" >"$folder/build.json"
 
-pack tests cargo test --no-run
+pack tests cargo test --no-run --features nccl
 pack benches cargo bench --no-run --bench gpu
 cargo build --release --example inspect --example adamw
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"

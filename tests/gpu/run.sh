@@ -33,6 +33,19 @@ libraries() {
 }
 with_nvrtc=(env "LD_LIBRARY_PATH=$(libraries)")
 
+# NCCL under the name that cudarc looks for, in a folder of its own; PyTorch's packages have it under another.
+nccl() {
+    local packages library
+    packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null)
+    for library in /usr/lib/*/libnccl.so.2 "$packages"/nvidia/nccl/lib/libnccl.so.2; do
+        if [ -e "$library" ]; then
+            mkdir -p "$logs/nccl"
+            ln -sf "$(realpath "$library")" "$logs/nccl/libnccl.so"
+        fi
+    done
+    realpath "$logs/nccl" 2>/dev/null
+}
+
 # Writes down how a run ended, for the record.
 note() {
     local name=$1 result=$2 seconds=$3 why=${4:-}
@@ -73,6 +86,7 @@ gpu_tests=(./tests/cuda --test-threads=1)
 tests() {
     run tests "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 "${gpu_tests[@]}"
     run nvrtc "${with_nvrtc[@]}" ./tests/no_gpu
+    run nccl env "LD_LIBRARY_PATH=$(nccl):$(libraries)" GRADPROBE_REQUIRE_GPU=1 ./tests/nccl --test-threads=1
     run adamw "${with_nvrtc[@]}" GRADPROBE_REQUIRE_GPU=1 GRADPROBE_REQUIRE_NVCC=1 ./tests/adamw_run --test-threads=1
 }
 
