@@ -32,7 +32,8 @@ DEVICE Record merged(const Arguments &a, const Placement &placement, u32 index) 
     return all;
 }
 
-KERNEL(8) gradprobe_merge(Arguments a) {
+// At eight blocks to a multiprocessor ptxas put 24 to 32 bytes a thread into local memory.
+KERNEL(4) gradprobe_merge(Arguments a) {
     SHARED(FinishScratch, scratch);
     u32 items = a.tensor_count << a.weights;
     for (u32 i = blockIdx.x * LANES + threadIdx.x; i < items; i += gridDim.x * LANES) {
