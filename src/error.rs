@@ -238,6 +238,10 @@ pub enum Error {
     /// A report was waited for while the stream was being captured; it exists once the graph has run.
     #[error("wait() was called during graph capture: there is a report only once the graph has run")]
     WaitInCapture,
+    /// What allocates or uploads was called while the stream was being captured; a graph would do it at every replay, from
+    /// memory of the host that is long gone.
+    #[error("the probe was set up during graph capture: do so before the capture")]
+    SetUpInCapture,
     /// A file or folder cannot be written.
     #[error("{}: {reason}", path.display())]
     Unwritable {

@@ -435,6 +435,11 @@ fn values<T: Pod>(bytes: &[u8]) -> impl Iterator<Item = T> {
     bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
 }
 
+/// Fails while work is being recorded.
+fn outside_capture(device: &impl Device, error: Error) -> Result<(), Error> {
+    if device.is_capturing()? { Err(error) } else { Ok(()) }
+}
+
 /// Fails unless elements can lie there. Those of an empty tensor lie nowhere.
 fn check_address(name: &str, address: u64, len: u64, dtype: DType) -> Result<(), Error> {
     let (name, size) = (|| name.to_owned(), dtype.size());

@@ -28,6 +28,9 @@
 //! holds, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are
 //! not legal in it: capture with its event tracking off, or use [`DeviceProbe::measure_raw`].
 //!
+//! What allocates or uploads to set the probe up is refused during a capture ([`Error::SetUpInCapture`]): `track`,
+//! `keep_history`, `tag`, `judge_by`, `set_loss_scale`, `join` and every `enable_…`.
+//!
 //! An error may stem from an earlier asynchronous call, of the caller's or of a `drop`: CUDA and cudarc report those
 //! with whatever call comes next.
 #![allow(unsafe_code, reason = "calls the CUDA driver")]

@@ -16,6 +16,22 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 
 /// A rank of a NCCL communicator, for [`CudaProbe::join`](super::CudaProbe::join). It is best one of the probe's own: work
 /// on one communicator is in one order on all ranks, and with several streams only their user can see to that.
+///
+/// ```no_run
+/// use gradprobe::{Config, CudaProbe, DType, Plan, cuda::NcclCommunicator, cudarc::driver::CudaContext, ranks::Placement};
+///
+/// # let (rank, ranks, device) = (0, 2, 0);
+/// // On rank 0, which sends `id.internal()` to the others: by MPI, a socket, a file.
+/// let id = NcclCommunicator::unique_id()?;
+/// // On every rank, with the length of what it holds.
+/// let stream = CudaContext::new(device)?.new_stream()?;
+/// let plan = Plan::new([("block.0.weight", DType::BF16, 1 << 20), ("norm.weight", DType::F32, 4096)])?;
+/// let mut probe = CudaProbe::new(&stream, plan, Config::default().max_norm(1.0))?;
+/// let communicator = NcclCommunicator::new(&stream, rank, ranks, id)?;
+/// probe.join(communicator, [Placement::Sharded, Placement::Replicated])?;
+/// // From here on `measure` is a collective call; `clip` and `poll` are as ever.
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct NcclCommunicator(Comm);
 

@@ -1,6 +1,6 @@
 //! The adaptive clip on a device: its tables, the launch, and the read-out.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor};
+use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, outside_capture};
 use crate::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Error, adaptive};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
@@ -45,6 +45,7 @@ impl<D: Device> DeviceProbe<D> {
     /// [`Error::InvalidConfig`], [`Error::TensorCount`], [`Error::UnitLength`], and the device's when it has not enough
     /// memory.
     pub fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let units = clip.of(&self.plan)?;
         let tensors = units.lengths.len();
         let table = self.device.allocate(size_of::<Rule>() + (tensors + 1) * size_of::<Units>())?;
@@ -109,9 +110,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NotEnabled`], [`Error::NotMeasured`] when there was none, [`Error::WaitInCapture`], or the device's.
     pub fn adaptive_clip(&mut self) -> Result<AdaptiveClipReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         let Some(memory) = &mut self.adaptive else { return Err(NOT_ENABLED) };
         if memory.current.is_empty() {
             return Err(Error::NotMeasured);

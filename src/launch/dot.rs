@@ -1,6 +1,6 @@
 //! Dot products on a device: their memory, the second list's table, the launch, and the read-out.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor};
+use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, outside_capture};
 use crate::{Dot, DotReport, Error, dot::Other};
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// The device's when it has not enough memory.
     pub fn enable_dot(&mut self) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         if self.dot.is_some() {
             return Ok(());
         }
@@ -83,9 +84,7 @@ impl<D: Device> DeviceProbe<D> {
     /// Those of [`launch_dot_raw`](Self::launch_dot_raw), and [`Error::WaitInCapture`].
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     pub unsafe fn dot_raw(&mut self, a: &[RawTensor], b: &[RawTensor]) -> Result<DotReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         // SAFETY: the caller's promise is the same.
         unsafe { self.launch_dot_raw(a, b) }?;
         let Some(memory) = &mut self.dot else { return Err(NOT_ENABLED) };

@@ -1,6 +1,6 @@
 //! Verdict words on a device: the rules in its memory.
 
-use super::{Arguments, Device, DeviceProbe, uploaded};
+use super::{Arguments, Device, DeviceProbe, outside_capture, uploaded};
 use crate::{Error, health::Health};
 
 /// Rules, exemptions and the norms of the last clean step, in device memory.
@@ -21,6 +21,7 @@ impl<D: Device> DeviceProbe<D> {
     /// [`Error::ReportOfAnotherPlan`] for the health of other tensors, [`Error::InvalidConfig`] for more than 63 rules,
     /// and the device's when it has not enough memory.
     pub fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let bytes = health.table_of(&self.plan)?;
         let rules = uploaded(&self.device, &bytes)?;
         let last_norms = uploaded(&self.device, &vec![0; (1 + self.plan.tensors().len()) * size_of::<f64>()])?;

@@ -1,6 +1,6 @@
 //! Histograms on a device: their memory, the launch that counts, and the read-out.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor};
+use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, outside_capture};
 use crate::{Error, Histogram, HistogramReport};
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// The device's when it has not enough memory.
     pub fn enable_histogram(&mut self) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         if self.histogram.is_some() {
             return Ok(());
         }
@@ -65,9 +66,7 @@ impl<D: Device> DeviceProbe<D> {
     /// Those of [`launch_histogram_raw`](Self::launch_histogram_raw), and [`Error::WaitInCapture`].
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     pub unsafe fn histogram_raw(&mut self, tensors: &[RawTensor]) -> Result<HistogramReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         // SAFETY: the caller's promise is the same.
         unsafe { self.launch_histogram_raw(tensors) }?;
         let Some(memory) = &mut self.histogram else { return Err(NOT_ENABLED) };

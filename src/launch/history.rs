@@ -1,6 +1,6 @@
 //! The last steps in a device's memory.
 
-use super::{Arguments, Device, DeviceProbe, values};
+use super::{Arguments, Device, DeviceProbe, outside_capture, values};
 use crate::{Error, HistoryReport, HistoryStep, history};
 use std::sync::Arc;
 
@@ -31,6 +31,7 @@ impl<D: Device> DeviceProbe<D> {
     /// [`Error::InvalidConfig`] for 0 steps, and the device's when it has not enough memory. What was kept before then
     /// stays.
     pub fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let history = History::new(&self.device, steps, self.plan.tensors().len())?;
         let first = self.device.address(&history.ring);
         self.arguments = Arguments {
@@ -50,6 +51,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NoHistory`], or the device's.
     pub fn tag(&mut self, tag: u64) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let history = self.history.as_mut().ok_or(Error::NoHistory)?;
         self.device.upload(bytemuck::bytes_of(&tag), &mut history.tag)
     }
@@ -59,9 +61,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NoHistory`], [`Error::WaitInCapture`], or the device's.
     pub fn history(&mut self) -> Result<HistoryReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         let history = self.history.as_mut().ok_or(Error::NoHistory)?;
         self.device.start_read(&history.ring, &mut history.read)?;
         let bytes = self.device.complete(&history.read)?;

@@ -1,6 +1,6 @@
 //! The loss scale in a device's memory, where measuring adapts it.
 
-use super::{Device, DeviceProbe};
+use super::{Device, DeviceProbe, outside_capture};
 use crate::{Error, loss_scale::check_scale};
 
 impl<D: Device> DeviceProbe<D> {
@@ -17,6 +17,7 @@ impl<D: Device> DeviceProbe<D> {
     /// [`Error::NoLossScale`] without [`Config::loss_scale`](crate::Config::loss_scale), [`Error::InvalidConfig`] unless
     /// finite and above 0, or the device's.
     pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         check_scale(scale)?;
         let (state, buffer) = self.loss_scale.as_mut().ok_or(Error::NoLossScale)?;
         self.device.upload(bytemuck::bytes_of(&state.with_scale(scale)), buffer)

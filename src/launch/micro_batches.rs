@@ -1,6 +1,6 @@
 //! Micro-batches on a device: a list of records each.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, uploaded, values};
+use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, outside_capture, uploaded, values};
 use crate::{Error, MicroBatchReport, Record, micro_batches::Accumulation};
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::InvalidConfig`] for 0, or the device's when it has not enough memory.
     pub fn enable_micro_batches(&mut self, count: u32) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let accumulation = Accumulation::new(count)?;
         let lists = vec![Record::EMPTY; accumulation.count() * self.plan.tensors().len()];
         let bytes: &[u8] = bytemuck::cast_slice(&lists);
@@ -55,9 +56,7 @@ impl<D: Device> DeviceProbe<D> {
     pub fn micro_batches(&mut self) -> Result<MicroBatchReport, Error> {
         let memory = self.micro_batches.as_mut().ok_or(NOT_ENABLED)?;
         let (taken, tensors) = (memory.accumulation.taken()?, self.plan.tensors().len());
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         self.device.start_read(&memory.lists, &mut memory.read)?;
         let mut all = values::<Record>(self.device.complete(&memory.read)?);
         let records = (0..taken).map(|_| all.by_ref().take(tensors).collect()).collect();

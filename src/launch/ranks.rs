@@ -1,6 +1,6 @@
 //! A step of many ranks on a device: records of its own, gathered, merged.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, uploaded, values};
+use super::{Arguments, Device, DeviceProbe, Kernel, outside_capture, uploaded, values};
 use crate::{
     Error, RankReport, Record,
     ranks::{DeviceCommunicator, Placement, agree, checked, table},
@@ -29,16 +29,14 @@ impl<D: Device> DeviceProbe<D> {
     ///
     /// # Errors
     /// [`Error::TensorCount`], [`Error::Placement`], [`Error::InvalidConfig`] for a clip at a quantile,
-    /// [`Error::WaitInCapture`]; [`Error::RankDiffers`] on every rank when plans, placements or settings differ; those of
+    /// [`Error::SetUpInCapture`]; [`Error::RankDiffers`] on every rank when plans, placements or settings differ; those of
     /// the communicator, and the device's. The probe then stays alone.
     pub fn join(
         &mut self,
         communicator: impl DeviceCommunicator + 'static,
         placements: impl IntoIterator<Item = Placement>,
     ) -> Result<(), Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let ranks = communicator.ranks();
         let placements = checked(&self.plan, &self.config, placements, ranks)?;
         agree(&self.plan, &self.config, &placements, |own| gather(&self.device, &communicator, own))?;
@@ -72,9 +70,7 @@ impl<D: Device> DeviceProbe<D> {
         if !self.measured {
             return Err(Error::NotMeasured);
         }
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         let count = self.current.len() * ranks.communicator.ranks() as usize;
         self.device.start_read(&ranks.lists, &mut ranks.read)?;
         let records = values::<Record>(self.device.complete(&ranks.read)?).take(count).collect();

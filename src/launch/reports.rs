@@ -1,6 +1,6 @@
 //! Reports on their way from a device to the host.
 
-use super::{Device, DeviceProbe};
+use super::{Device, DeviceProbe, outside_capture};
 use crate::{Error, Record, Report, StepOutputs};
 use std::sync::Arc;
 
@@ -39,9 +39,7 @@ impl<D: Device> DeviceProbe<D> {
         if !self.measured {
             return Err(Error::NotMeasured);
         }
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         while self.idle.is_empty() {
             self.take_report()?;
         }

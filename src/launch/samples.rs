@@ -1,6 +1,6 @@
 //! Sampled elements on a device: their table and ring, the launch that copies them, and the read-out.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, uploaded, values};
+use super::{Arguments, Device, DeviceProbe, Kernel, RawTensor, outside_capture, uploaded, values};
 use crate::{Error, SampleConfig, SamplePlace, SampleReport};
 use bytemuck::{Pod, Zeroable};
 
@@ -33,6 +33,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::InvalidConfig`], and the device's when it has not enough memory. What was kept before then stays.
     pub fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let places = config.places(&self.plan)?;
         let (steps, count) = (config.steps() as usize, places.len());
         let of_numbers = steps * size_of::<u64>();
@@ -81,9 +82,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NotEnabled`], [`Error::WaitInCapture`], or the device's.
     pub fn samples(&mut self) -> Result<SampleReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         let memory = self.samples.as_mut().ok_or(NOT_ENABLED)?;
         self.device.start_read(&memory.ring, &mut memory.read)?;
         let (numbers, ring) = self.device.complete(&memory.read)?.split_at(memory.steps * size_of::<u64>());

@@ -1,6 +1,6 @@
 //! Tensors tracked across steps on a device, and Adam's moments: state, launches and read-out.
 
-use super::{Arguments, Device, DeviceProbe, Kernel, check_address, uploaded, values};
+use super::{Arguments, Device, DeviceProbe, Kernel, check_address, outside_capture, uploaded, values};
 use crate::{
     AdamStep, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan, adam,
     gsnr::{BINS, Layout, Track},
@@ -26,6 +26,7 @@ impl<D: Device> DeviceProbe<D> {
     /// Those of [`GsnrConfig::bytes`], and the device's when it has not enough memory. What was tracked before then
     /// stays.
     pub fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let tracking = Tracking::new(&self.device, &self.plan, config)?;
         let address = |buffer: &D::Buffer| self.device.address(buffer);
         self.arguments = Arguments {
@@ -44,6 +45,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NotTracked`], or the device's.
     pub fn reset_tracking(&mut self) -> Result<(), Error> {
+        outside_capture(&self.device, Error::SetUpInCapture)?;
         let tracking = self.tracking.as_mut().ok_or(Error::NotTracked)?;
         self.device.upload(bytemuck::cast_slice(&tracking.fresh), &mut tracking.tracks)
     }
@@ -71,9 +73,7 @@ impl<D: Device> DeviceProbe<D> {
     /// # Errors
     /// [`Error::NotTracked`], [`Error::TooFewSteps`] before the second step, [`Error::WaitInCapture`], or the device's.
     pub fn gsnr(&mut self) -> Result<GsnrReport, Error> {
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         self.launch_gsnr()?;
         let Some(tracking) = &mut self.tracking else { return Err(Error::NotTracked) };
         let fresh = &tracking.fresh;
@@ -101,9 +101,7 @@ impl<D: Device> DeviceProbe<D> {
             check_address(&spec.name, of.exp_avg, of.len, DType::F32)?;
             check_address(&spec.name, of.exp_avg_sq, of.len, DType::F32)?;
         }
-        if self.device.is_capturing()? {
-            return Err(Error::WaitInCapture);
-        }
+        outside_capture(&self.device, Error::WaitInCapture)?;
         let mut table = bytemuck::bytes_of(&adam).to_vec();
         for of in moments {
             let none = of.len == 0;

@@ -1,5 +1,5 @@
 //! A CUDA driver on the host, to test the CUDA backend's own code where there is no GPU: the functions of libcuda that
-//! it and `tests/cuda.rs` call, under their names, in a library that is loaded as `libcuda.so` (`.ci/run` shows how).
+//! it and `tests/cuda` call, under their names, in a library that is loaded as `libcuda.so` (`.ci/run` shows how).
 //!
 //! Device memory is host memory, a stream is a thread with a queue, and a launch runs the real kernels through
 //! `gradprobe-simt`, each in another shuffled order: those of the library, and of `examples/adamw` where a module of PTX

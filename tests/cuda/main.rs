@@ -1,0 +1,207 @@
+//! The CUDA backend on a GPU: the same bits as the CPU's, in streams and graphs, over cudarc's slices and bare
+//! addresses, with nothing that waits. Skipped where there is no GPU.
+#![cfg(feature = "cuda")]
+#![allow(unsafe_code, reason = "graphs, host functions and bare addresses are the driver's")]
+
+mod beside;
+mod bits;
+#[path = "../common/mod.rs"]
+mod common;
+mod graphs;
+mod loss_scale;
+mod moments;
+#[path = "../require/mod.rs"]
+mod require;
+mod streams;
+mod tensors;
+
+use common::{Effort, demand_none, gsnr, run_all};
+use gradprobe::{
+    AdamMoments, AdamStep, AdaptiveClip, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error,
+    GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, LossScale,
+    Plan, Record, Report, SampleConfig, StepOutputs,
+    cuda::{DeviceMoments, DeviceTensor},
+    cudarc::driver::{
+        CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
+        sys::{
+            self, CUcontext, CUdevice, CUgraphInstantiate_flags, CUgraphNodeType, CUresult,
+            CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD,
+        },
+    },
+    health::{Health, Rules},
+    launch::{RawMoments, RawTensor},
+};
+use half::{bf16, f16};
+use require::{pointless, skipped};
+use std::{
+    ffi::{c_uint, c_void},
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// The first device, if there is one. A context object of the caller's own: cudarc keeps errors and its event tracking
+/// in it.
+fn device() -> Option<Arc<CudaContext>> {
+    let plan = Plan::new::<&str>([]).unwrap();
+    match CudaProbe::on_device(0, plan, Config::default()) {
+        Ok(_) => Some(CudaContext::new(0).unwrap()),
+        Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
+            skipped(require::GPU, &error.to_string());
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Whether to do less, for tools that make everything a hundred times slower.
+fn short() -> bool {
+    std::env::var("GRADPROBE_SHORT").as_deref() == Ok("1")
+}
+
+/// The elements of one tensor of each dtype, some chunks long.
+#[derive(Clone, Debug, PartialEq)]
+struct Tensors {
+    f32: Vec<f32>,
+    f16: Vec<f16>,
+    bf16: Vec<bf16>,
+}
+
+const LENGTHS: [usize; 3] = [100_003, 40_000, 65_537];
+
+impl Tensors {
+    /// Others for each seed.
+    fn of(seed: u64) -> Self {
+        let value = |tensor: u64, index: usize| {
+            let z = (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (seed << 8 | tensor);
+            let z = (z ^ z >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            ((z >> 40) as f32 / 16_777_216.0 - 0.5) * (1.0 + seed as f32)
+        };
+        Self {
+            f32: (0..LENGTHS[0]).map(|i| value(0, i)).collect(),
+            f16: (0..LENGTHS[1]).map(|i| f16::from_f32(value(1, i))).collect(),
+            bf16: (0..LENGTHS[2]).map(|i| bf16::from_f32(value(2, i))).collect(),
+        }
+    }
+
+    fn plan() -> Plan {
+        Plan::new(DType::ALL.into_iter().zip(LENGTHS).map(|(dtype, len)| (dtype.name(), dtype, len as u64))).unwrap()
+    }
+
+    fn hosts(&self) -> [HostTensor<'_>; 3] {
+        [HostTensor::F32(&self.f32), HostTensor::F16(&self.f16), HostTensor::BF16(&self.bf16)]
+    }
+
+    fn hosts_mut(&mut self) -> [HostTensorMut<'_>; 3] {
+        [HostTensorMut::F32(&mut self.f32), HostTensorMut::F16(&mut self.f16), HostTensorMut::BF16(&mut self.bf16)]
+    }
+}
+
+/// [`Tensors`] on the device.
+struct OnDevice {
+    stream: Arc<CudaStream>,
+    f32: CudaSlice<f32>,
+    f16: CudaSlice<f16>,
+    bf16: CudaSlice<bf16>,
+}
+
+impl OnDevice {
+    fn new(stream: &Arc<CudaStream>, tensors: &Tensors) -> Self {
+        Self {
+            stream: Arc::clone(stream),
+            f32: stream.clone_htod(&tensors.f32).unwrap(),
+            f16: stream.clone_htod(&tensors.f16).unwrap(),
+            bf16: stream.clone_htod(&tensors.bf16).unwrap(),
+        }
+    }
+
+    /// Other elements in the same memory.
+    fn set(&mut self, tensors: &Tensors) {
+        self.stream.memcpy_htod(&tensors.f32, &mut self.f32).unwrap();
+        self.stream.memcpy_htod(&tensors.f16, &mut self.f16).unwrap();
+        self.stream.memcpy_htod(&tensors.bf16, &mut self.bf16).unwrap();
+    }
+
+    /// Other elements in the same memory, from the device: nothing about this waits.
+    fn copy(&mut self, from: &Self) {
+        self.stream.memcpy_dtod(&from.f32, &mut self.f32).unwrap();
+        self.stream.memcpy_dtod(&from.f16, &mut self.f16).unwrap();
+        self.stream.memcpy_dtod(&from.bf16, &mut self.bf16).unwrap();
+    }
+
+    fn get(&self) -> Tensors {
+        let tensors = Tensors {
+            f32: self.stream.clone_dtoh(&self.f32).unwrap(),
+            f16: self.stream.clone_dtoh(&self.f16).unwrap(),
+            bf16: self.stream.clone_dtoh(&self.bf16).unwrap(),
+        };
+        self.stream.synchronize().unwrap();
+        tensors
+    }
+
+    fn slices(&self) -> [&dyn DeviceTensor; 3] {
+        [&self.f32, &self.f16, &self.bf16]
+    }
+
+    fn raw(&self) -> [RawTensor; 3] {
+        [raw(&self.stream, &self.f32), raw(&self.stream, &self.f16), raw(&self.stream, &self.bf16)]
+    }
+}
+
+fn raw<T: Element>(stream: &CudaStream, slice: &CudaSlice<T>) -> RawTensor {
+    RawTensor { address: slice.device_ptr(stream).0, len: slice.len() as u64, dtype: T::DTYPE }
+}
+
+/// The CPU's word on what a step should leave.
+struct Reference(CpuProbe);
+
+impl Reference {
+    fn new(config: Config) -> Self {
+        Self(CpuProbe::new(Tensors::plan(), config).unwrap())
+    }
+
+    /// The report of the next step on these tensors, and the tensors after the clip.
+    fn step(&mut self, mut tensors: Tensors) -> (Report, Tensors) {
+        let report = self.0.measure(&tensors.hosts()).unwrap();
+        self.0.clip(&mut tensors.hosts_mut()).unwrap();
+        (report, tensors)
+    }
+}
+
+/// A config under which every step of [`Tensors::of`] is clipped.
+fn clipping() -> Config {
+    Config::default().max_norm(1.0)
+}
+
+#[track_caller]
+fn assert_same_bits(seen: &Report, expected: &Report) {
+    let bytes = |report: &Report| {
+        let records = bytemuck::cast_slice::<Record, u8>(report.records()).to_vec();
+        (bytemuck::bytes_of(report.outputs()).to_vec(), records)
+    };
+    assert!(bytes(seen) == bytes(expected), "the GPU's\n{seen}\nshould be the CPU's\n{expected}");
+}
+
+/// The kinds of a graph's nodes.
+fn nodes(graph: &CudaGraph) -> Vec<CUgraphNodeType> {
+    let mut count = 0;
+    // SAFETY: the graph is alive; without room for nodes only their number is written.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), ptr::null_mut(), &raw mut count) }.result().unwrap();
+    let mut nodes = vec![ptr::null_mut(); count];
+    // SAFETY: and there is room for that number now.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), nodes.as_mut_ptr(), &raw mut count) }.result().unwrap();
+    let kind = |node| {
+        let mut kind = CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+        // SAFETY: the node is one of the graph's.
+        unsafe { sys::cuGraphNodeGetType(node, &raw mut kind) }.result().unwrap();
+        kind
+    };
+    nodes.into_iter().map(kind).collect()
+}
+
+const TWO_KERNELS: [CUgraphNodeType; 2] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL; 2];
+const THREE_KERNELS: [CUgraphNodeType; 3] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL; 3];
