@@ -5,7 +5,7 @@ mod host;
 mod parameters;
 
 pub use error::Error;
-pub use gradprobe::{ClipPolicy, Config, NonFinitePolicy};
+pub use gradprobe::{ClipPolicy, Config, LossScale, NonFinitePolicy};
 
 use burn_core::module::Module;
 use burn_optim::GradientsParams;
@@ -142,7 +142,11 @@ impl BurnProbe {
             let name = changed.map(|index| self.parameters[index].name.clone()).unwrap_or_default();
             return Err(Error::MissingGradient { name });
         }
-        self.probe = probe_of(&self.parameters, &present, self.config)?;
+        let mut probe = probe_of(&self.parameters, &present, self.config)?;
+        if let Some(scale) = self.probe.loss_scale() {
+            probe.set_loss_scale(scale)?;
+        }
+        self.probe = probe;
         self.present = present;
         Ok(())
     }

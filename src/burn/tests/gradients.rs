@@ -9,7 +9,7 @@ use burn_core::{
 use burn_nn::{Linear, LinearConfig};
 use burn_optim::{GradientsParams, SgdConfig};
 use gradprobe::{CpuProbe, DType, HostTensor, Plan, Record, Report};
-use gradprobe_burn::{BurnProbe, ClipPolicy, Config, Error};
+use gradprobe_burn::{BurnProbe, ClipPolicy, Config, Error, LossScale};
 use half::{bf16, f16};
 
 /// Twelve layers, so that the order of names is seen to be that of the layers, and parameters beside them.
@@ -170,6 +170,24 @@ fn a_missing_gradient_is_missing_and_not_zero() {
     all.register(model.scale.id, gradient);
     assert_eq!(probe.measure(&model, &mut all).unwrap().missing.len(), 2);
     assert_eq!(probe.measure(&model, &mut all).unwrap().report.step(), 2);
+}
+
+/// The loss scale is the trainer's, whatever the set of gradients.
+#[test]
+fn another_set_of_gradients_goes_on_with_the_loss_scale() {
+    let model = model();
+    let scale = LossScale::dynamic().initial(4.0).growth_interval(1);
+    let mut probe = BurnProbe::new(&model, Config::default().loss_scale(scale)).unwrap();
+    let mut all = gradients(&model);
+    let mut scales = Vec::new();
+    for step in 0..4 {
+        if step == 2 {
+            all.remove::<1>(model.scale.id).unwrap();
+        }
+        let outputs = *probe.measure(&model, &mut all).unwrap().report.outputs();
+        scales.push((outputs.loss_scale, outputs.next_loss_scale));
+    }
+    assert_eq!(scales, [(4.0, 8.0), (8.0, 16.0), (16.0, 32.0), (32.0, 64.0)]);
 }
 
 #[test]
