@@ -128,12 +128,19 @@ impl CandleProbe {
     }
 
     /// Diagnoses every report from now on by these rules, and has the probe leave their verdict words
-    /// ([`StepOutputs::health`](gradprobe::StepOutputs::health)).
+    /// ([`StepOutputs::health`](gradprobe::StepOutputs::health)). Other rules later, for another learning rate say, go on
+    /// with what the diagnosis remembers.
     ///
     /// # Errors
     /// Those of [`Health::new`] and [`judge_by`](gradprobe::CpuProbe::judge_by).
     pub fn diagnose_by(&mut self, rules: Rules) -> Result<(), Error> {
-        let health = health_of(&self.source, self.backend.plan(), rules.clone())?;
+        let health = match self.health.clone() {
+            None => health_of(&self.source, self.backend.plan(), rules.clone())?,
+            Some(mut health) => {
+                health.set_rules(rules.clone())?;
+                health
+            }
+        };
         self.backend.judge_by(&health)?;
         (self.health, self.settings.rules) = (Some(health), Some(rules));
         Ok(())
