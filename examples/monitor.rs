@@ -3,7 +3,7 @@
 //! `--live`.
 //!
 //! ```sh
-//! cargo run --release --all-features --example monitor -- /tmp/run
+//! cargo run --release --features writers --example monitor -- /tmp/run
 //! tensorboard --logdir /tmp/run/tensorboard
 //! ```
 

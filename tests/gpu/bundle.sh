@@ -44,9 +44,9 @@ dirty=false
 printf '{"commit": "%s", "dirty": %s, "kernels": "%s", "nvcc": %s}\n' \
     "$(git rev-parse HEAD)" "$dirty" "$(python3 benches/record.py hash)" "$nvcc" >"$folder/build.json"
 
-pack tests cargo test --no-run --features nccl
-pack benches cargo bench --no-run --bench gpu
-cargo build --release --example inspect --example adamw
+pack tests cargo test -p gradprobe --no-run --features nccl
+pack benches cargo bench -p gradprobe --no-run --bench gpu
+cargo build -p gradprobe --release --example inspect --example adamw
 strip -o "$folder/inspect" "${CARGO_TARGET_DIR:-target}/release/examples/inspect"
 # Where its test looks for it.
 strip -o "$folder/examples/adamw" "${CARGO_TARGET_DIR:-target}/release/examples/adamw"

@@ -7,7 +7,7 @@ use crate::{
 };
 use std::path::{Path, PathBuf};
 
-/// Keeps the pictures of a run in a folder, each as SVG and PNG: `overview`, `norm-by-depth` and `gsnr` of the last step
+/// Keeps the pictures of a run in a folder, each as SVG and, with the feature `png`, as PNG: `overview`, `norm-by-depth` and `gsnr` of the last step
 /// that has what they show, `norms` and `histograms` over all steps. They are drawn when the run ends and, with
 /// [`every`](Self::every), now and then before. `first-critical`, an overview, is drawn at the first critical step: the
 /// flood that follows does not hide where it began.
@@ -48,8 +48,9 @@ impl ChartFolder {
     }
 
     fn save(&self, name: &str, chart: &Chart) -> Result<(), Error> {
-        chart.save(self.folder.join(format!("{name}.svg")))?;
-        chart.save(self.folder.join(format!("{name}.png")))
+        #[cfg(feature = "png")]
+        chart.save(self.folder.join(format!("{name}.png")))?;
+        chart.save(self.folder.join(format!("{name}.svg")))
     }
 
     fn draw(&self) -> Result<(), Error> {

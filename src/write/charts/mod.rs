@@ -1,4 +1,4 @@
-//! Pictures, as SVG and as PNG: of a step by layer, and of a run by step.
+//! Pictures, as SVG and with the feature `png` as PNG: of a step by layer, and of a run by step.
 //!
 //! Tensors are coloured by their verdicts: blue or none is healthy, orange a warning, red critical. What an axis cannot
 //! show is marked, never left out: a value that is NaN or infinite is a purple column as high as the picture, a 0 on a
@@ -20,6 +20,8 @@ mod course;
 mod folder;
 mod heat;
 mod lines;
+#[cfg(feature = "png")]
+mod png;
 mod scale;
 mod text;
 
@@ -160,19 +162,24 @@ impl Chart {
     ///
     /// # Errors
     /// [`Error::Drawing`], for want of memory.
+    #[cfg(feature = "png")]
     pub fn png(&self) -> Result<Vec<u8>, Error> {
-        canvas::png(&self.svg())
+        png::encode(&self.svg())
     }
 
     /// Writes the picture in one piece: as PNG to a path that ends in `.png`, else as SVG.
     ///
     /// # Errors
-    /// [`Error::Drawing`], [`Error::Unwritable`].
+    /// [`Error::Drawing`], for a PNG without the feature `png` as well; [`Error::Unwritable`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
-        let is_png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
-        let content = if is_png { self.png()? } else { self.svg().into_bytes() };
-        file::replace(path, &content)
+        if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
+            return file::replace(path, self.svg().as_bytes());
+        }
+        #[cfg(feature = "png")]
+        return file::replace(path, &self.png()?);
+        #[cfg(not(feature = "png"))]
+        Err(Error::Drawing { reason: format!("{}: a PNG needs the feature `png`", path.display()) })
     }
 
     fn draw(&self, canvas: &mut Canvas) {

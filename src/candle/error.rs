@@ -1,0 +1,76 @@
+//! What can go wrong between candle and the probe.
+
+/// What can go wrong. Messages name the variable at fault where there is one; nothing has been clipped when an error is
+/// returned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is nothing to measure: a `VarMap` is empty until the model is built with it.
+    #[error("there are no variables: make the probe after the model, which fills the VarMap")]
+    NoVariables,
+    /// A variable is of a type that is not measured.
+    #[error("variable {name:?}: {dtype} is not measured; f32, f16 and bf16 are (`of_variables` can leave it out)")]
+    Dtype {
+        /// The variable's name.
+        name: String,
+        /// Its type, as candle calls it.
+        dtype: &'static str,
+    },
+    /// A variable is on a device that is not measured, or not on the one where the first variable is.
+    #[error("variable {name:?} is on {device}: {expected}")]
+    Device {
+        /// The variable's name.
+        name: String,
+        /// Where it is.
+        device: String,
+        /// Where it could be.
+        expected: String,
+    },
+    /// The model is not the one the probe was made for.
+    #[error("variable {name:?}: the plan has {planned}, the model has {given}")]
+    Changed {
+        /// The first variable that differs.
+        name: String,
+        /// Shape, type and device in the plan, or `nothing`.
+        planned: String,
+        /// Shape, type and device in the model, or `nothing`.
+        given: String,
+    },
+    /// A gradient differs from its variable in shape, type or device.
+    #[error("variable {name:?} is {variable}, its gradient {gradient}")]
+    Gradient {
+        /// The variable's name.
+        name: String,
+        /// Its shape, type and device.
+        variable: String,
+        /// Those of the gradient.
+        gradient: String,
+    },
+    /// No variable has a gradient: the store is of the backward pass of another model, most likely.
+    #[error(
+        "none of the {variables} variables has a gradient, {name:?} the first: is the GradStore of this model's loss?"
+    )]
+    NoGradients {
+        /// The first variable's name.
+        name: String,
+        /// How many variables there are.
+        variables: usize,
+    },
+    /// A gradient is missing that the last step had, or the other way round, and the clip policy remembers earlier steps.
+    #[error("variable {name:?} had a gradient in one step and none in another, which this clip policy cannot compare")]
+    MissingGradient {
+        /// The first variable for which that holds.
+        name: String,
+    },
+    /// candle could not copy or give a tensor.
+    #[error("variable {name:?}: {source}")]
+    Candle {
+        /// The variable's name.
+        name: String,
+        /// What candle said.
+        source: candle_core::Error,
+    },
+    /// The probe's own error.
+    #[error(transparent)]
+    Probe(#[from] gradprobe::Error),
+}

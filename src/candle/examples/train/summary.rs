@@ -1,0 +1,91 @@
+//! What is said at the end: the verdict over all steps, the worst of them in full, what is in the folder, and the cost.
+
+use crate::watch::Seen;
+use gradprobe::{FindingKind, Verdict, health::Diagnosis, write::Finished};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    fs,
+    path::Path,
+    time::Duration,
+};
+
+/// Adds up what the reports said.
+#[derive(Default)]
+pub struct Summary {
+    steps: u64,
+    unhealthy: u64,
+    skipped: u64,
+    clipped: u64,
+    /// Steps with findings of each kind.
+    found: BTreeMap<FindingKind, u64>,
+    /// The first of the worst.
+    worst: Option<Diagnosis>,
+}
+
+impl Summary {
+    pub fn add(&mut self, seen: &Seen) {
+        let verdict = seen.diagnosis.verdict();
+        self.steps += 1;
+        self.unhealthy += u64::from(verdict != Verdict::Healthy);
+        self.skipped += u64::from(seen.skip);
+        self.clipped += u64::from(seen.coefficient != 1.0);
+        for kind in seen.diagnosis.findings().iter().map(|finding| finding.kind).collect::<BTreeSet<_>>() {
+            *self.found.entry(kind).or_default() += 1;
+        }
+        if verdict > self.verdict() {
+            self.worst = Some(seen.diagnosis.clone());
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        self.worst.as_ref().map_or(Verdict::Healthy, Diagnosis::verdict)
+    }
+
+    /// All of it as text. `losses` are the means at both ends of the run; `training` is the time of all steps, `probe` that
+    /// of gradprobe in it.
+    pub fn text(
+        &self,
+        losses: (f32, f32),
+        (training, probe): (Duration, Duration),
+        finished: &Finished,
+        folder: &Path,
+    ) -> String {
+        let mut text = String::new();
+        if let Some(worst) = &self.worst {
+            let _ = write!(text, "\n{worst}");
+        }
+        let steps = f64::from(u32::try_from(self.steps.max(1)).unwrap_or(u32::MAX));
+        let each = |time: Duration| 1e3 * time.as_secs_f64() / steps;
+        let Self { steps, unhealthy, skipped, clipped, .. } = self;
+        let found: Vec<String> = self.found.iter().map(|(kind, steps)| format!("{kind} in {steps}")).collect();
+        let found = if found.is_empty() { String::new() } else { format!(" ({})", found.join(", ")) };
+        let _ = writeln!(text, "\nverdict: {}; {unhealthy} of {steps} steps unhealthy{found}", self.verdict());
+        let _ = writeln!(
+            text,
+            "loss: {:.4} at first, {:.4} at last; {clipped} steps clipped, {skipped} skipped",
+            losses.0, losses.1
+        );
+        let share = 100.0 * probe.as_secs_f64() / training.as_secs_f64();
+        let _ = writeln!(
+            text,
+            "step: {:.2} ms, of which gradprobe {:.2} ms: overhead {share:.2} %",
+            each(training),
+            each(probe)
+        );
+        let _ = writeln!(text, "written to {}: {}", folder.display(), files(folder));
+        if finished.dropped > 0 {
+            let _ = writeln!(text, "{} steps were dropped: the disk is too slow", finished.dropped);
+        }
+        text
+    }
+}
+
+/// The names of what was written.
+fn files(folder: &Path) -> String {
+    let pictures =
+        fs::read_dir(folder.join("pictures")).into_iter().flatten().filter_map(|file| Some(file.ok()?.file_name()));
+    let mut pictures: Vec<String> = pictures.map(|name| name.to_string_lossy().into_owned()).collect();
+    pictures.sort();
+    format!("steps.jsonl, tensorboard, pictures ({})", pictures.join(", "))
+}

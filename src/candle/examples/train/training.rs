@@ -1,0 +1,117 @@
+//! The loop.
+
+use crate::{
+    Result,
+    fault::{self, Fault},
+    model::{self, Model},
+    options::Options,
+    summary::Summary,
+    table::Table,
+    text::Text,
+    watch::{Seen, Watch},
+};
+use candle_core::{DType, Device, Tensor, backprop::GradStore};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
+use std::{
+    io::{self, Write},
+    time::{Duration, Instant},
+};
+
+/// Steps at either end of the run whose losses the summary gives.
+const ENDS: usize = 10;
+/// Steps in which the learning rate rises to its value.
+const WARM_UP: u32 = 20;
+
+pub fn run(options: &Options, device: &Device) -> Result<()> {
+    let text = Text::new();
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    let mut variables = VarMap::new();
+    let builder = VarBuilder::from_varmap(&variables, DType::F32, device);
+    let model = Model::new(text.alphabet(), options.fault == Some(Fault::Sigmoid), &builder)?;
+    let mut watch = Watch::new(&variables, options, device)?;
+    model::seed(&mut variables, &watch.names(), &mut random, device)?;
+    let parameters = ParamsAdamW { lr: options.lr, weight_decay: 0.0, ..ParamsAdamW::default() };
+    let mut optimizer = AdamW::new(variables.all_vars(), parameters)?;
+
+    let mut rate = options.lr;
+    let middle = options.steps.div_ceil(2);
+    let mut training =
+        Training { losses: Vec::new(), table: Table::new(options.steps.into())?, summary: Summary::default() };
+    let mut time = Duration::ZERO;
+    for step in 1..=options.steps {
+        let strikes = |fault| step == middle && options.fault == Some(fault);
+        if strikes(Fault::Lr) {
+            rate *= fault::RATE;
+            watch.set_learning_rate(rate)?;
+        }
+        optimizer.set_learning_rate(rate * f64::from(step.min(WARM_UP)) / f64::from(WARM_UP));
+        if strikes(Fault::Dead) {
+            fault::kill_units(&variables)?;
+        }
+        let start = Instant::now();
+        let mut sum = GradStore::default();
+        let mut losses = Vec::new();
+        for _ in 0..options.accumulate {
+            let (inputs, targets) = text.batch(options.batch as usize, &mut random, device)?;
+            let scores = model.forward(&inputs, strikes(Fault::Nan))?;
+            let loss = (cross_entropy(&scores, &targets)? / f64::from(options.accumulate))?;
+            add(&mut sum, loss.backward()?, &variables)?;
+            losses.push(loss.detach());
+            watch.micro_batch(&sum)?;
+        }
+        training.losses.push(Tensor::stack(&losses, 0)?.sum_all()?);
+        let reports = watch.step(&mut sum)?;
+        if !reports.iter().any(|seen| seen.skip) {
+            optimizer.step(&sum)?;
+        }
+        time += start.elapsed();
+        training.show(&reports)?;
+    }
+    training.show(&watch.rest()?)?;
+    let cost = watch.time();
+    let finished = watch.finish();
+    let ends = training.ends()?;
+    let said = training.summary.text(ends, (time, cost), &finished, &options.out);
+    io::stdout().write_all(said.as_bytes())?;
+    finished.error.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// What is shown of a run. Losses stay on the device until somebody looks at them.
+struct Training {
+    losses: Vec<Tensor>,
+    table: Table,
+    summary: Summary,
+}
+
+impl Training {
+    fn show(&mut self, reports: &[Seen]) -> Result<()> {
+        for seen in reports {
+            self.summary.add(seen);
+            if self.table.shows(seen) {
+                let loss = self.losses[usize::try_from(seen.step - 1)?].to_scalar()?;
+                self.table.line(seen, loss)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The mean losses of the first and the last steps.
+    fn ends(&self) -> Result<(f32, f32)> {
+        let mean = |losses: &[Tensor]| Tensor::stack(losses, 0)?.mean_all()?.to_scalar::<f32>();
+        let count = self.losses.len().min(ENDS);
+        Ok((mean(&self.losses[..count])?, mean(&self.losses[self.losses.len() - count..])?))
+    }
+}
+
+/// Adds the gradients of the variables; candle leaves others in the store, of inputs.
+fn add(sum: &mut GradStore, mut gradients: GradStore, variables: &VarMap) -> Result<()> {
+    for variable in variables.all_vars() {
+        let Some(gradient) = gradients.remove(&variable) else { continue };
+        let gradient = match sum.get(&variable) {
+            Some(sum) => (sum + gradient)?,
+            None => gradient,
+        };
+        sum.insert(&variable, gradient);
+    }
+    Ok(())
+}

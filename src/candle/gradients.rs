@@ -1,0 +1,70 @@
+//! Which memory a gradient is in, and whether it is the gradient's alone.
+
+use crate::{
+    Error,
+    variables::{Found, Planned},
+};
+use candle_core::{Layout, StorageRef, Tensor, backprop::GradStore};
+use std::{collections::HashSet, ops::Range, ptr};
+
+/// Gives every gradient that is strided, or in the memory of another gradient or of a variable, memory of its own, and
+/// puts that into the store: scaled in place, such memory would be scaled twice, or a weight with it.
+///
+/// # Errors
+/// [`Error::Candle`] when there is no memory.
+pub fn make_own(gradients: &mut GradStore, planned: &[Planned], found: &mut [Found]) -> Result<(), Error> {
+    let mut used: HashSet<usize> = found.iter().map(|found| memory_of(&found.variable)).collect();
+    for (found, planned) in found.iter_mut().zip(planned) {
+        let Some(gradient) = &mut found.gradient else { continue };
+        if gradient.is_contiguous() && used.insert(memory_of(gradient)) {
+            continue;
+        }
+        *gradient = copied(&planned.name, gradient.force_contiguous())?.detach();
+        gradients.insert(&found.variable, gradient.clone());
+    }
+    Ok(())
+}
+
+/// The tensor with its elements in order, a copy of it if they are not.
+///
+/// # Errors
+/// [`Error::Candle`] when there is no memory.
+pub fn in_order(name: &str, tensor: &Tensor) -> Result<Tensor, Error> {
+    copied(name, tensor.contiguous())
+}
+
+fn copied(name: &str, copy: candle_core::Result<Tensor>) -> Result<Tensor, Error> {
+    copy.map_err(|source| Error::Candle { name: name.to_owned(), source })
+}
+
+/// What is equal for two tensors just when they share memory.
+fn memory_of(tensor: &Tensor) -> usize {
+    let (storage, _) = tensor.storage_and_layout();
+    ptr::from_ref(&*storage).addr()
+}
+
+/// Where each tensor is, with its storage locked against whoever writes. The tensors are contiguous.
+pub fn locked(tensors: &[Tensor]) -> Vec<(StorageRef<'_>, Range<usize>)> {
+    let lock = |tensor| {
+        let (storage, layout) = Tensor::storage_and_layout(tensor);
+        (storage, range(layout))
+    };
+    tensors.iter().map(lock).collect()
+}
+
+/// Where in its storage a contiguous tensor is.
+pub fn range(layout: &Layout) -> Range<usize> {
+    layout.start_offset()..layout.start_offset() + layout.shape().elem_count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_fails_is_named() {
+        let failed = Err(candle_core::Error::Msg("out of memory".to_owned()));
+        let failed = copied("h.0.weight", failed).unwrap_err().to_string();
+        assert_eq!(failed, "variable \"h.0.weight\": out of memory");
+    }
+}
