@@ -25,6 +25,7 @@ use std::{
 
 /// What a stream does and a graph holds.
 #[derive(Clone, Copy)]
+#[expect(clippy::large_enum_variant, reason = "most work is kernels, and there is little of it")]
 pub enum Work {
     /// Runs a kernel of the module with this handle.
     Kernel { module: usize, kernel: Kernel, blocks: u32, arguments: Arguments },
