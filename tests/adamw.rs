@@ -12,7 +12,7 @@ use common::{Bounded, Parameter, Settings, correction, exact, loss_and_gradient}
 use data::{BATCH, BATCHES, DECAYED, HIDDEN, HIDDEN_BIAS, INPUTS, OUTPUT_BIAS, OUTPUT_WEIGHT, PARAMETERS, Samples};
 use gradprobe::StepOutputs;
 use gradprobe_simt::{Schedule, UserKernel, launch_user};
-use std::{env, path::Path, process::Command};
+use std::path::Path;
 
 const SOURCE: &str = include_str!("../examples/adamw/adamw.cu");
 const KERNELS: [&str; 6] =
@@ -313,32 +313,12 @@ fn the_kernels_have_the_shapes_of_the_host() {
     assert_eq!(SOURCE.matches("__global__").count(), KERNELS.len());
 }
 
-/// nvcc in CUDA_HOME or PATH, as `build.rs` looks for it.
-fn find_nvcc() -> Option<std::path::PathBuf> {
-    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut folders = home.into_iter().chain(env::split_paths(&path));
-    folders.find_map(|folder| Some(folder.join("nvcc")).filter(|nvcc| nvcc.is_file()))
-}
-
 #[test]
 fn nvcc_compiles_the_kernels() {
-    let Some(nvcc) = find_nvcc() else {
-        require::skipped(require::NVCC, "there is no nvcc in CUDA_HOME/bin or PATH");
-        return;
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let binary = folder.path().join("adamw.cubin");
+    let Some(nvcc) = require::nvcc() else { return };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for options in [&["-arch=sm_75"][..], &["-arch=sm_90"], &["-arch=sm_90", "--use_fast_math"]] {
-        // Under the sanitizers, whose libraries nvcc must not get.
-        let mut command = Command::new(&nvcc);
-        command.env_remove("LD_PRELOAD");
-        command.args(["-cubin", "-std=c++17", "-Werror", "all-warnings", "-I"]).arg(root.join("kernels/include"));
-        command.args(options).arg("-o").arg(&binary).arg(root.join("examples/adamw/adamw.cu"));
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let code = std::fs::read(&binary).unwrap();
+        let code = nvcc.compile(&root.join("examples/adamw/adamw.cu"), options);
         for kernel in KERNELS {
             let section = format!(".text.{kernel}\0");
             assert!(code.windows(section.len()).any(|name| name == section.as_bytes()), "{kernel}");

@@ -7,7 +7,7 @@ mod require;
 use bytemuck::Zeroable;
 use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, Record, launch::Arguments};
 use gradprobe_simt::{Entry, Schedule, launch};
-use std::{env, path::Path, process::Command};
+use std::path::Path;
 
 /// Threads of a block.
 const THREADS: usize = 128;
@@ -197,33 +197,14 @@ extern "C" __global__ void backward(const float *input, float *gradient, u64 len
 }
 "#;
 
-/// nvcc in CUDA_HOME or PATH, as `build.rs` looks for it.
-fn find_nvcc() -> Option<std::path::PathBuf> {
-    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut folders = home.into_iter().chain(env::split_paths(&path));
-    folders.find_map(|folder| Some(folder.join("nvcc")).filter(|nvcc| nvcc.is_file()))
-}
-
 #[test]
 fn nvcc_compiles_a_kernel_with_the_epilogue() {
-    let Some(nvcc) = find_nvcc() else {
-        require::skipped(require::NVCC, "there is no nvcc in CUDA_HOME/bin or PATH");
-        return;
-    };
+    let Some(nvcc) = require::nvcc() else { return };
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("backward.cu");
     std::fs::write(&source, KERNEL).unwrap();
-    let binary = folder.path().join("backward.cubin");
-    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/include");
     for options in [&["-arch=sm_80"][..], &["-arch=sm_90", "--use_fast_math"]] {
-        // Under the sanitizers, whose libraries nvcc must not get.
-        let mut command = Command::new(&nvcc);
-        command.env_remove("LD_PRELOAD");
-        command.args(["-cubin", "-std=c++17", "-Werror", "all-warnings", "-I"]).arg(&include);
-        let output = command.args(options).arg("-o").arg(&binary).arg(&source).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let code = std::fs::read(&binary).unwrap();
+        let code = nvcc.compile(&source, options);
         assert!(code.windows(8).any(|name| name == b"backward"), "{} bytes", code.len());
     }
 }

@@ -2,7 +2,13 @@
 
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
-use std::{io::Write, thread};
+use std::{
+    env,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
 
 /// Set to 1, it makes a missing CUDA toolkit a failure.
 pub const NVCC: &str = "GRADPROBE_REQUIRE_NVCC";
@@ -24,4 +30,37 @@ pub fn skipped(variable: &str, why: &str) {
 pub fn pointless(why: &str) {
     let line = format!("{} skipped: {why}\n", thread::current().name().unwrap_or("a test"));
     std::io::stderr().write_all(line.as_bytes()).expect("standard error is open");
+}
+
+/// A CUDA compiler, for kernels such as users write.
+pub struct Nvcc(PathBuf);
+
+/// nvcc in CUDA_HOME or PATH, as `build.rs` looks for it; where there is none, the running test is skipped.
+#[track_caller]
+pub fn nvcc() -> Option<Nvcc> {
+    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut folders = home.into_iter().chain(env::split_paths(&path));
+    let found = folders.find_map(|folder| Some(folder.join("nvcc")).filter(|nvcc| nvcc.is_file()));
+    if found.is_none() {
+        skipped(NVCC, "there is no nvcc in CUDA_HOME/bin or PATH");
+    }
+    found.map(Nvcc)
+}
+
+impl Nvcc {
+    /// The machine code of a source that includes the headers for others' kernels, compiled without a warning.
+    #[track_caller]
+    pub fn compile(&self, source: &Path, options: &[&str]) -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let binary = folder.path().join("kernels.cubin");
+        let mut command = Command::new(&self.0);
+        // Under the sanitizers, whose libraries nvcc must not get.
+        command.env_remove("LD_PRELOAD");
+        let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/include");
+        command.args(["-cubin", "-std=c++17", "-Werror", "all-warnings", "-I"]).arg(include);
+        let output = command.args(options).arg("-o").arg(&binary).arg(source).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::read(&binary).unwrap()
+    }
 }

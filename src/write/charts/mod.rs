@@ -231,3 +231,19 @@ fn worst(entry: &Entry) -> String {
     }
     line
 }
+
+#[cfg(all(test, not(feature = "png")))]
+mod tests {
+    use super::*;
+    use crate::{Config, CpuProbe, Plan};
+
+    #[test]
+    fn a_png_without_its_feature_is_an_error_that_says_so() {
+        let mut probe = CpuProbe::new(Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
+        let chart = Chart::overview(&Entry::new(probe.measure(&[]).unwrap()));
+        let path = std::env::temp_dir().join("gradprobe-without-feature.PNG");
+        let Err(Error::Drawing { reason }) = chart.save(&path) else { panic!("a PNG without resvg") };
+        assert!(reason.contains("gradprobe-without-feature.PNG") && reason.ends_with("needs the feature `png`"));
+        assert!(!path.exists());
+    }
+}
