@@ -16,14 +16,15 @@ fn on_a_gpu() {
 mod on_a_gpu {
     use super::{common, require};
     use candle_core::{DType, Device, Storage, Tensor, Var, backprop::GradStore};
-    use common::{counting, elements, floats, gradients, model, names, tensors, variable};
-    use gradprobe::{CpuProbe, CudaProbe, DType as ProbeDType, Plan};
+    use candle_nn::{Optimizer, SGD, VarMap};
+    use common::{bytes, counting, elements, floats, gradients, model, names, put, variable};
+    use gradprobe::{CudaProbe, Plan};
     use gradprobe_candle::{CandleProbe, Config, Error, GsnrConfig, Rules, Underlying};
 
-    /// The first GPU, if there is one. candle panics where there is no driver.
+    /// The first GPU with a stream of its own, if there is one. candle panics where there is no driver.
     fn device() -> Option<Device> {
         match CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
-            Ok(_) => Some(Device::new_cuda(0).unwrap()),
+            Ok(_) => Some(Device::new_cuda_with_stream(0).unwrap()),
             Err(error @ (gradprobe::Error::DriverNotFound { .. } | gradprobe::Error::DeviceNotFound { .. })) => {
                 require::skipped(require::GPU, &error.to_string());
                 None
@@ -41,87 +42,135 @@ mod on_a_gpu {
         slice.device_ptr(&storage.device.cuda_stream()).0
     }
 
+    /// The model on the CPU, its variables on the GPU under the same names, and gradients there of those here.
+    fn moved(device: &Device) -> (VarMap, VarMap, impl Fn(&GradStore) -> GradStore) {
+        let (near, far) = (model(&Device::Cpu), VarMap::new());
+        let all: Vec<(String, Var)> = near.data().lock().unwrap().clone().into_iter().collect();
+        for (name, variable) in &all {
+            put(&far, name, Var::from_tensor(&variable.to_device(device).unwrap()).unwrap());
+        }
+        let (device, of) = (device.clone(), far.clone());
+        let moving = move |gradients: &GradStore| {
+            let mut moved = GradStore::default();
+            for (name, here) in &all {
+                if let Some(gradient) = gradients.get(here) {
+                    moved.insert(&variable(&of, name), gradient.to_device(&device).unwrap());
+                }
+            }
+            moved
+        };
+        (near, far, moving)
+    }
+
     #[test]
     fn the_report_and_the_clip_have_the_bits_of_the_cpu() {
         let Some(device) = device() else { return };
-        let map = model(&device);
-        let mut probe = CandleProbe::new(&map, Config::default().max_norm(0.5)).unwrap().with_weights().unwrap();
-        probe.track(&GsnrConfig::default()).unwrap();
-        probe.diagnose_by(Rules::default()).unwrap();
-        let weights: Vec<Vec<f32>> = names().iter().map(|name| floats(&variable(&map, name))).collect();
-        let planned = || names().into_iter().zip(&weights).map(|(name, of)| (name, ProbeDType::F32, of.len() as u64));
-        let plan = Plan::new(planned()).unwrap().with_weights(weights.iter().map(|_| ProbeDType::F32)).unwrap();
-        let mut other = CpuProbe::new(plan, Config::default().max_norm(0.5)).unwrap();
-        other.track(&GsnrConfig::default()).unwrap();
+        let (near, map, moving) = moved(&device);
+        let config = Config::default().max_norm(0.5);
+        let mut probes = [&map, &near].map(|map| CandleProbe::new(map, config).unwrap().with_weights().unwrap());
+        for probe in &mut probes {
+            probe.track(&GsnrConfig::default()).unwrap();
+            probe.diagnose_by(Rules::default()).unwrap();
+        }
+        let [probe, other] = &mut probes;
         let scale = variable(&map, "scale");
         for step in 1..=3 {
-            let mut gradients = (common::loss(&map) * f64::from(step)).unwrap().backward().unwrap();
-            let data = elements(&map, &names(), &gradients);
+            let mut expected = (common::loss(&near) * f64::from(step)).unwrap().backward().unwrap();
+            let mut gradients = moving(&expected);
             let before = address(&gradients, &scale);
             probe.measure_and_clip(&mut gradients).unwrap();
             assert_eq!(address(&gradients, &scale), before, "nothing is copied");
             let measured = probe.wait().unwrap().unwrap();
-            let report = other.measure_with_weights(&tensors(&data), &tensors(&weights)).unwrap();
-            assert_eq!(measured.report.records(), report.records());
-            assert_eq!(measured.report.weights(), report.weights());
-            assert_eq!(measured.report.outputs().total_norm, report.outputs().total_norm);
+            other.measure_and_clip(&mut expected).unwrap();
+            let at_home = other.wait().unwrap().unwrap();
+            assert_eq!(bytes(&measured.report), bytes(&at_home.report));
+            assert_eq!(measured.report.weights(), at_home.report.weights());
+            assert_eq!(measured.to_string(), at_home.to_string());
             assert_eq!(measured.missing, ["unused.weight"]);
-            assert!(measured.diagnosis.is_some() && probe.wait().unwrap().is_none());
-            let coefficient = report.outputs().coefficient;
-            assert!(coefficient < 1.0);
-            let clipped: Vec<Vec<f32>> = data.iter().map(|of| of.iter().map(|x| x * coefficient).collect()).collect();
-            assert_eq!(elements(&map, &names(), &gradients), clipped);
+            assert!(probe.wait().unwrap().is_none() && measured.report.outputs().coefficient < 1.0);
+            assert_eq!(elements(&map, &names(), &gradients), elements(&near, &names(), &expected));
         }
         assert_eq!(probe.gsnr().unwrap().to_string(), other.gsnr().unwrap().to_string());
         assert!(matches!(probe.underlying(), Underlying::Cuda(_)));
     }
 
     #[test]
-    fn reports_come_by_polling() {
+    fn reports_come_by_polling_and_none_is_lost_when_what_is_missing_changes() {
         let Some(device) = device() else { return };
-        let map = model(&device);
+        let (near, map, moving) = moved(&device);
         let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
         probe.enable_histogram().unwrap();
-        let gradients = gradients(&map);
+        let mut gradients = moving(&gradients(&near));
         let mut steps = Vec::new();
-        for _ in 0..3 {
+        for step in 0..3 {
+            if step == 2 {
+                gradients.remove(&variable(&map, "scale")).unwrap();
+            }
             probe.measure(&gradients).unwrap();
             // Waits, so that the report is there.
             probe.histogram(&gradients).unwrap();
             device.synchronize().unwrap();
             while let Some(measured) = probe.poll().unwrap() {
-                steps.push(measured.report.step());
+                steps.push((measured.missing.len(), measured.report.step()));
             }
         }
         if let Some(measured) = probe.wait().unwrap() {
-            steps.push(measured.report.step());
+            steps.push((measured.missing.len(), measured.report.step()));
         }
-        assert_eq!(steps, [1, 2, 3]);
+        assert_eq!(steps, [(1, 1), (1, 2), (2, 1)]);
     }
 
+    /// Of two variables and a gradient of a third kind of memory each: that of another gradient, and that of its variable.
     #[test]
-    fn shared_and_strided_memory_is_scaled_once() {
+    fn shared_memory_is_scaled_once() {
         let Some(device) = device() else { return };
-        let [w, v, b] = [vec![3, 4], vec![4, 3], vec![4]].map(|shape| Var::ones(shape, DType::F32, &device).unwrap());
+        let ones = |length: usize| Tensor::ones(length, DType::F32, &Device::Cpu).unwrap().to_device(&device).unwrap();
+        let [w, v, b] = [12, 12, 4].map(|length| Var::from_tensor(&ones(length)).unwrap());
         let listed = [("w", w.clone()), ("v", v.clone()), ("b", b.clone())];
         let mut probe = CandleProbe::of_variables(listed, Config::default().max_norm(1.0)).unwrap();
         let mut gradients = GradStore::default();
         let shared = counting(&w);
         gradients.insert(&w, shared.clone());
-        gradients.insert(&v, shared.t().unwrap());
+        gradients.insert(&v, shared);
         gradients.insert(&b, b.as_detached_tensor());
         probe.measure_and_clip(&mut gradients).unwrap();
         let coefficient = probe.wait().unwrap().unwrap().report.outputs().coefficient;
         let expected: Vec<f32> = (1..=12u8).map(|x| f32::from(x) * coefficient).collect();
         assert_eq!(floats(gradients.get(&w).unwrap()), expected);
-        assert_eq!(floats(&gradients.get(&v).unwrap().t().unwrap().contiguous().unwrap()), expected);
+        assert_eq!(floats(gradients.get(&v).unwrap()), expected);
         assert_eq!((floats(gradients.get(&b).unwrap()), floats(&b)), (vec![coefficient; 4], vec![1.0; 4]));
+    }
+
+    /// Needs candle's kernels and the default stream, which the driver in `tests/driver` has not.
+    #[test]
+    fn with_kernels_a_strided_gradient_is_clipped_and_a_step_can_follow() {
+        if device().is_none() {
+            return;
+        }
+        let device = Device::new_cuda(0).unwrap();
+        let map = model(&device);
+        let mut probe = CandleProbe::new(&map, Config::default().max_norm(1.0)).unwrap();
+        let mut gradients = gradients(&map);
+        let weight = variable(&map, "layers.0.weight");
+        let transposed = gradients.get(&weight).unwrap().t().unwrap();
+        let before = floats(&transposed.contiguous().unwrap());
+        gradients.insert(&weight, transposed);
+        probe.measure_and_clip(&mut gradients).unwrap();
+        let coefficient = probe.wait().unwrap().unwrap().report.outputs().coefficient;
+        assert!(coefficient < 1.0);
+        let expected: Vec<f32> = before.iter().map(|x| x * coefficient).collect();
+        assert_eq!(floats(gradients.get(&weight).unwrap()), expected);
+        let mut optimizer = SGD::new(map.all_vars(), 1e-3).unwrap();
+        let scale = floats(&variable(&map, "scale"));
+        optimizer.step(&gradients).unwrap();
+        assert_ne!(floats(&variable(&map, "scale")), scale);
     }
 
     #[test]
     fn a_gradient_or_a_variable_on_another_device_is_refused() {
         let Some(device) = device() else { return };
-        let [near, far] = [&device, &Device::Cpu].map(|device| Var::ones(3, DType::F32, device).unwrap());
+        let far = Var::ones(3, DType::F32, &Device::Cpu).unwrap();
+        let near = Var::from_tensor(&far.to_device(&device).unwrap()).unwrap();
         let both = [("near", near.clone()), ("far", far)];
         let refused = CandleProbe::of_variables(both, Config::default()).unwrap_err();
         assert!(matches!(&refused, Error::Device { name, .. } if name == "far"), "{refused}");
