@@ -7,7 +7,6 @@ mod require;
 use bytemuck::Zeroable;
 use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, Record, launch::Arguments};
 use gradprobe_simt::{Entry, Schedule, launch};
-use std::path::Path;
 
 /// Threads of a block.
 const THREADS: usize = 128;
