@@ -15,7 +15,7 @@ mod require;
 mod streams;
 mod tensors;
 
-use common::{Effort, demand_none, gsnr, run_all};
+use common::{Effort, demand_none, gsnr, run_all, short};
 use gradprobe::{
     AdamMoments, AdamStep, AdaptiveClip, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error,
     GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, LossScale,
@@ -56,11 +56,6 @@ fn device() -> Option<Arc<CudaContext>> {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-/// Whether to do less, for tools that make everything a hundred times slower.
-fn short() -> bool {
-    std::env::var("GRADPROBE_SHORT").as_deref() == Ok("1")
 }
 
 /// The elements of one tensor of each dtype, some chunks long.
