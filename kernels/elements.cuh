@@ -78,7 +78,7 @@ struct Halves {
         }
         // Bit 15 of four halves, spread over a byte each and so 0 or -1, added to `sum`.
         static DEVICE int add_signs(u32 a, u32 b, int sum) {
-            return __dp4a((int)__byte_perm(a, b, 0xfdb9), 0x01010101, sum);
+            return __dp4a((int)permute_bytes<0xfdb9>(a, b), 0x01010101, sum);
         }
         DEVICE Scan scan() const {
             u32 high_max = max >> 16, low_max = max & 0xffffu, high_min = min >> 16, low_min = min & 0xffffu;

@@ -97,6 +97,14 @@ DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Has a line of 128 bytes fetched to L2.
 DEVICE void prefetch(u64 address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// Four bytes of b:a, each chosen by a nibble of the selector: its low three bits say which byte, its top bit whether to
+// spread that byte's sign over all eight bits. CUDA's __byte_perm is no substitute: it ignores the top bit.
+template <u32 SELECTOR> DEVICE u32 permute_bytes(u32 a, u32 b) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "n"(SELECTOR));
+    return bytes;
+}
+
 DEVICE float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -49,6 +49,14 @@ fn find_cuobjdump() -> Option<PathBuf> {
     folders.find_map(|folder| Some(folder.join("cuobjdump")).filter(|tool| tool.is_file()))
 }
 
+/// The code of every kernel for one architecture, out of the output on all of them.
+fn section(architecture: u32, output: &str) -> &str {
+    let heading = format!("code for sm_{architecture}\n");
+    let start = output.find(&heading).unwrap_or_else(|| panic!("no code for sm_{architecture}"));
+    let rest = &output[start + heading.len()..];
+    &rest[..rest.find("code for sm_").unwrap_or(rest.len())]
+}
+
 /// The kernels for Hopper, in the order of [`Kernel::ALL`].
 fn hopper() -> Option<[Listing; Kernel::ALL.len()]> {
     let output = cuobjdump(&["-sass", "-arch", "sm_90"])?;
@@ -128,6 +136,28 @@ fn hot_loops_stay_within_what_memory_allows() {
         assert!(executed <= limit, "{dtype}: {executed:.2} instructions an element, at most {limit} are hidden");
         assert_eq!(hot.half.is_some(), dtype == DType::F32, "{dtype}: halves");
         assert_eq!(hot.executed(&measure, Instruction::is_fp64), 0, "{dtype}: f64 in the hot loop");
+    }
+}
+
+/// Each sum of four signed bytes counts signs: of a permutation that spreads the top bit of a byte over all of it. nvcc's
+/// `__byte_perm` cannot make one: it clears those bits of the selector, and every zero and dead count of 16 bits was wrong.
+#[test]
+fn bytes_that_are_summed_are_spread_signs() {
+    let Some(output) = cuobjdump(&["-sass"]) else { return };
+    for architecture in ARCHITECTURES {
+        let code = section(architecture, &output);
+        let mut sums = 0;
+        for kernel in Kernel::ALL {
+            let listing = Listing::of(kernel.entry(), code);
+            let all = 0..listing.instructions().len();
+            let of_bytes = listing.count(&all, |instruction| instruction.is("IDP.4A"));
+            let spread =
+                listing.count(&all, |instruction| instruction.byte_selector().is_some_and(|s| s & 0x8888 == 0x8888));
+            assert_eq!(of_bytes, spread, "sm_{architecture}, {}: sums of bytes and spread signs", kernel.entry());
+            sums += of_bytes;
+        }
+        println!("sm_{architecture}: {sums} sums of spread signs");
+        assert!(sums >= 64, "sm_{architecture}: {sums} sums; the two 16-bit types have 32 a group in measure alone");
     }
 }
 
@@ -435,13 +465,15 @@ const SAMPLE: &str = "\
         /*0120*/                   BRA 0xe0 ;
         /*0130*/                   BRA 0x130;
         /*0140*/                   NOP;
+        /*0150*/                   PRMT R6, R4, 0xfdb9, R5 ;
+        /*0160*/                   PRMT R6, R4, R7, R5 ;
 ";
 
 #[test]
 fn listings_are_read() {
     let code = Listing::of("sample", SAMPLE);
     let addresses: Vec<u64> = code.instructions().iter().map(|instruction| instruction.address).collect();
-    assert_eq!(addresses, (0..=0x14).map(|index| index * 0x10).collect::<Vec<_>>());
+    assert_eq!(addresses, (0..=0x16).map(|index| index * 0x10).collect::<Vec<_>>());
     assert_eq!(code.instructions()[1].opcode, "LDG.E.128.CONSTANT");
     assert_eq!(Listing::of("other", SAMPLE).instructions().len(), 2, "a kernel ends where the next begins");
     assert_eq!(Listing::of("none", SAMPLE).instructions().len(), 0);
@@ -451,6 +483,8 @@ fn listings_are_read() {
     assert_eq!(code.count(&all, Instruction::is_vector_load), 3);
     assert_eq!(code.count(&all, Instruction::is_fp64), 5, "F2F.F64, DADD, DMUL, MUFU.RCP64H, DADD");
     assert_eq!(code.count(&all, |instruction| instruction.is("LD")), 0, "LDG is no LD");
+    let selectors: Vec<u32> = code.instructions().iter().filter_map(|code| code.byte_selector()).collect();
+    assert_eq!(selectors, [0xfdb9], "one is a register");
 }
 
 #[test]

@@ -140,7 +140,20 @@ inline u16 float_to_half(float value) {
     return (u16)(sign | (((u32)(exponent + 14) << 10) + units));
 }
 
-// CUDA's integer intrinsics, as its programming guide defines them.
+// The PTX instruction prmt in its default mode.
+template <u32 SELECTOR> inline u32 permute_bytes(u32 a, u32 b) {
+    u64 bytes = (u64)b << 32 | a;
+    u32 result = 0;
+    for (u32 i = 0; i < 4; i++) {
+        u32 nibble = SELECTOR >> 4 * i & 0xfu;
+        u32 byte = (u32)(bytes >> 8 * (nibble & 7)) & 0xffu;
+        if (nibble & 8) byte = byte & 0x80u ? 0xffu : 0;
+        result |= byte << 8 * i;
+    }
+    return result;
+}
+
+// CUDA's integer intrinsics, as its reference defines them.
 inline u32 __viaddmin_u32(u32 a, u32 b, u32 c) { return a + b < c ? a + b : c; }
 inline u32 __viaddmin_u16x2(u32 a, u32 b, u32 c) {
     u32 low = (a + b) & 0xffffu, high = ((a >> 16) + (b >> 16)) & 0xffffu;
@@ -150,17 +163,6 @@ inline u32 __vmaxu2(u32 a, u32 b) {
     u32 low = (a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu;
     u32 high = a >> 16 > b >> 16 ? a >> 16 : b >> 16;
     return high << 16 | low;
-}
-inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
-    u64 bytes = (u64)b << 32 | a;
-    u32 result = 0;
-    for (u32 i = 0; i < 4; i++) {
-        u32 nibble = selector >> 4 * i & 0xfu;
-        u32 byte = (u32)(bytes >> 8 * (nibble & 7)) & 0xffu;
-        if (nibble & 8) byte = byte & 0x80u ? 0xffu : 0;
-        result |= byte << 8 * i;
-    }
-    return result;
 }
 inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);

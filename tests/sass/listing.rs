@@ -53,6 +53,12 @@ impl Instruction {
             || parts.any(|part| part == "F64" || part.ends_with("64H"))
     }
 
+    /// The selector of a permutation of bytes, where it is written in the instruction.
+    pub fn byte_selector(&self) -> Option<u32> {
+        let selector = self.operands.get(2).filter(|_| self.is("PRMT"))?;
+        u32::from_str_radix(selector.strip_prefix("0x")?, 16).ok()
+    }
+
     /// The general registers it names, each by its number.
     fn registers(&self) -> impl Iterator<Item = u32> {
         self.operands.iter().flat_map(|operand| operand.split(|c: char| !c.is_ascii_alphanumeric())).filter_map(
