@@ -1,6 +1,6 @@
 //! Machine code as `cuobjdump -sass` lists it: instructions, loops, and paths through them.
 
-use std::ops::Range;
+use std::{cmp::Ordering, ops::Range};
 
 /// One instruction.
 #[derive(Debug)]
@@ -53,6 +53,11 @@ impl Instruction {
             || parts.any(|part| part == "F64" || part.ends_with("64H"))
     }
 
+    /// Whether nothing waits for what it gives, as with an atomic whose destination is no register.
+    pub fn has_no_result(&self) -> bool {
+        self.operands.first().is_some_and(|destination| destination == "RZ")
+    }
+
     /// The selector of a permutation of bytes, where it is written in the instruction.
     pub fn byte_selector(&self) -> Option<u32> {
         let selector = self.operands.get(2).filter(|_| self.is("PRMT"))?;
@@ -69,14 +74,9 @@ impl Instruction {
         )
     }
 
-    /// Where it may continue other than at the next instruction, if that is written in it.
+    /// Where it branches or calls, if that is written in it.
     fn target(&self) -> Option<u64> {
-        assert!(
-            !self.is("BRX") && !self.is("JMX"),
-            "{:#x}: a jump to a computed address is not understood",
-            self.address
-        );
-        if !self.is("BRA") {
+        if !self.is("BRA") && !self.is("CALL") {
             return None;
         }
         let target = self.operands.last().and_then(|operand| operand.strip_prefix("0x"));
@@ -84,10 +84,21 @@ impl Instruction {
         Some(target.unwrap_or_else(|| panic!("{:#x}: no target in {:?}", self.address, self.operands)))
     }
 
+    /// Jumps to an address out of a register, by a table that a listing does not show: the `switch` over clipping's policies
+    /// on sm_100 and sm_120.
+    fn jumps_anywhere(&self) -> bool {
+        self.is("BRX") || self.is("BRXU") || self.is("JMX") || self.is("JMXU")
+    }
+
+    /// A fence whose writes another block of the GPU may be waiting for; those of a block alone cost next to nothing.
+    pub fn is_fence(&self) -> bool {
+        self.is("MEMBAR") && !self.is("MEMBAR.CTA")
+    }
+
     /// Whether it never continues at the next instruction.
     fn ends(&self) -> bool {
-        let conditional = self.guarded || (self.is("BRA") && self.operands.len() > 1);
-        !conditional && (self.is("BRA") || self.is("EXIT") || self.is("RET"))
+        let conditional = self.guarded || self.is("BRA.DIV") || (self.is("BRA") && self.operands.len() > 1);
+        !conditional && (self.is("BRA") || self.is("EXIT") || self.is("RET") || self.jumps_anywhere())
     }
 }
 
@@ -96,14 +107,51 @@ impl Instruction {
 pub struct Listing(Vec<Instruction>);
 
 /// What paths from one instruction to another cost.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     /// Barriers of the block, on the paths with the fewest.
     pub barriers: usize,
+    /// Times that L1 is emptied, as after a fence that acquires, on those of these paths with the fewest.
+    pub acquires: usize,
     /// f64 instructions on the one of those paths that has the fewest.
     pub least_fp64: usize,
     /// And on the one that has the most.
     pub most_fp64: usize,
+    /// Fences for the whole GPU, on the one that has the most.
+    pub most_fences: usize,
+    /// The waits for errors of earlier writes that go with fences, on the one that has the most.
+    pub most_error_barriers: usize,
+}
+
+impl Cost {
+    /// After one more instruction.
+    fn with(self, instruction: &Instruction) -> Self {
+        let one = |is: bool| usize::from(is);
+        let fp64 = instruction.is_fp64();
+        Self {
+            barriers: self.barriers + one(instruction.is("BAR.SYNC")),
+            acquires: self.acquires + one(instruction.is("CCTL.IVALL")),
+            least_fp64: self.least_fp64 + one(fp64 && !instruction.guarded),
+            most_fp64: self.most_fp64 + one(fp64),
+            most_fences: self.most_fences + one(instruction.is_fence()),
+            most_error_barriers: self.most_error_barriers + one(instruction.is("ERRBAR")),
+        }
+    }
+
+    /// Of two ways to the same instruction.
+    fn or(self, other: Self) -> Self {
+        match (self.barriers, self.acquires).cmp(&(other.barriers, other.acquires)) {
+            Ordering::Less => self,
+            Ordering::Greater => other,
+            Ordering::Equal => Self {
+                least_fp64: self.least_fp64.min(other.least_fp64),
+                most_fp64: self.most_fp64.max(other.most_fp64),
+                most_fences: self.most_fences.max(other.most_fences),
+                most_error_barriers: self.most_error_barriers.max(other.most_error_barriers),
+                ..self
+            },
+        }
+    }
 }
 
 impl Listing {
@@ -132,7 +180,8 @@ impl Listing {
     pub fn loops(&self) -> Vec<Range<usize>> {
         let mut loops: Vec<Range<usize>> = Vec::new();
         for (end, instruction) in self.0.iter().enumerate() {
-            let start = instruction.target().and_then(|address| self.index(address)).filter(|&start| start < end);
+            let back = instruction.target().filter(|_| instruction.is("BRA"));
+            let start = back.and_then(|address| self.index(address)).filter(|&start| start < end);
             let Some(start) = start else { continue };
             match loops.iter_mut().find(|known| known.start == start) {
                 Some(known) => known.end = end + 1,
@@ -166,31 +215,23 @@ impl Listing {
         loaded.len()
     }
 
-    /// What the paths from one instruction to a later one cost that pass the fewest barriers and go through each loop
-    /// at most once. `None` if there is no path. Calls return; `BRA.DIV`, by which lanes that have lost each other do
-    /// the same elsewhere, is not taken.
+    /// What the paths from one instruction to a later one cost that pass the fewest barriers, of those the ones that
+    /// acquire least, and that go through each loop at most once. `None` if there is no path. Calls return; `BRA.DIV`, by
+    /// which lanes that have lost each other do the same elsewhere, is not taken.
     pub fn straight_path(&self, from: usize, to: usize) -> Option<Cost> {
-        let mut costs: Vec<Option<Cost>> = (from..=to).map(|_| None).collect();
-        costs[0] = Some(Cost { barriers: 0, least_fp64: 0, most_fp64: 0 });
+        let mut costs: Vec<Option<Cost>> = vec![None; to - from + 1];
+        costs[0] = Some(Cost::default());
         for index in from..to {
-            let Some(cost) = &costs[index - from] else { continue };
+            let Some(cost) = costs[index - from] else { continue };
             let instruction = &self.0[index];
-            let barriers = cost.barriers + usize::from(instruction.is("BAR.SYNC"));
-            let most_fp64 = cost.most_fp64 + usize::from(instruction.is_fp64());
-            let least_fp64 = cost.least_fp64 + usize::from(instruction.is_fp64() && !instruction.guarded);
-            let jump =
-                instruction.target().filter(|_| !instruction.is("BRA.DIV")).and_then(|address| self.index(address));
+            assert!(!instruction.jumps_anywhere(), "{:#x}: where this jumps is not known", instruction.address);
+            let cost = cost.with(instruction);
+            let taken = instruction.is("BRA") && !instruction.is("BRA.DIV");
+            let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
             let next = (!instruction.ends()).then_some(index + 1);
             for successor in jump.into_iter().chain(next).filter(|&s| s > index && s <= to) {
                 let known = &mut costs[successor - from];
-                match known {
-                    Some(known) if known.barriers < barriers => {}
-                    Some(known) if known.barriers == barriers => {
-                        known.least_fp64 = known.least_fp64.min(least_fp64);
-                        known.most_fp64 = known.most_fp64.max(most_fp64);
-                    }
-                    _ => *known = Some(Cost { barriers, least_fp64, most_fp64 }),
-                }
+                *known = Some(known.map_or(cost, |known| known.or(cost)));
             }
         }
         costs.pop().flatten()
@@ -200,4 +241,9 @@ impl Listing {
 /// Whether a span lies in another that is not the same.
 pub fn lies_in(inner: &Range<usize>, outer: &Range<usize>) -> bool {
     inner != outer && outer.start <= inner.start && inner.end <= outer.end
+}
+
+/// The loops within another.
+pub fn loops_in(code: &Listing, span: &Range<usize>) -> Vec<Range<usize>> {
+    code.loops().into_iter().filter(|inner| lies_in(inner, span)).collect()
 }

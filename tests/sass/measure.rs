@@ -1,0 +1,197 @@
+//! The kernel that measures: its hot loops, and what an ordinary chunk costs beside them.
+
+use crate::{
+    listing::{Cost, Instruction, Listing, lies_in, loops_in},
+    machines::{Code, all_of},
+};
+use gradprobe::{DType, launch::Kernel};
+use std::ops::Range;
+
+/// Elements of a lane's group: what one turn of a hot loop reads.
+const GROUP: usize = 64;
+/// Elements of a chunk for each lane of a warp.
+const CHUNK_PER_LANE: usize = 32_768 / 32;
+
+/// The loop that reads whole tiles of one dtype, one group of a lane in a turn.
+struct HotLoop {
+    span: Range<usize>,
+    /// The part that runs twice in a turn, once for each half of the group: f32 has no registers for both at once.
+    half: Option<Range<usize>>,
+}
+
+impl HotLoop {
+    /// The outermost loops that read by 16 bytes, through the read-only path, and in no other way. Those that guard
+    /// against a tensor's end have loads of single elements as well, and those that merge records read fresh words.
+    fn all(code: &Listing) -> Vec<Self> {
+        let reads_elements = |load: &Instruction| load.is_vector_load() && load.is("LDG.CONSTANT");
+        let reads_vectors = |span: &Range<usize>| {
+            let vectors = code.count(span, reads_elements);
+            vectors > 0 && code.count(span, Instruction::is_load) == vectors
+        };
+        let hot = code.outermost(reads_vectors).into_iter().map(|span| {
+            let mut halves = loops_in(code, &span);
+            halves.retain(reads_vectors);
+            assert!(halves.len() <= 1, "{halves:?} in {span:?}");
+            Self { span, half: halves.pop() }
+        });
+        hot.collect()
+    }
+
+    /// Instructions of some kind that a turn executes, all branches taken.
+    fn executed(&self, code: &Listing, kind: impl Fn(&Instruction) -> bool + Copy) -> usize {
+        code.count(&self.span, kind) + self.half.as_ref().map_or(0, |half| code.count(half, kind))
+    }
+
+    /// By the bytes of a group, and by the conversion that only f16 needs.
+    fn dtype(&self, code: &Listing) -> DType {
+        let widens_f16 = |instruction: &Instruction| instruction.is("HADD2.F32") || instruction.is("F2F.F32.F16");
+        let loads = self.executed(code, Instruction::is_vector_load);
+        match (loads * 16 / GROUP, self.executed(code, widens_f16)) {
+            (4, 0) => DType::F32,
+            (2, 0) => DType::BF16,
+            (2, GROUP) => DType::F16,
+            (_, conversions) => panic!("{loads} loads of 16 bytes and {conversions} conversions for {GROUP} elements"),
+        }
+    }
+}
+
+/// The hot loop of each dtype, in the order of [`DType::ALL`].
+fn hot_loops(code: &Listing) -> [HotLoop; 3] {
+    let mut loops = HotLoop::all(code);
+    loops.sort_by_key(|hot| hot.dtype(code) as u32);
+    let dtypes: Vec<DType> = loops.iter().map(|hot| hot.dtype(code)).collect();
+    assert_eq!(dtypes, DType::ALL, "one hot loop for each dtype");
+    loops.try_into().unwrap_or_else(|_| unreachable!("three were just counted"))
+}
+
+/// Within what the memory allows, 15.5 instructions for an element of 16 bits on an H200 and twice that for f32, and within
+/// what there are today and some more. All loads are of 16 bytes: the loops are found by that.
+#[test]
+fn hot_loops_stay_within_what_memory_allows() {
+    for code in all_of(Kernel::Measure) {
+        let measure = &code.listing;
+        for (hot, limit) in hot_loops(measure).iter().zip(code.architecture.instructions) {
+            let dtype = hot.dtype(measure);
+            let executed = hot.executed(measure, |_| true) as f64 / GROUP as f64;
+            let hidden = code.architecture.hidden_by(dtype.size());
+            println!("{}, {dtype}: {executed:.2} instructions an element, {hidden:.1} hidden", code.architecture);
+            assert!(
+                executed <= limit.min(hidden),
+                "{code}, {dtype}: {executed:.2}, of at most {limit}, {hidden:.1} hidden"
+            );
+            assert_eq!(hot.half.is_some(), dtype == DType::F32, "{code}, {dtype}: halves");
+            assert_eq!(hot.executed(measure, Instruction::is_fp64), 0, "{code}, {dtype}: f64 in the hot loop");
+        }
+    }
+}
+
+/// Little's law: an H200 needs 48 KiB under way in each multiprocessor to keep its memory busy.
+#[test]
+fn enough_bytes_are_in_flight() {
+    for code in all_of(Kernel::Measure) {
+        for (hot, least) in hot_loops(&code.listing).iter().zip(code.architecture.loads) {
+            // Before the first of its loads is used a lane has issued these, and then waits.
+            let span = hot.half.as_ref().unwrap_or(&hot.span);
+            let (loads, bytes) = (code.listing.loads_in_flight(span), code.bytes_in_flight(span));
+            let dtype = hot.dtype(&code.listing);
+            println!("{}, {dtype}: {loads} loads of 16 bytes in flight, {} KiB", code.architecture, bytes >> 10);
+            assert!(loads >= least, "{code}, {dtype}: {loads} loads before the first use, of at least {least}");
+            let wanted = code.architecture.bytes_in_flight;
+            assert!(bytes >= wanted, "{code}, {dtype}: {loads} loads in flight are {bytes} bytes, of {wanted}");
+        }
+    }
+}
+
+/// A block that merges a chunk reads nothing; the next chunk's first row is then on its way to L2.
+#[test]
+fn the_next_chunk_is_fetched_while_one_is_merged() {
+    for code in all_of(Kernel::Measure) {
+        let measure = &code.listing;
+        let all = measure.instructions().iter().enumerate();
+        let fetches: Vec<usize> = all.filter(|(_, code)| code.is("CCTL.PF2")).map(|(index, _)| index).collect();
+        println!("{}: {} prefetches to L2", code.architecture, fetches.len());
+        assert!(!fetches.is_empty(), "{code}");
+        for hot in hot_loops(measure) {
+            // Behind the barrier after which the first warp alone merges.
+            let barriers =
+                fetches.iter().map(|&fetch| measure.straight_path(hot.span.end, fetch).map(|cost| cost.barriers));
+            assert!(barriers.clone().all(|count| count == Some(1)), "{code}: {:?}", barriers.collect::<Vec<_>>());
+        }
+    }
+}
+
+/// The loop over chunks: the smallest that has all hot loops in it.
+fn chunk_loop(code: &Code, hot_loops: &[HotLoop]) -> Range<usize> {
+    let mut chunks = code.listing.loops();
+    chunks.retain(|span| hot_loops.iter().all(|hot| lies_in(&hot.span, span)));
+    chunks.into_iter().min_by_key(Range::len).unwrap_or_else(|| panic!("{code}: no loop over the chunks"))
+}
+
+/// What a chunk of ordinary numbers that is not the last of its span costs behind its hot loop. It passes the fewest
+/// barriers: each of scanning for NaN, reading again and finishing a span, a tensor or the step has some of its own.
+fn ordinary_chunk(code: &Code, hot: &HotLoop, chunk: &Range<usize>) -> Cost {
+    let cost = code.listing.straight_path(hot.span.end, chunk.end - 1);
+    let cost = cost.unwrap_or_else(|| panic!("{code}: a chunk does not end"));
+    assert!(cost.barriers >= 3, "{code}: the lanes, the decision and the last block's counter: {cost:?}");
+    cost
+}
+
+/// Few GPUs have more than one f64 unit to 64 f32 ones; on those, f64 must not take longer than the memory.
+#[test]
+fn fp64_stays_below_a_sixteenth_of_an_instruction_an_element() {
+    for code in all_of(Kernel::Measure) {
+        let measure = &code.listing;
+        let hot_loops = hot_loops(measure);
+        let chunk = chunk_loop(code, &hot_loops);
+        for hot in &hot_loops {
+            // The most expensive path is that of thread 0, whose warp merges the block's sums. The other three warps go
+            // around all of it, as the cheapest path shows. One instruction of that warp stands for what 32 lanes have
+            // read of the chunk.
+            let cost = ordinary_chunk(code, hot, &chunk);
+            let share = cost.most_fp64 as f64 / CHUNK_PER_LANE as f64;
+            let dtype = hot.dtype(measure);
+            println!(
+                "{}, {dtype}: {} f64 instructions a chunk, {share:.4} an element",
+                code.architecture, cost.most_fp64
+            );
+            let (start, end) = (hot.span.end, chunk.end - 1);
+            let mut loops = measure.loops();
+            loops.retain(|span| {
+                lies_in(span, &chunk) && span.start >= start && measure.count(span, Instruction::is_fp64) > 0
+            });
+            for span in loops {
+                let ways = (measure.straight_path(start, span.start), measure.straight_path(span.end - 1, end));
+                let (Some(to), Some(from)) = ways else { continue };
+                let barriers = to.barriers + from.barriers;
+                assert!(barriers > cost.barriers, "{code}: an ordinary chunk runs the loop {span:?}, with f64");
+            }
+            assert_eq!(cost.least_fp64, 0, "{code}: {cost:?}");
+            assert!(cost.most_fp64 >= 36, "{code}: the merge alone has 36: {cost:?}");
+            assert!(share <= 1.0 / 16.0, "{code}: {cost:?}");
+        }
+    }
+}
+
+/// A fence for the whole GPU waits until all its writes are seen, 0.3 µs of the 8 that a chunk of 16 bits takes. A chunk
+/// needs the one by which it is counted; to acquire, which empties L1 as well, is for the block that is the last of a span.
+#[test]
+fn an_ordinary_chunk_has_one_fence() {
+    for code in all_of(Kernel::Measure) {
+        let hot_loops = hot_loops(&code.listing);
+        let chunk = chunk_loop(code, &hot_loops);
+        for hot in &hot_loops {
+            let before = code.listing.straight_path(chunk.start, hot.span.start);
+            let before = before.unwrap_or_else(|| panic!("{code}: no way from a chunk's start to {:?}", hot.span));
+            let after = ordinary_chunk(code, hot, &chunk);
+            let fences = before.most_fences + after.most_fences;
+            let waits = before.most_error_barriers + after.most_error_barriers;
+            let acquires = before.acquires + after.acquires;
+            let dtype = hot.dtype(&code.listing);
+            println!("{}, {dtype}: {fences} fences a chunk, {waits} ERRBAR, {acquires} CCTL.IVALL", code.architecture);
+            assert!(fences >= 1, "{code}, {dtype}: a chunk is counted without a release");
+            let limit = code.architecture.fences;
+            assert!(fences <= limit && waits <= limit, "{code}, {dtype}: {fences} fences and {waits} ERRBAR a chunk");
+            assert_eq!(acquires, 0, "{code}, {dtype}: an ordinary chunk acquires");
+        }
+    }
+}
