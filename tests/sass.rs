@@ -16,6 +16,7 @@ mod require;
 #[path = "sass/streams.rs"]
 mod streams;
 
+use gradprobe::launch::Kernel;
 use listing::Instruction;
 use machines::{ARCHITECTURES, everything};
 
@@ -55,5 +56,34 @@ fn nothing_goes_to_local_memory() {
     assert_eq!(found, expected, "every kernel for each architecture, and no other");
     for (architecture, kernel, usage) in usages {
         assert_eq!((usage.stack, usage.local), (0, 0), "sm_{architecture}: stack and local bytes of {kernel}");
+    }
+}
+
+/// A division by what only the launch knows is some 20 instructions of 32 bits, and of 64 some 70 in a function; lanes that
+/// fold wait for it at each step. Outside those steps there is one for a fold, the length of its runs, and the rests by
+/// lengths of rings: at most these, and not all have to stay.
+#[test]
+fn folds_divide_no_more_than_today() {
+    const OUTSIDE: &[(Kernel, usize)] = &[
+        (Kernel::Measure, 6),
+        (Kernel::Gsnr, 2),
+        (Kernel::Adam, 2),
+        (Kernel::Dot, 2),
+        (Kernel::Sample, 1),
+        (Kernel::Merge, 4),
+    ];
+    let limit = |limits: &[(Kernel, usize)], kernel: Kernel| {
+        limits.iter().find(|(name, _)| *name == kernel).map_or(0, |&(_, limit)| limit)
+    };
+    let Some(all) = everything() else { return };
+    for code in all {
+        let steps = code.listing.loops_by_barriers();
+        let inside = steps.iter().map(|span| code.listing.divisions(span)).sum::<usize>();
+        let outside = code.listing.divisions(&(0..code.listing.instructions().len())) - inside;
+        println!("{code}: {inside} divisions in {} loops of folds, {outside} outside", steps.len());
+        let most = limit(code.architecture.fold_divisions, code.kernel);
+        assert!(inside <= most, "{code}: {inside} divisions in the steps of folds, of at most {most}");
+        let most = limit(OUTSIDE, code.kernel);
+        assert!(outside <= most, "{code}: {outside} divisions outside of folds, of at most {most}");
     }
 }

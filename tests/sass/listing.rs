@@ -95,6 +95,16 @@ impl Instruction {
         self.is("MEMBAR") && !self.is("MEMBAR.CTA")
     }
 
+    /// The first step of an integer division or remainder: the divisor to a float, rounded up.
+    fn is_division_seed(&self) -> bool {
+        self.is("I2F.RP") || self.is("UI2F.RP")
+    }
+
+    /// Of 64 bits.
+    fn is_wide_division_seed(&self) -> bool {
+        self.is_division_seed() && (self.is("I2F.U64") || self.is("I2F.S64"))
+    }
+
     /// Whether it never continues at the next instruction.
     fn ends(&self) -> bool {
         let conditional = self.guarded || self.is("BRA.DIV") || (self.is("BRA") && self.operands.len() > 1);
@@ -235,6 +245,34 @@ impl Listing {
             }
         }
         costs.pop().flatten()
+    }
+
+    /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.
+    pub fn loops_by_barriers(&self) -> Vec<Range<usize>> {
+        let waits = |span: &Range<usize>| self.count(span, |code| code.is("BAR.SYNC")) > 0;
+        let loops: Vec<_> = self.loops().into_iter().filter(waits).collect();
+        loops.iter().filter(|outer| !loops.iter().any(|inner| lies_in(inner, outer))).cloned().collect()
+    }
+
+    /// The function that an instruction calls: up to its first return. A call may also be a way back into the kernel's own
+    /// code, which has no return before its end.
+    fn called(&self, instruction: &Instruction) -> Option<Range<usize>> {
+        let start = instruction.target().filter(|_| instruction.is("CALL")).and_then(|address| self.index(address))?;
+        let length = self.0[start..].iter().position(|code| code.is("RET") || code.is("EXIT"))?;
+        self.0[start + length].is("RET").then_some(start..start + length)
+    }
+
+    /// Integer divisions and remainders of a span by what is not known when it is compiled. Those of 64 bits call a
+    /// function, and mostly have one of 32 bits beside it, for where these are enough.
+    pub fn divisions(&self, span: &Range<usize>) -> usize {
+        let called: Vec<_> = self.0.iter().filter_map(|code| self.called(code)).collect();
+        let divides = |function: &Range<usize>| self.count(function, Instruction::is_wide_division_seed) > 0;
+        let calls = self.count(span, |code| self.called(code).is_some_and(|function| divides(&function)));
+        let in_place = span.clone().filter(|index| {
+            self.0[*index].is_wide_division_seed() && !called.iter().any(|function| function.contains(index))
+        });
+        let narrow = self.count(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
+        narrow.max(calls + in_place.count())
     }
 }
 

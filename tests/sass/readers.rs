@@ -141,6 +141,24 @@ fn fences_are_those_of_paths_that_acquire_least() {
 }
 
 #[test]
+fn divisions_are_counted_in_the_steps_of_folds() {
+    let code = Listing::of("fold", section(75, FOLD));
+    assert_eq!(code.loops(), [0xb..0x12, 0x0..0x13]);
+    let steps = 0xb..0x12;
+    assert_eq!(code.loops_by_barriers(), std::slice::from_ref(&steps));
+    // By their 32 bits; one of them calls that of 64 as well, and to a float is no division, nor what else is called.
+    assert_eq!(code.divisions(&steps), 2);
+    assert_eq!(code.divisions(&(0xb..0xe)), 1, "without one of 32 bits beside it");
+    assert_eq!(code.divisions(&(0x0..0x1b)), 3);
+    assert_eq!(code.divisions(&(0x15..0x17)), 0, "a function is counted where it is called");
+    let in_place = Listing::of("fold", section(80, FOLD));
+    assert_eq!(in_place.divisions(&(0x0..0x4)), 1, "of 64 bits, and called as a way back");
+    assert_eq!(in_place.straight_path(0x0, 0x2), Some(Cost::default()), "BRA.DIV goes on where no lane is lost");
+    let kinds = |index: usize| code.instructions()[index].has_no_result();
+    assert!(kinds(0x19) && !kinds(0x1a));
+}
+
+#[test]
 #[should_panic(expected = "0x130: where this jumps is not known")]
 fn no_path_goes_through_a_jump_by_a_table() {
     Listing::of("fold", section(75, FOLD)).straight_path(0x12, 0x14);
