@@ -10,6 +10,8 @@ mod listing;
 mod machines;
 #[path = "sass/measure.rs"]
 mod measure;
+#[path = "sass/ptx.rs"]
+mod ptx;
 #[path = "sass/readers.rs"]
 mod readers;
 mod require;
