@@ -28,6 +28,17 @@ pub enum Schedule {
     Shuffled(u64),
 }
 
+impl Schedule {
+    /// For PTX, which runs in orders by a number: another for each.
+    pub fn seed(self) -> u64 {
+        match self {
+            Self::Forward => 0,
+            Self::Reverse => 1,
+            Self::Shuffled(seed) => seed.wrapping_add(2),
+        }
+    }
+}
+
 /// A kernel compiled for the host.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry(unsafe extern "C" fn(Arguments));
@@ -312,7 +323,8 @@ fn fiber(body: impl Fn() + 'static) -> Result<Fiber, String> {
     }))
 }
 
-/// Lets a warp go on when all its lanes are at one shuffle: lane l gets the bits of lane l + delta, or its own beyond.
+/// Lets a warp go on when all its lanes are at one shuffle: lane l gets the bits of lane l + delta, or its own beyond. Of
+/// the distance five bits count, as the PTX ISA has it under `shfl.sync`.
 fn release_shuffle(warp: &mut [State]) {
     let mut values = [0u64; WARP];
     let mut place = None;
@@ -323,7 +335,7 @@ fn release_shuffle(warp: &mut [State]) {
         }
         *value = bits;
     }
-    let delta = place.map_or(0, |(delta, _)| delta as usize);
+    let delta = place.map_or(0, |(delta, _)| delta as usize % WARP);
     for (lane, state) in warp.iter_mut().enumerate() {
         *state = State::Ready(*values.get(lane + delta).unwrap_or(&values[lane]));
     }
