@@ -5,6 +5,9 @@
 //! fails, so does the build. Not found, or on docs.rs, the binary is empty and a warning says so. Either way the source
 //! is embedded as one file. Nothing is linked, and no GPU is looked for.
 
+#[path = "kernels/nvcc.rs"]
+mod nvcc;
+
 use std::{
     env,
     fmt::Write as _,
@@ -17,10 +20,9 @@ use std::{
 const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 
 fn main() {
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "DOCS_RS", "NVCC_CCBIN", "GRADPROBE_REQUIRE_NVCC"] {
+    for variable in nvcc::VARIABLES.into_iter().chain(["DOCS_RS", "NVCC_CCBIN", "GRADPROBE_REQUIRE_NVCC"]) {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    println!("cargo::rerun-if-changed=kernels");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let source = out.join("gradprobe.cu");
@@ -44,7 +46,7 @@ fn main() {
 
     let binary = out.join("gradprobe.fatbin");
     let want = env::var_os("CARGO_FEATURE_CUDA").is_some() && env::var_os("DOCS_RS").is_none();
-    match find_nvcc().filter(|_| want) {
+    match nvcc::find().filter(|_| want) {
         Some(nvcc) => compile(&nvcc, &source, &binary),
         None => {
             fs::write(&binary, []).expect("OUT_DIR can be written");
@@ -64,6 +66,7 @@ fn flatten(file: &Path, seen: &mut Vec<PathBuf>, text: &mut String) {
         return;
     }
     seen.push(file.to_owned());
+    println!("cargo::rerun-if-changed={}", file.display());
     let content = fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     writeln!(text, "// ==== {}", file.display()).expect("a string takes everything");
     for line in content.lines() {
@@ -74,22 +77,6 @@ fn flatten(file: &Path, seen: &mut Vec<PathBuf>, text: &mut String) {
             None => writeln!(text, "{line}").expect("a string takes everything"),
         }
     }
-}
-
-fn find_nvcc() -> Option<PathBuf> {
-    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    if let Some(nvcc) = env::var_os("NVCC") {
-        let nvcc = PathBuf::from(nvcc);
-        assert!(nvcc.is_file(), "NVCC is set to {}, which is not a file", nvcc.display());
-        return Some(nvcc);
-    }
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    homes
-        .chain(env::split_paths(&path))
-        .chain([PathBuf::from("/usr/local/cuda/bin")])
-        .map(|folder| folder.join(&name))
-        .find(|nvcc| nvcc.is_file())
 }
 
 /// The architectures this nvcc can make code for: Blackwell needs 12.8.
@@ -105,8 +92,7 @@ fn known_to(nvcc: &Path) -> Vec<u32> {
 fn compile(nvcc: &Path, source: &Path, binary: &Path) {
     let mut command = Command::new(nvcc);
     command.arg("--fatbin").arg("-o").arg(binary).arg(source);
-    // One IEEE operation for each operator: see kernels/platform.cuh.
-    command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]);
+    command.args(nvcc::OPTIONS);
     // Ours to heed, not a user's, whose nvcc may be newer than any we know.
     if env::var("GRADPROBE_REQUIRE_NVCC").is_ok_and(|value| value == "1") {
         command.args(["-Werror", "all-warnings"]);

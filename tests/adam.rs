@@ -349,7 +349,10 @@ fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
             (Schedule::Shuffled(2), 1000),
             (Schedule::Shuffled(3), 64),
         ] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks }, plan_of(&tensors), Config::default()).unwrap();
+            let mut probe =
+                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan_of(&tensors), Config::default())
+                    .unwrap();
+            let _lent = lend(&raw);
             // Twice: the bins must be empty again.
             for _ in 0..2 {
                 // SAFETY: the moments live, and the launch has run on return.
@@ -358,6 +361,12 @@ fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
             }
         }
     }
+}
+
+/// Lets the kernels read these moments.
+fn lend(moments: &[RawMoments]) -> gradprobe_simt::ptx::memory::Lent {
+    let of = |raw: &RawMoments| [(raw.exp_avg, raw.len * 4, false), (raw.exp_avg_sq, raw.len * 4, false)];
+    gradprobe_simt::ptx::memory::lend(moments.iter().flat_map(of))
 }
 
 #[test]
@@ -371,6 +380,7 @@ fn moments_at_any_element_have_the_same_bits() {
         let (m, v) = (&m[a..a + optimizer.exp_avg.len()], &v[b..b + optimizer.exp_avg.len()]);
         let raw = RawMoments { exp_avg: m.as_ptr() as u64, exp_avg_sq: v.as_ptr() as u64, len: m.len() as u64 };
         let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+        let _lent = lend(&[raw]);
         // SAFETY: as above.
         let seen = unsafe { probe.inner().adam_gsnr_raw(&optimizer.at(), &[raw]) }.unwrap();
         assert_eq!(bytemuck::bytes_of(&records(&seen)[0].1), bytemuck::bytes_of(&expected));
@@ -472,6 +482,7 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     let refused = unsafe { probe.inner().adam_gsnr_raw(&good, &[RawMoments { len: 1 << 32, ..raw }]) };
     assert_eq!(refused.unwrap_err(), Error::TooLargeToTrack { name: "large".to_owned(), length: 1 << 32 });
 
+    let _lent = lend(&[raw]);
     // SAFETY: the moments live, and the launch has run on return.
     let seen = unsafe { simt.inner().adam_gsnr_raw(&good, &[raw; 2]) }.unwrap();
     assert!(bytes(&seen) == expected);

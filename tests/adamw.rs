@@ -7,12 +7,13 @@ mod common;
 #[path = "../examples/adamw/data.rs"]
 mod data;
 mod require;
+mod users;
 
 use common::{Bounded, Parameter, Settings, correction, exact, loss_and_gradient};
 use data::{BATCH, BATCHES, DECAYED, HIDDEN, HIDDEN_BIAS, INPUTS, OUTPUT_BIAS, OUTPUT_WEIGHT, PARAMETERS, Samples};
 use gradprobe::StepOutputs;
-use gradprobe_simt::{Schedule, UserKernel, launch_user};
-use std::path::Path;
+use gradprobe_simt::{Schedule, UserKernel, launch_user, ptx::memory};
+use std::{cell::RefCell, path::Path};
 
 const SOURCE: &str = include_str!("../examples/adamw/adamw.cu");
 const KERNELS: [&str; 6] =
@@ -22,18 +23,33 @@ const SETTINGS: Settings = Settings { learning_rate: 0.01, beta1: 0.9, beta2: 0.
 
 /// Runs a kernel; addresses and numbers alike are words.
 #[track_caller]
-fn run(kernel: &str, blocks: u32, schedule: Schedule, parameters: &[u64]) {
-    let kernel = UserKernel::find(kernel).expect(kernel);
+fn run(name: &str, blocks: u32, schedule: Schedule, parameters: &[u64]) {
+    let kernel = UserKernel::find(name).expect(name);
+    if let Some(ptx) = users::kernels("examples/adamw/adamw.cu") {
+        let _lent = memory::lend(NAMED.with_borrow(Clone::clone));
+        let words: Vec<[u8; 8]> = parameters.iter().map(|word| word.to_le_bytes()).collect();
+        let bytes = words.iter().zip(kernel.parameter_bytes()).map(|(word, &bytes)| &word[..bytes as usize]);
+        return users::launch(ptx, name, blocks, schedule, &bytes.collect::<Vec<_>>());
+    }
     // SAFETY: each test gives the kernel what it has in adamw.cu, with addresses of vectors as long as it takes them.
     unsafe { launch_user(kernel, blocks, parameters, schedule) }.unwrap();
 }
 
+thread_local! {
+    /// Memory that this test has named for kernels, which PTX wants lent.
+    static NAMED: RefCell<Vec<(u64, u64, bool)>> = const { RefCell::new(Vec::new()) };
+}
+
 fn read<T>(values: &[T]) -> u64 {
-    values.as_ptr() as u64
+    let address = values.as_ptr() as u64;
+    NAMED.with_borrow_mut(|named| named.push((address, size_of_val(values) as u64, false)));
+    address
 }
 
 fn write<T>(values: &mut [T]) -> u64 {
-    values.as_mut_ptr() as u64
+    let address = values.as_mut_ptr() as u64;
+    NAMED.with_borrow_mut(|named| named.push((address, size_of_val(values) as u64, true)));
+    address
 }
 
 fn word(value: f32) -> u64 {

@@ -151,7 +151,8 @@ fn no_order_no_grid_and_no_place_changes_a_bit() {
     let expected = on_cpu(Config::default(), &clip(), &lists);
     let schedules = [Schedule::Forward, Schedule::Reverse].into_iter().chain((0..5).map(Schedule::Shuffled));
     for ((schedule, blocks), offset) in schedules.zip([0, 1, 2, 64, 5, 2000, 7]).zip([0, 8, 3, 1, 15, 2, 6]) {
-        let mut probe = SimtProbe::with(Simt { schedule, blocks }, plan(), Config::default()).unwrap();
+        let mut probe =
+            SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
         probe.enable_adaptive_clip(&clip()).unwrap();
         for call in 0..2 {
             let (clipped, report) = run(&mut probe, &lists, offset + call);
@@ -177,7 +178,7 @@ fn what_is_not_finite_goes_by_the_policy() {
         let config = Config::default().non_finite(policy);
         let (clipped, report) = on_cpu(config, &clip(), &lists);
         for schedule in [Schedule::Forward, Schedule::Shuffled(9)] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks: 3 }, plan(), config).unwrap();
+            let mut probe = SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
             probe.enable_adaptive_clip(&clip()).unwrap();
             let seen = run(&mut probe, &lists, 5);
             assert!(seen.0 == clipped && seen.1.records() == report.records(), "{policy:?}");
@@ -267,6 +268,7 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
     };
     let gradients = [raw(&a), raw(&b)];
     let elsewhere = [raw(&a.widened()), raw(&b.widened())];
+    let _lent = gradprobe_simt::lend(&gradients, false);
     // SAFETY: the tensors live.
     unsafe { probe.inner().measure_raw(&gradients) }.unwrap();
     let shifted = RawTensor { address: gradients[0].address + 4, len: 4, dtype: DType::F32 };

@@ -155,7 +155,8 @@ fn no_order_and_no_grid_changes_a_bit() {
     probe.enable_dot();
     let expected = probe.dot(&tensors(&a), &tensors(&b)).unwrap();
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7]) {
-        let mut simt = SimtProbe::with(Simt { schedule, blocks }, plan.clone(), Config::default()).unwrap();
+        let mut simt =
+            SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan.clone(), Config::default()).unwrap();
         simt.enable_dot().unwrap();
         for call in 0..2 {
             let seen = run(&mut simt, &a, &b, call);
@@ -240,6 +241,7 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
         // SAFETY: the second list is refused, so nothing is read.
         assert_eq!(unsafe { probe.inner().dot_raw(&a, &b) }.map(drop), Err(expected));
     }
+    let _lent = gradprobe_simt::lend(&a, false);
     // SAFETY: the tensors live, and may be read as often as one likes.
     let same = unsafe { probe.inner().dot_raw(&a, &a) }.unwrap();
     assert_eq!(same.records()[0].dot, 3.0);

@@ -13,6 +13,7 @@ use common::{
     gsnr::{self, BOUND, Errors, MEDIAN_BOUND, Truth},
     gsnr_cases::cases,
     oracle::Format,
+    short,
 };
 use gradprobe::{
     Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan,
@@ -37,7 +38,8 @@ fn the_cpu_conforms() {
 
 #[test]
 fn the_kernels_conform_and_equal_the_cpu() {
-    gsnr::run_all(&mut simt(Simt::default()), &Effort::FULL);
+    let effort = if short() { Effort { large: false, offsets: 2 } } else { Effort::FULL };
+    gsnr::run_all(&mut simt(Simt::default()), &effort);
 }
 
 /// What a missing barrier, a bin not emptied or a partial read too early would change.
@@ -52,7 +54,7 @@ fn no_order_and_no_grid_changes_a_bit() {
     ];
     let small: Vec<_> = cases().into_iter().filter(|case| !case.large && case.steps < 33).collect();
     let run = |&(schedule, blocks): &(Schedule, u32)| {
-        let mut make = simt(Simt { schedule, blocks });
+        let mut make = simt(Simt { schedule, blocks, ..Simt::default() });
         let run = |case| gsnr::run_case(case, &mut make, &Effort { large: false, offsets: 1 });
         let found: Vec<_> = small.iter().flat_map(run).map(|c| format!("{schedule:?}, {blocks} blocks: {c}")).collect();
         found

@@ -9,6 +9,7 @@ use common::{
     cases::{CHUNK, Case, Data, cases, hash, lognormal, normal},
     demand_none,
     oracle::{Format as Ieee, power_of_two},
+    short,
 };
 use gradprobe::{
     Backend, Bounds, Config, CpuProbe, DType, Error, Format, Histogram, HistogramReport, HostTensor, Plan,
@@ -87,7 +88,8 @@ fn every_case_is_counted_exactly() {
         cpu.enable_histogram();
         let mut simt = SimtProbe::new(prepared.plan(), case.config).unwrap();
         simt.enable_histogram().unwrap();
-        for offset in [0, 1, 5] {
+        let offsets: &[usize] = if short() { &[1] } else { &[0, 1, 5] };
+        for &offset in offsets {
             complaints.extend(run(&mut cpu, &case, &prepared, &expected, offset));
             complaints.extend(run(&mut simt, &case, &prepared, &expected, offset));
         }
@@ -102,7 +104,8 @@ fn no_order_and_no_grid_changes_a_count() {
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7]) {
         for case in table().iter().filter(|case| !case.large && case.tensors.len() <= 400) {
             let prepared = Prepared::new(case);
-            let mut simt = SimtProbe::with(Simt { schedule, blocks }, prepared.plan(), case.config).unwrap();
+            let mut simt =
+                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, prepared.plan(), case.config).unwrap();
             simt.enable_histogram().unwrap();
             let found = run(&mut simt, case, &prepared, &expected_of(&prepared), 3);
             complaints.extend(found.into_iter().map(|c| format!("{schedule:?}, {blocks} blocks: {c}")));

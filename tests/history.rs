@@ -87,7 +87,7 @@ fn the_kernels_keep_the_same_bytes() {
     for steps in [0, 3, 5, 17] {
         let expected = bytes(&history(&mut CpuProbe::new(plan(), config).unwrap(), steps));
         for schedule in [Schedule::Forward, Schedule::Reverse, Schedule::Shuffled(3)] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks: 2 }, plan(), config).unwrap();
+            let mut probe = SimtProbe::with(Simt { schedule, blocks: 2, ..Simt::default() }, plan(), config).unwrap();
             assert!(bytes(&history(&mut probe, steps)) == expected, "{schedule:?} after {steps}");
         }
     }

@@ -405,25 +405,35 @@ fn gradients_that_do_not_vary_are_counted_and_have_no_noise() {
     assert_eq!(found["noise_scale"], 0.0);
 }
 
-/// The kernels on the host give the report of the CPU byte for byte, and the same clipped files.
+/// The kernels on the host, by the C++ compiler and as nvcc's PTX, give the report of the CPU byte for byte, and the same
+/// clipped files.
 #[test]
 fn devices_differ_in_their_name_alone() {
     let files = Files::new();
     let steps = GOLDEN.map(golden);
+    let mut devices = vec!["cpu", "simt", "ptx"];
+    if gradprobe::cuda::FATBIN.is_empty() {
+        devices.pop();
+        let refused = inspect!("--device", "ptx", golden("dead"));
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("the build found no nvcc"), "{refused:?}");
+    }
     for step in &steps {
-        let [cpu, simt] = ["cpu", "simt"].map(|device| {
+        let all = devices.iter().map(|&device| {
             let out = files.path(device);
             let report = text(inspect!("--device", device, "--json", "--clip-norm", "0.01", "--out", out, step));
             let copy = fs::read(out.join(step.file_name().unwrap())).unwrap();
             (report.replacen(device, "…", 1), copy)
         });
-        assert!(cpu == simt, "{}: {}\n{}", step.display(), cpu.0, simt.0);
+        let all: Vec<(String, Vec<u8>)> = all.collect();
+        assert!(all.iter().all(|one| *one == all[0]), "{}: {all:?}", step.display());
     }
-    let [cpu, simt] = ["cpu", "simt"].map(|device| {
+    let all = devices.iter().map(|&device| {
         let mut run = command(eight_steps().iter().map(PathBuf::as_path).chain(["--device".as_ref(), device.as_ref()]));
         text(run.arg("--json").arg("--params").arg(golden("gpt-params")).output().unwrap()).replacen(device, "…", 1)
     });
-    assert!(cpu == simt, "{cpu}\n{simt}");
+    let all: Vec<String> = all.collect();
+    assert!(all.iter().all(|one| *one == all[0]), "{}", all.join("\n"));
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn tensors_mut(step: &mut Step) -> [HostTensorMut<'_>; 3] {
 }
 
 fn simt(schedule: Schedule, config: Config) -> SimtProbe {
-    SimtProbe::with(Simt { schedule, blocks: 3 }, plan(), config).unwrap()
+    SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap()
 }
 
 fn cpu(config: Config) -> CpuProbe {

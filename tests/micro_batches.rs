@@ -65,6 +65,7 @@ impl Accumulates for SimtProbe {
             dtype: tensor.dtype(),
         };
         let raw: Vec<RawTensor> = tensors.iter().map(raw).collect();
+        let _lent = gradprobe_simt::lend(&raw, false);
         // SAFETY: slices that live through the launch, which has run on return.
         unsafe { self.inner().measure_micro_batch_raw(&raw) }
     }
@@ -74,7 +75,8 @@ impl Accumulates for SimtProbe {
 }
 
 fn probes(config: Config) -> [Box<dyn Accumulates>; 3] {
-    let simt = |schedule| Box::new(SimtProbe::with(Simt { schedule, blocks: 3 }, plan(), config).unwrap());
+    let simt =
+        |schedule| Box::new(SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap());
     [Box::new(CpuProbe::new(plan(), config).unwrap()), simt(Schedule::Forward), simt(Schedule::Shuffled(4))]
 }
 

@@ -130,7 +130,8 @@ fn the_kernels_decide_and_clip_as_the_cpu_does() {
             let config = config.non_finite(non_finite);
             let expected = on_cpu(config, &steps);
             for schedule in schedules {
-                let mut probe = SimtProbe::with(Simt { schedule, blocks: 3 }, plan(), config).unwrap();
+                let mut probe =
+                    SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
                 for (s, (seen, expected)) in through(&mut probe, &steps).iter().zip(&expected).enumerate() {
                     let outputs = |step: &(StepOutputs, Step)| bytemuck::bytes_of(&step.0).to_vec();
                     assert_eq!(outputs(seen), outputs(expected), "{config:?}, {schedule:?}, step {s}");

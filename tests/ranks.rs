@@ -39,6 +39,7 @@ impl DeviceCommunicator for OnHost {
         // SAFETY: the same.
         let to = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, all.len()) };
         to.copy_from_slice(&all);
+        gradprobe_simt::ptx::memory::written(to.as_ptr() as u64, to.len());
         Ok(())
     }
 }
@@ -71,7 +72,7 @@ type Make = fn(Plan, Config, u32) -> Box<dyn Joins>;
 const BACKENDS: [Make; 2] = [
     |plan, config, _| Box::new(CpuProbe::new(plan, config).unwrap()),
     |plan, config, rank| {
-        let device = Simt { schedule: Schedule::Shuffled(rank.into()), blocks: 2 };
+        let device = Simt { schedule: Schedule::Shuffled(rank.into()), blocks: 2, ..Simt::default() };
         Box::new(SimtProbe::with(device, plan, config).unwrap())
     },
 ];

@@ -114,7 +114,8 @@ fn the_kernel_keeps_the_same() {
             if window == 2 { (0, 2) } else { (1, window as usize - 1) }
         );
         for (schedule, blocks) in [(Schedule::Forward, 0), (Schedule::Shuffled(1), 1), (Schedule::Reverse, 300)] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks }, plan(), Config::default()).unwrap();
+            let mut probe =
+                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
             assert_eq!(run(&mut probe, &config, &steps), expected);
         }
     }

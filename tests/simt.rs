@@ -10,12 +10,28 @@ use common::{
     demand_none, run_all, run_case, short,
 };
 use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, Plan, launch::RawTensor};
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{
+    Schedule, Simt, SimtProbe,
+    ptx::{Statistics, total},
+};
 
 #[test]
 fn kernels_conform_and_equal_the_cpu() {
-    let effort = if short() { Effort { large: false, offsets: 2 } } else { Effort { large: true, offsets: 4 } };
+    let effort = match (short(), gradprobe_simt::ptx_of_environment()) {
+        (false, None) => Effort { large: true, offsets: 4 },
+        // An interpreter takes three minutes for each misalignment of all.
+        (false, Some(_)) => Effort { large: true, offsets: 2 },
+        (true, None) => Effort { large: false, offsets: 2 },
+        (true, Some(_)) => Effort { large: false, offsets: 1 },
+    };
     run_all(&mut |plan, config| Box::new(SimtProbe::new(plan, config).unwrap()), &effort);
+    let Statistics { launches, seeds, lane_instructions, .. } = total();
+    if launches > 0 {
+        println!(
+            "table on PTX: {launches} launches, {seeds} seeds, {} million lane-instructions",
+            lane_instructions / 1_000_000
+        );
+    }
 }
 
 /// What a missing barrier, a float atomic or a partial read too early would change.
@@ -26,7 +42,7 @@ fn no_order_and_no_grid_changes_a_bit() {
     let count = if short() { 1 } else { 9 };
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7, 4, 13]).take(count) {
         let mut make = |plan, config| -> Box<dyn Backend> {
-            Box::new(SimtProbe::with(Simt { schedule, blocks }, plan, config).unwrap())
+            Box::new(SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan, config).unwrap())
         };
         // Lists of thousands of tiny tensors give a block little to order and take most of the time.
         for case in cases::cases().iter().filter(|case| !case.large && case.tensors.len() <= 1000) {
@@ -85,6 +101,7 @@ fn bad_addresses_are_errors_that_name_the_tensor() {
         let refused = unsafe { probe.inner().measure_raw(&[at(0), second]) };
         assert_eq!(refused, Err(expected));
     }
+    let _lent = gradprobe_simt::lend(&[raw(&data)], false);
     // The two halves of `data`, then elements that overlap: reading may.
     for second in [at(128), at(64)] {
         // SAFETY: 32 elements of `data` each.
@@ -102,6 +119,7 @@ fn polling_gives_each_step_once_and_waiting_the_last() {
     let plan = Plan::new([("pair", DType::F32, 2)]).unwrap();
     let mut probe = SimtProbe::new(plan, Config::default()).unwrap();
     let probe = probe.inner();
+    let _lent = gradprobe_simt::lend(&[raw(&data)], false);
     assert!(probe.poll().unwrap().is_none());
     assert_eq!(probe.wait().unwrap_err(), Error::NotMeasured);
     for step in 1..=6 {

@@ -92,7 +92,14 @@ fn a_run_is_judged_as_it_is_diagnosed() {
             let probes: [Box<dyn Backend>; 3] = [
                 Box::new(CpuProbe::new(plan(), config).unwrap()),
                 Box::new(SimtProbe::new(plan(), config).unwrap()),
-                Box::new(SimtProbe::with(Simt { schedule: Schedule::Shuffled(5), blocks: 2 }, plan(), config).unwrap()),
+                Box::new(
+                    SimtProbe::with(
+                        Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() },
+                        plan(),
+                        config,
+                    )
+                    .unwrap(),
+                ),
             ];
             let mut united = 0;
             for mut probe in probes {

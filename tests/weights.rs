@@ -43,7 +43,12 @@ fn each_list_has_the_bits_it_has_alone() {
         let probes: [Box<dyn Backend>; 2] = [
             Box::new(CpuProbe::new(plan(), case.config).unwrap()),
             Box::new(
-                SimtProbe::with(Simt { schedule: Schedule::Shuffled(3), blocks: 3 }, plan(), case.config).unwrap(),
+                SimtProbe::with(
+                    Simt { schedule: Schedule::Shuffled(3), blocks: 3, ..Simt::default() },
+                    plan(),
+                    case.config,
+                )
+                .unwrap(),
             ),
         ];
         for mut probe in probes {

@@ -10,6 +10,7 @@ pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Box<dy
         Some(Device::Cpu) => cpu(plan, config),
         Some(Device::Cuda) => cuda(plan, config),
         Some(Device::Simt) => simt(plan, config),
+        Some(Device::Ptx) => ptx(plan, config),
         None => match cuda(plan.clone(), config) {
             Err(Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }) => cpu(plan, config),
             opened => opened,
@@ -33,4 +34,24 @@ fn cuda(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
 
 fn simt(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
     Ok(Box::new(gradprobe_simt::SimtProbe::new(plan, config)?))
+}
+
+#[cfg(feature = "cuda")]
+fn ptx(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+    use gradprobe::cuda::FATBIN;
+    use gradprobe_simt::{Compiled, Simt, SimtProbe, ptx};
+
+    if FATBIN.is_empty() {
+        return Err(Error::KernelLoad("the build found no nvcc, which makes the PTX".to_owned()));
+    }
+    let module = ptx::fatbin::ptx(FATBIN).map_err(Error::KernelLoad)?;
+    let module = ptx::Module::parse(&module).map_err(|error| Error::KernelLoad(error.to_string()))?;
+    let compiled = Compiled { module: Box::leak(Box::new(module)), options: ptx::Options::default() };
+    let device = Simt { ptx: Some(compiled), ..Simt::default() };
+    Ok(Box::new(SimtProbe::with(device, plan, config)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn ptx(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
+    Err(Error::KernelLoad("this build is without the feature `cuda`, and so without PTX".to_owned()))
 }

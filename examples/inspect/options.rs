@@ -65,6 +65,8 @@ pub enum Device {
     Cuda,
     /// The GPU's kernels, run on this machine's cores: slow, for checking them
     Simt,
+    /// The GPU's kernels as nvcc compiled them, interpreted: slower still, for checking what a GPU would be given
+    Ptx,
 }
 
 impl Options {

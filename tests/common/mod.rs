@@ -36,6 +36,11 @@ pub struct Effort {
 impl Effort {
     /// Everything.
     pub const FULL: Effort = Effort { large: true, offsets: 16 };
+
+    /// At how many misalignments a case is measured.
+    fn offsets_of(&self, case: &Case) -> usize {
+        if case.large { self.offsets.min(2) } else { self.offsets }
+    }
 }
 
 /// Runs the whole table of cases on a backend and panics with what is wrong, case by case.
@@ -54,9 +59,13 @@ impl Effort {
 /// should keep the address modulo 16, or the misalignments test nothing.
 pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) {
     let mut complaints = refuses_what_was_not_planned(make);
+    let (mut count, mut elements) = (0, 0);
     for case in cases::cases().iter().filter(|case| effort.large || !case.large) {
         complaints.extend(run_case(case, make, effort).into_iter().map(|c| format!("{}: {c}", case.name)));
+        count += 1;
+        elements += case.elements() * effort.offsets_of(case);
     }
+    println!("table: {count} cases, {elements} elements");
     demand_none(&complaints);
 }
 
@@ -72,7 +81,7 @@ pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backe
     let prepared = Prepared::new(case);
     let reference = Reference::new(&prepared, case.config);
     let mut probe = make(prepared.plan(), case.config);
-    let offsets = if case.large { effort.offsets.min(2) } else { effort.offsets };
+    let offsets = effort.offsets_of(case);
     let mut complaints = Vec::new();
     let mut step = 0;
     for offset in 0..offsets {

@@ -2,8 +2,10 @@
 
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
+#[path = "../../kernels/nvcc.rs"]
+mod nvcc;
+
 use std::{
-    env,
     io::Write,
     path::{Path, PathBuf},
     process::Command,
@@ -35,15 +37,12 @@ pub fn pointless(why: &str) {
 /// A CUDA compiler, for kernels such as users write.
 pub struct Nvcc(PathBuf);
 
-/// nvcc in CUDA_HOME or PATH, as `build.rs` looks for it; where there is none, the running test is skipped.
+/// nvcc where `build.rs` looks for it; where there is none, the running test is skipped.
 #[track_caller]
 pub fn nvcc() -> Option<Nvcc> {
-    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut folders = home.into_iter().chain(env::split_paths(&path));
-    let found = folders.find_map(|folder| Some(folder.join("nvcc")).filter(|nvcc| nvcc.is_file()));
+    let found = nvcc::find();
     if found.is_none() {
-        skipped(NVCC, "there is no nvcc in CUDA_HOME/bin or PATH");
+        skipped(NVCC, "there is no nvcc in NVCC, CUDA_HOME/bin, CUDA_PATH/bin, PATH or /usr/local/cuda/bin");
     }
     found.map(Nvcc)
 }
@@ -52,13 +51,25 @@ impl Nvcc {
     /// The machine code of a source that includes the headers for others' kernels, compiled without a warning.
     #[track_caller]
     pub fn compile(&self, source: &Path, options: &[&str]) -> Vec<u8> {
+        self.run("-cubin", source, &[&["-std=c++17"], options].concat())
+    }
+
+    /// The PTX of a source for an architecture such as compute_75, by the options of `build.rs`.
+    #[track_caller]
+    pub fn ptx(&self, source: &Path, architecture: &str) -> String {
+        let architecture = format!("-arch={architecture}");
+        String::from_utf8(self.run("-ptx", source, &[&nvcc::OPTIONS[..], &[&architecture]].concat())).unwrap()
+    }
+
+    #[track_caller]
+    fn run(&self, kind: &str, source: &Path, options: &[&str]) -> Vec<u8> {
         let folder = tempfile::tempdir().unwrap();
-        let binary = folder.path().join("kernels.cubin");
+        let binary = folder.path().join("kernels");
         let mut command = Command::new(&self.0);
         // Under the sanitizers, whose libraries nvcc must not get.
         command.env_remove("LD_PRELOAD");
         let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/include");
-        command.args(["-cubin", "-std=c++17", "-Werror", "all-warnings", "-I"]).arg(include);
+        command.args([kind, "-Werror", "all-warnings", "-I"]).arg(include);
         let output = command.args(options).arg("-o").arg(&binary).arg(source).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         std::fs::read(&binary).unwrap()
