@@ -14,59 +14,56 @@ use cudarc::driver::sys::{
     CUgraphNodeType, CUhostFn, CUmodule, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
     CUstreamCaptureStatus,
 };
-use gradprobe::launch::{Arguments, Kernel};
-use gradprobe_simt::UserKernel;
+use gradprobe_ptx::{Kernel, fatbin};
 use std::{
     env,
     ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void},
     slice,
+    sync::{Arc, Mutex},
 };
 
 static MODULES: Registry<Module> = Registry::new("module");
-static FUNCTIONS: Registry<Function> = Registry::new("function");
+static FUNCTIONS: Registry<Arc<Function>> = Registry::new("function");
 
-/// A binary, of which only the context is known, or PTX.
+/// Kernels in a context.
 struct Module {
     context: context::Id,
-    ptx: Option<String>,
-}
-
-impl Module {
-    /// The kernel of this name: one of the library's, or one of the example's, which only PTX has.
-    fn kernel(&self, name: &str) -> Option<AnyKernel> {
-        let is_entry = |ptx: &String| ptx.contains(&format!(".entry {name}("));
-        if !self.ptx.as_ref().is_none_or(is_entry) {
-            return None;
-        }
-        let own = Kernel::ALL.into_iter().find(|kernel| name == kernel.entry()).map(AnyKernel::Own);
-        own.or_else(|| UserKernel::find(name).filter(|_| self.ptx.is_some()).map(AnyKernel::User))
-    }
-}
-
-/// A kernel of the library, or another with parameters of its own.
-#[derive(Clone, Copy)]
-enum AnyKernel {
-    Own(Kernel),
-    User(UserKernel),
-}
-
-impl AnyKernel {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Own(kernel) => kernel.entry(),
-            Self::User(kernel) => kernel.name(),
-        }
-    }
+    kernels: Arc<gradprobe_ptx::Module>,
 }
 
 /// A kernel in a context.
-struct Function {
+pub struct Function {
     context: context::Id,
     /// Its module's handle.
-    module: usize,
-    kernel: AnyKernel,
+    pub module: usize,
+    kernels: Arc<gradprobe_ptx::Module>,
+    name: String,
 }
 
+impl Function {
+    pub fn kernel(&self) -> &Kernel {
+        self.kernels.kernel(&self.name).expect("it was found when the function was asked for")
+    }
+}
+
+/// PTX, read once for all modules made of it.
+fn read(ptx: String) -> Outcome<Arc<gradprobe_ptx::Module>> {
+    static READ: Mutex<Vec<(String, Arc<gradprobe_ptx::Module>)>> = Mutex::new(Vec::new());
+    let mut known = READ.lock().unwrap();
+    if let Some((_, kernels)) = known.iter().find(|(text, _)| *text == ptx) {
+        return Ok(Arc::clone(kernels));
+    }
+    let kernels = gradprobe_ptx::Module::parse(&ptx).map_err(|error| {
+        eprintln!("host driver: {error}");
+        CUresult::CUDA_ERROR_INVALID_PTX
+    })?;
+    let kernels = Arc::new(kernels);
+    known.push((ptx, Arc::clone(&kernels)));
+    Ok(kernels)
+}
+
+/// Of a block, for every kernel here.
+const THREADS: u32 = 128;
 /// Multiprocessors of the device, and blocks of either kernel that one holds: few, so that a block has many chunks.
 const MULTIPROCESSORS: c_int = 3;
 const RESIDENT_BLOCKS: c_int = 4;
@@ -345,24 +342,24 @@ entry_points! {
 // Modules and kernels.
 entry_points! {
     fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) {
-        const FATBIN_MAGIC: [u8; 4] = 0xba55_ed50_u32.to_le_bytes();
         let context = context::current();
-        // SAFETY: an image has a header of more than four bytes, PTX more characters.
-        let magic = unsafe { slice::from_raw_parts(image.cast::<u8>(), 4) };
-        let ptx = if magic == FATBIN_MAGIC {
+        // SAFETY: an image has a header of 16 bytes, PTX more characters.
+        let head = unsafe { slice::from_raw_parts(image.cast::<u8>(), 16) };
+        let ptx = if fatbin::is_fatbin(head) {
             if env::var_os("GRADPROBE_HOST_DRIVER_NO_BINARY").is_some() {
                 return Err(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
             }
-            None
+            // SAFETY: the header says how many bytes there are.
+            let image = unsafe { slice::from_raw_parts(image.cast::<u8>(), fatbin::length(head)) };
+            fatbin::ptx(image).unwrap_or_else(|error| die(&error))
         } else {
             // SAFETY: what is no binary is PTX, a string that ends with 0.
-            let ptx = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned();
-            if !ptx.contains(".version") {
-                return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
-            }
-            Some(ptx)
+            unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned()
         };
-        give!(module, MODULES.insert(Module { context, ptx }));
+        if !ptx.contains(".version") {
+            return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
+        }
+        give!(module, MODULES.insert(Module { context, kernels: read(ptx)? }));
         Ok(())
     }
 
@@ -374,9 +371,10 @@ entry_points! {
     fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) {
         let (handle, module) = (module.addr(), MODULES.get(module));
         // SAFETY: a string that ends with 0.
-        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-        let kernel = module.kernel(&name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
-        give!(function, FUNCTIONS.insert(Function { context: module.context, module: handle, kernel }));
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+        module.kernels.kernel(&name).map_err(|_| CUresult::CUDA_ERROR_NOT_FOUND)?;
+        let kernels = Arc::clone(&module.kernels);
+        give!(function, FUNCTIONS.insert(Arc::new(Function { context: module.context, module: handle, kernels, name })));
         Ok(())
     }
 
@@ -388,7 +386,7 @@ entry_points! {
         _flags: c_uint,
     ) {
         FUNCTIONS.get(function);
-        if u32::try_from(threads) != Ok(Kernel::THREADS) || shared_bytes != 0 {
+        if u32::try_from(threads) != Ok(THREADS) || shared_bytes != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
         give!(blocks, RESIDENT_BLOCKS);
@@ -407,40 +405,25 @@ entry_points! {
         handle: CUstream,
         parameters: *mut *mut c_void,
         extra: *mut *mut c_void,
-    ) [format!("{} of {blocks} blocks", FUNCTIONS.get(function).kernel.name())] {
+    ) [format!("{} of {blocks} blocks", FUNCTIONS.get(function).name)] {
         let (context, function, stream) = (context::current(), FUNCTIONS.get(function), stream(handle));
         if function.context != context || stream.context != context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
         let shape = (blocks_y, blocks_z, threads, threads_y, threads_z, shared_bytes);
-        if blocks == 0 || shape != (1, 1, Kernel::THREADS, 1, 1, 0) || !extra.is_null() {
+        if blocks == 0 || shape != (1, 1, THREADS, 1, 1, 0) || !extra.is_null() {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
-        let module = function.module;
-        stream.submit(match function.kernel {
-            AnyKernel::Own(kernel) => {
-                // SAFETY: the address of the address of each parameter, and the library's kernels have one.
-                let parameter = unsafe { *parameters }.cast::<Arguments>();
-                // SAFETY: which is of this type.
-                let arguments = unsafe { *parameter };
-                Work::Kernel { module, kernel, blocks, arguments }
-            }
-            AnyKernel::User(kernel) => {
-                let mut words = [0; UserKernel::MAX_PARAMETERS];
-                for (index, &bytes) in kernel.parameter_bytes().iter().enumerate() {
-                    // SAFETY: as many addresses as the kernel has parameters.
-                    let parameter = unsafe { parameters.add(index) };
-                    // SAFETY: one of them.
-                    let parameter = unsafe { *parameter }.cast::<u8>();
-                    // SAFETY: of a parameter of this size.
-                    let parameter = unsafe { slice::from_raw_parts(parameter, bytes as usize) };
-                    let mut word = [0; 8];
-                    word[..parameter.len()].copy_from_slice(parameter);
-                    words[index] = u64::from_le_bytes(word);
-                }
-                Work::User { module, kernel, blocks, parameters: words }
-            }
-        })
+        let parameters = function.kernel().parameter_bytes().enumerate().map(|(index, bytes)| {
+            // SAFETY: as many addresses as the kernel has parameters.
+            let parameter = unsafe { parameters.add(index) };
+            // SAFETY: one of them.
+            let parameter = unsafe { *parameter }.cast::<u8>();
+            // SAFETY: of a parameter of this size.
+            unsafe { slice::from_raw_parts(parameter, usize::try_from(bytes).unwrap_or(0)) }.to_vec()
+        });
+        let parameters = parameters.collect();
+        stream.submit(Work::Kernel { function: Arc::clone(&function), blocks, threads, parameters })
     }
 }
 
@@ -509,7 +492,7 @@ entry_points! {
         if !executable.iter().filter_map(|work| work.module()).all(|module| MODULES.lives(module)) {
             die("a graph is launched after the module of one of its kernels was unloaded");
         }
-        executable.iter().try_for_each(|&work| stream.submit(work))
+        executable.iter().try_for_each(|work| stream.submit(work.clone()))
     }
 
     fn cuGraphExecDestroy(executable: CUgraphExec) {

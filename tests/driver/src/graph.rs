@@ -2,17 +2,14 @@
 
 use crate::{
     Outcome, die,
+    functions::Function,
     handles::Registry,
     memory::{self, demand_at_work},
     nccl::Rank,
     stream::STREAMS,
 };
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
-use gradprobe::{
-    AdaptiveRecord, Dot, GsnrRecord, Histogram, Record, StepOutputs,
-    launch::{Arguments, Device, Kernel},
-};
-use gradprobe_simt::{Schedule, Simt, UserKernel, launch_user};
+use gradprobe_ptx::{Options, memory::written};
 use std::{
     env,
     ffi::c_void,
@@ -24,13 +21,10 @@ use std::{
 };
 
 /// What a stream does and a graph holds.
-#[derive(Clone, Copy)]
-#[expect(clippy::large_enum_variant, reason = "most work is kernels, and there is little of it")]
+#[derive(Clone)]
 pub enum Work {
-    /// Runs a kernel of the module with this handle.
-    Kernel { module: usize, kernel: Kernel, blocks: u32, arguments: Arguments },
-    /// The same with parameters of its own, the bytes of each in a word.
-    User { module: usize, kernel: UserKernel, blocks: u32, parameters: [u64; UserKernel::MAX_PARAMETERS] },
+    /// Runs a kernel of a module, each parameter given by its bytes.
+    Kernel { function: Arc<Function>, blocks: u32, threads: u32, parameters: Arc<[Vec<u8>]> },
     /// Copies bytes.
     Copy { to: u64, from: u64, bytes: usize },
     /// Sets bytes.
@@ -43,15 +37,10 @@ pub enum Work {
 
 impl Work {
     /// Does it, on the stream's thread.
-    pub fn run(self) {
-        match self {
-            Work::Kernel { kernel, blocks, arguments, .. } => run_kernel(kernel, blocks, &arguments),
-            Work::User { kernel, blocks, parameters, .. } => {
-                let parameters = &parameters[..kernel.parameter_bytes().len()];
-                // SAFETY: whoever launched it vouches for the parameters, whose addresses are of device memory: the host's.
-                if let Err(error) = unsafe { launch_user(kernel, blocks, parameters, next_schedule()) } {
-                    die(&format!("{}: {error}", kernel.name()));
-                }
+    pub fn run(&self) {
+        match *self {
+            Work::Kernel { ref function, blocks, threads, ref parameters } => {
+                run_kernel(function, blocks, threads, parameters);
             }
             Work::Copy { to, from, bytes } => {
                 memory::demand_not_freed(to);
@@ -59,11 +48,13 @@ impl Work {
                 // SAFETY: one side was live device memory when the copy was asked for, the other the caller's, and both
                 // are still there. They may overlap.
                 unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+                written(to, bytes);
             }
             Work::Set { to, value, bytes } => {
                 demand_at_work("the target of a memset", to, bytes);
                 // SAFETY: it is live device memory.
                 unsafe { (to as *mut u8).write_bytes(value, bytes) };
+                written(to, bytes);
             }
             Work::Gather { rank, from, to, bytes } => rank.gather(from, to, bytes),
             // SAFETY: whoever queued it vouches for the function and its argument.
@@ -72,17 +63,17 @@ impl Work {
     }
 
     /// The module it needs.
-    pub fn module(self) -> Option<usize> {
+    pub fn module(&self) -> Option<usize> {
         match self {
-            Work::Kernel { module, .. } | Work::User { module, .. } => Some(module),
+            Work::Kernel { function, .. } => Some(function.module),
             Work::Copy { .. } | Work::Set { .. } | Work::Gather { .. } | Work::Host { .. } => None,
         }
     }
 
     /// The kind of node it is in a graph.
-    pub fn node_type(self) -> CUgraphNodeType {
+    pub fn node_type(&self) -> CUgraphNodeType {
         match self {
-            Work::Kernel { .. } | Work::User { .. } | Work::Gather { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
+            Work::Kernel { .. } | Work::Gather { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
             Work::Copy { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY,
             Work::Set { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET,
             Work::Host { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_HOST,
@@ -90,86 +81,15 @@ impl Work {
     }
 }
 
-/// Another order each time.
-fn next_schedule() -> Schedule {
+/// Runs a kernel's PTX, in another order each time; whatever no kernel may do ends the process.
+fn run_kernel(function: &Function, blocks: u32, threads: u32, parameters: &[Vec<u8>]) {
     static SEED: LazyLock<AtomicU64> = LazyLock::new(|| {
         AtomicU64::new(env::var("GRADPROBE_HOST_DRIVER_SEED").map_or(0, |seed| seed.parse().expect("a number")))
     });
-    Schedule::Shuffled(SEED.fetch_add(1, Ordering::Relaxed))
-}
-
-/// Runs a kernel in emulation, after a look at whether its tables are there.
-fn run_kernel(kernel: Kernel, blocks: u32, arguments: &Arguments) {
-    /// Of a tensor's entry in its table: kernels/arguments.cuh.
-    const TENSOR_ENTRY: usize = 24;
-
-    let (tensors, chunks) = (arguments.tensor_count as usize, arguments.chunk_count as usize);
-    // In a measurement with weights, theirs are behind those of the tensors.
-    let lists = if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.weights != 0 { 2 } else { 1 };
-    let (of_tensors, of_chunks) = (lists * tensors, lists * chunks);
-    for (what, address, bytes) in [
-        ("the addresses", arguments.addresses, of_tensors * 8),
-        ("the tensors' entries", arguments.tensors, of_tensors * TENSOR_ENTRY),
-        ("the chunks' tensors", arguments.chunk_tensors, of_chunks * 4),
-        ("the chunks' parts", arguments.chunk_parts, of_chunks * size_of::<Record>()),
-        ("the tensors' records", arguments.records, of_tensors * size_of::<Record>()),
-        ("the outputs", arguments.outputs, size_of::<StepOutputs>()),
-        ("the chunks' counters", arguments.chunks_done, of_chunks * 4),
-        ("the tensors' counters", arguments.tensors_done, (of_tensors + 1) * 4),
-    ] {
-        demand_at_work(what, address, bytes);
-    }
-    // What is tracked across steps is there as a whole or not at all. The sizes are those of kernels/gsnr.cuh; how long
-    // the state is, and how many of the tensors have bins, its tracks alone know.
-    let mut across_steps = Vec::new();
-    if kernel == Kernel::Adam {
-        across_steps.push(("Adam's step and moments", arguments.adam, 48 + tensors * 16));
-        across_steps.push(("the bins", arguments.gsnr_bins, tensors * 4096 * 4));
-    } else if arguments.tracks != 0 || matches!(kernel, Kernel::Update | Kernel::Gsnr) {
-        across_steps.push(("the tracks", arguments.tracks, tensors * 40));
-        across_steps.push(("the means", arguments.means, 1));
-        across_steps.push(("the deviations", arguments.deviations, 1));
-        across_steps.push(("the bins", arguments.gsnr_bins, 1));
-    }
-    if !across_steps.is_empty() {
-        across_steps.push(("the records across steps", arguments.gsnr_records, tensors * size_of::<GsnrRecord>()));
-    }
-    for (what, address, bytes) in across_steps {
-        demand_at_work(what, address, bytes);
-    }
-    if kernel == Kernel::Merge {
-        let lists = (arguments.list_count * arguments.list_length) as usize;
-        demand_at_work("the ranks' records", arguments.lists, lists * size_of::<Record>());
-        demand_at_work("the placements", arguments.placements, tensors * 8);
-        demand_at_work("the counter of replicas", arguments.differing, 4);
-    }
-    if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.loss_scale != 0 {
-        demand_at_work("the loss scale", arguments.loss_scale, 32);
-    }
-    let histograms = if arguments.one_histogram != 0 { 1 } else { tensors };
-    if matches!(kernel, Kernel::Measure | Kernel::Merge) && arguments.health_rules != 0 {
-        demand_at_work("the rules", arguments.health_rules, 2048 + tensors * 4);
-        demand_at_work("the last norms", arguments.last_norms, (tensors + 1) * 8);
-        demand_at_work("the verdict words", arguments.health_words, tensors * 4);
-    }
-    let more: &[(&str, u64, usize)] = match kernel {
-        Kernel::Sample => &[("what is sampled", arguments.samples, 32)],
-        Kernel::Adaptive => &[
-            ("the units", arguments.adaptive, 32 + (tensors + 1) * 32),
-            ("what became of the units", arguments.adaptive_records, tensors * size_of::<AdaptiveRecord>()),
-        ],
-        Kernel::Histogram => &[("the histograms", arguments.histograms, histograms * size_of::<Histogram>())],
-        Kernel::Dot => &[
-            ("the second list", arguments.others, tensors * 16),
-            ("the chunks' dot products", arguments.chunk_dots, chunks * size_of::<Dot>()),
-            ("the dot products", arguments.dots, tensors * size_of::<Dot>()),
-        ],
-        _ => &[],
-    };
-    for &(what, address, bytes) in more {
-        demand_at_work(what, address, bytes);
-    }
-    if let Err(error) = (Simt { schedule: next_schedule(), blocks: 0 }).launch(kernel, blocks, arguments) {
+    let options = Options { seed: SEED.fetch_add(1, Ordering::Relaxed), ..Options::default() };
+    let parameters: Vec<&[u8]> = parameters.iter().map(Vec::as_slice).collect();
+    // SAFETY: addresses are those of device memory, the host's, or refused.
+    if let Err(error) = unsafe { function.kernel().launch(blocks, threads, &parameters, options) } {
         die(&error.to_string());
     }
 }
@@ -254,7 +174,7 @@ impl Graph {
     }
 
     pub fn work(&self) -> Vec<Work> {
-        self.nodes().into_iter().map(|node| *NODES.get(node)).collect()
+        self.nodes().into_iter().map(|node| (*NODES.get(node)).clone()).collect()
     }
 }
 

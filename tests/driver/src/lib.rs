@@ -1,19 +1,18 @@
 //! A CUDA driver on the host, to test the CUDA backend's own code where there is no GPU: the functions of libcuda that
 //! it and `tests/cuda` call, under their names, in a library that is loaded as `libcuda.so` (`.ci/run` shows how).
 //!
-//! Device memory is host memory, a stream is a thread with a queue, and a launch runs the real kernels through
-//! `gradprobe-simt`, each in another shuffled order: those of the library, and of `examples/adamw` where a module of PTX
-//! has them. It shows the calls and their order, not the hardware: where NVIDIA leaves open whether a call waits, only a
-//! GPU can tell.
+//! Device memory is host memory, a stream is a thread with a queue, and a launch runs the PTX that was loaded, by
+//! `gradprobe-ptx`, each in another order: what is launched is what is interpreted. It shows the calls and their order, not
+//! the hardware: where NVIDIA leaves open whether a call waits, only a GPU can tell.
 //!
 //! It forgives less than a real driver does:
 //!
 //! * what is not allowed in a capture is an error and invalidates the capture;
 //! * fresh memory holds garbage, freed memory another, which is looked at before the memory is used again, as is a fence
 //!   behind each allocation;
-//! * what would be undefined – a copy outside of all allocations, a kernel whose tables are freed or too short, a graph
-//!   whose kernels are unloaded, a handle that is gone, a call without a current context – ends the process with a line
-//!   that says so;
+//! * what would be undefined – a copy outside of all allocations, a kernel that reads or writes what is freed, too short or
+//!   without a value, races, a graph whose kernels are unloaded, a handle that is gone, a call without a current context –
+//!   ends the process with a line that says so;
 //! * so does, but only when the process ends, a context that ended before what was made in it.
 //!
 //! A function that is not here cannot be called: cudarc panics with its name.

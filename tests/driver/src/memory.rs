@@ -107,6 +107,9 @@ pub fn allocate(kind: Kind, bytes: usize) -> Outcome<u64> {
     let fence = unsafe { start.add(bytes) };
     // SAFETY: as above.
     unsafe { fence.write_bytes(FENCE, FENCE_BYTES) };
+    if kind == Kind::Device {
+        gradprobe_ptx::memory::allocated(start as u64, bytes);
+    }
     memory.blocks.insert(start as u64, Block { kind, bytes, context, given_up: false });
     Ok(start as u64)
 }
@@ -121,6 +124,7 @@ pub fn give_up(kind: Kind, address: u64) {
 
 /// Frees memory, and what was freed long ago for good.
 pub fn bury(address: u64) {
+    gradprobe_ptx::memory::freed(address);
     let mut memory = memory();
     let Some(Block { bytes, .. }) = memory.blocks.remove(&address) else { die("memory is freed twice") };
     if !all(address + bytes as u64, FENCE_BYTES, FENCE) {

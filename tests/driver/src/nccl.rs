@@ -42,6 +42,7 @@ impl Rank {
             let to = to + (rank * bytes) as u64;
             // SAFETY: its rank has found it to be live device memory, and waits below until all have copied it.
             unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+            gradprobe_ptx::memory::written(to, bytes);
         }
         self.group.all.wait();
     }
