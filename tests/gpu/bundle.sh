@@ -5,8 +5,8 @@
 #     tests/gpu/bundle.sh [FOLDER]
 #
 # FOLDER is made anew; `dist` if none is given. With nvcc (CUDA_HOME) the kernels are in the programs; without it they
-# need NVRTC where they run. The tests of the inspector, the build script and the records are left out: they look for
-# this checkout.
+# need NVRTC where they run. Left out are the tests of the inspector, the build script and the records, which look for
+# this checkout, and of PTX, which need no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -25,7 +25,7 @@ pack() {
     "$@" 2>&1 | tee >(cat >&2) | sed -n 's/^ *Executable .*(\(.*\))$/\1/p' | while read -r program; do
         name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
         case $name in
-        inspect | build_script | records | variants) ;;
+        inspect | build_script | records | variants | ptx) ;;
         *) strip -o "$folder/$to/$name" "$program" ;;
         esac
     done
