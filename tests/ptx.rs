@@ -14,9 +14,9 @@ use gradprobe::{
 };
 use gradprobe_simt::{
     Compiled, Schedule, Simt, SimtProbe,
-    ptx::{Module, Options, fatbin},
+    ptx::{Module, Options, fatbin, total},
 };
-use std::{collections::BTreeSet, env, fs, path::Path, sync::OnceLock};
+use std::{collections::BTreeSet, env, fs, path::Path, sync::OnceLock, time::Instant};
 
 /// The PTX in the embedded binary.
 fn embedded() -> Option<String> {
@@ -86,6 +86,23 @@ fn the_embedded_ptx_is_what_nvcc_makes() {
     let made = nvcc.ptx(&source, "compute_75");
     let (embedded, made) = (words(&embedded), words(&made));
     assert!(made.len() > 100_000 && embedded == made, "{} and {} words", embedded.len(), made.len());
+}
+
+/// Fast enough for whole tables of cases: so many instructions of threads a second, on one core.
+#[test]
+fn the_interpreter_is_fast_enough_for_the_table() {
+    const AT_LEAST: f64 = 50e6;
+    let Some(ptx) = embedded() else { return };
+    let data = long();
+    let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
+    let device = Simt { ptx: Some(compiled), ..Simt::default() };
+    let mut probe = SimtProbe::with(device, plan(std::slice::from_ref(&data)), Workload::config()).unwrap();
+    let (before, start) = (total().lane_instructions, Instant::now());
+    probe.measure_host(&[data.tensor()]).unwrap();
+    // Of all threads of this process: the other tests can only add to it.
+    let rate = (total().lane_instructions - before) as f64 / start.elapsed().as_secs_f64();
+    println!("ptx: {:.0} million instructions of threads a second", rate / 1e6);
+    assert!(rate > AT_LEAST, "{rate:.0} instructions of threads a second");
 }
 
 /// Few elements of each type, several chunks long, and of some a share of zeros and of what counts as dead.

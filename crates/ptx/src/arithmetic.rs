@@ -157,6 +157,10 @@ fn flushed(value: f32) -> f32 {
     if value.is_subnormal() { 0f32.copysign(value) } else { value }
 }
 
+fn flushed_f64(value: f64) -> f64 {
+    if value.is_subnormal() { 0f64.copysign(value) } else { value }
+}
+
 /// "+0.0 > -0.0", and a NaN only where both are.
 fn larger(a: f64, b: f64) -> f64 {
     match (a.is_nan(), b.is_nan()) {
@@ -265,15 +269,15 @@ fn integers(to: &mut HashMap<String, Meaning>) {
         "mul.lo.u16" | "mul.lo.s16" => |a, b| u64::from((a as u16).wrapping_mul(b as u16));
         "mul.lo.u32" | "mul.lo.s32" => |a, b| u64::from((a as u32).wrapping_mul(b as u32));
         "mul.lo.u64" | "mul.lo.s64" => |a, b| a.wrapping_mul(b);
-        "mul.hi.u32" => |a, b| (a * b) >> 32;
+        "mul.hi.u32" => |a, b| (u64::from(a as u32) * u64::from(b as u32)) >> 32;
         "mul.hi.u64" => |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64;
-        "mul.wide.u16" => |a, b| a * b;
-        "mul.wide.u32" => |a, b| a * b;
+        "mul.wide.u16" => |a, b| u64::from(u32::from(a as u16) * u32::from(b as u16));
+        "mul.wide.u32" => |a, b| u64::from(a as u32) * u64::from(b as u32);
         "mul.wide.s16" => |a, b| of_signed32(i32::from(signed16(a)) * i32::from(signed16(b)));
         "mul.wide.s32" => |a, b| of_signed64(i64::from(signed32(a)) * i64::from(signed32(b)));
         "mad.lo.u32" | "mad.lo.s32" => |a, b, c| u64::from((a as u32).wrapping_mul(b as u32).wrapping_add(c as u32));
         "mad.lo.u64" | "mad.lo.s64" => |a, b, c| a.wrapping_mul(b).wrapping_add(c);
-        "mad.wide.u32" => |a, b, c| (a * b).wrapping_add(c);
+        "mad.wide.u32" => |a, b, c| (u64::from(a as u32) * u64::from(b as u32)).wrapping_add(c);
         "mad.wide.s32" => |a, b, c| of_signed64((i64::from(signed32(a)) * i64::from(signed32(b))).wrapping_add(signed64(c)));
         "div.u32" => |a, b| divide(a as u32, b as u32, |a, b| a / b) & 0xffff_ffff;
         "div.u64" => |a, b| divide(a, b, |a, b| a / b);
@@ -331,7 +335,9 @@ fn floats(to: &mut HashMap<String, Meaning>) {
         "ex2.approx.ftz.f32" => |a| of_f32(flushed(flushed(f32_of(a)).exp2()));
         "rcp.approx.ftz.f32" => |a| of_f32(flushed(1.0 / flushed(f32_of(a))));
         // "The most significant 32 bits of the result", of those of the operand.
-        "rcp.approx.ftz.f64" => |a| of_f64(1.0 / f64_of(a & !0xffff_ffff)) & !0xffff_ffff;
+        "rcp.approx.ftz.f64" => |a| {
+            of_f64(flushed_f64(1.0 / flushed_f64(f64_of(a & !0xffff_ffff)))) & !0xffff_ffff
+        };
         "min.f32" => |a, b| of_f32(smaller(f64::from(f32_of(a)), f64::from(f32_of(b))) as f32);
         "max.f32" => |a, b| of_f32(larger(f64::from(f32_of(a)), f64::from(f32_of(b))) as f32);
         "add.rn.f64" | "add.f64" => |a, b| of_f64(f64_of(a) + f64_of(b));

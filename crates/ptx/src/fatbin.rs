@@ -9,6 +9,8 @@ use std::io::Read;
 
 const MAGIC: u32 = 0xba55_ed50;
 const KIND_PTX: u16 = 1;
+/// A hundred times the text of today.
+const MOST_BYTES: u64 = 1 << 28;
 const COMPRESSED_ZSTD: u64 = 0x8000;
 const COMPRESSED_LZ4: u64 = 0x2000;
 
@@ -20,7 +22,7 @@ pub fn is_fatbin(image: &[u8]) -> bool {
 /// All its bytes, by its header of 16.
 pub fn length(header: &[u8]) -> usize {
     let behind = number(header, 8).map_or(0, u64::from_le_bytes) as usize;
-    behind + number(header, 6).map_or(0, u16::from_le_bytes) as usize
+    behind.saturating_add(number(header, 6).map_or(0, u16::from_le_bytes) as usize)
 }
 
 fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
@@ -42,6 +44,9 @@ pub fn ptx(image: &[u8]) -> Result<String, String> {
         let kind = u16::from_le_bytes(number(entry, 0).ok_or_else(cut)?);
         let header = u32::from_le_bytes(number(entry, 4).ok_or_else(cut)?) as usize;
         let size = u64::from_le_bytes(number(entry, 8).ok_or_else(cut)?) as usize;
+        if header == 0 {
+            return Err(cut());
+        }
         if kind == KIND_PTX {
             let compressed = u32::from_le_bytes(number(entry, 16).ok_or_else(cut)?) as usize;
             let flags = u64::from_le_bytes(number(entry, 40).ok_or_else(cut)?);
@@ -60,8 +65,8 @@ fn text(payload: &[u8], compressed: usize, flags: u64) -> Result<String, String>
     }
     if flags & COMPRESSED_ZSTD != 0 {
         let mut frame = payload.get(..compressed).ok_or("the PTX is cut off")?;
-        let mut decoder = ruzstd::decoding::StreamingDecoder::new(&mut frame).map_err(|error| error.to_string())?;
-        decoder.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+        let decoder = ruzstd::decoding::StreamingDecoder::new(&mut frame).map_err(|error| error.to_string())?;
+        decoder.take(MOST_BYTES).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     } else {
         bytes.extend_from_slice(payload);
     }

@@ -67,7 +67,7 @@ pub struct Fault {
     /// The first of its threads that did it; `None` where no thread is to blame.
     pub thread: Option<u32>,
     /// What it was.
-    pub kind: Kind,
+    pub kind: FaultKind,
     /// Of the launch: with it the same happens again.
     pub seed: u64,
 }
@@ -91,12 +91,12 @@ impl fmt::Display for Fault {
 
 /// The thread of a race, or several.
 fn threads(thread: u16) -> String {
-    if thread == u16::MAX { "several threads".to_owned() } else { format!("thread {thread}") }
+    if thread == crate::order::SEVERAL { "several threads".to_owned() } else { format!("thread {thread}") }
 }
 
 /// What no kernel may do.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum Kind {
+pub enum FaultKind {
     /// Memory that is no allocation's, or reaches over its end.
     #[error("out of bounds: {bytes} bytes at {address:#x} are in no allocation")]
     OutOfBounds {

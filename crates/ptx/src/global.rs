@@ -9,7 +9,7 @@
 //! through the read-only path, which nothing in the launch may write.
 
 use crate::{
-    fault::Kind,
+    fault::FaultKind,
     instruction::{Change, Order},
     memory::{self, Region},
     order::{Clock, Knowledge, Stamp},
@@ -62,6 +62,10 @@ struct Line {
     /// The last loads and the last atomic operations, by block.
     loads: Vec<Accesses>,
     atomics: Vec<Accesses>,
+    /// Those that are atomic among the threads of their block only.
+    block_atomics: Vec<Accesses>,
+    /// By address in the line, when the last atomic operation was there.
+    last_atomics: Vec<(u64, u64)>,
     /// What blocks have stored and not published.
     pending: Vec<Pending>,
     /// Earlier contents, the oldest first.
@@ -178,15 +182,18 @@ impl Global {
     }
 
     /// The number of the region that has all these bytes.
-    fn region(&mut self, place: Place) -> Result<usize, Kind> {
+    fn region(&mut self, place: Place) -> Result<usize, FaultKind> {
         if !place.address.is_multiple_of(place.bytes) {
-            return Err(Kind::Misaligned { address: place.address, bytes: place.bytes });
+            return Err(FaultKind::Misaligned { address: place.address, bytes: place.bytes });
         }
-        let holds = |region: &Region| region.start <= place.address && place.address + place.bytes <= region.end;
+        let Some(end) = place.address.checked_add(place.bytes) else {
+            return Err(FaultKind::OutOfBounds { address: place.address, bytes: place.bytes });
+        };
+        let holds = |region: &Region| region.start <= place.address && end <= region.end;
         if !self.regions.get(self.last_region).is_some_and(holds) {
             let next = self.regions.partition_point(|region| region.start <= place.address);
             let found = next.checked_sub(1).filter(|&index| holds(&self.regions[index]));
-            self.last_region = found.ok_or(Kind::OutOfBounds { address: place.address, bytes: place.bytes })?;
+            self.last_region = found.ok_or(FaultKind::OutOfBounds { address: place.address, bytes: place.bytes })?;
         }
         Ok(self.last_region)
     }
@@ -210,12 +217,19 @@ impl Global {
     }
 
     /// Whether something can be reached at all; for prefetches.
-    pub fn check(&mut self, place: Place) -> Result<(), Kind> {
+    pub fn check(&mut self, place: Place) -> Result<(), FaultKind> {
         self.region(place).map(drop)
     }
 
     /// Loads bytes, of which those in `used` (from the lowest bit) must have values; says which others have none.
-    pub fn load(&mut self, place: Place, used: u64, coherent: bool, clock: &Clock, to: &mut [u8]) -> Result<u64, Kind> {
+    pub fn load(
+        &mut self,
+        place: Place,
+        used: u64,
+        coherent: bool,
+        clock: &Clock,
+        to: &mut [u8],
+    ) -> Result<u64, FaultKind> {
         let region = self.region(place)?;
         if !coherent {
             let slot = self.slot(place.address);
@@ -223,7 +237,7 @@ impl Global {
             if let Some(line) = &slot.line
                 && line.is_written(place)
             {
-                return Err(Kind::ReadOnlyWritten { address: place.address });
+                return Err(FaultKind::ReadOnlyWritten { address: place.address });
             }
         } else {
             let checks = self.checks_races;
@@ -245,13 +259,13 @@ impl Global {
         }
         missing = region.without_value(place.address, missing);
         if missing & used != 0 {
-            return Err(Kind::Uninitialised { address: place.address, bytes: place.bytes });
+            return Err(FaultKind::Uninitialised { address: place.address, bytes: place.bytes });
         }
         Ok(missing)
     }
 
     /// Stores bytes.
-    pub fn store(&mut self, place: Place, from: &[u8], clock: &Clock) -> Result<(), Kind> {
+    pub fn store(&mut self, place: Place, from: &[u8], clock: &Clock) -> Result<(), FaultKind> {
         let region = self.region(place)?;
         self.writable(region, place)?;
         let checks = self.checks_races;
@@ -275,12 +289,12 @@ impl Global {
         Ok(())
     }
 
-    fn writable(&mut self, region: usize, place: Place) -> Result<(), Kind> {
+    fn writable(&mut self, region: usize, place: Place) -> Result<(), FaultKind> {
         if !self.regions[region].writable {
-            return Err(Kind::NotWritable { address: place.address });
+            return Err(FaultKind::NotWritable { address: place.address });
         }
         if self.slot(place.address).read_only & place.granule_mask() != 0 {
-            return Err(Kind::ReadOnlyWritten { address: place.address });
+            return Err(FaultKind::ReadOnlyWritten { address: place.address });
         }
         Ok(())
     }
@@ -293,12 +307,12 @@ impl Global {
         by: u64,
         order: Order,
         clock: &mut Clock,
-    ) -> Result<u64, Kind> {
+    ) -> Result<u64, FaultKind> {
         let region = self.region(place)?;
         self.writable(region, place)?;
         if self.checks_races {
             let (_, line) = self.line(place.address);
-            line.check_atomic(place, clock)?;
+            line.check_atomic(place, order.of_block, clock)?;
         }
         if order.release {
             self.publish(place.block, place.thread, clock);
@@ -306,7 +320,7 @@ impl Global {
         self.publish_line(place.line(), place.block, &|_| true);
         let region = self.regions[region].clone();
         if region.without_value(place.address, u64::MAX >> (64 - place.bytes)) != 0 {
-            return Err(Kind::Uninitialised { address: place.address, bytes: place.bytes });
+            return Err(FaultKind::Uninitialised { address: place.address, bytes: place.bytes });
         }
         self.now += 1;
         let now = self.now;
@@ -316,11 +330,20 @@ impl Global {
         let (_, line) = self.line(place.address);
         line.keep_version(place, now, &old.to_le_bytes()[..length]);
         write(place.address, &new[..length]);
+        if order.of_block {
+            return Ok(old);
+        }
+        line.last_atomics.retain(|&(address, _)| address != place.address);
+        line.last_atomics.push((place.address, now));
         if let Some(released) = self.released.get(&place.address) {
             clock.observe(place.thread, released, order.acquire, now);
         }
         if let Some(known) = clock.release(place.thread, order.release) {
             self.released.entry(place.address).or_default().join(&known);
+        }
+        // Where nothing is released nobody waits for others, and there are as many addresses as a histogram has bins.
+        if self.released.contains_key(&place.address) {
+            clock.follow(place.thread, place.address, now);
         }
         if order.release {
             self.counters.entry(place.address).or_insert((old, place.bytes));
@@ -338,7 +361,7 @@ impl Global {
     /// Publishes what a release of this thread orders.
     fn publish(&mut self, block: u32, thread: u16, clock: &Clock) {
         let epoch = clock.epoch();
-        self.publish_lines(block, &|stamp| stamp.is_before(thread, epoch));
+        self.publish_lines(block, &|stamp| stamp.is_released_by(thread, epoch));
     }
 
     /// Publishes all that a block has stored, at its end.
@@ -402,16 +425,16 @@ impl Global {
     }
 
     /// A counter that is not what it was before the launch.
-    pub fn changed_counter(&self) -> Option<Kind> {
-        let mut changed: Vec<Kind> = self
+    pub fn changed_counter(&self) -> Option<FaultKind> {
+        let mut changed: Vec<FaultKind> = self
             .counters
             .iter()
             .filter_map(|(&address, &(before, bytes))| {
                 let after = read_word(address, bytes);
-                (after != before).then_some(Kind::Counter { address, before, after })
+                (after != before).then_some(FaultKind::Counter { address, before, after })
             })
             .collect();
-        changed.sort_by_key(|kind| if let Kind::Counter { address, .. } = kind { *address } else { 0 });
+        changed.sort_by_key(|kind| if let FaultKind::Counter { address, .. } = kind { *address } else { 0 });
         changed.into_iter().next()
     }
 }
@@ -422,6 +445,8 @@ impl Line {
             stores: [Stamp::default(); GRANULES],
             loads: Vec::new(),
             atomics: Vec::new(),
+            block_atomics: Vec::new(),
+            last_atomics: Vec::new(),
             pending: Vec::new(),
             versions: Vec::new(),
         }
@@ -429,7 +454,7 @@ impl Line {
 
     fn is_written(&self, place: Place) -> bool {
         let any = |stamps: &[Stamp]| stamps[place.granules()].iter().any(|stamp| !stamp.is_none());
-        any(&self.stores) || self.atomics.iter().any(|accesses| any(&accesses.stamps))
+        any(&self.stores) || self.all_atomics().any(|accesses| any(&accesses.stamps))
     }
 
     /// That all these accesses happened before what the thread does now.
@@ -439,12 +464,12 @@ impl Line {
         clock: &Clock,
         what: &'static str,
         now: &'static str,
-    ) -> Result<(), Kind> {
+    ) -> Result<(), FaultKind> {
         let mut last = Stamp::default();
         for granule in place.granules() {
             let stamp = stamps[granule];
             if stamp != last && !clock.knows(place.thread, stamp) {
-                return Err(Kind::GlobalRace {
+                return Err(FaultKind::GlobalRace {
                     address: place.address,
                     now,
                     before: what,
@@ -457,32 +482,48 @@ impl Line {
         Ok(())
     }
 
-    fn check_load(&mut self, place: Place, clock: &Clock) -> Result<(), Kind> {
-        Self::demand(&self.stores, place, clock, "a store", "a load")?;
-        for atomics in &self.atomics {
-            Self::demand(&atomics.stamps, place, clock, "an atomic operation", "a load")?;
+    fn all_atomics(&self) -> impl Iterator<Item = &Accesses> {
+        self.atomics.iter().chain(&self.block_atomics)
+    }
+
+    /// That all atomic operations there happened before what the thread does now.
+    fn demand_atomics(&self, place: Place, clock: &Clock, now: &'static str) -> Result<(), FaultKind> {
+        let last = self.last_atomics.iter().find(|&&(address, _)| address == place.address);
+        if last.is_some_and(|&(address, until)| clock.follows(place.thread, address, until)) {
+            return Ok(());
         }
+        self.all_atomics()
+            .try_for_each(|atomics| Self::demand(&atomics.stamps, place, clock, "an atomic operation", now))
+    }
+
+    fn demand_loads(&self, place: Place, clock: &Clock, now: &'static str) -> Result<(), FaultKind> {
+        self.loads.iter().try_for_each(|loads| Self::demand(&loads.stamps, place, clock, "a load", now))
+    }
+
+    fn check_load(&mut self, place: Place, clock: &Clock) -> Result<(), FaultKind> {
+        Self::demand(&self.stores, place, clock, "a store", "a load")?;
+        self.demand_atomics(place, clock, "a load")?;
         Self::note(&mut self.loads, place, clock);
         Ok(())
     }
 
-    fn check_store(&mut self, place: Place, clock: &Clock) -> Result<(), Kind> {
+    fn check_store(&self, place: Place, clock: &Clock) -> Result<(), FaultKind> {
         Self::demand(&self.stores, place, clock, "a store", "a store")?;
-        for loads in &self.loads {
-            Self::demand(&loads.stamps, place, clock, "a load", "a store")?;
-        }
-        for atomics in &self.atomics {
-            Self::demand(&atomics.stamps, place, clock, "an atomic operation", "a store")?;
-        }
-        Ok(())
+        self.demand_loads(place, clock, "a store")?;
+        self.demand_atomics(place, clock, "a store")
     }
 
-    fn check_atomic(&mut self, place: Place, clock: &Clock) -> Result<(), Kind> {
-        Self::demand(&self.stores, place, clock, "a store", "an atomic operation")?;
-        for loads in &self.loads {
-            Self::demand(&loads.stamps, place, clock, "a load", "an atomic operation")?;
+    fn check_atomic(&mut self, place: Place, of_block: bool, clock: &Clock) -> Result<(), FaultKind> {
+        const NOW: &str = "an atomic operation";
+        Self::demand(&self.stores, place, clock, "a store", NOW)?;
+        self.demand_loads(place, clock, NOW)?;
+        // One that is atomic within a block is none to others.
+        let others = |accesses: &&Accesses| accesses.block != place.block;
+        let apart = if of_block { &self.atomics[..] } else { &[] };
+        for accesses in apart.iter().chain(&self.block_atomics).filter(others) {
+            Self::demand(&accesses.stamps, place, clock, "an atomic operation of a narrower scope", NOW)?;
         }
-        Self::note(&mut self.atomics, place, clock);
+        Self::note(if of_block { &mut self.block_atomics } else { &mut self.atomics }, place, clock);
         Ok(())
     }
 
@@ -493,7 +534,7 @@ impl Line {
         });
         let stamp = clock.stamp(place.thread);
         for known in &mut all[index].stamps[place.granules()] {
-            *known = known.and(stamp);
+            *known = known.merged_with(stamp);
         }
     }
 

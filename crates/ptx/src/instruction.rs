@@ -149,6 +149,8 @@ pub(crate) enum Change {
 pub(crate) struct Order {
     pub acquire: bool,
     pub release: bool,
+    /// Atomic among the threads of its block only.
+    pub of_block: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,11 +166,12 @@ pub fn kernels(text: &str) -> Result<Vec<Kernel>, SourceError> {
     parse::parse(text)?.iter().map(Kernel::new).collect()
 }
 
-/// The next place in a row of variables, each aligned as it asks for, and how many bytes that is.
-fn lay_out(variables: &[Variable]) -> (Vec<u64>, u64) {
+/// Of variables in a row, each aligned as it asks for and so far from the one before it, the places and all their bytes.
+fn lay_out(variables: &[Variable], gap: u64) -> (Vec<u64>, u64) {
     let mut end = 0u64;
     let places = variables.iter().map(|variable| {
-        let place = end.next_multiple_of(variable.align.max(1));
+        let free = if end == 0 { 0 } else { end + gap };
+        let place = free.next_multiple_of(variable.align);
         end = place + variable.bytes;
         place
     });
@@ -177,8 +180,9 @@ fn lay_out(variables: &[Variable]) -> (Vec<u64>, u64) {
 
 impl Kernel {
     fn new(entry: &Entry) -> Result<Self, SourceError> {
-        let (parameter_places, _) = lay_out(&entry.parameters);
-        let (shared_places, shared_bytes) = lay_out(&entry.shared);
+        let (parameter_places, _) = lay_out(&entry.parameters, 0);
+        // What is read between two of them has no value.
+        let (shared_places, shared_bytes) = lay_out(&entry.shared, 16);
         let mut decoder = Decoder {
             names: HashMap::new(),
             register_names: Vec::new(),
@@ -316,13 +320,13 @@ impl<'a> Decoder<'a> {
         let operands = &statement.operands[..];
         let family = opcode.split('.').next().unwrap_or_default();
         Ok(match (family, operands) {
-            ("bra", [Operand::Name(label)]) => {
+            ("bra", [Operand::Name(label)]) if matches!(opcode, "bra" | "bra.uni") => {
                 let target = self.labels.get(label).copied().filter(|&target| target < self.statements);
                 Some(Operation::Branch {
                     target: target.ok_or_else(|| SourceError::new(statement.line, format!("no label {label}")))?,
                 })
             }
-            ("ret" | "exit", []) => Some(Operation::Exit),
+            ("ret" | "exit", []) if matches!(opcode, "ret" | "ret.uni" | "exit") => Some(Operation::Exit),
             ("mov", [to, Operand::Vector(from)]) => self.pack(opcode, to, from),
             ("mov", [Operand::Vector(to), from]) => self.unpack(opcode, to, from),
             ("ld", [to, Operand::Address(base, offset)]) => self.load(statement, to, base.as_deref(), *offset),
@@ -367,25 +371,28 @@ impl<'a> Decoder<'a> {
     }
 
     fn compute(&mut self, opcode: &str, to: &str, from: &[Operand]) -> Option<Operation> {
-        let meaning = arithmetic::meaning(opcode.strip_suffix(".uni").unwrap_or(opcode))?;
+        let meaning = arithmetic::meaning(opcode)?;
         let to = *self.names.get(to)?;
         let sources = self.sources(from).filter(|sources| sources.len() == meaning.sources)?;
         let unused = sources[0];
         let at = |index: usize| sources.get(index).copied().unwrap_or(unused);
         let from = [at(0), at(1), at(2)];
-        // A literal of an instruction on fewer bits is one of so many bits.
-        Some(Operation::Compute {
-            function: meaning.function,
-            to,
-            from: from.map(|register| self.fitting(register, opcode)),
-        })
+        let from = [0, 1, 2].map(|operand| self.fitting(from[operand], opcode, operand));
+        Some(Operation::Compute { function: meaning.function, to, from })
     }
 
-    /// The literal -1 of a 32-bit instruction is 0xffffffff; registers stay as they are.
-    fn fitting(&mut self, register: Register, opcode: &str) -> Register {
+    /// The literal -1 of a 32-bit instruction is 0xffffffff, and of a predicate true; registers stay as they are. Shift amounts
+    /// are of 32 bits, and what a product is added to is twice as wide as its factors.
+    fn fitting(&mut self, register: Register, opcode: &str, operand: usize) -> Register {
         let Some(&(_, value)) = self.constants.iter().find(|(known, _)| *known == register) else { return register };
-        let bits = opcode.rsplit('.').next().and_then(parse::width).map_or(64, |bytes| 8 * bytes);
-        // Shift amounts and selectors are of 32 bits in any case, and no wider instruction has a shorter literal.
+        let bits = match opcode.rsplit('.').next() {
+            Some("pred") => return self.constant(u64::from(value != 0)),
+            _ if opcode.starts_with("sh") && operand == 1 => 32,
+            Some(of) if opcode.starts_with("mad.wide") && operand == 2 => {
+                parse::width(of).map_or(64, |bytes| 16 * bytes)
+            }
+            of => of.and_then(parse::width).map_or(64, |bytes| 8 * bytes),
+        };
         if bits < 64 && !opcode.starts_with("cvt") {
             self.constant(value & (u64::MAX >> (64 - bits)))
         } else {
@@ -393,15 +400,21 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// The bits of each of so many registers that make one of an opcode's type.
+    fn parts(opcode: &str, count: usize) -> Option<u32> {
+        let bytes = parse::width(opcode.strip_prefix("mov.")?)? as u32;
+        let count = u32::try_from(count).ok().filter(|count| matches!(count, 2 | 4) && *count <= bytes)?;
+        Some(8 * bytes / count)
+    }
+
     fn pack(&mut self, opcode: &str, to: &Operand, from: &[Operand]) -> Option<Operation> {
-        let bits = 8 * parse::width(opcode.strip_prefix("mov.")?)? as u32;
+        let bits = Self::parts(opcode, from.len())?;
         let (to, from) = (self.destination(to)?, self.sources(from)?);
-        let bits = bits / u32::try_from(from.len()).ok()?;
         Some(Operation::Pack { to, from, bits })
     }
 
     fn unpack(&mut self, opcode: &str, to: &[Operand], from: &Operand) -> Option<Operation> {
-        let bits = 8 * parse::width(opcode.strip_prefix("mov.")?)? as u32 / u32::try_from(to.len()).ok()?;
+        let bits = Self::parts(opcode, to.len())?;
         let to = to.iter().map(|operand| match operand {
             Operand::Name(name) if name == "_" => Some(None),
             other => self.destination(other).map(Some),
@@ -420,8 +433,8 @@ impl<'a> Decoder<'a> {
 
     fn load(&mut self, statement: &Statement, to: &Operand, base: Option<&str>, offset: i64) -> Option<Operation> {
         let words = Words::of(&statement.opcode)?;
-        // A sign would have to be extended into a wider register.
-        if words.signed && words.width < 4 || words.ordered {
+        // A sign would have to be extended where the register is wider, of which nothing is known here.
+        if words.signed && words.width < 8 || words.ordered {
             return None;
         }
         let to = match to {
@@ -446,7 +459,9 @@ impl<'a> Decoder<'a> {
             Operand::Vector(all) => self.sources(all)?,
             one => vec![self.source(one)?],
         };
-        if from.len() as u64 != words.count || words.non_coherent || words.ordered {
+        // Two bytes of global memory share what is known of who accessed them.
+        let is_too_small = words.width == 1 && words.space != Space::Shared;
+        if from.len() as u64 != words.count || words.non_coherent || words.ordered || is_too_small {
             return None;
         }
         let access = self.access(words.space, base, offset, words.width, words.count)?;
@@ -462,22 +477,22 @@ impl<'a> Decoder<'a> {
             Some(found)
         };
         let order = match next_if(&["relaxed", "acquire", "release", "acq_rel"]) {
-            Some("acquire") => Order { acquire: true, release: false },
-            Some("release") => Order { acquire: false, release: true },
-            Some("acq_rel") => Order { acquire: true, release: true },
+            Some("acquire") => Order { acquire: true, ..Order::default() },
+            Some("release") => Order { release: true, ..Order::default() },
+            Some("acq_rel") => Order { acquire: true, release: true, of_block: false },
             _ => Order::default(),
         };
         // "If no scope is specified, the atomic operation is performed with .gpu scope." At that of a block it orders nothing
         // between blocks.
         let of_block = next_if(&["cta", "gpu", "sys"]) == Some("cta");
-        let order = if of_block { Order::default() } else { order };
+        let order = if of_block { Order { of_block, ..Order::default() } } else { order };
         let space = match next_if(&["global", "shared"]) {
             Some("global") => Space::Global,
             Some("shared") => Space::Shared,
             _ => Space::Generic,
         };
         let (name, of) = (words.next()?, words.next()?);
-        let change = match (name, &of[..1]) {
+        let change = match (name, of.get(..1)?) {
             ("add", "u" | "s") => Change::Add,
             ("min", "u") => Change::MinUnsigned,
             ("max", "u") => Change::MaxUnsigned,
@@ -520,7 +535,7 @@ impl<'a> Decoder<'a> {
             to => (self.destination(to)?, None),
         };
         let [value, by, clamp, members] = self.sources(from)?.try_into().ok()?;
-        let members = self.fitting(members, opcode);
+        let members = self.fitting(members, opcode, 4);
         Some(Operation::Shuffle { mode, to, valid, value, by, clamp, members })
     }
 }

@@ -1,7 +1,7 @@
 //! Runs the blocks of a launch, some at a time, in turns that a seed decides.
 
 use crate::{
-    fault::{Error, Fault, Kind},
+    fault::{Error, Fault, FaultKind},
     global::Global,
     instruction::Kernel,
     order::Clock,
@@ -178,15 +178,16 @@ impl Kernel {
                 spare.push(block.shared);
             } else if block.warps.iter().all(Warp::is_at_barrier) {
                 block.clock.barrier();
+                block.shared.begin(block.clock.epoch());
                 block.warps.iter_mut().for_each(Warp::pass_barrier);
             } else {
-                let kind = Kind::Divergent { waits: self.waits(block) };
+                let kind = FaultKind::Divergent { waits: self.waits(block) };
                 return Err(fault(block, 0, Stop { line: 0, lane: None, kind }));
             }
             if work.instructions > options.limit
                 && let Some(block) = running.first()
             {
-                let kind = Kind::NeverEnds { instructions: work.instructions, waits: self.waits(block) };
+                let kind = FaultKind::NeverEnds { instructions: work.instructions, waits: self.waits(block) };
                 return Err(fault(block, 0, Stop { line: 0, lane: None, kind }));
             }
         }

@@ -6,15 +6,22 @@
 //! which names kernel, line, block and thread. Memory is adversarial (see [`Options::is_adversarial`]): nothing that the
 //! ISA leaves open happens in the friendliest way. Blocks and warps run in turns by a seed; results must not depend on it.
 //!
-//! It is stricter than the ISA where that is silent or leaves a result open, and nobody should rely on it: threads that have
-//! ended do not count at a barrier (its "barrier" counts those "in the CTA"), a prefetch must be of memory that is there (its "prefetch"
-//! is a hint), what a releasing operation counts up must be set back by the end of the launch, and a register or byte
-//! may be carried about without a value but not computed with. It is laxer in one thing: of a vector that is loaded whole,
-//! nvcc says by `.pragma "used_bytes_mask"` which bytes it wants, and the others may have no value.
+//! It is stricter than the ISA where that is silent or leaves a result open, and nobody should rely on it:
+//!
+//! * Threads that have ended do not count at a barrier ("barrier" counts those "in the CTA").
+//! * A prefetch must be of memory that is there ("prefetch" is a hint).
+//! * What a releasing operation counts up must be set back by the end of the launch.
+//! * A register or byte may be loaded without a value, but nothing done with it.
+//! * What several threads of a block read, or changed atomically, between two barriers comes before another access only by
+//!   what orders all of them: a barrier. Atomic operations at the scope of a block order nothing.
+//! * A shuffle takes one mask of all its lanes, none of which has ended.
+//!
+//! It is laxer in two things. Of a vector that is loaded whole nvcc says by `.pragma "used_bytes_mask"` which bytes it wants,
+//! and the others may have no value. And types are not held against the registers' declarations, which ptxas does.
 //!
 //! It shows nothing of what the assembler makes of the PTX, nor of time: machine code may keep fewer promises than PTX if
-//! the assembler is wrong, and only a GPU shows how it runs. Local memory, functions, textures and asynchronous copies are
-//! not understood: a kernel that has them is an error that names the line.
+//! the assembler is wrong, and only a GPU shows how it runs. Local memory, functions that call others, textures and
+//! asynchronous copies are not understood: a kernel that has them is an error that names the line.
 #![allow(unsafe_code, reason = "kernels name memory by its address")]
 #![allow(
     clippy::cast_possible_truncation,
@@ -34,7 +41,7 @@ mod parse;
 mod shared;
 mod warp;
 
-pub use fault::{Error, Fault, Kind, SourceError};
+pub use fault::{Error, Fault, FaultKind, SourceError};
 pub use instruction::Kernel;
 pub use launch::{Options, Statistics, total};
 

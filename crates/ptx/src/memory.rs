@@ -4,6 +4,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeMap,
+    marker::PhantomData,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +24,7 @@ pub(crate) struct Region {
 static ALLOCATIONS: Mutex<BTreeMap<u64, Region>> = Mutex::new(BTreeMap::new());
 
 thread_local! {
-    static LENT: RefCell<Vec<Region>> = const { RefCell::new(Vec::new()) };
+    static LENT: RefCell<Vec<(u64, Region)>> = const { RefCell::new(Vec::new()) };
 }
 
 fn allocations() -> MutexGuard<'static, BTreeMap<u64, Region>> {
@@ -53,32 +54,37 @@ pub fn written(address: u64, bytes: usize) {
 /// Lets the kernels that this thread launches use other memory, until this is dropped.
 #[derive(Debug)]
 #[must_use = "the memory is lent until this is dropped"]
-pub struct Lent(usize);
+pub struct Lent {
+    number: u64,
+    /// What is lent is lent by this thread.
+    _thread: PhantomData<*const ()>,
+}
 
-/// Lends memory: address, bytes, and whether kernels may write there. All of it has values.
+/// Lends memory: address, bytes, and whether kernels may write there. All of it has values. Where pieces overlap they are one
+/// piece, writable if one of them is.
 pub fn lend(memory: impl IntoIterator<Item = (u64, u64, bool)>) -> Lent {
     let regions = memory.into_iter().map(|(address, bytes, writable)| Region {
         start: address,
-        end: address + bytes,
+        end: address.saturating_add(bytes),
         writable,
         initialised: None,
     });
-    LENT.with_borrow_mut(|lent| {
-        let before = lent.len();
-        lent.extend(regions.filter(|region| region.start < region.end));
-        Lent(before)
-    })
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let regions = regions.filter(|region| region.start < region.end).map(|region| (number, region));
+    LENT.with_borrow_mut(|lent| lent.extend(regions));
+    Lent { number, _thread: PhantomData }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        LENT.with_borrow_mut(|lent| lent.truncate(self.0));
+        LENT.with_borrow_mut(|lent| lent.retain(|&(number, _)| number != self.number));
     }
 }
 
 /// All that a launch of this thread may use, by address; where lent pieces overlap they are one.
 pub(crate) fn usable() -> Vec<Region> {
-    let mut lent = LENT.with_borrow(Clone::clone);
+    let mut lent: Vec<Region> = LENT.with_borrow(|lent| lent.iter().map(|(_, region)| region.clone()).collect());
     lent.sort_by_key(|region| region.start);
     let mut all: Vec<Region> = Vec::new();
     for region in lent {

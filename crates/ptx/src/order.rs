@@ -8,7 +8,7 @@
 use std::{collections::HashMap, rc::Rc};
 
 /// The thread of an access that several threads made.
-const SEVERAL: u16 = u16::MAX;
+pub const SEVERAL: u16 = u16::MAX;
 
 /// Who accessed something, and when. The default is nobody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,10 +16,10 @@ pub struct Stamp {
     pub block: u32,
     pub thread: u16,
     /// Epoch, and below it the releases of the thread; 0 is never.
-    time: u32,
+    time: u64,
 }
 
-const RELEASE_BITS: u32 = 12;
+const RELEASE_BITS: u32 = 32;
 
 impl Stamp {
     pub fn is_none(self) -> bool {
@@ -27,16 +27,16 @@ impl Stamp {
     }
 
     fn epoch(self) -> u32 {
-        self.time >> RELEASE_BITS
+        (self.time >> RELEASE_BITS) as u32
     }
 
-    /// Whether a release of this thread of the same block, in this epoch, comes after it.
-    pub fn is_before(self, thread: u16, epoch: u32) -> bool {
+    /// Whether a release by this thread of the same block in this epoch, made now, orders it.
+    pub fn is_released_by(self, thread: u16, epoch: u32) -> bool {
         self.thread == thread || self.epoch() < epoch
     }
 
-    /// A later access of the same block, and this one.
-    pub fn and(self, later: Self) -> Self {
+    /// One stamp for this and a later access of the same block. Of several threads in one epoch it no longer says which.
+    pub fn merged_with(self, later: Self) -> Self {
         if self.epoch() == later.epoch() && self.thread != later.thread {
             Self { thread: SEVERAL, ..later }
         } else {
@@ -51,7 +51,9 @@ pub struct Knowledge {
     /// By block: all its epochs before this one.
     epochs: HashMap<u32, u32>,
     /// By block and thread: up to this time.
-    threads: HashMap<(u32, u16), u32>,
+    threads: HashMap<(u32, u16), u64>,
+    /// By address: all atomic operations there until this moment of the launch.
+    atomics: HashMap<u64, u64>,
 }
 
 impl Knowledge {
@@ -64,6 +66,14 @@ impl Knowledge {
             let known = self.threads.entry(thread).or_default();
             *known = (*known).max(time);
         }
+        for (&address, &now) in &other.atomics {
+            let known = self.atomics.entry(address).or_default();
+            *known = (*known).max(now);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.epochs.is_empty() && self.threads.is_empty() && self.atomics.is_empty()
     }
 
     fn covers(&self, stamp: Stamp) -> bool {
@@ -88,9 +98,9 @@ pub struct Clock {
 #[derive(Debug, Default)]
 struct ThreadClock {
     thread: u16,
-    releases: u32,
+    releases: u64,
     /// Known beyond the block's base.
-    more: Knowledge,
+    acquired: Knowledge,
     /// Released by what the thread has read, for a fence to acquire.
     observed: Knowledge,
     /// Known at its last fence, for an atomic operation to release.
@@ -122,7 +132,7 @@ impl Clock {
     /// An access by this thread now.
     pub fn stamp(&self, thread: u16) -> Stamp {
         let releases = self.of(thread).map_or(0, |clock| clock.releases);
-        Stamp { block: self.block, thread, time: self.epoch << RELEASE_BITS | releases }
+        Stamp { block: self.block, thread, time: u64::from(self.epoch) << RELEASE_BITS | releases }
     }
 
     /// Whether an access happened before whatever this thread does now.
@@ -133,7 +143,19 @@ impl Clock {
         if stamp.block == self.block && (stamp.thread == thread || stamp.epoch() < self.epoch) {
             return true;
         }
-        self.base.covers(stamp) || self.of(thread).is_some_and(|clock| clock.more.covers(stamp))
+        self.base.covers(stamp) || self.of(thread).is_some_and(|clock| clock.acquired.covers(stamp))
+    }
+
+    /// This thread's atomic operation comes after all that were made there until now: what it does at that address later does
+    /// so as well ("observation", then program order of one location).
+    pub fn follow(&mut self, thread: u16, address: u64, now: u64) {
+        self.of_mut(thread).acquired.atomics.insert(address, now);
+    }
+
+    /// Whether all atomic operations at an address until this moment happened before what this thread does now.
+    pub fn follows(&self, thread: u16, address: u64, until: u64) -> bool {
+        let known = |knowledge: &Knowledge| knowledge.atomics.get(&address).is_some_and(|&now| now >= until);
+        known(&self.base) || self.of(thread).is_some_and(|clock| known(&clock.acquired))
     }
 
     /// When this thread's loads could last have been stale.
@@ -144,9 +166,9 @@ impl Clock {
     /// All that this thread knows, with what it did itself and what its block did before the last barrier.
     fn all_known(&self, thread: u16) -> Knowledge {
         let mut all = (*self.base).clone();
-        let mut time = self.epoch << RELEASE_BITS;
+        let mut time = u64::from(self.epoch) << RELEASE_BITS;
         if let Some(clock) = self.of(thread) {
-            all.join(&clock.more);
+            all.join(&clock.acquired);
             time |= clock.releases;
         }
         all.epochs.insert(self.block, self.epoch);
@@ -165,15 +187,14 @@ impl Clock {
     }
 
     fn next_release(&mut self, thread: u16) {
-        let clock = self.of_mut(thread);
-        clock.releases = (clock.releases + 1).min((1 << RELEASE_BITS) - 1);
+        self.of_mut(thread).releases += 1;
     }
 
     /// This thread has read what another released, and acquires it now, or at its next fence.
     pub fn observe(&mut self, thread: u16, released: &Knowledge, acquires: bool, now: u64) {
         let clock = self.of_mut(thread);
         if acquires {
-            clock.more.join(released);
+            clock.acquired.join(released);
             clock.acquired_at = now;
         } else {
             clock.observed.join(released);
@@ -184,7 +205,7 @@ impl Clock {
     pub fn fence(&mut self, thread: u16, now: u64) {
         let clock = self.of_mut(thread);
         let observed = std::mem::take(&mut clock.observed);
-        clock.more.join(&observed);
+        clock.acquired.join(&observed);
         clock.acquired_at = now;
         let all = self.all_known(thread);
         self.of_mut(thread).fenced = Some(all);
@@ -195,14 +216,12 @@ impl Clock {
     pub fn barrier(&mut self) {
         self.epoch += 1;
         for clock in &mut self.threads {
-            if !clock.more.epochs.is_empty() || !clock.more.threads.is_empty() {
-                Rc::make_mut(&mut self.base).join(&std::mem::take(&mut clock.more));
+            if !clock.acquired.is_empty() {
+                Rc::make_mut(&mut self.base).join(&std::mem::take(&mut clock.acquired));
             }
             self.acquired_at = self.acquired_at.max(clock.acquired_at);
             clock.releases = 0;
         }
-        self.threads.retain(|clock| {
-            clock.fenced.is_some() || !clock.observed.epochs.is_empty() || !clock.observed.threads.is_empty()
-        });
+        self.threads.retain(|clock| clock.fenced.is_some() || !clock.observed.is_empty());
     }
 }

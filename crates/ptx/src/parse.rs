@@ -8,6 +8,12 @@
 use crate::SourceError;
 use std::collections::HashMap;
 
+/// Of parameters and of memory that a block shares: what the largest multiprocessor has.
+const LARGEST_VARIABLE: u64 = 228 << 10;
+/// Of a kernel.
+const MOST_REGISTERS: usize = 1 << 20;
+const MOST_THREADS: u64 = 1024;
+
 /// What stands between the braces of a `.entry`, and its head.
 #[derive(Clone, Debug, Default)]
 pub struct Entry {
@@ -80,10 +86,17 @@ pub fn parse(text: &str) -> Result<Vec<Entry>, SourceError> {
     while let Some((line, token)) = tokens.take() {
         match token {
             Token::Word(word) => match word.as_str() {
-                ".version" | ".target" | ".file" => {
-                    is_module |= word == ".version";
-                    tokens.skip_line(line);
+                ".version" => {
+                    is_module = true;
+                    tokens.word()?;
                 }
+                ".target" => {
+                    tokens.word()?;
+                    while tokens.sign(',') {
+                        tokens.word()?;
+                    }
+                }
+                ".file" => tokens.file()?,
                 ".address_size" => {
                     if tokens.word()? != "64" {
                         return Err(SourceError::new(line, "addresses are not of 64 bits"));
@@ -104,7 +117,6 @@ pub fn parse(text: &str) -> Result<Vec<Entry>, SourceError> {
                         functions.insert(function.name.clone(), function);
                     }
                 }
-                ";" => {}
                 other => return Err(SourceError::new(line, format!("a module with `{other}` is not understood"))),
             },
             other => return Err(SourceError::new(line, format!("{other:?} between the kernels"))),
@@ -168,10 +180,25 @@ impl Tokens {
         token
     }
 
-    fn skip_line(&mut self, line: u32) {
-        while self.tokens.get(self.next).is_some_and(|(at, _)| *at == line) {
-            self.next += 1;
+    /// `1 "name"`, and perhaps two numbers more, behind `.file`.
+    fn file(&mut self) -> Result<(), SourceError> {
+        self.number()?;
+        let line = self.line();
+        if !matches!(self.take(), Some((_, Token::Text(_)))) {
+            return Err(SourceError::new(line, "`.file` without a name"));
         }
+        while self.sign(',') {
+            self.number()?;
+        }
+        Ok(())
+    }
+
+    /// A comma, or the sign that ends a list, which is then taken.
+    fn ends(&mut self, close: char) -> Result<bool, SourceError> {
+        if self.sign(close) {
+            return Ok(true);
+        }
+        self.demand(',').map(|()| false)
     }
 
     /// Whether the next is this sign, which is then taken.
@@ -213,7 +240,10 @@ impl Tokens {
         let mut align = None;
         let mut element = self.word()?;
         if element == ".align" {
-            align = Some(self.number()?);
+            align = Some(self.number()?).filter(|align| align.is_power_of_two() && *align <= 4096);
+            if align.is_none() {
+                return Err(SourceError::new(line, "an alignment that is no power of two up to 4096"));
+            }
             element = self.word()?;
         }
         let width = width(element.trim_start_matches('.'))
@@ -221,8 +251,14 @@ impl Tokens {
         let name = self.word()?;
         let mut bytes = width;
         if self.sign('[') {
-            bytes = width * self.number()?;
+            bytes = width.saturating_mul(self.number()?);
             self.demand(']')?;
+        }
+        if bytes > LARGEST_VARIABLE {
+            return Err(SourceError::new(
+                line,
+                format!("{name} has {bytes} bytes, more than the {LARGEST_VARIABLE} that there can be"),
+            ));
         }
         Ok(Variable { name, align: align.unwrap_or(width), bytes })
     }
@@ -246,6 +282,8 @@ fn literal(word: &str) -> Option<u64> {
         Some("0f" | "0F") if word.len() == 10 => hex(&word[2..]),
         Some("0d" | "0D") if word.len() == 18 => hex(&word[2..]),
         Some("0x" | "0X") => hex(word[2..].trim_end_matches('U')),
+        // Octal, with a 0 before it, is printed by no compiler.
+        _ if word.len() > 1 && word.starts_with('0') => None,
         _ => word.trim_end_matches('U').parse().ok(),
     }
 }
@@ -253,15 +291,19 @@ fn literal(word: &str) -> Option<u64> {
 /// What stands between parentheses, of which the first has been read.
 fn variables(tokens: &mut Tokens) -> Result<Vec<Variable>, SourceError> {
     let mut all = Vec::new();
-    while !tokens.sign(')') {
+    if tokens.sign(')') {
+        return Ok(all);
+    }
+    loop {
         let line = tokens.line();
         if tokens.word()? != ".param" {
             return Err(SourceError::new(line, "a parameter without `.param`"));
         }
         all.push(tokens.variable()?);
-        tokens.sign(',');
+        if tokens.ends(')')? {
+            return Ok(all);
+        }
     }
-    Ok(all)
 }
 
 /// A function behind its results; nothing where it is only declared.
@@ -279,7 +321,12 @@ fn function(tokens: &mut Tokens, results: Vec<Variable>) -> Result<Option<Entry>
         body.pass(variable.clone(), tokens.line())?;
     }
     body.entry = Entry { registers: body.entry.registers, ..entry };
-    block(tokens, body).map(Some)
+    let line = tokens.line();
+    let function = block(tokens, body)?;
+    if !function.shared.is_empty() {
+        return Err(SourceError::new(line, "a function with shared memory of its own is not understood"));
+    }
+    Ok(Some(function))
 }
 
 /// A kernel with the functions that it calls in their places.
@@ -306,6 +353,9 @@ impl Entry {
     /// Puts in what a call does: parameters, the function's statements under names of their own, results.
     fn call(&mut self, call: &Statement, functions: &HashMap<String, Entry>) -> Result<(), SourceError> {
         let wrong = |what: &str| SourceError::new(call.line, format!("`{}` {what}", call.opcode));
+        if call.guard.is_some() {
+            return Err(wrong("with a guard is not understood"));
+        }
         let (results, name, parameters) = match &call.operands[..] {
             [Operand::Vector(results), Operand::Name(name), Operand::Vector(parameters)] => {
                 (&results[..], name, &parameters[..])
@@ -340,10 +390,12 @@ impl Entry {
             if statement.opcode.starts_with("call") {
                 return Err(SourceError::new(statement.line, "a function that calls another is not understood"));
             }
-            if statement.opcode == "ret" {
-                (statement.opcode, statement.operands) = ("bra".to_owned(), vec![Operand::Name("end".to_owned())]);
+            // With a space in it, which no name of PTX has.
+            let end = Operand::Name("the end".to_owned());
+            if matches!(statement.opcode.as_str(), "ret" | "ret.uni") {
+                (statement.opcode, statement.operands) = ("bra".to_owned(), vec![end.clone()]);
             }
-            let is_end = statement.opcode == "bra" && statement.operands == [Operand::Name("end".to_owned())];
+            let is_end = statement.operands == [end];
             let rename = |name: &mut String| {
                 if is_end || is_own(name) {
                     *name = own(name)
@@ -355,7 +407,7 @@ impl Entry {
             }
             self.statements.push(statement);
         }
-        self.labels.insert(own("end"), self.statements.len());
+        self.labels.insert(own("the end"), self.statements.len());
         for (variable, to) in function.results.iter().zip(results) {
             self.statements.push(move_to(to.clone(), &Operand::Name(own(&variable.name)), variable.bytes));
         }
@@ -386,9 +438,9 @@ fn entry(tokens: &mut Tokens) -> Result<Entry, SourceError> {
             ".maxntid" => {
                 let mut threads = tokens.number()?;
                 while tokens.sign(',') {
-                    threads *= tokens.number()?;
+                    threads = threads.saturating_mul(tokens.number()?);
                 }
-                entry.max_threads = u32::try_from(threads).ok();
+                entry.max_threads = Some(threads.min(MOST_THREADS) as u32);
             }
             ".minnctapersm" | ".maxnreg" => drop(tokens.number()?),
             other => return Err(SourceError::new(line, format!("`{other}` of a kernel is not understood"))),
@@ -425,7 +477,11 @@ struct Body {
 
 impl Body {
     fn declare(&mut self, name: String, of: &str, line: u32) -> Result<(), SourceError> {
-        let own = if self.scopes.len() > 1 { format!("{name} of line {line}") } else { name.clone() };
+        let number = self.entry.registers.len();
+        if number == MOST_REGISTERS {
+            return Err(SourceError::new(line, format!("more than {MOST_REGISTERS} registers")));
+        }
+        let own = if self.scopes.len() > 1 { format!("{name} number {number}") } else { name.clone() };
         let scope = self.scopes.last_mut().expect("a body has a scope");
         if scope.insert(name.clone(), own.clone()).is_some() {
             return Err(SourceError::new(line, format!("the register {name} is declared twice")));
@@ -460,6 +516,9 @@ fn statement(tokens: &mut Tokens, body: &mut Body, line: u32) -> Result<(), Sour
         guard = Some((name, negated));
     }
     let word = tokens.word()?;
+    if guard.is_some() && word.starts_with('.') {
+        return Err(SourceError::new(line, format!("`{word}` with a guard")));
+    }
     match word.as_str() {
         ".reg" => {
             let of = tokens.word()?;
@@ -490,17 +549,19 @@ fn statement(tokens: &mut Tokens, body: &mut Body, line: u32) -> Result<(), Sour
             return tokens.demand(';');
         }
         ".pragma" => {
-            if let Some((line, Token::Text(text))) = tokens.take() {
-                match text.split_once(' ') {
-                    Some(("used_bytes_mask", mask)) => body.used_bytes = literal(mask),
-                    None if text == "nounroll" => {}
-                    _ => return Err(SourceError::new(line, format!("the pragma {text:?} is not understood"))),
+            match tokens.take() {
+                Some((_, Token::Text(text))) if text == "nounroll" => {}
+                Some((_, Token::Text(text))) if text.starts_with("used_bytes_mask ") => {
+                    body.used_bytes = literal(&text["used_bytes_mask ".len()..]);
                 }
+                other => return Err(SourceError::new(line, format!("the pragma {other:?} is not understood"))),
             }
             return tokens.demand(';');
         }
         ".loc" => {
-            tokens.skip_line(line);
+            for _ in 0..3 {
+                tokens.number()?;
+            }
             return Ok(());
         }
         directive if directive.starts_with('.') => {
@@ -510,15 +571,16 @@ fn statement(tokens: &mut Tokens, body: &mut Body, line: u32) -> Result<(), Sour
     }
     if guard.is_none() && tokens.sign(':') {
         let next = body.entry.statements.len();
-        body.entry.labels.insert(word, next);
-        return Ok(());
+        let twice = SourceError::new(line, format!("the label {word} is there twice"));
+        return if body.entry.labels.insert(word, next).is_some() { Err(twice) } else { Ok(()) };
     }
     let mut operands = Vec::new();
-    while !tokens.sign(';') {
-        let mut operand = operand(tokens)?;
+    let mut ended = tokens.sign(';');
+    while !ended {
+        let mut operand = operand(tokens, true)?;
         operand.rename(&|name| body.resolve(name));
         operands.push(operand);
-        tokens.sign(',');
+        ended = tokens.ends(';')?;
     }
     let mut word = word;
     if word.starts_with("ld.param") || word.starts_with("st.param") {
@@ -536,14 +598,15 @@ fn statement(tokens: &mut Tokens, body: &mut Body, line: u32) -> Result<(), Sour
     Ok(())
 }
 
-fn operand(tokens: &mut Tokens) -> Result<Operand, SourceError> {
+fn operand(tokens: &mut Tokens, may_be_vector: bool) -> Result<Operand, SourceError> {
     let line = tokens.line();
     for (open, close) in [('{', '}'), ('(', ')')] {
-        if tokens.sign(open) {
+        if may_be_vector && tokens.sign(open) {
             let mut all = Vec::new();
-            while !tokens.sign(close) {
-                all.push(operand(tokens)?);
-                tokens.sign(',');
+            let mut ended = tokens.sign(close);
+            while !ended {
+                all.push(operand(tokens, false)?);
+                ended = tokens.ends(close)?;
             }
             return Ok(Operand::Vector(all));
         }
@@ -557,18 +620,22 @@ fn operand(tokens: &mut Tokens) -> Result<Operand, SourceError> {
             offset = tokens.number()?.cast_signed();
         }
         while !tokens.sign(']') {
-            tokens.sign('+');
+            let has_plus = tokens.sign('+');
             let negative = tokens.sign('-');
+            if !has_plus && !negative {
+                return Err(SourceError::new(line, "an address is a name and what is added to it"));
+            }
             let number = tokens.number()?.cast_signed();
             offset = offset.wrapping_add(if negative { number.wrapping_neg() } else { number });
         }
         return Ok(Operand::Address(base, offset));
     }
     if tokens.sign('-') {
+        let is_float = tokens.peek_word().is_some_and(|word| word.starts_with("0f") || word.starts_with("0d"));
+        if is_float {
+            return Err(SourceError::new(line, "the bits of a float with a sign before them"));
+        }
         return Ok(Operand::Literal(tokens.number()?.wrapping_neg()));
-    }
-    if tokens.sign('!') {
-        return Err(SourceError::new(line, "a negated operand is not understood"));
     }
     let word = tokens.word()?;
     if tokens.sign('|') {

@@ -1,9 +1,11 @@
 //! The memory that the threads of a block share: what has a value, and who accessed each byte since the last barrier.
 
-use crate::fault::Kind;
+use crate::fault::FaultKind;
 
 /// In a mark: the threads are more than one.
-const SEVERAL: u32 = 0xffff;
+const SEVERAL: u32 = crate::order::SEVERAL as u32;
+/// After so many barriers the epochs of marks begin again.
+const EPOCHS: u32 = 0xffff;
 
 /// The memory of one block.
 #[derive(Default)]
@@ -28,8 +30,8 @@ pub(crate) struct Place {
 
 impl Place {
     fn mark(self) -> u32 {
-        // Comes round after 65535 barriers, when nobody remembers; 0 is never.
-        (self.epoch % 0xffff + 1) << 16 | u32::from(self.thread)
+        // 0 is never.
+        (self.epoch % EPOCHS + 1) << 16 | u32::from(self.thread)
     }
 }
 
@@ -49,23 +51,32 @@ impl Shared {
         self.checks_races = checks_races;
     }
 
-    fn span(&self, place: Place) -> Result<std::ops::Range<usize>, Kind> {
+    /// The block has come to a barrier, and an epoch begins.
+    pub fn begin(&mut self, epoch: u32) {
+        if epoch % EPOCHS == 0 {
+            for marks in [&mut self.stores, &mut self.loads, &mut self.atomics] {
+                marks.fill(0);
+            }
+        }
+    }
+
+    fn span(&self, place: Place) -> Result<std::ops::Range<usize>, FaultKind> {
         let Place { address, bytes, .. } = place;
         if !address.is_multiple_of(bytes) {
-            return Err(Kind::Misaligned { address, bytes });
+            return Err(FaultKind::Misaligned { address, bytes });
         }
         match address.checked_add(bytes) {
             Some(end) if end <= self.bytes.len() as u64 => Ok(address as usize..end as usize),
-            _ => Err(Kind::OutOfBounds { address, bytes }),
+            _ => Err(FaultKind::OutOfBounds { address, bytes }),
         }
     }
 
     /// That no other thread has done this to these bytes since the last barrier.
-    fn demand(marks: &[u32], place: Place, before: &'static str, now: &'static str) -> Result<(), Kind> {
+    fn demand(marks: &[u32], place: Place, before: &'static str, now: &'static str) -> Result<(), FaultKind> {
         let own = place.mark();
         match marks.iter().find(|&&mark| mark >> 16 == own >> 16 && mark != own) {
             Some(mark) => {
-                Err(Kind::SharedRace { address: place.address, now, before, thread: (mark & SEVERAL) as u16 })
+                Err(FaultKind::SharedRace { address: place.address, now, before, thread: (mark & SEVERAL) as u16 })
             }
             None => Ok(()),
         }
@@ -79,7 +90,7 @@ impl Shared {
     }
 
     /// Loads bytes, of which those in `used` (from the lowest bit) must have values; says which others have none.
-    pub fn load(&mut self, place: Place, used: u64, to: &mut [u8]) -> Result<u64, Kind> {
+    pub fn load(&mut self, place: Place, used: u64, to: &mut [u8]) -> Result<u64, FaultKind> {
         let span = self.span(place)?;
         if self.checks_races {
             Self::demand(&self.stores[span.clone()], place, "a store", "a load")?;
@@ -89,13 +100,13 @@ impl Shared {
         let has_value = self.has_value[span.clone()].iter().enumerate();
         let missing = has_value.fold(0, |missing, (index, &has)| missing | u64::from(!has) << index);
         if missing & used != 0 {
-            return Err(Kind::Uninitialised { address: place.address, bytes: place.bytes });
+            return Err(FaultKind::Uninitialised { address: place.address, bytes: place.bytes });
         }
         to.copy_from_slice(&self.bytes[span]);
         Ok(missing)
     }
 
-    pub fn store(&mut self, place: Place, from: &[u8]) -> Result<(), Kind> {
+    pub fn store(&mut self, place: Place, from: &[u8]) -> Result<(), FaultKind> {
         let span = self.span(place)?;
         if self.checks_races {
             Self::demand(&self.stores[span.clone()], place, "a store", "a store")?;
@@ -109,7 +120,7 @@ impl Shared {
     }
 
     /// An atomic operation on up to eight bytes; gives back what was there.
-    pub fn atomic(&mut self, place: Place, change: impl Fn(u64) -> u64) -> Result<u64, Kind> {
+    pub fn atomic(&mut self, place: Place, change: impl Fn(u64) -> u64) -> Result<u64, FaultKind> {
         let span = self.span(place)?;
         if self.checks_races {
             Self::demand(&self.stores[span.clone()], place, "a store", "an atomic operation")?;
@@ -117,7 +128,7 @@ impl Shared {
             Self::note(&mut self.atomics[span.clone()], place);
         }
         if self.has_value[span.clone()].contains(&false) {
-            return Err(Kind::Uninitialised { address: place.address, bytes: place.bytes });
+            return Err(FaultKind::Uninitialised { address: place.address, bytes: place.bytes });
         }
         let bytes = &mut self.bytes[span];
         let mut word = [0; 8];

@@ -3,7 +3,7 @@
 
 use crate::{
     arithmetic::{Lanes, SHARED_WINDOW},
-    fault::Kind,
+    fault::FaultKind,
     global::{self, Global},
     instruction::{Access, Instruction, Kernel, Operation, Register, Shuffle, Space, Special},
     order::Clock,
@@ -30,7 +30,7 @@ pub(crate) struct Surroundings<'a> {
 pub(crate) struct Stop {
     pub line: u32,
     pub lane: Option<u32>,
-    pub kind: Kind,
+    pub kind: FaultKind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +176,8 @@ impl Warp {
     /// The group that goes on.
     fn choose(&self, around: &mut Surroundings) -> Option<usize> {
         let mut ready = (0..self.groups.len()).filter(|&index| self.groups[index].wait == Wait::No);
-        if around.stays_apart {
+        // Now and then another than the one furthest behind, which may wait for it: each makes progress.
+        if around.stays_apart || (self.groups.len() > 1 && around.random.u8(..) < 16) {
             let count = ready.clone().count();
             return if count == 0 { None } else { ready.nth(around.random.usize(..count)) };
         }
@@ -214,7 +215,7 @@ impl Warp {
             let Some(instruction) = around.kernel.code.get(group.next) else {
                 let line = around.kernel.code.last().map_or(0, |last| last.line);
                 let what = "the code ends without `ret`".to_owned();
-                return Err(Stop { line, lane: None, kind: Kind::Divergent { waits: what } });
+                return Err(Stop { line, lane: None, kind: FaultKind::Divergent { waits: what } });
             };
             work.instructions += 1;
             let stop = |(lane, kind)| Stop { line: instruction.line, lane, kind };
@@ -278,7 +279,7 @@ impl Warp {
                             let waits = join(self.places(around.kernel));
                             return Err(stop((
                                 None,
-                                Kind::Divergent {
+                                FaultKind::Divergent {
                                     waits: format!("of the warp of thread {}, {waits}", self.first_thread),
                                 },
                             )));
@@ -291,7 +292,7 @@ impl Warp {
     }
 
     /// The lanes of a group that run a guarded instruction.
-    fn guarded(&self, instruction: &Instruction, lanes: u32, kernel: &Kernel) -> Result<u32, (Option<u32>, Kind)> {
+    fn guarded(&self, instruction: &Instruction, lanes: u32, kernel: &Kernel) -> Result<u32, (Option<u32>, FaultKind)> {
         let Some((register, negated)) = instruction.guard else { return Ok(lanes) };
         let values = self.read(register, lanes, kernel)?;
         let truth = values.iter().enumerate().fold(0, |all, (lane, &value)| all | (u32::from(value != 0) << lane));
@@ -299,11 +300,11 @@ impl Warp {
     }
 
     /// A register that must have a value in these lanes.
-    fn read(&self, register: Register, lanes: u32, kernel: &Kernel) -> Result<&Lanes, (Option<u32>, Kind)> {
+    fn read(&self, register: Register, lanes: u32, kernel: &Kernel) -> Result<&Lanes, (Option<u32>, FaultKind)> {
         let missing = lanes & !self.defined[register as usize];
         if missing != 0 {
             let name = kernel.register_names[register as usize].clone();
-            return Err((Some(missing.trailing_zeros()), Kind::UninitialisedRegister { name }));
+            return Err((Some(missing.trailing_zeros()), FaultKind::UninitialisedRegister { name }));
         }
         Ok(&self.registers[register as usize])
     }
@@ -319,7 +320,7 @@ impl Warp {
         operation: &Operation,
         lanes: u32,
         around: &mut Surroundings,
-    ) -> Result<(), (Option<u32>, Kind)> {
+    ) -> Result<(), (Option<u32>, FaultKind)> {
         let kernel = around.kernel;
         match operation {
             Operation::Compute { function, to, from } => {
@@ -377,7 +378,7 @@ impl Warp {
                     let stored = match place(*access, base[lane as usize], thread, around) {
                         Target::Global(place) => around.global.store(place, bytes, around.clock),
                         Target::Shared(place) => around.shared.store(place, bytes),
-                        Target::Parameters(address) => Err(Kind::NotWritable { address }),
+                        Target::Parameters(address) => Err(FaultKind::NotWritable { address }),
                     };
                     stored.map_err(|kind| (Some(lane), kind))?;
                 }
@@ -395,7 +396,7 @@ impl Warp {
                         Target::Shared(place) => {
                             around.shared.atomic(place, |old| change.of(old, by[at], access.width))
                         }
-                        Target::Parameters(address) => Err(Kind::NotWritable { address }),
+                        Target::Parameters(address) => Err(FaultKind::NotWritable { address }),
                     };
                     old[at] = changed.map_err(|kind| (Some(lane), kind))?;
                 }
@@ -431,7 +432,7 @@ impl Warp {
         used_bytes: u64,
         lanes: u32,
         around: &mut Surroundings,
-    ) -> Result<(), (Option<u32>, Kind)> {
+    ) -> Result<(), (Option<u32>, FaultKind)> {
         let base = *self.read(access.base, lanes, around.kernel)?;
         let total = access.width * access.count;
         let mut results = [[0; LANES as usize]; 4];
@@ -475,9 +476,9 @@ impl Warp {
         lanes: u32,
         members: u32,
         kernel: &Kernel,
-    ) -> Result<(), (Option<u32>, Kind)> {
+    ) -> Result<(), (Option<u32>, FaultKind)> {
         let Operation::Shuffle { mode, to, valid, value, by, clamp, members: mask } = operation else { return Ok(()) };
-        let fault = |lane: u32, what: String| (Some(lane), Kind::Shuffle { what });
+        let fault = |lane: u32, what: String| (Some(lane), FaultKind::Shuffle { what });
         if let Some(lane) = each(members & !lanes).next() {
             return Err(fault(lane, format!("the mask {members:#x} names lane {lane}, which does not come")));
         }
@@ -564,7 +565,9 @@ fn place(access: Access, base: u64, thread: u16, around: &Surroundings) -> Targe
     let shared = |address| Target::Shared(shared::Place { address, bytes, thread, epoch: around.clock.epoch() });
     match access.space {
         Space::Parameters => Target::Parameters(address),
-        Space::Shared => shared(address & 0xffff_ffff),
+        // An address of 32 bits, and the sum with an offset one as well; a generic address is none.
+        Space::Shared if base <= u64::from(u32::MAX) => shared(address & 0xffff_ffff),
+        Space::Shared => shared(base),
         Space::Generic if address & SHARED_WINDOW != 0 && address < SHARED_WINDOW << 1 => {
             shared(address - SHARED_WINDOW)
         }
@@ -572,12 +575,12 @@ fn place(access: Access, base: u64, thread: u16, around: &Surroundings) -> Targe
     }
 }
 
-fn parameter(parameters: &[u8], address: u64, to: &mut [u8]) -> Result<(), Kind> {
+fn parameter(parameters: &[u8], address: u64, to: &mut [u8]) -> Result<(), FaultKind> {
     let bytes = to.len() as u64;
     if !address.is_multiple_of(bytes) {
-        return Err(Kind::Misaligned { address, bytes });
+        return Err(FaultKind::Misaligned { address, bytes });
     }
     let found = usize::try_from(address).ok().and_then(|start| parameters.get(start..start.checked_add(to.len())?));
-    to.copy_from_slice(found.ok_or(Kind::OutOfBounds { address, bytes })?);
+    to.copy_from_slice(found.ok_or(FaultKind::OutOfBounds { address, bytes })?);
     Ok(())
 }

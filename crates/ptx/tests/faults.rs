@@ -1,7 +1,7 @@
 //! Each thing that no kernel may do is found and named, by kernels written for it; and what is allowed is not.
 #![allow(unsafe_code, reason = "launches kernels with addresses")]
 
-use gradprobe_ptx::{Error, Kind, Module, Options, memory};
+use gradprobe_ptx::{Error, FaultKind, Module, Options, memory};
 
 /// A kernel with one parameter, the address of some words, which a body finds in %rd1; %r1 is the thread, %r2 the block.
 fn module(body: &str) -> Module {
@@ -32,7 +32,7 @@ fn seeds() -> impl Iterator<Item = Options> {
 
 /// The fault that every seed finds.
 #[track_caller]
-fn fault(body: &str, blocks: u32, threads: u32) -> Kind {
+fn fault(body: &str, blocks: u32, threads: u32) -> FaultKind {
     let mut found = None;
     for options in seeds() {
         let error = launch(body, blocks, threads, options).expect_err("this is wrong");
@@ -72,7 +72,7 @@ fn what_a_release_and_an_acquire_order_is_no_race_and_has_one_result() {
 fn without_a_release_or_an_acquire_it_is_a_race_and_has_several_results() {
     for (order, fence) in [("relaxed.", "fence.acq_rel.gpu;"), ("release.", ""), ("release.", "fence.acq_rel.cta;")] {
         let body = last_block(order, fence);
-        assert!(matches!(fault(&body, 4, 32), Kind::GlobalRace { .. }), "{order}{fence}");
+        assert!(matches!(fault(&body, 4, 32), FaultKind::GlobalRace { .. }), "{order}{fence}");
         // The memory shows it as well, to whoever looks at results alone.
         let of_seeds = (0..64).map(|seed| Options { seed, checks_races: false, ..Options::default() });
         let sums: Vec<u32> = of_seeds.map(|options| launch(&body, 4, 32, options).unwrap()[128]).collect();
@@ -95,33 +95,39 @@ fn a_release_is_cumulative_over_a_barrier_and_no_further() {
     for options in seeds() {
         assert_eq!(launch(&body("bar.sync 0;", "bar.sync 0;"), 2, 64, options).unwrap()[128], 5);
     }
-    assert!(matches!(fault(&body("", "bar.sync 0;"), 2, 64), Kind::GlobalRace { .. }));
-    assert!(matches!(fault(&body("bar.sync 0;", ""), 2, 64), Kind::GlobalRace { .. }));
+    assert!(matches!(fault(&body("", "bar.sync 0;"), 2, 64), FaultKind::GlobalRace { .. }));
+    assert!(matches!(fault(&body("bar.sync 0;", ""), 2, 64), FaultKind::GlobalRace { .. }));
 }
 
 #[test]
 fn accesses_to_memory_are_checked() {
-    type Expected = fn(&Kind) -> bool;
-    let cases: [(&str, Expected); 12] = [
-        ("ld.global.u32 %r3, [%rd1+4096];", |kind| matches!(kind, Kind::OutOfBounds { bytes: 4, .. })),
+    type Expected = fn(&FaultKind) -> bool;
+    let cases: [(&str, Expected); 16] = [
+        ("mov.u64 %rd2, 0;\nld.global.u32 %r3, [%rd2+-4];", |kind| matches!(kind, FaultKind::OutOfBounds { .. })),
+        ("mov.u64 %rd2, -4;\nst.global.u64 [%rd2+4], %rd2;", |kind| matches!(kind, FaultKind::OutOfBounds { .. })),
+        ("cvta.shared.u64 %rd2, 0;\nst.shared.u32 [%rd2], 1;", |kind| matches!(kind, FaultKind::OutOfBounds { .. })),
+        ("atom.cta.global.add.u32 %r3, [%rd1], 1;", |kind| matches!(kind, FaultKind::GlobalRace { .. })),
+        ("ld.global.u32 %r3, [%rd1+4096];", |kind| matches!(kind, FaultKind::OutOfBounds { bytes: 4, .. })),
         ("ld.global.nc.v4.u32 {%r3, %r4, %r5, %r6}, [%rd1+-16];", |kind| {
-            matches!(kind, Kind::OutOfBounds { bytes: 16, .. })
+            matches!(kind, FaultKind::OutOfBounds { bytes: 16, .. })
         }),
-        ("prefetch.global.L2 [%rd1+4096];", |kind| matches!(kind, Kind::OutOfBounds { .. })),
-        ("ld.global.v4.u32 {%r3, %r4, %r5, %r6}, [%rd1+8];", |kind| matches!(kind, Kind::Misaligned { bytes: 16, .. })),
-        ("st.global.u32 [%rd1+2], 1;", |kind| matches!(kind, Kind::Misaligned { bytes: 4, .. })),
-        ("ld.shared.u32 %r3, [scratch+512];", |kind| matches!(kind, Kind::OutOfBounds { .. })),
-        ("ld.shared.u32 %r3, [scratch];", |kind| matches!(kind, Kind::Uninitialised { bytes: 4, .. })),
-        ("atom.shared.add.u32 %r3, [scratch], 1;", |kind| matches!(kind, Kind::Uninitialised { .. })),
-        ("add.s32 %r3, %r4, 1;", |kind| *kind == Kind::UninitialisedRegister { name: "%r4".to_owned() }),
-        ("ld.param.u64 %rd3, [words+8];", |kind| matches!(kind, Kind::OutOfBounds { address: 8, .. })),
-        ("st.global.u32 [%rd1], %r1;", |kind| matches!(kind, Kind::GlobalRace { .. })),
+        ("prefetch.global.L2 [%rd1+4096];", |kind| matches!(kind, FaultKind::OutOfBounds { .. })),
+        ("ld.global.v4.u32 {%r3, %r4, %r5, %r6}, [%rd1+8];", |kind| {
+            matches!(kind, FaultKind::Misaligned { bytes: 16, .. })
+        }),
+        ("st.global.u32 [%rd1+2], 1;", |kind| matches!(kind, FaultKind::Misaligned { bytes: 4, .. })),
+        ("ld.shared.u32 %r3, [scratch+512];", |kind| matches!(kind, FaultKind::OutOfBounds { .. })),
+        ("ld.shared.u32 %r3, [scratch];", |kind| matches!(kind, FaultKind::Uninitialised { bytes: 4, .. })),
+        ("atom.shared.add.u32 %r3, [scratch], 1;", |kind| matches!(kind, FaultKind::Uninitialised { .. })),
+        ("add.s32 %r3, %r4, 1;", |kind| *kind == FaultKind::UninitialisedRegister { name: "%r4".to_owned() }),
+        ("ld.param.u64 %rd3, [words+8];", |kind| matches!(kind, FaultKind::OutOfBounds { address: 8, .. })),
+        ("st.global.u32 [%rd1], %r1;", |kind| matches!(kind, FaultKind::GlobalRace { .. })),
         ("ld.global.nc.u32 %r3, [%rd1];\nsetp.ne.s32 %p1, %r1, 0;\n@!%p1 st.global.u32 [%rd1], 1;", |kind| {
-            matches!(kind, Kind::ReadOnlyWritten { .. })
+            matches!(kind, FaultKind::ReadOnlyWritten { .. })
         }),
     ];
     for (body, is_expected) in cases {
-        let kind = fault(body, 1, 32);
+        let kind = fault(body, 2, 32);
         assert!(is_expected(&kind), "{body}: {kind}");
     }
 }
@@ -157,7 +163,7 @@ fn races_in_shared_memory_are_found() {
     // Without a barrier even the lanes of one warp race, or read what has no value yet.
     for _ in 0..2 {
         let kind = fault(&neighbour(""), 1, 64);
-        assert!(matches!(kind, Kind::SharedRace { .. } | Kind::Uninitialised { .. }), "{kind}");
+        assert!(matches!(kind, FaultKind::SharedRace { .. } | FaultKind::Uninitialised { .. }), "{kind}");
     }
     for options in seeds() {
         let words = launch(&neighbour("bar.sync 0;"), 1, 64, options).unwrap();
@@ -173,7 +179,7 @@ fn races_in_shared_memory_are_found() {
 
 #[test]
 fn barriers_and_shuffles_count_their_threads() {
-    let waits = |kind: Kind| if let Kind::Divergent { waits } = kind { waits } else { panic!("{kind}") };
+    let waits = |kind: FaultKind| if let FaultKind::Divergent { waits } = kind { waits } else { panic!("{kind}") };
     let lower = "setp.lt.s32 %p1, %r1, 40;\n";
     let found = waits(fault(&format!("{lower}@%p1 bar.sync 0;"), 1, 64));
     assert!(found.contains("wait at the barrier in line 16"), "{found}");
@@ -195,7 +201,7 @@ fn barriers_and_shuffles_count_their_threads() {
         let words = launch(&shuffle("-1"), 1, 32, options).unwrap();
         assert_eq!((words[0], words[30], words[31]), (1, 31, 31));
     }
-    assert!(matches!(fault(&shuffle("65535"), 1, 32), Kind::Shuffle { .. }));
+    assert!(matches!(fault(&shuffle("65535"), 1, 32), FaultKind::Shuffle { .. }));
     waits(fault(
         &format!(
             "setp.lt.s32 %p1, %r1, 16;\n@!%p1 bra OTHER;\n{}\nbra DONE;\nOTHER:\nbar.sync 0;\nDONE:",
@@ -205,13 +211,13 @@ fn barriers_and_shuffles_count_their_threads() {
         32,
     ));
     let after_end = format!("setp.lt.s32 %p1, %r1, 16;\n@%p1 bra DONE;\n{}\nDONE:", shuffle("-1"));
-    assert!(matches!(fault(&after_end, 1, 32), Kind::Shuffle { .. } | Kind::Divergent { .. }));
+    assert!(matches!(fault(&after_end, 1, 32), FaultKind::Shuffle { .. } | FaultKind::Divergent { .. }));
 }
 
 #[test]
 fn counters_are_set_back_and_launches_end() {
     let body = last_block("release.", "fence.acq_rel.gpu;").replace("st.global.u32 [%rd1], 0;", "");
-    assert!(matches!(fault(&body, 4, 32), Kind::Counter { before: 0, after: 4, .. }));
+    assert!(matches!(fault(&body, 4, 32), FaultKind::Counter { before: 0, after: 4, .. }));
     let limited = Options { limit: 10_000, ..Options::default() };
     for body in
         ["LOOP:\nbra LOOP;", "LOOP:\natom.global.add.u32 %r3, [%rd1], 0;\nsetp.eq.s32 %p1, %r3, 0;\n@%p1 bra LOOP;"]
@@ -220,6 +226,75 @@ fn counters_are_set_back_and_launches_end() {
         let said = fault.to_string();
         assert!(said.contains("it does not end: after 1") && said.contains("32 threads are at line"), "{said}");
     }
+}
+
+/// As in CUDA's sample of `__threadfence`: the last to count sets the counter back by a plain store.
+#[test]
+fn a_fence_and_a_relaxed_counter_order_as_well() {
+    for options in seeds() {
+        for order in ["", "relaxed."] {
+            let body = last_block(order, "fence.acq_rel.gpu;").replace("atom.", "membar.gl;\natom.");
+            let words = launch(&body, 4, 32, options).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!((words[0], words[128]), (0, 7 + 8 + 9 + 10), "{options:?}");
+        }
+    }
+}
+
+/// Who waits for a lane of its own warp gets there: each lane makes progress.
+#[test]
+fn lanes_of_a_warp_may_wait_for_one_another() {
+    let body = "setp.eq.s32 %p1, %r1, 7;\n@%p1 bra SET;\nLOOP:\natom.global.add.u32 %r3, [%rd1], 0;\nsetp.eq.s32 %p2, %r3, 0;\n\
+                @%p2 bra LOOP;\nbra DONE;\nSET:\natom.global.add.u32 %r3, [%rd1], 1;\nDONE:";
+    for options in seeds() {
+        assert_eq!(launch(body, 1, 32, Options { limit: 1 << 20, ..options }).unwrap()[0], 1);
+    }
+}
+
+#[test]
+fn literals_are_as_wide_as_their_operand() {
+    let body = "mov.pred %p1, -1;\nnot.pred %p2, %p1;\nselp.b32 %r3, 7, 8, %p2;\nst.global.u32 [%rd1], %r3;\n\
+                mov.u32 %r4, 3;\nmad.wide.s32 %rd2, %r4, 4, -13;\nst.global.u64 [%rd1+8], %rd2;\n\
+                shl.b32 %r5, %r4, 65537;\nst.global.u32 [%rd1+16], %r5;\nadd.s32 %r6, %r4, -4;\nst.global.u32 [%rd1+20], %r6;";
+    let words = launch(body, 1, 1, Options::default()).unwrap();
+    assert_eq!(words[..6], [8, 0, u32::MAX, u32::MAX, 0, u32::MAX]);
+}
+
+#[test]
+fn functions_are_put_in_where_they_are_called() {
+    let text = ".version 9.0\n.func (.param .b32 result) twice(.param .b32 of)\n{\n.reg .b32 %r<3>;\n.reg .pred %p<2>;\n\
+                ld.param.u32 %r1, [of];\nsetp.eq.s32 %p1, %r1, 5;\n@%p1 bra end;\nadd.s32 %r1, %r1, %r1;\nend:\n\
+                st.param.b32 [result+0], %r1;\nret;\n}\n\
+                .visible .entry kernel(.param .u64 words)\n{\n.reg .b32 %r<4>;\n.reg .b64 %rd<2>;\n.reg .pred %p<2>;\n\
+                ld.param.u64 %rd1, [words];\nmov.u32 %r1, %tid.x;\n\
+                { .param .b32 a; st.param.b32 [a+0], %r1; .param .b32 b; CALL (b), twice, (a); ld.param.b32 %r2, [b+0]; }\n\
+                mad.lo.s32 %r3, %r1, 4, 0;\ncvt.u64.u32 %rd0, %r3;\nadd.s64 %rd1, %rd1, %rd0;\nst.global.u32 [%rd1], %r2;\nret;\n}\n";
+    let mut words = [0u32; 8];
+    let address = words.as_mut_ptr() as u64;
+    let _lent = memory::lend([(address, 32, true)]);
+    let module = Module::parse(&text.replace("CALL", "call.uni")).unwrap();
+    // SAFETY: the words live, and nobody else has them.
+    unsafe { module.kernel("kernel").unwrap().launch(1, 8, &[&address.to_ne_bytes()], Options::default()) }.unwrap();
+    assert_eq!(words, [0, 2, 4, 6, 8, 5, 12, 14]);
+    let guarded = Module::parse(&text.replace("CALL", "@%p1 call.uni")).unwrap_err();
+    assert!(guarded.what.contains("with a guard"), "{guarded}");
+}
+
+#[test]
+fn what_is_lent_is_lent_until_it_is_given_back() {
+    let words = [1u32; 64];
+    let address = words.as_ptr() as u64;
+    let module = module("ld.global.u32 %r3, [%rd1];\nld.global.u32 %r3, [%rd1+128];");
+    let kernel = module.kernel("kernel").unwrap();
+    // SAFETY: the words live, and are read.
+    let run = || unsafe { kernel.launch(1, 1, &[&address.to_ne_bytes()], Options::default()) };
+    let (first, second) = (memory::lend([(address, 128, false)]), memory::lend([(address + 128, 128, false)]));
+    run().unwrap();
+    drop(first);
+    run().unwrap_err();
+    let _first = memory::lend([(address, 128, false)]);
+    run().unwrap();
+    drop(second);
+    run().unwrap_err();
 }
 
 #[test]
@@ -247,6 +322,26 @@ fn bad_input_is_one_clear_error() {
         (".version 9.0\n.entry k()\n{\nbra NOWHERE;\n}", 4, "no label NOWHERE"),
         (".version 9.0\n.entry k()\n{\n@%p9 ret;\n}", 4, "unknown name"),
         (".version 9.0\n.entry k()\n{\n.reg .b32 %r<2>;\n.reg .b32 %r<2>;\nret;\n}", 5, "twice"),
+        (".version 9.0\n.entry k()\n{\n.reg .b32 %r<4000000000>;\nret;\n}", 4, "registers"),
+        (".version 9.0\n.entry k()\n{\nA:\nbra A;\nA:\nret;\n}", 6, "twice"),
+        (".version 9.0\n.entry k()\n{\n.reg .b64 %r<3>;\nmov.b64 %r1, {};\nret;\n}", 5, "`mov.b64` is not understood"),
+        (
+            ".version 9.0\n.entry k()\n{\n.reg .b32 %r<3>;\nmov.b32 %r1, {%r0, %r0, %r0};\nret;\n}",
+            5,
+            "`mov.b32` is not",
+        ),
+        (".version 9.0\n.entry k()\n{\n.reg .b32 %r<3>;\nadd.s32 %r0 %r1 %r2;\nret;\n}", 5, "`,` is missing"),
+        (
+            ".version 9.0\n.entry k()\n{\n.reg .b32 %r<3>;\nadd.s32 %r0, %r1, 010;\nret;\n}",
+            5,
+            "`add.s32` is not understood",
+        ),
+        (".version 9.0\n.entry k()\n{\n.reg .b64 %r<3>;\natom.add. %r0, [%r1], 1;\nret;\n}", 5, "is not understood"),
+        (".version 9.0\n.entry k()\n{\n.reg .b64 %r<3>;\nst.global.u8 [%r1], 1;\nret;\n}", 5, "is not understood"),
+        (".version 9.0\n.entry k()\n{\nret.now;\n}", 4, "`ret.now` is not understood"),
+        (".version 9.0\n.entry k()\n{\n.shared .b8 x[1099511627776];\nret;\n}", 4, "1099511627776 bytes"),
+        (".version 9.0\n.entry k(.param .align 3 .b8 x[4])\n{\nret;\n}", 2, "power of two"),
+        (".version 9.0\n.entry k()\n{\n@%p1 .reg .b32 %r1;\nret;\n}", 4, "with a guard"),
         (".version 9.0 /* ", 1, "a comment without an end"),
     ] {
         let error = Module::parse(text).expect_err(text);
@@ -274,4 +369,6 @@ fn fat_binaries_that_are_none_are_refused() {
     assert_eq!(ptx(b"hello, world, hello").unwrap_err(), "this is no fat binary");
     assert_eq!(ptx(&header(&[])).unwrap_err(), "the fat binary has no PTX");
     assert_eq!(ptx(&header(&[1, 0, 1, 1])).unwrap_err(), "the fat binary is cut off");
+    assert_eq!(ptx(&header(&[0; 64])).unwrap_err(), "the fat binary is cut off");
+    assert_eq!(gradprobe_ptx::fatbin::length(&[0xff; 16]), usize::MAX);
 }
