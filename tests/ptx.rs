@@ -52,6 +52,52 @@ fn all_ptx() -> &'static [(String, String)] {
     })
 }
 
+/// Why an instruction on floats is not one IEEE operation, rounded to nearest; `None` for all others.
+fn objection(opcode: &str) -> Option<&'static str> {
+    let parts: Vec<&str> = opcode.split('.').collect();
+    let has = |wanted: &[&str]| parts.iter().any(|part| wanted.contains(part));
+    const FLOATS: &[&str] = &["f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64"];
+    if has(&["ftz"]) {
+        return Some("subnormals are flushed");
+    }
+    if has(&["approx", "full"]) {
+        return Some("an approximation");
+    }
+    if has(&["sat", "relu"]) && has(FLOATS) {
+        return Some("clamped");
+    }
+    let rounds = match parts[0] {
+        "add" | "sub" | "mul" | "fma" | "mad" | "div" | "sqrt" | "rcp" => has(FLOATS),
+        // From a wider float, or from an integer; what goes to a wider one, or to an integer, is exact or says how.
+        "cvt" => matches!(
+            parts[parts.len() - 2..],
+            ["f16" | "bf16", "f32" | "f64"]
+                | ["f32", "f64"]
+                | ["f16" | "bf16" | "f32" | "f64", "u32" | "s32" | "u64" | "s64"]
+        ),
+        _ => false,
+    };
+    (rounds && !has(&["rn"])).then_some("not rounded to nearest")
+}
+
+#[test]
+fn operations_on_floats_are_judged_by_their_opcodes() {
+    let exact = ["add.rn.f32", "div.rn.f64", "cvt.rn.f32.f64", "cvt.rn.f32.u32", "cvt.f64.f32", "cvt.f32.f16"];
+    let others = ["cvt.rzi.u32.f64", "cvt.rpi.f64.f64", "cvt.u32.u16", "add.s32", "mul.wide.u32", "setp.gt.f32"];
+    for opcode in exact.into_iter().chain(others) {
+        assert_eq!(objection(opcode), None, "{opcode}");
+    }
+    let unrounded = ["add.f32", "sub.rz.f64", "mad.f32", "sqrt.rm.f32", "rcp.f64", "cvt.rz.f16.f32", "cvt.f32.f64"];
+    for opcode in unrounded.into_iter().chain(["cvt.rz.f32.s64", "mul.f16x2"]) {
+        assert_eq!(objection(opcode), Some("not rounded to nearest"), "{opcode}");
+    }
+    assert_eq!(objection("add.rn.ftz.f32"), Some("subnormals are flushed"));
+    assert_eq!(objection("setp.gt.ftz.f32"), Some("subnormals are flushed"));
+    assert_eq!(objection("rsqrt.approx.f32"), Some("an approximation"));
+    assert_eq!(objection("div.full.f32"), Some("an approximation"));
+    assert_eq!(objection("add.rn.sat.f32"), Some("clamped"));
+}
+
 /// Leaves them in the folder that `GRADPROBE_PTX_FOLDER` names, for the tests of the emulation.
 #[test]
 fn all_of_it_is_understood_and_none_of_it_is_contracted_or_flushed() {
@@ -66,13 +112,8 @@ fn all_of_it_is_understood_and_none_of_it_is_contracted_or_flushed() {
         assert_eq!(names, Kernel::ALL.map(Kernel::entry).into_iter().collect(), "{name}");
         opcodes.extend(module.kernels().iter().flat_map(|kernel| kernel.opcodes().to_vec()));
     }
-    for opcode in &opcodes {
-        let words: Vec<&str> = opcode.split('.').collect();
-        assert!(!words.contains(&"ftz") && !words.contains(&"approx"), "{opcode}");
-        let rounds = ["add", "sub", "mul", "fma", "div", "sqrt", "rcp"].contains(&words[0]);
-        let is_float = matches!(words.last(), Some(&"f32" | &"f64"));
-        assert!(!(rounds && is_float) || words.contains(&"rn"), "{opcode} is not rounded to nearest");
-    }
+    let objections: Vec<_> = opcodes.iter().filter_map(|code| Some((code, objection(code)?))).collect();
+    assert_eq!(objections, []);
     println!("ptx: {} opcodes of {} compilations understood", opcodes.len(), all.len());
 }
 

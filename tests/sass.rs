@@ -1,5 +1,5 @@
-//! What the compiler made of the kernels: the machine code for seven architectures and the PTX out of the embedded binary,
-//! held against what the design counts on. A GPU is not needed; nvcc at build time and `cuobjdump` are.
+//! What the compiler made of the kernels: the machine code for seven architectures out of the embedded binary, held
+//! against what the design counts on. A GPU is not needed; nvcc at build time and `cuobjdump` are.
 #![cfg(feature = "cuda")]
 
 #[path = "sass/dump.rs"]
@@ -10,8 +10,6 @@ mod listing;
 mod machines;
 #[path = "sass/measure.rs"]
 mod measure;
-#[path = "sass/ptx.rs"]
-mod ptx;
 #[path = "sass/readers.rs"]
 mod readers;
 mod require;

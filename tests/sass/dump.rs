@@ -20,12 +20,6 @@ pub fn usage() -> Option<&'static str> {
     cached(&CACHE, "-res-usage")
 }
 
-/// The PTX, for what comes after the newest architecture.
-pub fn ptx() -> Option<&'static str> {
-    static CACHE: OnceLock<Output> = OnceLock::new();
-    cached(&CACHE, "-ptx")
-}
-
 fn cached(cache: &'static OnceLock<Output>, option: &str) -> Option<&'static str> {
     match cache.get_or_init(|| cuobjdump(option)) {
         Ok(output) => Some(output),

@@ -3,7 +3,6 @@
 use crate::{
     dump::{Usage, parse_usage, section},
     listing::{Cost, Instruction, Listing, lies_in},
-    ptx,
 };
 
 /// Two small kernels as `cuobjdump` prints them, with every form the tests above look for.
@@ -163,45 +162,6 @@ fn divisions_are_counted_in_the_steps_of_folds() {
 #[should_panic(expected = "0x130: where this jumps is not known")]
 fn no_path_goes_through_a_jump_by_a_table() {
     Listing::of("fold", section(75, FOLD)).straight_path(0x12, 0x14);
-}
-
-#[test]
-fn ptx_is_read_and_judged() {
-    let output = "
-.visible .entry other(
-ret;
-.visible .entry sample(
-.param .u64 sample_param_0
-)
-{
-.reg .b32 %r<4>;
-$L__BB0_1:
-{ cvt.f32.f16 %f1, %h1;}
-@%p1 add.rn.f32 %f1, %f1, %f2; fma.rn.f64 %d1, %d1, %d2, %d3;
-ld.global.v2.u32 {%r1, %r2}, [%rd1];
-ret;
-}
-.visible .entry last(
-exit;
-";
-    let found = ["cvt.f32.f16", "add.rn.f32", "fma.rn.f64", "ld.global.v2.u32", "ret"];
-    assert_eq!(ptx::opcodes("sample", output), found);
-    assert_eq!(ptx::opcodes("none", output), [""; 0]);
-
-    let exact = ["add.rn.f32", "div.rn.f64", "cvt.rn.f32.f64", "cvt.rn.f32.u32", "cvt.f64.f32", "cvt.f32.f16"];
-    let others = ["cvt.rzi.u32.f64", "cvt.rpi.f64.f64", "cvt.u32.u16", "add.s32", "mul.wide.u32", "setp.gt.f32"];
-    for opcode in exact.into_iter().chain(others) {
-        assert_eq!(ptx::objection(opcode), None, "{opcode}");
-    }
-    let unrounded = ["add.f32", "sub.rz.f64", "mad.f32", "sqrt.rm.f32", "rcp.f64", "cvt.rz.f16.f32", "cvt.f32.f64"];
-    for opcode in unrounded.into_iter().chain(["cvt.rz.f32.s64", "mul.f16x2"]) {
-        assert_eq!(ptx::objection(opcode), Some("not rounded to nearest"), "{opcode}");
-    }
-    assert_eq!(ptx::objection("add.rn.ftz.f32"), Some("subnormals are flushed"));
-    assert_eq!(ptx::objection("setp.gt.ftz.f32"), Some("subnormals are flushed"));
-    assert_eq!(ptx::objection("rsqrt.approx.f32"), Some("an approximation"));
-    assert_eq!(ptx::objection("div.full.f32"), Some("an approximation"));
-    assert_eq!(ptx::objection("add.rn.sat.f32"), Some("clamped"));
 }
 
 #[test]

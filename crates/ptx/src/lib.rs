@@ -30,11 +30,13 @@
 )]
 
 mod arithmetic;
+mod calls;
 pub mod fatbin;
 mod fault;
 mod global;
 mod instruction;
 mod launch;
+mod line;
 pub mod memory;
 mod order;
 mod parse;

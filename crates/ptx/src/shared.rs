@@ -53,7 +53,7 @@ impl Shared {
 
     /// The block has come to a barrier, and an epoch begins.
     pub fn begin(&mut self, epoch: u32) {
-        if epoch % EPOCHS == 0 {
+        if epoch.is_multiple_of(EPOCHS) {
             for marks in [&mut self.stores, &mut self.loads, &mut self.atomics] {
                 marks.fill(0);
             }

@@ -4,8 +4,9 @@
 use crate::{
     arithmetic::{Lanes, SHARED_WINDOW},
     fault::FaultKind,
-    global::{self, Global},
+    global::Global,
     instruction::{Access, Instruction, Kernel, Operation, Register, Shuffle, Space, Special},
+    line,
     order::Clock,
     shared::{self, Shared},
 };
@@ -553,7 +554,7 @@ pub(crate) fn join(places: Vec<(String, u32)>) -> String {
 }
 
 enum Target {
-    Global(global::Place),
+    Global(line::Place),
     Shared(shared::Place),
     Parameters(u64),
 }
@@ -571,7 +572,7 @@ fn place(access: Access, base: u64, thread: u16, around: &Surroundings) -> Targe
         Space::Generic if address & SHARED_WINDOW != 0 && address < SHARED_WINDOW << 1 => {
             shared(address - SHARED_WINDOW)
         }
-        Space::Global | Space::Generic => Target::Global(global::Place { address, bytes, block: around.block, thread }),
+        Space::Global | Space::Generic => Target::Global(line::Place { address, bytes, block: around.block, thread }),
     }
 }
 
