@@ -117,7 +117,7 @@ fn all_of_it_is_understood_and_none_of_it_is_contracted_or_flushed() {
     println!("ptx: {} opcodes of {} compilations understood", opcodes.len(), all.len());
 }
 
-/// `cuobjdump` reads the fat binary by NVIDIA's own knowledge of it.
+/// What is read out of the fat binary is what nvcc prints.
 #[test]
 fn the_embedded_ptx_is_what_nvcc_makes() {
     let (Some(embedded), Some(nvcc)) = (embedded(), require::nvcc()) else { return };
@@ -138,10 +138,15 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
     let mut probe = SimtProbe::with(device, plan(std::slice::from_ref(&data)), Workload::config()).unwrap();
-    let (before, start) = (total().lane_instructions, Instant::now());
-    probe.measure_host(&[data.tensor()]).unwrap();
-    // Of all threads of this process: the other tests can only add to it.
-    let rate = (total().lane_instructions - before) as f64 / start.elapsed().as_secs_f64();
+    // The quietest of five runs. What other tests of this process run meanwhile adds to some counts, and to none of the least.
+    let (mut least, mut shortest) = (u64::MAX, f64::MAX);
+    for _ in 0..5 {
+        let (before, start) = (total().lane_instructions, Instant::now());
+        probe.measure_host(&[data.tensor()]).unwrap();
+        shortest = shortest.min(start.elapsed().as_secs_f64());
+        least = least.min(total().lane_instructions - before);
+    }
+    let rate = least as f64 / shortest;
     println!("ptx: {:.0} million instructions of threads a second", rate / 1e6);
     assert!(rate > AT_LEAST, "{rate:.0} instructions of threads a second");
 }

@@ -1,5 +1,5 @@
-//! The PTX in a fat binary, as nvcc embeds it. NVIDIA does not document the format; `cuobjdump -ptx` reads it, and a test
-//! holds what is read here against what that prints.
+//! The PTX in a fat binary, as nvcc embeds it. NVIDIA does not document the format, and cuobjdump is not on every machine; a test
+//! holds what is read here against what nvcc prints.
 //!
 //! A header of 16 bytes is followed by entries, each with a header of its own: u16 kind (1 is PTX), two bytes more, u32 size
 //! of the header, u64 size of what follows it, u32 size of the compressed text in that; at byte 28 the architecture, at 40
