@@ -42,18 +42,12 @@ pub enum Error {
         /// Its elements.
         length: u64,
     },
-    /// What is known across steps was asked for, but the probe tracks none.
-    #[error("no tensors are tracked: call `track` first")]
-    NotTracked,
-    /// The last steps were asked for, but the probe keeps none.
-    #[error("no steps are kept: call `keep_history` first")]
-    NoHistory,
-    /// A loss scale was set, but the probe was made without one.
-    #[error("gradients are not scaled: make the probe with `Config::loss_scale`")]
-    NoLossScale,
-    /// What only a probe of many ranks has.
-    #[error("the probe is alone: call `join` first")]
-    NotJoined,
+    /// A feature was asked for that the probe was not declared with.
+    #[error("this probe was made without it: declare it with `{declare}`")]
+    NotDeclared {
+        /// The call that declares it.
+        declare: &'static str,
+    },
     /// A tensor is said to be where it cannot be.
     #[error("tensor {name:?} cannot be placed on {what}")]
     Placement {
@@ -91,12 +85,6 @@ pub enum Error {
     TooFewSteps {
         /// Steps so far.
         steps: u32,
-    },
-    /// What needs memory of its own was asked for, but that was never allocated.
-    #[error("{what} has no memory to work in: call `enable_{what}` first")]
-    NotEnabled {
-        /// `histogram`, `dot`, `adaptive_clip`, `samples` or `micro_batches`.
-        what: &'static str,
     },
     /// A tensor does not fall into units of the length given.
     #[error("tensor {name:?}: {length} elements do not fall into units of {unit}")]
@@ -141,9 +129,15 @@ pub enum Error {
         /// As many as were allowed.
         of: u32,
     },
-    /// Weights were given, but the plan has none.
-    #[error("the plan has no weights: make it with `with_weights`")]
-    NoWeights,
+    /// No tensor of a step has a gradient.
+    #[error("every tensor is absent: leave the step out, or give `Absent` only where there is no gradient")]
+    AllAbsent,
+    /// A plan is made of tensors, and one of them is absent.
+    #[error("tensor {name:?} is absent: a plan needs its type and length, as `Plan::new` takes them")]
+    AbsentInPlan {
+        /// The tensor's name.
+        name: String,
+    },
     /// A step was given another number of tensors than its plan has.
     #[error("the plan has {planned} tensors, the step gave {given}")]
     TensorCount {
@@ -163,7 +157,7 @@ pub enum Error {
         given: String,
     },
     /// A tensor with elements has the address 0.
-    #[error("tensor {name:?}: the address is null")]
+    #[error("tensor {name:?}: the address is null; a tensor without a gradient is given as `Absent`")]
     NullPointer {
         /// The tensor's name.
         name: String,
@@ -215,11 +209,13 @@ pub enum Error {
         /// The driver's code.
         reason: String,
     },
-    /// A tensor lives in another CUDA context than the probe's stream.
-    #[error("tensor {name:?} belongs to another CUDA context than the probe's stream")]
-    WrongContext {
+    /// A tensor lies where the probe's kernels cannot reach it, or in no order with them.
+    #[error("tensor {name:?} {what}")]
+    WrongDevice {
         /// The tensor's name.
         name: String,
+        /// Where it lies.
+        what: &'static str,
     },
     /// A call to the CUDA driver failed. An error of an earlier asynchronous call may surface here.
     #[error("CUDA driver: {call} failed with {code}")]
@@ -232,16 +228,19 @@ pub enum Error {
     /// The kernels could be loaded neither from the embedded binary nor through NVRTC.
     #[error("the kernels could not be loaded: {0}")]
     KernelLoad(String),
-    /// Gradient addresses changed while the stream was being captured; a graph would keep the old ones.
-    #[error("gradient addresses changed during graph capture: call bind() with them before the capture")]
+    /// Addresses changed while the stream was being captured; a graph would keep the old ones.
+    #[error("addresses changed during graph capture: call bind() with them before the capture")]
     AddressesChangedInCapture,
     /// A report was waited for while the stream was being captured; it exists once the graph has run.
     #[error("wait() was called during graph capture: there is a report only once the graph has run")]
     WaitInCapture,
-    /// What allocates or uploads was called while the stream was being captured; a graph would do it at every replay, from
-    /// memory of the host that is long gone.
-    #[error("the probe was set up during graph capture: do so before the capture")]
-    SetUpInCapture,
+    /// What uploads was called while the stream was being captured; a graph would do it at every replay, from memory of the
+    /// host that is long gone.
+    #[error("values were set during graph capture: do so before the capture")]
+    UploadInCapture,
+    /// A launch would be captured into a graph, and nobody has vouched for what the graph keeps.
+    #[error("the stream is being captured: call bind() before, which says what a graph needs to stay")]
+    NotBound,
     /// A file or folder cannot be written.
     #[error("{}: {reason}", path.display())]
     Unwritable {
@@ -277,7 +276,17 @@ pub enum Error {
     /// The host ran out of memory, or the device did.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory {
-        /// Bytes asked for.
-        bytes: usize,
+        /// Bytes that are needed in all.
+        bytes: u64,
     },
+}
+
+impl Error {
+    /// With the name of the tensor at fault.
+    pub(crate) fn named(self, name: &str) -> Self {
+        match self {
+            Self::WrongDevice { what, .. } => Self::WrongDevice { name: name.to_owned(), what },
+            other => other,
+        }
+    }
 }

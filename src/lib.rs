@@ -2,80 +2,71 @@
 //! same bits from the CPU.
 //!
 //! ```
-//! use gradprobe::{Config, CpuProbe, DType, HostTensor, HostTensorMut, Plan};
+//! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
 //!
-//! let mut weight = vec![0.3f32; 4096];
-//! let mut bias = vec![half::bf16::from_f32(-4.0); 64];
+//! let (mut weight, mut bias) = (vec![0.3f32; 4096], vec![half::bf16::from_f32(-4.0); 64]);
 //! let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::BF16, 64)])?;
-//! let mut probe = CpuProbe::new(plan, Config::default().max_norm(1.0))?;
+//! let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::global_norm(1.0)))?;
 //! // every step:
-//! let report = probe.measure(&[HostTensor::F32(&weight), HostTensor::BF16(&bias)])?;
+//! probe.step(&mut [&mut weight, &mut bias])?;
+//! let report = probe.wait()?; // or `poll`, which never waits
 //! assert!((report.outputs().total_norm - 37.3).abs() < 0.1);
-//! probe.clip(&mut [HostTensorMut::F32(&mut weight), HostTensorMut::BF16(&mut bias)])?;
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 //!
-//! [`CpuProbe`] and, with the `cuda` feature, `CudaProbe` compute the same numbers to the bit; both are described by
-//! one [`Plan`], one [`Config`] and one [`Report`] of [`Record`]s.
+//! A [`Probe`] works on a device: [`Cpu`] and, with the `cuda` feature, [`Cuda`](cuda::Cuda) compute the same numbers to the
+//! bit. What is measured is a [`Plan`], what is done with it a [`Config`], and what comes back a [`Report`] of [`Record`]s.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod accumulation;
-mod adam;
-mod adaptive;
-mod backend;
+pub mod clip;
 mod config;
-pub mod cpu;
-#[cfg(feature = "cuda")]
-pub mod cuda;
-mod dot;
+#[doc(hidden)]
+pub mod device;
+pub mod dot;
 mod dtype;
 mod error;
-mod gsnr;
+pub mod gsnr;
 pub mod health;
-mod histogram;
-mod history;
-pub mod launch;
-mod loss_scale;
-mod micro_batches;
+pub mod histogram;
+pub mod history;
+mod measure;
+pub mod micro_batches;
+mod plan;
+mod probe;
+pub mod ranks;
+pub mod samples;
+mod spec;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
-mod outputs;
-mod plan;
-mod policy;
-pub mod ranks;
-mod record;
-mod report;
-mod samples;
-mod spec;
+mod tensor;
 pub mod write;
 
-pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
-pub use adam::{AdamMoments, AdamStep};
-pub use adaptive::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord};
-pub use backend::{Backend, HostTensor, HostTensorMut};
+pub use clip::{AdaptiveClip, AdaptiveClipReport, Clip, LossScale};
 pub use config::{Config, NonFinitePolicy};
-pub use cpu::CpuProbe;
-#[cfg(feature = "cuda")]
-pub use cuda::CudaProbe;
 #[cfg(feature = "cuda")]
 pub use cudarc;
+pub use device::Cpu;
+#[cfg(feature = "cuda")]
+pub use device::cuda;
 pub use dot::{Dot, DotReport};
 pub use dtype::{DType, Element};
 pub use error::Error;
-pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
-pub use health::{Finding, FindingKind, Severity, Verdict};
-pub use histogram::{Bounds, Format, FormatShares, Histogram, HistogramReport};
-pub use history::{HistoryReport, HistoryStep, HistoryTensor, NormStatistics};
-pub use loss_scale::LossScale;
+pub use gsnr::{AdamMoments, AdamStep, GsnrConfig, GsnrRecord, GsnrReport};
+pub use health::{Diagnosis, Finding, FindingKind, Rules, Severity, Verdict};
+pub use histogram::{Histogram, HistogramReport};
+pub use history::HistoryReport;
+pub use measure::{Record, Report, StepOutputs, TensorReport};
 pub use micro_batches::MicroBatchReport;
-pub use outputs::StepOutputs;
 pub use plan::{Plan, TensorSpec};
-pub use policy::ClipPolicy;
-pub use ranks::RankReport;
-pub use record::Record;
-pub use report::{Report, TensorReport};
-pub use samples::{SampleConfig, SamplePlace, SampleReport};
+pub use probe::{Addresses, Probe, Room};
+pub use ranks::{RankReport, Ranks};
+pub use samples::{SampleConfig, SampleReport};
+pub use tensor::{Absent, HostTensor, HostTensorMut, Lent, Place, RawTensor, Tensor, TensorMut};
+
+/// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
+/// compile, in place of the line that includes it. NVRTC would look for it in a folder.
+pub const HEADER: &str = include_str!("../kernels/include/gradprobe.h");
 
 /// The README's code, compiled.
 #[cfg(all(doctest, feature = "cuda"))]

@@ -1,7 +1,7 @@
 //! What is to be measured every step: names, dtypes and lengths, and how they fall into chunks.
 
-use crate::{DType, Error, HostTensor, spec::CHUNK};
-use std::collections::HashSet;
+use crate::{DType, Error, Tensor, probe::Planned, spec::CHUNK};
+use std::{collections::HashSet, sync::Arc};
 
 /// One tensor of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,8 +22,13 @@ pub struct TensorSpec {
 /// assert_eq!(plan.tensors().len(), 2);
 /// # Ok::<(), gradprobe::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+///
+/// A clone is the same plan, and known to be it: plans are compared in full only where they were made apart.
+#[derive(Clone)]
+pub struct Plan(Arc<Contents>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Contents {
     tensors: Vec<TensorSpec>,
     /// First chunk of each tensor, and the number of all chunks at the end.
     first_chunks: Vec<usize>,
@@ -58,7 +63,7 @@ impl Plan {
             chunks += usize::try_from(len.div_ceil(CHUNK as u64)).map_err(|_| too_large())?;
             first_chunks.push(chunks);
         }
-        Ok(Self { tensors, first_chunks, weights: None })
+        Ok(Self(Arc::new(Contents { tensors, first_chunks, weights: None })))
     }
 
     /// The same plan for a probe that can measure the weights beside their gradients, in the same launch: they are as
@@ -68,75 +73,69 @@ impl Plan {
     /// [`Error::TensorCount`] when there are not as many types as tensors.
     pub fn with_weights(self, dtypes: impl IntoIterator<Item = DType>) -> Result<Self, Error> {
         let dtypes: Vec<DType> = dtypes.into_iter().collect();
-        let (planned, given) = (self.tensors.len(), dtypes.len());
+        let Contents { tensors, first_chunks, .. } = &*self.0;
+        let (planned, given) = (tensors.len(), dtypes.len());
         if planned != given {
             return Err(Error::TensorCount { planned, given });
         }
-        Ok(Self { weights: Some(dtypes), ..self })
+        let (tensors, first_chunks) = (tensors.clone(), first_chunks.clone());
+        Ok(Self(Arc::new(Contents { tensors, first_chunks, weights: Some(dtypes) })))
     }
 
     /// Types of the weights, one a tensor, in a plan [`with_weights`](Self::with_weights).
     pub fn weights(&self) -> Option<&[DType]> {
-        self.weights.as_deref()
+        self.0.weights.as_deref()
     }
 
     /// The tensors in order.
     pub fn tensors(&self) -> &[TensorSpec] {
-        &self.tensors
+        &self.0.tensors
     }
 
     /// Elements of all the tensors.
     pub fn elements(&self) -> u64 {
-        self.tensors.iter().map(|t| t.len).sum()
+        self.tensors().iter().map(|t| t.len).sum()
     }
 
     /// Bytes of all the tensors: what one read moves.
     pub fn bytes(&self) -> u64 {
-        self.tensors.iter().map(|t| t.len * t.dtype.size() as u64).sum()
+        self.tensors().iter().map(|t| t.len * t.dtype.size() as u64).sum()
     }
 
     /// Chunks of all the tensors.
     pub(crate) fn chunks(&self) -> usize {
-        self.first_chunks[self.tensors.len()]
+        self.0.first_chunks[self.0.tensors.len()]
     }
 
     /// The chunks of tensor `index`, numbered through the plan.
     pub(crate) fn chunks_of(&self, index: usize) -> std::ops::Range<usize> {
-        self.first_chunks[index]..self.first_chunks[index + 1]
+        self.0.first_chunks[index]..self.0.first_chunks[index + 1]
     }
 
-    /// Checks that a step gives what was planned.
+    /// Checks that a step gives what was planned. `None` stands for a tensor that is absent.
     ///
     /// # Errors
-    /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs.
-    pub fn check(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
-        self.check_by(given, |index| Some(self.tensors[index].dtype))
-    }
-
-    /// [`check`](Self::check) for the weights.
-    ///
-    /// # Errors
-    /// Those of [`check`](Self::check), and [`Error::NoWeights`] when the plan has none.
-    pub fn check_weights(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
-        let dtypes = self.weights().ok_or(Error::NoWeights)?;
-        self.check_by(given, |index| Some(dtypes[index]))
-    }
-
-    /// [`check`](Self::check) for tensors beside those of the plan, which may be of any dtype.
-    pub(crate) fn check_lengths(&self, given: impl ExactSizeIterator<Item = (DType, u64)>) -> Result<(), Error> {
-        self.check_by(given, |_| None)
-    }
-
-    fn check_by(
+    /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs;
+    /// [`Error::NotDeclared`] for weights when the plan has none.
+    pub(crate) fn check_by(
         &self,
-        given: impl ExactSizeIterator<Item = (DType, u64)>,
-        planned: impl Fn(usize) -> Option<DType>,
+        given: impl ExactSizeIterator<Item = Option<(DType, u64)>>,
+        planned: Planned,
     ) -> Result<(), Error> {
-        if given.len() != self.tensors.len() {
-            return Err(Error::TensorCount { planned: self.tensors.len(), given: given.len() });
+        let tensors = self.tensors();
+        if planned == Planned::Weights && self.weights().is_none() {
+            return Err(Error::NotDeclared { declare: "Plan::with_weights" });
         }
-        for (index, (spec, (dtype, len))) in self.tensors.iter().zip(given).enumerate() {
-            let planned = planned(index);
+        if given.len() != tensors.len() {
+            return Err(Error::TensorCount { planned: tensors.len(), given: given.len() });
+        }
+        for (index, (spec, given)) in tensors.iter().zip(given).enumerate() {
+            let Some((dtype, len)) = given else { continue };
+            let planned = match planned {
+                Planned::Gradients => Some(spec.dtype),
+                Planned::Weights => self.weights().map(|weights| weights[index]),
+                Planned::Lengths => None,
+            };
             if spec.len != len || planned.is_some_and(|planned| planned != dtype) {
                 return Err(Error::TensorMismatch {
                     name: spec.name.clone(),
@@ -151,12 +150,41 @@ impl Plan {
         Ok(())
     }
 
-    /// A plan for these host tensors under these names.
+    /// A plan of these tensors under these names: their types and lengths, wherever they lie.
+    ///
+    /// ```
+    /// use gradprobe::{Plan, Tensor};
+    /// let (weight, bias) = (vec![0.0f32; 4096], vec![half::bf16::ZERO; 64]);
+    /// let plan = Plan::of([("weight", &weight as &dyn Tensor), ("bias", &bias)])?;
+    /// assert_eq!(plan.elements(), 4160);
+    /// # Ok::<(), gradprobe::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// Those of [`Plan::new`].
-    pub fn of_host<'a, N: Into<String>>(tensors: impl IntoIterator<Item = (N, HostTensor<'a>)>) -> Result<Self, Error> {
-        Self::new(tensors.into_iter().map(|(name, tensor)| (name, tensor.dtype(), tensor.len() as u64)))
+    /// Those of [`Plan::new`], and [`Error::AbsentInPlan`].
+    pub fn of<'a, N: Into<String>>(tensors: impl IntoIterator<Item = (N, &'a dyn Tensor)>) -> Result<Self, Error> {
+        let shaped = |(name, tensor): (N, &dyn Tensor)| {
+            let name = name.into();
+            match tensor.shape() {
+                Some((dtype, len)) => Ok((name, dtype, len)),
+                None => Err(Error::AbsentInPlan { name }),
+            }
+        };
+        Self::new(tensors.into_iter().map(shaped).collect::<Result<Vec<_>, _>>()?)
+    }
+}
+
+impl PartialEq for Plan {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+    }
+}
+
+impl Eq for Plan {}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
     }
 }
 

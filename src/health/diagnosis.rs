@@ -1,13 +1,13 @@
 //! The diagnosis of one step.
 
 use super::{Finding, FindingKind, Flow, Frontier, Severity, Verdict};
-use crate::{Plan, report::printable};
-use std::{fmt, sync::Arc};
+use crate::{Plan, measure::printable};
+use std::fmt;
 
 /// What is wrong with a step. `Display` prints it for a terminal.
 #[derive(Clone, Debug)]
 pub struct Diagnosis {
-    pub(super) plan: Arc<Plan>,
+    pub(super) plan: Plan,
     pub(super) step: u64,
     pub(super) verdict: Verdict,
     pub(super) findings: Vec<Finding>,

@@ -1,7 +1,7 @@
 //! Norms of groups of tensors: what share of the gradient each has, and which rose.
 
 use super::{Diagnosis, names, names::TensorType};
-use crate::{Error, Plan, Record, Report, report::printable};
+use crate::{Error, Plan, Record, Report, measure::printable};
 use std::{collections::HashMap, fmt};
 use wildmatch::WildMatch;
 

@@ -1,16 +1,20 @@
-//! The words of each step as a probe on the host writes them, and the table by which a device does.
+//! The rules in a device's memory, and the words of a step as the CPU writes them.
 
-use super::{Health, StepNorms, ThresholdRule, step_word, tensor_word};
-use crate::{Error, Plan, Record};
+use super::{Health, Rules, StepNorms, ThresholdRule, step_word, tensor_word};
+use crate::{
+    Error, Plan, Probe, Record,
+    device::Buffer,
+    probe::{Arguments, Core, outside_capture, uploaded},
+};
 use bytemuck::{Pod, Zeroable};
 
 /// Rules as a device reads them (`kernels/arguments.cuh`); the tensors' exemptions stand behind.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct Table {
-    count: u32,
+pub(crate) struct Table {
+    pub count: u32,
     reserved: [u32; 7],
-    rules: [ThresholdRule; MOST],
+    pub rules: [ThresholdRule; MOST],
 }
 const _: () = assert!(size_of::<Table>() == 2048);
 
@@ -41,47 +45,72 @@ impl Health {
     }
 }
 
-/// What a device has in its memory, on the host.
-#[derive(Clone, Debug)]
+/// What diagnoses the steps of a probe, and the rules in its device's memory.
 pub(crate) struct Judge {
-    rules: Vec<ThresholdRule>,
-    exempt: Vec<u32>,
-    /// Of the last clean step, 0 before it.
-    norms: Vec<f64>,
-    total: f64,
+    pub health: Health,
+    table: Buffer,
+    _last_norms: Buffer,
 }
 
 impl Judge {
     /// # Errors
-    /// Those of [`Health::table_of`].
-    pub(crate) fn new(health: &Health, plan: &Plan) -> Result<Self, Error> {
-        health.table_of(plan)?;
-        let exempt = health.exemptions().to_vec();
-        let norms = vec![0.0; exempt.len()];
-        Ok(Self { rules: health.rules().thresholds().to_vec(), exempt, norms, total: 0.0 })
-    }
-
-    /// The word of the step and those of its tensors. `finite` says whether all of them are.
-    pub(crate) fn judge(
-        &mut self,
-        records: &[Record],
-        weights: Option<&[Record]>,
-        total: f64,
-        finite: bool,
-    ) -> (u32, Vec<u32>) {
-        let mut step = StepNorms::new(total, self.total);
-        let word = |(index, record): (usize, &Record)| {
-            step.add(record, self.exempt[index]);
-            let param_norm = weights.map_or(0.0, |weights| weights[index].l2_norm());
-            tensor_word(&self.rules, record, param_norm, self.norms[index], self.exempt[index])
-        };
-        let words: Vec<u32> = records.iter().enumerate().map(word).collect();
-        let united = words.iter().fold(0, |united, word| united | word);
-        let of_step = step_word(&self.rules, united, &step);
-        if finite {
-            self.total = total;
-            self.norms.iter_mut().zip(records).for_each(|(norm, record)| *norm = record.finite_l2_norm());
+    /// Those of [`Health::new`], [`Health::backward_order`] and [`Health::table_of`], and the device's.
+    pub(crate) fn new(core: &mut Core, rules: Rules) -> Result<Self, Error> {
+        let mut health = Health::new(&core.plan, rules)?;
+        if let Some(order) = core.config.backward_order.clone() {
+            health = health.backward_order(order)?;
         }
-        (of_step, words)
+        let table = uploaded(&*core.device, &health.table_of(&core.plan)?)?;
+        let last_norms = uploaded(&*core.device, &vec![0; (1 + core.plan.tensors().len()) * size_of::<f64>()])?;
+        core.arguments =
+            Arguments { health_rules: table.address(), last_norms: last_norms.address(), ..core.arguments };
+        Ok(Self { health, table, _last_norms: last_norms })
     }
+}
+
+impl Probe {
+    /// Goes by other rules from the next step on, for another learning rate say: one upload. What the diagnosis remembers
+    /// is kept.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`] without [`Config::rules`](crate::Config::rules); those of [`Health::new`],
+    /// [`Error::InvalidConfig`] for more than 63 thresholds, [`Error::UploadInCapture`], or the device's. The rules then stay.
+    pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
+        let Self { judge, core, .. } = self;
+        let judge = judge.as_mut().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
+        outside_capture(&*core.device, Error::UploadInCapture)?;
+        let mut health = judge.health.clone();
+        health.set_rules(rules)?;
+        core.device.upload(&health.table_of(&core.plan)?, &judge.table)?;
+        judge.health = health;
+        Ok(())
+    }
+}
+
+/// The word of the step, with those of its tensors left in `words`. `finite` says whether all of them are.
+pub(crate) fn judge(
+    (rules, exempt): (&[ThresholdRule], &[u32]),
+    last_norms: &mut [f64],
+    words: &mut [u32],
+    (records, weights): (&[Record], Option<&[Record]>),
+    (total, finite): (f64, bool),
+) -> u32 {
+    let Some((last_total, last_norms)) = last_norms.split_first_mut() else { return 0 };
+    let mut step = StepNorms::new(total, *last_total);
+    let mut united = 0;
+    for (index, (record, word)) in records.iter().zip(words).enumerate() {
+        step.add(record, exempt[index]);
+        let param_norm = weights.map_or(0.0, |weights| weights[index].l2_norm());
+        *word = tensor_word(rules, record, param_norm, last_norms[index], exempt[index]);
+        united |= *word;
+        // A tensor that is absent keeps the norm that it had.
+        if finite && record.count > 0 {
+            last_norms[index] = record.finite_l2_norm();
+        }
+    }
+    let of_step = step_word(rules, united, &step);
+    if finite {
+        *last_total = total;
+    }
+    of_step
 }

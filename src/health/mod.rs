@@ -26,7 +26,7 @@ pub use finding::{Finding, FindingKind, Severity, Verdict};
 pub use flow::Flow;
 pub use frontier::Frontier;
 pub use groups::{Contribution, GroupNorm, Groups, risen, top_contributors};
-pub(crate) use judge::Judge;
+pub(crate) use judge::{Judge, Table as RuleTable, judge};
 pub use monitor::Health;
 pub use names::{TensorType, backward_order};
 pub use rules::{FlowMeasure, FlowRule, Limits, Preset, Rules, UnderflowRule};

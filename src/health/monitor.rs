@@ -10,8 +10,8 @@ use super::{
     groups::largest,
     threshold::{NONFINITE, step_word, tensor_word, verdict_of},
 };
-use crate::{Error, GsnrReport, HistogramReport, Plan, Record, Report, StepOutputs, report::printable};
-use std::{collections::VecDeque, sync::Arc};
+use crate::{Error, GsnrReport, HistogramReport, Plan, Record, Report, StepOutputs, measure::printable};
+use std::collections::VecDeque;
 
 /// Diagnoses the steps of one run, in their order.
 ///
@@ -30,7 +30,7 @@ use std::{collections::VecDeque, sync::Arc};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Health {
-    plan: Arc<Plan>,
+    plan: Plan,
     rules: Rules,
     /// Of each tensor, the kinds that do not concern it.
     exempt: Vec<u32>,
@@ -94,7 +94,7 @@ impl Health {
         let layers = Layers::of(plan, |index| exempt[index] & 1 << FindingKind::Flow as u32 != 0);
         let tensors = exempt.len();
         Ok(Self {
-            plan: Arc::new(plan.clone()),
+            plan: plan.clone(),
             rules,
             exempt,
             order: (0..tensors).rev().collect(),
@@ -163,7 +163,7 @@ impl Health {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
     pub fn diagnose(&mut self, report: &Report) -> Result<Diagnosis, Error> {
-        if *report.plan() != *self.plan {
+        if *report.plan() != self.plan {
             return Err(Error::ReportOfAnotherPlan);
         }
         let (outputs, records) = (report.outputs(), report.records());
@@ -172,7 +172,7 @@ impl Health {
         let united = words.iter().fold(0, |united, word| united | word);
         let step_word = step_word(self.rules.thresholds(), united, &norms);
         if clean {
-            self.state.count_vanishing(&words);
+            self.state.count_vanishing(&words, records);
         } else if self.state.frontier.is_none() {
             self.state.frontier = frontier::find(&self.plan, records, &self.order, outputs.step);
         }
@@ -207,7 +207,7 @@ impl Health {
         let mut verdicts: Vec<Verdict> = words.iter().map(|&word| verdict_of(word)).collect();
         let findings = found.finish(&mut verdicts);
         Ok(Diagnosis {
-            plan: Arc::clone(&self.plan),
+            plan: self.plan.clone(),
             step: outputs.step,
             verdict: diagnosis::worst(&findings).max(verdict_of(step_word)),
             findings,
@@ -285,7 +285,7 @@ impl Health {
             let before = self.state.norms[index];
             (self.plan.tensors()[index].name.as_str(), record.finite_sum_squares() - before * before)
         };
-        let risen = largest(records.iter().enumerate().map(rise).collect(), NAMED);
+        let risen = largest(records.iter().enumerate().filter(|(_, record)| record.count > 0).map(rise).collect(), NAMED);
         let risen: Vec<String> =
             risen.iter().map(|part| format!("{} ({:.0} %)", printable(part.tensor), 100.0 * part.share)).collect();
         let message = format!(
@@ -349,7 +349,7 @@ impl Health {
             }
         };
         judge(None, total, &baseline.total());
-        for (index, record) in records.iter().enumerate() {
+        for (index, record) in records.iter().enumerate().filter(|(_, record)| record.count > 0) {
             judge(Some(index), record.finite_l2_norm(), baseline.range_of(index));
         }
     }
@@ -419,15 +419,20 @@ impl Health {
 }
 
 impl State {
-    fn count_vanishing(&mut self, words: &[u32]) {
+    fn count_vanishing(&mut self, words: &[u32], records: &[Record]) {
         let bits = 1 << FindingKind::Vanishing as u32 | 1 << (16 + FindingKind::Vanishing as u32);
-        for (steps, word) in self.vanishing.iter_mut().zip(words) {
+        for ((steps, word), record) in self.vanishing.iter_mut().zip(words).zip(records) {
+            if record.count == 0 {
+                continue;
+            }
             *steps = if word & bits != 0 { steps.saturating_add(1) } else { 0 };
         }
     }
 
     fn remember(&mut self, outputs: &StepOutputs, records: &[Record], window: usize) {
-        self.norms.iter_mut().zip(records).for_each(|(norm, record)| *norm = record.finite_l2_norm());
+        // A tensor that is absent keeps the norm that it had.
+        let present = self.norms.iter_mut().zip(records).filter(|(_, record)| record.count > 0);
+        present.for_each(|(norm, record)| *norm = record.finite_l2_norm());
         self.total = outputs.finite_total_norm;
         while self.window.len() >= window {
             self.window.pop_front();

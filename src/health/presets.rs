@@ -7,7 +7,7 @@ use super::{
     FindingKind::{self, Dead, Exploding, Ratio, Spread, Unstable, Vanishing, Zeros},
     FlowMeasure, FlowRule, Limits, Preset, Rules, Statistic, ThresholdRule, UnderflowRule,
 };
-use crate::Format;
+use crate::histogram::Format;
 
 const NEVER: f64 = f64::INFINITY;
 const NEVER_BELOW: f64 = f64::NEG_INFINITY;

@@ -1,7 +1,7 @@
 //! The table of rules: which numbers are bad. Presets for those who want to start, and every limit to be changed.
 
 use super::{Baseline, FindingKind, Statistic, ThresholdRule, presets};
-use crate::{Error, Format, Plan};
+use crate::{Error, Plan, histogram::Format};
 use std::str::FromStr;
 use wildmatch::WildMatch;
 

@@ -4,17 +4,16 @@
 use super::Placement;
 use crate::{Config, Error, Plan};
 
-/// The placements of a plan's tensors on this many ranks.
+/// Whether a plan's tensors can be placed so on this many ranks.
 ///
 /// # Errors
 /// [`Error::TensorCount`], [`Error::Placement`], and [`Error::InvalidConfig`] for a clip that needs more than records.
 pub(crate) fn checked(
     plan: &Plan,
     config: &Config,
-    placements: impl IntoIterator<Item = Placement>,
+    placements: &[Placement],
     ranks: u32,
-) -> Result<Vec<Placement>, Error> {
-    let placements: Vec<Placement> = placements.into_iter().collect();
+) -> Result<(), Error> {
     let (planned, given) = (plan.tensors().len(), placements.len());
     if planned != given {
         return Err(Error::TensorCount { planned, given });
@@ -34,7 +33,7 @@ pub(crate) fn checked(
         };
         return Err(Error::Placement { name: spec.name.clone(), what });
     }
-    Ok(placements)
+    Ok(())
 }
 
 /// FNV-1a: the same on every machine and in every version.
@@ -64,13 +63,19 @@ pub(crate) fn agree(
     mut all_gather: impl FnMut(&[u64]) -> Result<Vec<u64>, Error>,
 ) -> Result<(), Error> {
     let tensors = plan.tensors().len();
-    let settings = hash(&format!("{config:?}, weights: {}", plan.weights().is_some()));
+    let Config { dead_threshold, clip, non_finite, loss_scale, .. } = config;
+    let of_step = format!(
+        "dead_threshold: {dead_threshold:?}, clip: {clip:?}, non_finite: {non_finite:?}, loss_scale: {loss_scale:?}, \
+         weights: {}",
+        plan.weights().is_some()
+    );
+    let settings = hash(&of_step);
     let heads = all_gather(&[tensors as u64, settings, hash(env!("CARGO_PKG_VERSION"))])?;
     for (rank, head) in (0..).zip(heads.chunks_exact(3)) {
         let what = if head[0] != heads[0] {
             format!("{} tensors are planned, on rank 0 there are {}", head[0], heads[0])
         } else if head[1] != heads[1] {
-            format!("settings are others than on rank 0; here they are {config:?}")
+            format!("settings are others than on rank 0; here they are {of_step}")
         } else if head[2] != heads[2] {
             "the version of gradprobe is another than on rank 0".to_owned()
         } else {

@@ -2,13 +2,13 @@
 
 use super::Placement;
 use crate::{Plan, Record};
-use std::{fmt, sync::Arc};
+use std::fmt;
 
 /// What each rank measured in the last step, before it was merged; the same on all ranks. `Display` prints where replicas
 /// differ and where elements are not finite.
 #[derive(Clone, Debug)]
 pub struct RankReport {
-    plan: Arc<Plan>,
+    plan: Plan,
     placements: Vec<Placement>,
     /// Of rank 0, then of rank 1, …: one a tensor, and behind them one a weight in a plan with weights.
     records: Vec<Record>,
@@ -17,7 +17,7 @@ pub struct RankReport {
 }
 
 impl RankReport {
-    pub(crate) fn new(plan: Arc<Plan>, placements: Vec<Placement>, records: Vec<Record>) -> Self {
+    pub(crate) fn new(plan: Plan, placements: Vec<Placement>, records: Vec<Record>) -> Self {
         let lists = if plan.weights().is_some() { 2 } else { 1 };
         let length = lists * plan.tensors().len();
         Self { plan, placements, records, length }
@@ -79,7 +79,7 @@ impl fmt::Display for RankReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} ranks", self.ranks())?;
         for (index, spec) in self.plan.tensors().iter().enumerate() {
-            let name = crate::report::printable(&spec.name);
+            let name = crate::measure::printable(&spec.name);
             if let Some((rank, place)) = self.first_nonfinite(index) {
                 writeln!(f, "{name}: the first NaN or Inf is element {place} of rank {rank}")?;
             }

@@ -177,7 +177,7 @@ mod value {
 
 impl Value {
     fn scalar(tag: String, value: f64) -> Self {
-        Self { tag, what: Some(value::What::Simple(crate::outputs::narrow(value))) }
+        Self { tag, what: Some(value::What::Simple(crate::measure::narrow(value))) }
     }
 }
 

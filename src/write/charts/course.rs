@@ -6,7 +6,7 @@ use super::{
     lines::{Lines, Point, Series},
     text::Labels,
 };
-use crate::{Error, Histogram, Plan, Verdict, report::printable, write::Entry};
+use crate::{Error, Histogram, Plan, Verdict, measure::printable, write::Entry};
 
 /// Steps that a picture shows at most; of longer runs one step of every two, four, … is kept: the worst of them.
 const STEPS: usize = 512;
@@ -70,7 +70,7 @@ impl Course {
             self.norms.clear();
             self.histograms.clear();
         }
-        let norm = |record: &crate::Record| crate::outputs::narrow(record.l2_norm());
+        let norm = |record: &crate::Record| crate::measure::narrow(record.l2_norm());
         self.norms.push(Norms {
             step: entry.step(),
             total: entry.report().outputs().total_norm,

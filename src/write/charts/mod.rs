@@ -29,7 +29,7 @@ pub use course::Course;
 pub use folder::ChartFolder;
 
 use super::{Entry, EntryTensor, file};
-use crate::{Error, GsnrRecord, Record, Verdict, report::printable};
+use crate::{Error, GsnrRecord, Record, Verdict, measure::printable};
 use bars::{Bar, Bars};
 use canvas::{Anchor, Canvas};
 use heat::Heat;

@@ -9,7 +9,7 @@ pub use ratatui;
 pub use terminal::Live;
 
 use super::Entry;
-use crate::{Error, Finding, Plan, Severity, Verdict, report::printable};
+use crate::{Error, Finding, Plan, Severity, Verdict, measure::printable};
 use ratatui::{
     Frame,
     layout::{Alignment, Constraint, Layout, Rect},

@@ -1,0 +1,91 @@
+//! The adaptive clip: sums of a unit's squares in the order of the kernel, then its coefficient, then the clip.
+
+use super::{AdaptiveRecord, coefficient, room::Rule};
+use crate::{
+    Element, HostTensor, HostTensorMut, NonFinitePolicy,
+    clip::{
+        cpu::{Clipping, clip},
+        divisor,
+    },
+    device::cpu::{
+        Memory, Own,
+        dispatch::{self, Work},
+    },
+    measure::narrow,
+    spec::{self, CHUNK, LANES, PACKET},
+    tensor::with_elements,
+};
+use rayon::prelude::*;
+
+/// What `gradprobe_adaptive` does.
+pub(crate) fn run(memory: &mut Memory<'_>) {
+    let Memory { own: Own::Changed(tensors, Some(adaptive)), outputs, non_finite, .. } = memory else { return };
+    if outputs.skip != 0 {
+        return;
+    }
+    let (policy, divisor) = (*non_finite, divisor(outputs.loss_scale));
+    let work = tensors.par_iter_mut().zip(&adaptive.weights).zip(adaptive.units).zip(&mut *adaptive.records);
+    work.for_each(|(((gradient, &weight), units), record)| {
+        *record = clip_tensor(adaptive.rule, units.length, gradient, weight, policy, divisor);
+    });
+}
+
+/// Clips units of so many elements of a tensor, and divides all by the loss scale.
+fn clip_tensor(
+    rule: &Rule,
+    length: u64,
+    gradient: &mut HostTensorMut<'_>,
+    weight: HostTensor<'_>,
+    policy: NonFinitePolicy,
+    divisor: f64,
+) -> AdaptiveRecord {
+    let Some(length) = usize::try_from(length).ok().filter(|&length| length > 0) else {
+        return AdaptiveRecord::default();
+    };
+    with_elements!(HostTensorMut, gradient, gradient => with_elements!(HostTensor, weight, weight => {
+        let pairs = gradient.par_chunks_exact_mut(length).zip(weight.par_chunks_exact(length));
+        let records = pairs.map(|(gradient, weight)| {
+            let (g, w) = (dispatch::run(Squares(&*gradient)), dispatch::run(Squares(weight)));
+            let nonfinite = g.1 > 0;
+            let limits = (rule.clipping, rule.epsilon);
+            let coefficient = coefficient(limits, g.0.sqrt() / divisor, w.0.sqrt(), nonfinite, policy);
+            let product = narrow(f64::from(coefficient) / divisor);
+            if product != 1.0 || nonfinite {
+                let zero_nonfinite = policy == NonFinitePolicy::ZeroNonFinite;
+                let how = Clipping { coefficient: product, limit: f32::INFINITY, zero_nonfinite };
+                gradient.par_chunks_mut(CHUNK).for_each(|chunk| clip(chunk, how));
+            }
+            let mut record = AdaptiveRecord::default();
+            record.count(nonfinite, coefficient);
+            record
+        });
+        records.reduce(AdaptiveRecord::default, |a, b| a.merge(&b))
+    }))
+}
+
+/// Σx² over the finite elements of a unit, and how many are not finite.
+struct Squares<'a, E>(&'a [E]);
+
+impl<E: Element> Work for Squares<'_, E> {
+    type Output = (f64, u64);
+
+    #[inline(always)]
+    fn run(self) -> (f64, u64) {
+        // Element i is slot i % PACKET of lane i / PACKET % LANES.
+        let mut sums = [0f64; LANES * PACKET];
+        let mut nonfinite = 0u64;
+        for elements in self.0.chunks(sums.len()) {
+            for (sum, &x) in sums.iter_mut().zip(elements) {
+                let finite = x.magnitude().into() < E::INFINITY;
+                let x = f64::from(if finite { x.widen_finite() } else { 0.0 });
+                *sum = x.mul_add(x, *sum);
+                nonfinite += u64::from(!finite);
+            }
+        }
+        let lane = |lane: usize| {
+            let s = &sums[lane * PACKET..][..PACKET];
+            ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+        };
+        (spec::fold(LANES, lane, |a, b| a + b).unwrap_or(0.0), nonfinite)
+    }
+}

@@ -1,0 +1,192 @@
+//! Adaptive gradient clipping: each unit of a tensor to a share of the norm of its own weights.
+
+pub(crate) mod cpu;
+pub(crate) mod room;
+
+pub use room::AdaptiveUnits;
+
+use crate::{Error, NonFinitePolicy, Plan, measure::{narrow, printable}};
+use bytemuck::{Pod, Zeroable};
+use std::fmt;
+
+/// Adaptive gradient clipping (AGC; Brock et al. 2021, arXiv 2102.06171, equation 3), unit by unit.
+///
+/// A unit is what feeds one output: a row of `[out, in]`, `[in, kh, kw]` of a convolution's `[out, in, kh, kw]`, the whole
+/// of a bias or gain. Where the norm of its gradient is above λ·max(‖w‖, ε), w being its weights, the gradient is scaled
+/// down to that norm; other units stay as they are, to the bit. Norms are sums in f64; a weight's is that of its finite
+/// elements.
+///
+/// A step that the last measurement said to skip is left as it is. Under
+/// [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate) a unit with a NaN or Inf becomes NaN, under
+/// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) those elements become 0 and the others' norm decides.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdaptiveClip {
+    unit_lengths: Vec<u64>,
+    clipping: f64,
+    epsilon: f64,
+}
+
+impl AdaptiveClip {
+    /// The paper's λ = 0.01 and ε = 0.001, for units of so many elements: one number a tensor of the plan, 0 for a tensor
+    /// to be left alone, as the paper does with the last linear layer. A block of threads handles one unit at a time: a
+    /// few units of many million elements each would be slow.
+    pub fn new(unit_lengths: impl IntoIterator<Item = u64>) -> Self {
+        Self { unit_lengths: unit_lengths.into_iter().collect(), clipping: 0.01, epsilon: 1e-3 }
+    }
+
+    /// With this λ: finite, above 0.
+    #[must_use]
+    pub fn clipping(self, clipping: f64) -> Self {
+        Self { clipping, ..self }
+    }
+
+    /// With this ε, the least norm that weights are taken to have: finite, not negative. Without it, weights that begin
+    /// at 0 would stay there.
+    #[must_use]
+    pub fn epsilon(self, epsilon: f64) -> Self {
+        Self { epsilon, ..self }
+    }
+
+    /// What it comes to for the tensors of a plan.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for λ or ε, [`Error::TensorCount`], and [`Error::UnitLength`].
+    pub(crate) fn of(&self, plan: &Plan) -> Result<Units, Error> {
+        let require = |holds: bool, option: &'static str, expected: &'static str, value: f64| {
+            if holds { Ok(()) } else { Err(Error::InvalidConfig { option, expected, value: value.to_string() }) }
+        };
+        require(self.clipping.is_finite() && self.clipping > 0.0, "clipping", "finite and above 0", self.clipping)?;
+        require(self.epsilon.is_finite() && self.epsilon >= 0.0, "epsilon", "finite and not negative", self.epsilon)?;
+        let (planned, given) = (plan.tensors().len(), self.unit_lengths.len());
+        if planned != given {
+            return Err(Error::TensorCount { planned, given });
+        }
+        let mut counts = Vec::with_capacity(planned);
+        for (tensor, &unit) in plan.tensors().iter().zip(&self.unit_lengths) {
+            if unit > 0 && !tensor.len.is_multiple_of(unit) {
+                return Err(Error::UnitLength { name: tensor.name.clone(), length: tensor.len, unit });
+            }
+            counts.push(tensor.len.checked_div(unit).unwrap_or(0));
+        }
+        Ok(Units { lengths: self.unit_lengths.clone(), counts, clipping: self.clipping, epsilon: self.epsilon })
+    }
+}
+
+/// An [`AdaptiveClip`] that fits a plan.
+#[derive(Clone, Debug)]
+pub(crate) struct Units {
+    /// Elements of a unit of each tensor, or 0.
+    pub lengths: Vec<u64>,
+    /// Units of each tensor.
+    pub counts: Vec<u64>,
+    pub clipping: f64,
+    pub epsilon: f64,
+}
+
+/// The coefficient of a unit, from its norm and that of its weights; its gradient has non-finite elements or not.
+pub(crate) fn coefficient(
+    (clipping, epsilon): (f64, f64),
+    norm: f64,
+    weight: f64,
+    nonfinite: bool,
+    policy: NonFinitePolicy,
+) -> f32 {
+    if nonfinite && policy != NonFinitePolicy::ZeroNonFinite {
+        return f32::NAN;
+    }
+    let limit = clipping * if weight > epsilon { weight } else { epsilon };
+    if norm > limit { narrow(limit / norm) } else { 1.0 }
+}
+
+/// What an adaptive clip did to one tensor (24 bytes, the same on the device).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct AdaptiveRecord {
+    /// Units that were scaled down.
+    pub clipped: u64,
+    /// Units whose gradient has a NaN or Inf.
+    pub nonfinite: u64,
+    /// The bits of 1 less those of the smallest coefficient, as f32; see
+    /// [`smallest_coefficient`](Self::smallest_coefficient).
+    pub reduction: u32,
+    /// Unused; 0.
+    pub reserved: u32,
+}
+// The other side is in kernels/arguments.cuh.
+const _: () = assert!(size_of::<AdaptiveRecord>() == 24);
+
+impl AdaptiveRecord {
+    /// The smallest coefficient of its units; 1 when none was clipped.
+    pub fn smallest_coefficient(&self) -> f32 {
+        f32::from_bits(1f32.to_bits() - self.reduction)
+    }
+
+    /// Takes note of a unit.
+    pub(crate) fn count(&mut self, nonfinite: bool, coefficient: f32) {
+        self.nonfinite += u64::from(nonfinite);
+        if coefficient < 1.0 {
+            self.clipped += 1;
+            self.reduction = self.reduction.max(1f32.to_bits() - coefficient.to_bits());
+        }
+    }
+
+    /// Of the units of both.
+    pub(crate) fn merge(&self, other: &Self) -> Self {
+        Self {
+            clipped: self.clipped + other.clipped,
+            nonfinite: self.nonfinite + other.nonfinite,
+            reduction: self.reduction.max(other.reduction),
+            reserved: 0,
+        }
+    }
+}
+
+/// What an adaptive clip did to the tensors of a plan. `Display` prints a table.
+#[derive(Clone, Debug)]
+pub struct AdaptiveClipReport {
+    plan: Plan,
+    counts: Vec<u64>,
+    records: Vec<AdaptiveRecord>,
+}
+
+impl AdaptiveClipReport {
+    pub(crate) fn new(plan: Plan, units: &Units, records: Vec<AdaptiveRecord>) -> Self {
+        debug_assert_eq!(plan.tensors().len(), records.len());
+        Self { plan, counts: units.counts.clone(), records }
+    }
+
+    /// One record a tensor, in the plan's order.
+    pub fn records(&self) -> &[AdaptiveRecord] {
+        &self.records
+    }
+
+    /// Units of the tensor at `index` of the plan.
+    ///
+    /// # Panics
+    /// When the plan has no such tensor.
+    pub fn units(&self, index: usize) -> u64 {
+        self.counts[index]
+    }
+
+    /// Share of all units that were clipped, 0 to 1; `None` without units.
+    #[expect(clippy::cast_precision_loss, reason = "counts stay below 2^53")]
+    pub fn clipped_fraction(&self) -> Option<f64> {
+        let units: u64 = self.counts.iter().sum();
+        let clipped: u64 = self.records.iter().map(|record| record.clipped).sum();
+        (units > 0).then(|| clipped as f64 / units as f64)
+    }
+}
+
+impl fmt::Display for AdaptiveClipReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.plan.tensors().iter().map(|tensor| printable(&tensor.name)).collect();
+        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max("tensor".len());
+        writeln!(f, "{:width$} {:>10} {:>10} {:>12} {:>12}", "tensor", "units", "clipped", "not finite", "smallest")?;
+        for ((name, units), record) in names.iter().zip(&self.counts).zip(&self.records) {
+            let AdaptiveRecord { clipped, nonfinite, .. } = record;
+            let smallest = record.smallest_coefficient();
+            writeln!(f, "{name:width$} {units:>10} {clipped:>10} {nonfinite:>12} {smallest:>12.4e}")?;
+        }
+        Ok(())
+    }
+}

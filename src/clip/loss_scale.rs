@@ -1,0 +1,217 @@
+//! The loss scale of mixed precision: gradients of a loss that was multiplied by it, statistics in units of the loss
+//! that was not.
+
+use crate::{
+    Error, Probe, Record,
+    device::Buffer,
+    probe::{Core, outside_capture, uploaded},
+};
+use bytemuck::{Pod, Zeroable};
+
+/// How the loss is scaled before `backward`, so that gradients in f16 neither become 0 nor overflow. With it in the
+/// [`Config`](crate::Config), a step is measured **in unscaled units**: norms, means, magnitudes and the dead threshold are
+/// those of x / scale, and what multiplies gradients, [`StepOutputs::coefficient`](crate::StepOutputs::coefficient),
+/// unscales them in the same multiplication.
+///
+/// The scale is in device memory, where the kernel that begins `backward` reads it, and measuring adapts it there as
+/// torch's `GradScaler` does: a step with NaN or Inf multiplies it by `backoff_factor`, `growth_interval` steps in a row
+/// without multiply it by `growth_factor`. The host takes no part. Steps with NaN or Inf are to be left out by
+/// [`StepOutputs::skip`](crate::StepOutputs::skip).
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LossScale {
+    /// The first step's scale; finite, above 0.
+    pub initial: f32,
+    /// Finite, at least 1. A growth beyond what f32 holds is left out.
+    pub growth_factor: f32,
+    /// Above 0, at most 1. A scale that it would bring below the normal numbers stays.
+    pub backoff_factor: f32,
+    /// Steps without NaN or Inf, at least 1.
+    pub growth_interval: u32,
+}
+
+impl LossScale {
+    /// A scale that stays until it is set to another.
+    pub const fn fixed(scale: f32) -> Self {
+        Self { initial: scale, growth_factor: 1.0, backoff_factor: 1.0, growth_interval: 1 }
+    }
+
+    /// A scale that adapts, with the parameters of torch's `GradScaler`: from 65536, doubled after 2000 steps, halved at
+    /// a NaN or Inf.
+    pub const fn dynamic() -> Self {
+        Self { initial: 65536.0, growth_factor: 2.0, backoff_factor: 0.5, growth_interval: 2000 }
+    }
+
+    /// With this scale at first.
+    #[must_use]
+    pub const fn initial(self, initial: f32) -> Self {
+        Self { initial, ..self }
+    }
+
+    /// With these factors.
+    #[must_use]
+    pub const fn factors(self, growth_factor: f32, backoff_factor: f32) -> Self {
+        Self { growth_factor, backoff_factor, ..self }
+    }
+
+    /// With growth after this many steps.
+    #[must_use]
+    pub const fn growth_interval(self, growth_interval: u32) -> Self {
+        Self { growth_interval, ..self }
+    }
+
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a value outside its range.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        check_scale(self.initial)?;
+        let require = |holds: bool, option: &'static str, expected: &'static str, value: &dyn ToString| {
+            if holds { Ok(()) } else { Err(Error::InvalidConfig { option, expected, value: value.to_string() }) }
+        };
+        let Self { growth_factor, backoff_factor, growth_interval, .. } = *self;
+        let grows = growth_factor.is_finite() && growth_factor >= 1.0;
+        require(grows, "growth_factor", "finite and at least 1", &growth_factor)?;
+        let backs_off = backoff_factor > 0.0 && backoff_factor <= 1.0;
+        require(backs_off, "backoff_factor", "above 0 and at most 1", &backoff_factor)?;
+        require(growth_interval >= 1, "growth_interval", "at least 1", &growth_interval)
+    }
+}
+
+/// # Errors
+/// [`Error::InvalidConfig`] for a scale that is not finite and above 0.
+pub(crate) fn check_scale(scale: f32) -> Result<(), Error> {
+    if is_usable(scale) {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig { option: "loss_scale", expected: "finite and above 0", value: scale.to_string() })
+}
+
+/// Whether gradients can have been scaled by it.
+pub(crate) fn is_usable(scale: f32) -> bool {
+    scale.is_finite() && scale > 0.0
+}
+
+/// The scale and the rule it follows, in the layout of the kernels (`kernels/loss_scale.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct LossScaleState {
+    pub scale: f32,
+    /// Steps without NaN or Inf since it last changed.
+    pub growth_tracker: u32,
+    growth_factor: f32,
+    backoff_factor: f32,
+    growth_interval: u32,
+    /// [`Config::dead_threshold`](crate::Config::dead_threshold): what is below it depends on the scale.
+    pub dead_threshold: f32,
+    reserved: [u32; 2],
+}
+
+// The other side is in kernels/loss_scale.cuh.
+const _: () = assert!(size_of::<LossScaleState>() == 32);
+
+impl LossScaleState {
+    pub fn new(rule: &LossScale, dead_threshold: f32) -> Self {
+        Self {
+            scale: rule.initial,
+            growth_tracker: 0,
+            growth_factor: rule.growth_factor,
+            backoff_factor: rule.backoff_factor,
+            growth_interval: rule.growth_interval,
+            dead_threshold,
+            reserved: [0; 2],
+        }
+    }
+
+    /// The same rule from this scale on.
+    pub fn with_scale(&self, scale: f32) -> Self {
+        Self { scale, growth_tracker: 0, ..*self }
+    }
+
+    /// Adapts the scale to a step: `_amp_update_scale_` of torch.
+    pub fn step(&mut self, found_nonfinite: bool) {
+        if found_nonfinite {
+            let scale = self.scale * self.backoff_factor;
+            if scale >= f32::MIN_POSITIVE {
+                self.scale = scale;
+            }
+            self.growth_tracker = 0;
+        } else if self.growth_tracker + 1 >= self.growth_interval {
+            let scale = self.scale * self.growth_factor;
+            if scale.is_finite() {
+                self.scale = scale;
+            }
+            self.growth_tracker = 0;
+        } else {
+            self.growth_tracker += 1;
+        }
+    }
+}
+
+/// The scale where the kernels adapt it.
+pub(crate) struct LossScaleMemory {
+    /// As it was made.
+    state: LossScaleState,
+    buffer: Buffer,
+}
+
+impl LossScaleMemory {
+    pub fn new(core: &mut Core, rule: &LossScale) -> Result<Self, Error> {
+        let state = LossScaleState::new(rule, core.config.dead_threshold);
+        let buffer = uploaded(&*core.device, bytemuck::bytes_of(&state))?;
+        core.arguments.loss_scale = buffer.address();
+        Ok(Self { state, buffer })
+    }
+}
+
+impl Probe {
+    /// Sets the loss scale of the next step, and of those after it until it adapts: one upload.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`] without [`Config::loss_scale`](crate::Config::loss_scale), [`Error::InvalidConfig`] unless
+    /// finite and above 0, [`Error::UploadInCapture`], or the device's.
+    pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
+        check_scale(scale)?;
+        let declare = "Config::loss_scale";
+        let LossScaleMemory { state, buffer } = self.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
+        outside_capture(&*self.core.device, Error::UploadInCapture)?;
+        self.core.device.upload(bytemuck::bytes_of(&state.with_scale(scale)), buffer)
+    }
+}
+
+/// What scaled gradients are divided by; 1 for a scale that is not usable.
+pub(crate) fn divisor(scale: f32) -> f64 {
+    if is_usable(scale) { f64::from(scale) } else { 1.0 }
+}
+
+impl Record {
+    /// The record of the same elements over `divisor`, an f32 that is finite and above 0. Non-zero magnitudes stay
+    /// non-zero and finite: they are rounded to the nearest f32 that is.
+    pub(crate) fn over(&self, divisor: f64) -> Record {
+        if divisor == 1.0 {
+            return *self;
+        }
+        Record {
+            mean_or_zero: self.mean_or_zero / divisor,
+            sum_squared_deviations: self.sum_squared_deviations / divisor / divisor,
+            sum_abs: self.sum_abs / divisor,
+            max_abs_or_zero: magnitude_over(self.max_abs_or_zero, divisor),
+            min_nonzero_abs_or_infinity: magnitude_over(self.min_nonzero_abs_or_infinity, divisor),
+            ..*self
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+fn magnitude_over(magnitude: f32, divisor: f64) -> f32 {
+    if magnitude == 0.0 || magnitude == f32::INFINITY {
+        return magnitude;
+    }
+    // Rounded twice, which for a quotient of two f32 is as good as once: f64 has more than twice their digits.
+    let nearest = (f64::from(magnitude) / divisor) as f32;
+    if nearest == 0.0 {
+        f32::from_bits(1)
+    } else if nearest == f32::INFINITY {
+        f32::MAX
+    } else {
+        nearest
+    }
+}

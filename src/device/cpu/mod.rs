@@ -1,0 +1,76 @@
+//! The CPU as a device: the default where there is no GPU, and the reference whose bits the kernels must equal.
+//!
+//! Each kernel is a function over slices in the room of its feature. Chunks are spread over rayon's threads; within one,
+//! loops over fixed-size arrays are left to the compiler to vectorise under the best instruction set of the machine
+//! (`dispatch`). Neither changes a bit.
+
+pub(crate) mod dispatch;
+mod memory;
+
+pub(crate) use memory::{Memory, Own};
+
+use super::{Arguments, Buffer, Device, HostMemory, HostRead, Kernel, Read};
+use crate::{Error, clip, dot, gsnr, histogram, measure, ranks, samples, tensor::Place};
+use memory::Uses;
+
+/// The CPU as a device. Everything has happened when a call returns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cpu;
+
+// SAFETY: buffers are memory of the host's own, and nothing is queued.
+#[allow(unsafe_code, reason = "implements a trait that addresses are trusted of")]
+unsafe impl Device for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
+        let memory = HostMemory::new(bytes)?;
+        // SAFETY: the memory is there until its owner is dropped.
+        Ok(unsafe { Buffer::new(memory.address(), bytes, memory) })
+    }
+
+    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
+        HostMemory::upload(bytes, to);
+        Ok(())
+    }
+
+    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
+        HostMemory::fill(0, buffer);
+        Ok(())
+    }
+
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
+        Ok(Box::new(HostRead::new(bytes)))
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, _: u32, arguments: &Arguments) -> Result<(), Error> {
+        let (run, uses): (fn(&mut Memory<'_>), Uses) = match kernel {
+            Kernel::Measure => (measure::cpu::run, Uses::Nothing),
+            Kernel::Clip => (clip::clip, Uses::ChangedTensors),
+            Kernel::Update => (gsnr::cpu::update, Uses::Tracked),
+            Kernel::Gsnr => (gsnr::cpu::gsnr, Uses::Tracked),
+            Kernel::Adam => (gsnr::cpu::adam, Uses::Moments),
+            Kernel::Histogram => (histogram::cpu::run, Uses::Histograms),
+            Kernel::Dot => (dot::cpu::run, Uses::Dots),
+            Kernel::Adaptive => (clip::adaptive, Uses::Units),
+            Kernel::Sample => (samples::cpu::run, Uses::Samples),
+            Kernel::Merge => (ranks::cpu::run, Uses::Ranks),
+        };
+        // SAFETY: the caller's promise is the same.
+        run(&mut unsafe { Memory::of(arguments, uses) });
+        Ok(())
+    }
+
+    fn resident_blocks(&self, _: Kernel) -> u32 {
+        1
+    }
+
+    fn is_capturing(&self) -> Result<bool, Error> {
+        Ok(false)
+    }
+}

@@ -1,0 +1,66 @@
+//! Tensors that lie on the host, copied to the device for a call and, if they were changed, back: for tools and tests. A
+//! trainer's gradients are on the device already.
+
+use super::driver::failed;
+use crate::{
+    Error,
+    tensor::{Lent, Until},
+};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use std::sync::Arc;
+
+/// A tensor's elements in device memory of their own, as misaligned as they are on the host.
+#[derive(Debug)]
+pub(crate) struct Copied<'a> {
+    _memory: CudaSlice<u8>,
+    address: u64,
+    back: Option<&'a mut [u8]>,
+    stream: Arc<CudaStream>,
+}
+
+impl<'a> Copied<'a> {
+    /// A copy to be read.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn of(bytes: &'a [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
+        const ALIGNMENT: usize = 16;
+        // SAFETY: only what was copied there is read.
+        let memory = unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }.map_err(failed("allocating device memory"))?;
+        let address = memory.device_ptr(stream).0 + (bytes.as_ptr() as usize % ALIGNMENT) as u64;
+        if !bytes.is_empty() {
+            // SAFETY: there is room for so many bytes from there on, and they stay until the copy is waited for.
+            unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
+                .map_err(failed("copying a tensor to the device"))?;
+            // From page-locked memory the copy is not over when the call returns.
+            stream.synchronize().map_err(failed("waiting for a copy"))?;
+        }
+        let copied = Self { _memory: memory, address, back: None, stream: Arc::clone(stream) };
+        Ok(Lent { address, until: Until::Copied(copied) })
+    }
+
+    /// A copy to be changed, which [`finish`](Self::finish) copies back.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn of_mut(bytes: &'a mut [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
+        let Lent { address, until: Until::Copied(copied) } = Copied::of(bytes, stream)? else {
+            return Ok(Lent::at(0));
+        };
+        let Copied { _memory, stream, .. } = copied;
+        Ok(Lent { address, until: Until::Copied(Self { _memory, address, back: Some(bytes), stream }) })
+    }
+
+    /// Copies back what was to be changed, and waits.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn finish(self) -> Result<(), Error> {
+        let Self { address, back, stream, _memory } = self;
+        let Some(bytes) = back.filter(|bytes| !bytes.is_empty()) else { return Ok(()) };
+        // SAFETY: the copy has as many bytes there, and is waited for.
+        unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) }
+            .map_err(failed("copying a tensor to the host"))?;
+        stream.synchronize().map_err(failed("waiting for a copy"))
+    }
+}

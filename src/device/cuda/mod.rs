@@ -1,0 +1,52 @@
+//! The CUDA device: the kernels on the caller's stream, over the caller's memory.
+//!
+//! ```no_run
+//! use gradprobe::{Clip, Config, DType, Plan, Probe, cuda::{self, Cuda}};
+//!
+//! let stream = cuda::stream(0)?; // or a trainer's own
+//! let mut weight = stream.alloc_zeros::<half::bf16>(4096)?;
+//! let mut bias = stream.alloc_zeros::<f32>(64)?;
+//! let plan = Plan::new([("weight", DType::BF16, 4096), ("bias", DType::F32, 64)])?;
+//! let mut probe = Probe::new(Cuda::new(&stream)?, plan, Config::new().clip(Clip::global_norm(1.0)))?;
+//! for _step in 0..100 {
+//!     // backward(...), and then:
+//!     probe.step(&mut [&mut weight, &mut bias])?; // two launches
+//!     if let Some(report) = probe.poll()? {
+//!         println!("{report}"); // of this step or an earlier one; never waits
+//!     }
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Streams and graphs
+//!
+//! Everything is ordered on the stream the probe was made with. Slices and views go through cudarc's own event tracking;
+//! with a [`RawTensor`](crate::RawTensor) order is the caller's matter. A slice must be of the very context that the stream
+//! is of: two `CudaContext`s of one device know nothing of each other's streams.
+//!
+//! Measuring and clipping can be captured into a graph on a stream that is not the default one: make the probe, and
+//! [`bind`](crate::Probe::bind) the tensors, before the capture begins. A replay measures what the address table then
+//! holds, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are not
+//! legal in it: capture with its event tracking off, or give a `RawTensor`.
+//!
+//! What sets values is refused during a capture ([`Error::UploadInCapture`](crate::Error::UploadInCapture)).
+//!
+//! An error may stem from an earlier asynchronous call, of the caller's or of a `drop`: CUDA and cudarc report those
+//! with whatever call comes next.
+#![allow(unsafe_code, reason = "calls the CUDA driver")]
+
+mod copied;
+mod device;
+mod driver;
+mod module;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod tensor;
+
+pub(crate) use copied::Copied;
+pub use device::Cuda;
+pub use driver::stream;
+#[doc(hidden)]
+pub use module::{FATBIN, compile};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclCommunicator;

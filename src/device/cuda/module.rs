@@ -1,0 +1,70 @@
+//! The kernels in a context: from the embedded fat binary, or compiled by NVRTC where there is none for the device.
+
+use super::driver::{failed, require_nvrtc};
+use crate::{Error, device::SOURCE};
+use cudarc::{
+    driver::{CudaContext, CudaModule, sys::CUdevice_attribute_enum as Attribute},
+    nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts},
+};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Machine code for each architecture, and PTX; empty when the build found no nvcc.
+pub static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gradprobe.fatbin"));
+
+/// Compiles the kernels for a compute capability such as (9, 0).
+///
+/// # Errors
+/// [`Error::KernelLoad`] with what NVRTC said, or when there is no NVRTC.
+pub fn compile((major, minor): (i32, i32)) -> Result<Ptx, Error> {
+    require_nvrtc()?;
+    let options = CompileOptions {
+        // As build.rs tells nvcc: one IEEE operation for each operator.
+        ftz: Some(false),
+        prec_sqrt: Some(true),
+        prec_div: Some(true),
+        fmad: Some(false),
+        options: vec!["--std=c++17".to_owned(), format!("--gpu-architecture=compute_{major}{minor}")],
+        name: Some("gradprobe.cu".to_owned()),
+        ..CompileOptions::default()
+    };
+    compile_ptx_with_opts(SOURCE, options).map_err(|error| {
+        Error::KernelLoad(match error {
+            CompileError::CompileError { log, .. } => format!("NVRTC: {}", log.to_string_lossy()),
+            other => format!("NVRTC: {other:?}"),
+        })
+    })
+}
+
+/// [`compile`], once for each compute capability: it takes 1 to 3 seconds.
+fn compile_once(capability: (i32, i32)) -> Result<Ptx, Error> {
+    static COMPILED: Mutex<Vec<((i32, i32), Ptx)>> = Mutex::new(Vec::new());
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, ptx)) = compiled.iter().find(|(known, _)| *known == capability) {
+        return Ok(ptx.clone());
+    }
+    let ptx = compile(capability)?;
+    compiled.push((capability, ptx.clone()));
+    Ok(ptx)
+}
+
+/// The kernels, loaded.
+pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>, Error> {
+    let attribute = |which| context.attribute(which).map_err(failed("asking for the compute capability"));
+    let capability = (
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let embedded = if FATBIN.is_empty() {
+        "no binary is embedded, since the build found no nvcc".to_owned()
+    } else {
+        match context.load_module(Ptx::from_binary(FATBIN.to_vec())) {
+            Ok(module) => return Ok(module),
+            Err(error) => format!("the embedded binary was refused with {:?}", error.0),
+        }
+    };
+    let device = format!("compute capability {}.{}", capability.0, capability.1);
+    let ptx = compile_once(capability).map_err(|error| Error::KernelLoad(format!("{embedded} ({device}); {error}")))?;
+    context.load_module(ptx).map_err(|error| {
+        Error::KernelLoad(format!("{embedded} ({device}); what NVRTC made was refused with {:?}", error.0))
+    })
+}

@@ -1,0 +1,105 @@
+//! Memory of the host that plays a device's.
+#![allow(unsafe_code, reason = "allocates, and reads and writes what it allocated")]
+
+use super::{Buffer, Read};
+use crate::Error;
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    ptr::NonNull,
+};
+
+/// Zeroed memory, aligned to 256 bytes.
+#[derive(Debug)]
+pub struct HostMemory {
+    memory: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: it owns its memory.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    const ALIGNMENT: usize = 256;
+
+    /// This many bytes, at least 1.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(bytes: usize) -> Result<Self, Error> {
+        let layout = Layout::from_size_align(bytes.max(1), Self::ALIGNMENT).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
+        // SAFETY: the layout has at least one byte.
+        let memory = unsafe { alloc_zeroed(layout) };
+        Ok(Self { memory: NonNull::new(memory).ok_or(Error::OutOfMemory { bytes: bytes as u64 })?, layout })
+    }
+
+    /// The address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.memory.as_ptr() as u64
+    }
+
+    /// Bytes of the host's.
+    ///
+    /// # Safety
+    /// They are there, initialised, and not changed meanwhile.
+    pub unsafe fn bytes<'a>(address: u64, count: usize) -> &'a [u8] {
+        // SAFETY: the caller's promise.
+        if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(address as *const u8, count) } }
+    }
+
+    /// Bytes of the host's, to be changed.
+    ///
+    /// # Safety
+    /// They are there, initialised, and used by nobody else meanwhile.
+    pub unsafe fn bytes_mut<'a>(address: u64, count: usize) -> &'a mut [u8] {
+        // SAFETY: the caller's promise.
+        if count == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(address as *mut u8, count) } }
+    }
+
+    /// Writes to the start of a buffer that is memory of the host's, at most all of it.
+    pub fn upload(bytes: &[u8], to: &Buffer) {
+        let count = bytes.len().min(to.bytes());
+        // SAFETY: devices on the host make buffers of memory like this, and run nothing while they copy.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.address() as *mut u8, count) };
+    }
+
+    /// Fills a buffer that is memory of the host's.
+    pub fn fill(byte: u8, buffer: &Buffer) {
+        // SAFETY: as above.
+        unsafe { std::ptr::write_bytes(buffer.address() as *mut u8, byte, buffer.bytes()) };
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, once.
+        unsafe { dealloc(self.memory.as_ptr(), self.layout) };
+    }
+}
+
+/// A copy of such memory, made at once.
+#[derive(Debug)]
+pub struct HostRead(Vec<u8>);
+
+impl HostRead {
+    /// Room for this many bytes.
+    pub fn new(bytes: usize) -> Self {
+        Self(vec![0; bytes])
+    }
+}
+
+impl Read for HostRead {
+    fn start(&mut self, from: &Buffer) -> Result<(), Error> {
+        let count = self.0.len().min(from.bytes());
+        // SAFETY: as in `upload`.
+        unsafe { std::ptr::copy_nonoverlapping(from.address() as *const u8, self.0.as_mut_ptr(), count) };
+        Ok(())
+    }
+
+    fn is_complete(&self) -> Result<bool, Error> {
+        Ok(true)
+    }
+
+    fn wait(&self) -> Result<&[u8], Error> {
+        Ok(&self.0)
+    }
+}

@@ -1,0 +1,191 @@
+//! Devices: memory, copies and the kernels. The CPU is one.
+
+pub(crate) mod counting;
+pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod host;
+
+pub use cpu::Cpu;
+pub use host::{HostMemory, HostRead};
+
+use crate::{Error, spec::LANES, tensor::Place};
+use std::any::Any;
+
+pub use crate::probe::Arguments;
+
+/// The kernels, by the names they are compiled under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// `gradprobe_measure`: all statistics of all tensors, norms, coefficient and flags.
+    Measure,
+    /// `gradprobe_clip`: scales in place what [`Kernel::Measure`] decided to scale.
+    Clip,
+    /// `gradprobe_update`: merges the step that [`Kernel::Measure`] measured into what is tracked across steps.
+    Update,
+    /// `gradprobe_gsnr`: reduces what is tracked to one record a tensor.
+    Gsnr,
+    /// `gradprobe_adam`: reduces Adam's moments to one record a tensor.
+    Adam,
+    /// `gradprobe_histogram`: counts elements by their magnitudes.
+    Histogram,
+    /// `gradprobe_dot`: dot products of two lists of tensors.
+    Dot,
+    /// `gradprobe_adaptive`: scales units in place by the norms of their weights.
+    Adaptive,
+    /// `gradprobe_sample`: copies a few elements into a ring of steps.
+    Sample,
+    /// `gradprobe_merge`: merges the records of many ranks, and finishes the step that [`Kernel::Measure`] left open.
+    Merge,
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Kernel; 10] = [
+        Kernel::Measure,
+        Kernel::Clip,
+        Kernel::Update,
+        Kernel::Gsnr,
+        Kernel::Adam,
+        Kernel::Histogram,
+        Kernel::Dot,
+        Kernel::Adaptive,
+        Kernel::Sample,
+        Kernel::Merge,
+    ];
+    /// Threads of a block, for each of them.
+    #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
+    pub const THREADS: u32 = LANES as u32;
+
+    /// The name of the kernel's entry point.
+    pub const fn entry(self) -> &'static str {
+        match self {
+            Kernel::Measure => "gradprobe_measure",
+            Kernel::Clip => "gradprobe_clip",
+            Kernel::Update => "gradprobe_update",
+            Kernel::Gsnr => "gradprobe_gsnr",
+            Kernel::Histogram => "gradprobe_histogram",
+            Kernel::Dot => "gradprobe_dot",
+            Kernel::Adaptive => "gradprobe_adaptive",
+            Kernel::Sample => "gradprobe_sample",
+            Kernel::Adam => "gradprobe_adam",
+            Kernel::Merge => "gradprobe_merge",
+        }
+    }
+}
+
+/// The kernels as one source without includes, for NVRTC.
+pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/gradprobe.cu"));
+
+/// Memory of a device, freed when dropped.
+pub struct Buffer {
+    address: u64,
+    bytes: usize,
+    _owner: Box<dyn Any + Send>,
+}
+
+impl Buffer {
+    /// So many bytes at this address, which `owner` frees when it is dropped.
+    ///
+    /// # Safety
+    /// They are there until then, for the kernels and copies of the device that makes the buffer, and for nothing else.
+    #[allow(unsafe_code, reason = "the address is the caller's word")]
+    pub unsafe fn new(address: u64, bytes: usize, owner: impl Any + Send) -> Self {
+        Self { address, bytes, _owner: Box::new(owner) }
+    }
+
+    /// The address kernels know the memory by.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// How many bytes there are.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Host memory in which a copy of device memory arrives.
+pub trait Read: Send {
+    /// Starts to copy the start of `from`, ordered after what was launched before. Reads complete in order.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn start(&mut self, from: &Buffer) -> Result<(), Error>;
+
+    /// Whether the copy has arrived; never waits.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn is_complete(&self) -> Result<bool, Error>;
+
+    /// Waits for the copy and gives its bytes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn wait(&self) -> Result<&[u8], Error>;
+}
+
+/// Something that runs the kernels: memory, copies and launches, all ordered as on one CUDA stream. Made for a probe, and
+/// dropped after all of its buffers.
+///
+/// # Safety
+/// Buffers are the memory that they say, apart from all other; uploads, clears and reads stay within them. What is dropped
+/// while work that uses it is queued stays until that has run.
+#[allow(unsafe_code, reason = "the probe trusts the addresses")]
+pub unsafe trait Device: Send {
+    /// `cpu`, `cuda`, `simt` or `ptx`.
+    fn name(&self) -> &'static str;
+
+    /// Where the kernels find tensors.
+    fn place(&self) -> Place;
+
+    /// Memory of this many bytes, at least 1, aligned to 256, content undefined. Called only when a probe is made.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error>;
+
+    /// Copies into the start of `to`, ordered before what is launched later. `bytes` may change once this returns.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error>;
+
+    /// Sets all of `buffer` to 0, ordered before what is launched later.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn clear(&self, buffer: &Buffer) -> Result<(), Error>;
+
+    /// Host memory for reads of this many bytes. Called only when a probe is made.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error>;
+
+    /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and `arguments` as its one parameter.
+    ///
+    /// # Safety
+    /// The arguments are those of `kernels/arguments.cuh`; their addresses are those of this device's buffers, of the sizes
+    /// that the kernel needs, and of tensors that are lent until the call returns.
+    ///
+    /// # Errors
+    /// When the device fails.
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error>;
+
+    /// Blocks that fill the device; more are never launched.
+    fn resident_blocks(&self, kernel: Kernel) -> u32;
+
+    /// Whether work is being recorded for later rather than run.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn is_capturing(&self) -> Result<bool, Error>;
+
+    /// Told of the memory, by address and bytes, of the tensors that the next launches read, or change: for devices that
+    /// check accesses. What it gives is dropped when those launches are queued.
+    fn lend(&self, _tensors: &mut dyn Iterator<Item = (u64, u64)>, _changed: bool) -> Option<Box<dyn Any>> {
+        None
+    }
+}

@@ -1,0 +1,168 @@
+//! Welford's update of each element's mean and deviations, and the reduction of these, or of Adam's moments, to one
+//! record a tensor.
+
+use super::{BINS, GsnrRecord, GsnrSums, Scaling, Track, bin_of};
+use crate::{
+    Element, HostTensor,
+    clip::divisor,
+    device::cpu::{
+        Memory, Own,
+        dispatch::{self, Work},
+    },
+    measure::narrow,
+    probe::TensorEntry,
+    spec::{self, CHUNK, LANES},
+    tensor::with_elements,
+};
+use rayon::prelude::*;
+
+/// What `gradprobe_update` does: merges a step whose records are known.
+pub(crate) fn update(memory: &mut Memory<'_>) {
+    let Memory { tensors, entries, records, outputs, own, .. } = memory;
+    let Own::Tracked { tracks, means, deviations, window } = own else { return };
+    let unscale = narrow(1.0 / divisor(outputs.loss_scale));
+    let (mut means, mut deviations, mut begin) = (&mut **means, &mut **deviations, 0);
+    let mut work = Vec::new();
+    for (((track, tensor), entry), record) in tracks.iter_mut().zip(&*tensors).zip(*entries).zip(&**records) {
+        // What is absent is no step of the tensor's.
+        let is_absent = tensor.is_empty() && entry.length > 0;
+        if !track.is_tracked() || is_absent || !track.step(record, *window) || tensor.is_empty() {
+            continue;
+        }
+        let skip = usize::try_from(track.offset).unwrap_or(usize::MAX) - begin;
+        begin += skip + tensor.len();
+        let (mean, deviation);
+        (mean, means) = means[skip..].split_at_mut(tensor.len());
+        (deviation, deviations) = deviations[skip..].split_at_mut(tensor.len());
+        work.push((*tensor, mean, deviation, track.steps));
+    }
+    work.into_par_iter().for_each(|(tensor, means, deviations, steps)| {
+        let state = means.par_chunks_mut(CHUNK).zip(deviations.par_chunks_mut(CHUNK));
+        with_elements!(HostTensor, tensor, elements => {
+            elements.par_chunks(CHUNK).zip(state).for_each(|(elements, (means, deviations))| {
+                dispatch::run(Update { elements, means, deviations, steps, unscale });
+            });
+        });
+    });
+}
+
+/// What `gradprobe_gsnr` does: the records of the tracked tensors.
+pub(crate) fn gsnr(memory: &mut Memory<'_>) {
+    let Memory { entries, own, gsnr_records, .. } = memory;
+    let Own::Tracked { tracks, means, deviations, .. } = own else { return };
+    let tracked = tracks.par_iter().zip(*entries).zip(&mut **gsnr_records).filter(|((track, _), _)| track.is_tracked());
+    tracked.for_each(|((track, entry), record): ((&Track, &TensorEntry), _)| {
+        #[expect(clippy::cast_possible_truncation, reason = "the state is in memory")]
+        let place = track.offset as usize..(track.offset + entry.length) as usize;
+        let (mut sums, mut bins) = Default::default();
+        if track.steps >= 2 {
+            let element = |mean: f64, deviation: f64| (mean * mean, deviation);
+            (sums, bins) = reduce(&means[place.clone()], &deviations[place], element, track.scaling());
+        }
+        *record = GsnrRecord::of_track(track, entry.length, &sums, &bins);
+    });
+}
+
+/// What `gradprobe_adam` does: the records of the tensors that have moments.
+pub(crate) fn adam(memory: &mut Memory<'_>) {
+    let Memory { own: Own::Moments(adam, moments), gsnr_records, .. } = memory else { return };
+    let given = moments.par_iter().zip(&mut **gsnr_records).filter(|([exp_avg, _], _)| !exp_avg.is_empty());
+    given.for_each(|(&[exp_avg, exp_avg_sq], record)| {
+        let element = |exp_avg: f64, exp_avg_sq: f64| adam.element(exp_avg, exp_avg_sq);
+        let (sums, bins) = reduce(exp_avg, exp_avg_sq, element, adam.scaling);
+        *record = GsnrRecord::of_steps(adam.steps).with_sums(exp_avg.len() as u64, &adam.scaling, &sums, &bins);
+    });
+}
+
+/// Welford (1962): the mean moves by the difference over the steps, k; the squared deviations grow by the difference
+/// squared times (k - 1)/k. That is the product of the differences from the old and the new mean, but not 0 where the
+/// new mean rounds to the element, so that only an element that never changes has no deviations. `kernels/update.cu`
+/// has the same operations.
+struct Update<'a, E> {
+    elements: &'a [E],
+    means: &'a mut [f32],
+    deviations: &'a mut [f32],
+    /// This one included.
+    steps: u32,
+    /// 1 / loss scale.
+    unscale: f32,
+}
+
+impl<E: Element> Work for Update<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let state = self.means.iter_mut().zip(self.deviations);
+        if self.steps == 1 {
+            for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
+                (*mean, *deviation) = (x.widen_finite() * self.unscale, 0.0);
+            }
+            return;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "rounded the same on every backend")]
+        let (share, rest) = (1.0 / self.steps as f32, (self.steps - 1) as f32 / self.steps as f32);
+        for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
+            let x = x.widen_finite() * self.unscale;
+            let gap = x - *mean;
+            *mean = gap.mul_add(share, *mean);
+            *deviation = (gap * rest).mul_add(gap, *deviation);
+        }
+    }
+}
+
+/// The sums of a tensor and its bins. `element` makes an element's squared mean and deviation from what the two arrays
+/// hold of it.
+fn reduce(
+    means: &[f32],
+    spreads: &[f32],
+    element: impl Fn(f64, f64) -> (f64, f64) + Copy + Sync,
+    scaling: Scaling,
+) -> (GsnrSums, Vec<u32>) {
+    let chunks = means.par_chunks(CHUNK).zip(spreads.par_chunks(CHUNK));
+    let chunks: Vec<(GsnrSums, Vec<u32>)> =
+        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, element, scaling })).collect();
+    let mut bins = vec![0; BINS];
+    for (_, chunk) in &chunks {
+        bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
+    }
+    (spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default(), bins)
+}
+
+/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order, in f64.
+struct Reduce<'a, F> {
+    means: &'a [f32],
+    spreads: &'a [f32],
+    element: F,
+    scaling: Scaling,
+}
+
+impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
+    type Output = (GsnrSums, Vec<u32>);
+
+    #[inline(always)]
+    fn run(self) -> (GsnrSums, Vec<u32>) {
+        let mut lanes = [GsnrSums::default(); LANES];
+        let mut bins = vec![0; BINS];
+        let one = 1.0 + self.scaling.ratio_shift;
+        for (means, spreads) in self.means.chunks(LANES).zip(self.spreads.chunks(LANES)) {
+            for ((lane, &mean), &spread) in lanes.iter_mut().zip(means).zip(spreads) {
+                let (square, deviation) = (self.element)(f64::from(mean), f64::from(spread));
+                if !deviation.is_finite() {
+                    lane.nonfinite += 1;
+                    continue;
+                }
+                lane.squared_means += square;
+                lane.deviations += deviation;
+                if deviation > 0.0 {
+                    let ratio = square * self.scaling.degrees / deviation;
+                    lane.defined += 1;
+                    lane.below_one += u64::from(ratio < one);
+                    lane.ratios += ratio;
+                    bins[bin_of(ratio)] += 1;
+                }
+            }
+        }
+        (spec::fold(LANES, |lane| lanes[lane], GsnrSums::add).unwrap_or_default(), bins)
+    }
+}

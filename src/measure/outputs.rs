@@ -1,0 +1,156 @@
+//! What a step decides for all the tensors together: norms, coefficient, flags. The deferred clip.
+
+use super::{Record, propagate};
+use crate::{
+    NonFinitePolicy,
+    clip::{ClipState, Decision, LossScaleState, Norms, divisor, is_usable},
+    spec,
+};
+use bytemuck::{Pod, Zeroable};
+
+/// The step's scalars, in the layout kernels read on the device (96 bytes, `kernels/arguments.cuh`).
+///
+/// An optimizer that multiplies gradients by `coefficient` (or divides by `inverse_coefficient`, PyTorch's
+/// `grad_scale`) and returns early on `skip` (or on `found_inf`) needs no clip pass at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct StepOutputs {
+    /// L2 norm over all tensors: NaN if any element is NaN, else +Inf if any is infinite.
+    pub total_norm: f64,
+    /// L2 norm over the finite elements of all tensors.
+    pub finite_total_norm: f64,
+    /// Of all tensors together: min(1, max_norm / (norm + 1e-6)), the rule of `torch.nn.utils.clip_grad_norm_`, or what
+    /// another [`Clip`](crate::Clip) decided. 1 without a clip, and where tensors or elements are clipped on
+    /// their own.
+    pub coefficient_f64: f64,
+    /// `total_norm` in f32.
+    pub total_norm_f32: f32,
+    /// What gradients are multiplied by: `coefficient_f64` in f32, and over `loss_scale` where they are scaled by one. 1
+    /// in a step to skip.
+    pub coefficient: f32,
+    /// loss_scale / coefficient_f64: for optimizers that divide.
+    pub inverse_coefficient: f32,
+    /// 1.0 if any element is NaN or infinite, or the loss scale not usable, else 0.0.
+    pub found_inf: f32,
+    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element), else 0.
+    pub skip: i32,
+    /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
+    pub action: u32,
+    /// Bits of [`StepOutputs::VERDICT_NAN`] and its neighbours; 0 is a clean, unclipped step.
+    pub verdict: u32,
+    /// 1 if the step measured the weights too, else 0.
+    pub weights: u32,
+    /// Steps measured by this probe, this one included.
+    pub step: u64,
+    /// NaN elements of all tensors.
+    pub nan_count: u64,
+    /// Infinite elements of all tensors.
+    pub inf_count: u64,
+    /// The step's verdict word by [`Config::rules`](crate::Config::rules), 0 without them: see [`health`](crate::health) for its bits, and
+    /// [`verdict_of`](crate::health::verdict_of) for what it comes to.
+    pub health: u32,
+    /// What the loss, and so this step's gradients, was multiplied by: 1 without a [`LossScale`](crate::LossScale).
+    pub loss_scale: f32,
+    /// The loss scale of the next step.
+    pub next_loss_scale: f32,
+    /// Tensors, and weights where they are measured, of which ranks hold other bits though they should be replicas; 0
+    /// without [`ranks`](crate::ranks).
+    pub differing_replicas: u32,
+}
+
+// The other side of these numbers is in kernels/arguments.cuh.
+const _: () = {
+    assert!(size_of::<StepOutputs>() == 96);
+    assert!(std::mem::offset_of!(StepOutputs, total_norm_f32) == 24);
+    assert!(std::mem::offset_of!(StepOutputs, skip) == 40);
+    assert!(std::mem::offset_of!(StepOutputs, step) == 56);
+};
+
+impl StepOutputs {
+    /// Bit of `action`: every element is multiplied by the coefficient.
+    pub const ACTION_SCALE: u32 = 1;
+    /// Bit of `action`: non-finite elements become 0.
+    pub const ACTION_ZERO_NONFINITE: u32 = 2;
+    /// Bit of `action`: the elements of each tensor are multiplied by its own coefficient.
+    pub const ACTION_SCALE_TENSORS: u32 = 4;
+    /// Bit of `action`: elements are brought between the limits of [`Clip::Value`](crate::Clip::Value) or
+    /// [`Clip::Quantile`](crate::Clip::Quantile).
+    pub const ACTION_CLAMP: u32 = 8;
+
+    /// `verdict`: some element is NaN.
+    pub const VERDICT_NAN: u32 = 1;
+    /// `verdict`: some element is infinite.
+    pub const VERDICT_INF: u32 = 2;
+    /// `verdict`: something is clipped.
+    pub const VERDICT_CLIPPED: u32 = 4;
+    /// `verdict`: the step should be skipped.
+    pub const VERDICT_SKIP: u32 = 8;
+    /// `verdict`: the norm is an outlier by [`Clip::ZScore`](crate::Clip::ZScore).
+    pub const VERDICT_SPIKE: u32 = 16;
+    /// `verdict`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
+    /// skipped whatever the policy, and its numbers are those of the gradients as they are.
+    pub const VERDICT_LOSS_SCALE: u32 = 32;
+    /// `verdict`: some [`differing_replicas`](Self::differing_replicas).
+    pub const VERDICT_REPLICAS: u32 = 64;
+
+    /// The outputs of a step from its records: what the last block of the measure kernel does. The number of the step,
+    /// and what it measured besides, are for the caller to add.
+    pub(crate) fn finish(
+        records: &[Record],
+        non_finite: NonFinitePolicy,
+        clip: &mut ClipState<'_>,
+        mut loss_scale: Option<&mut LossScaleState>,
+    ) -> Self {
+        let scale = loss_scale.as_ref().map_or(1.0, |state| state.scale);
+        let (usable, divisor) = (is_usable(scale), divisor(scale));
+        let squares = spec::fold(records.len(), |t| records[t].finite_sum_squares(), |a, b| a + b).unwrap_or(0.0);
+        let nan_count = records.iter().map(|r| r.nan_count).sum();
+        let inf_count = records.iter().map(|r| r.inf_count).sum();
+        let found = nan_count + inf_count > 0 || !usable;
+        let finite_total_norm = squares.sqrt();
+        let total_norm = propagate(nan_count, inf_count, finite_total_norm);
+        let skip = found && (non_finite == NonFinitePolicy::Skip || !usable);
+        let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite && !skip;
+        let norms = Norms { norm: if zero { finite_total_norm } else { total_norm }, finite: !found, skip, divisor };
+        let Decision { coefficient: coefficient_f64, clips_parts, spike } = clip.decide(records, &norms);
+        let coefficient = if skip { 1.0 } else { narrow(coefficient_f64 / divisor) };
+        let clips = narrow(coefficient_f64) != 1.0 || clips_parts;
+        if let Some(state) = &mut loss_scale {
+            state.step(found);
+        }
+        let flag = |condition: bool, bit: u32| if condition { bit } else { 0 };
+        Self {
+            total_norm,
+            finite_total_norm,
+            coefficient_f64,
+            total_norm_f32: narrow(total_norm),
+            coefficient,
+            inverse_coefficient: if skip { 1.0 } else { narrow(divisor / coefficient_f64) },
+            found_inf: if found { 1.0 } else { 0.0 },
+            skip: i32::from(skip),
+            action: flag(coefficient != 1.0, Self::ACTION_SCALE)
+                | flag(clips_parts, clip.action_on_parts())
+                | flag(zero, Self::ACTION_ZERO_NONFINITE),
+            verdict: flag(nan_count > 0, Self::VERDICT_NAN)
+                | flag(inf_count > 0, Self::VERDICT_INF)
+                | flag(clips, Self::VERDICT_CLIPPED)
+                | flag(skip, Self::VERDICT_SKIP)
+                | flag(spike, Self::VERDICT_SPIKE)
+                | flag(!usable, Self::VERDICT_LOSS_SCALE),
+            weights: 0,
+            step: 0,
+            nan_count,
+            inf_count,
+            health: 0,
+            loss_scale: scale,
+            next_loss_scale: loss_scale.map_or(1.0, |state| state.scale),
+            differing_replicas: 0,
+        }
+    }
+}
+
+/// The nearest f32; NaN without payload.
+#[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+pub(crate) fn narrow(value: f64) -> f32 {
+    if value.is_nan() { f32::NAN } else { value as f32 }
+}

@@ -1,0 +1,238 @@
+//! The numbers of one step, read back to the host.
+
+use crate::{DType, Error, Plan, Record, StepOutputs, health::Diagnosis};
+use std::{fmt, sync::Arc};
+
+/// The statistics of one step. `Display` prints a table.
+#[derive(Clone, Debug)]
+pub struct Report {
+    plan: Plan,
+    outputs: StepOutputs,
+    records: Vec<Record>,
+    /// Of the weights, one a tensor, when they were measured.
+    weights: Option<Vec<Record>>,
+    /// Their norms, when those are known from elsewhere.
+    param_norms: Option<Vec<f64>>,
+    /// Words of the tensors, where the probe judges them.
+    health_words: Option<Vec<u32>>,
+    diagnosis: Option<Arc<Diagnosis>>,
+}
+
+/// One tensor of a report.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorReport<'a> {
+    /// Its name in the plan.
+    pub name: &'a str,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Number of its elements in the plan.
+    pub len: u64,
+    /// Its statistics.
+    pub record: &'a Record,
+    /// The statistics of the weight whose gradient it is, if the step measured them.
+    pub weight: Option<&'a Record>,
+    /// L2 norm of that weight, if it was measured or given.
+    pub param_norm: Option<f64>,
+}
+
+impl Report {
+    /// `weights` are the records of the weights, where the step measured them; `health_words` one a tensor, where it judged
+    /// them.
+    pub(crate) fn new(
+        plan: Plan,
+        outputs: StepOutputs,
+        records: Vec<Record>,
+        weights: Option<Vec<Record>>,
+        health_words: Option<Vec<u32>>,
+    ) -> Self {
+        debug_assert_eq!(plan.tensors().len(), records.len());
+        Self { plan, outputs, records, weights, param_norms: None, health_words, diagnosis: None }
+    }
+
+    /// With what was found in it.
+    pub(crate) fn with_diagnosis(self, diagnosis: Option<Arc<Diagnosis>>) -> Self {
+        Self { diagnosis, ..self }
+    }
+
+    /// With the L2 norms of the weights whose gradients these are, in the plan's order, known from elsewhere: from a
+    /// step that measured them, say.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] when there are not as many as tensors.
+    pub fn with_param_norms(self, norms: &[f64]) -> Result<Self, Error> {
+        let (planned, given) = (self.records.len(), norms.len());
+        if planned != given {
+            return Err(Error::TensorCount { planned, given });
+        }
+        Ok(Self { param_norms: Some(norms.to_vec()), ..self })
+    }
+
+    /// What was measured.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Which measurement of its probe this is, from 1.
+    pub fn step(&self) -> u64 {
+        self.outputs.step
+    }
+
+    /// The step's scalars: norms, coefficient, flags.
+    pub fn outputs(&self) -> &StepOutputs {
+        &self.outputs
+    }
+
+    /// One record a tensor, in the plan's order.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// What is wrong with the step, by the rules that its probe was declared with.
+    pub fn diagnosis(&self) -> Option<&Diagnosis> {
+        self.diagnosis.as_deref()
+    }
+
+    /// Names of the tensors that had no gradient, in the plan's order.
+    pub fn absent(&self) -> impl Iterator<Item = &str> {
+        self.tensors().filter(TensorReport::is_absent).map(|tensor| tensor.name)
+    }
+
+    /// The word of each tensor, in the plan's order, if the probe was told to judge them: the bits of
+    /// [`StepOutputs::health`].
+    pub fn health_words(&self) -> Option<&[u32]> {
+        self.health_words.as_deref()
+    }
+
+    /// One record a weight, in the plan's order, if the step measured them.
+    pub fn weights(&self) -> Option<&[Record]> {
+        self.weights.as_deref()
+    }
+
+    /// Whether the norms of the weights are known.
+    fn has_param_norms(&self) -> bool {
+        self.weights.is_some() || self.param_norms.is_some()
+    }
+
+    fn param_norm(&self, index: usize) -> Option<f64> {
+        let given = self.param_norms.as_ref().map(|norms| norms[index]);
+        given.or_else(|| self.weights.as_ref().map(|weights| weights[index].l2_norm()))
+    }
+
+    /// The tensors, in the plan's order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorReport<'_>> {
+        self.plan.tensors().iter().zip(&self.records).enumerate().map(|(index, (spec, record))| TensorReport {
+            name: &spec.name,
+            dtype: spec.dtype,
+            len: spec.len,
+            record,
+            weight: self.weights.as_ref().map(|weights| &weights[index]),
+            param_norm: self.param_norm(index),
+        })
+    }
+}
+
+impl TensorReport<'_> {
+    /// Whether it had no gradient in this step, on any rank: the record is empty, though the tensor is not.
+    pub fn is_absent(&self) -> bool {
+        self.len > 0 && self.record.count == 0
+    }
+
+    /// Norm of the gradient over that of its weight; `None` when that is not known, or 0.
+    pub fn ratio(&self) -> Option<f64> {
+        self.param_norm.filter(|&norm| norm != 0.0).map(|norm| self.record.l2_norm() / norm)
+    }
+
+    /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:
+    /// non-finite elements and where they begin, a tensor that is all zero, and a dead share of at least a tenth.
+    pub fn remarks(&self) -> String {
+        let record = self.record;
+        if self.is_absent() {
+            return "no gradient".to_owned();
+        }
+        let mut remarks = Vec::new();
+        for (count, what) in [(record.nan_count, "NaN"), (record.inf_count, "Inf")] {
+            if count > 0 {
+                remarks.push(format!("{count} {what}"));
+            }
+        }
+        if let Some(index) = record.first_nonfinite() {
+            remarks.push(format!("first at {index}"));
+        }
+        if record.finite_count() > 0 && record.zero_count == record.finite_count() {
+            remarks.push("all zero".to_owned());
+        } else if let Some(dead) = record.dead_fraction().filter(|&dead| dead >= 0.1) {
+            remarks.push(format!("{:.0} % dead", 100.0 * dead));
+        }
+        remarks.join(", ")
+    }
+}
+
+/// A name as one line of printable characters, however odd the original.
+pub(crate) fn printable(name: &str) -> String {
+    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
+        let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max("tensor".len());
+        let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
+        // Two columns that are there when the weights are known.
+        let beside_weights = |norm: &str, ratio: &str| {
+            if self.has_param_norms() { format!(" {norm:>10} {ratio:>10}") } else { String::new() }
+        };
+        writeln!(
+            f,
+            "{:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}",
+            "tensor",
+            "dtype",
+            "elements",
+            "l2 norm",
+            beside_weights("param norm", "ratio"),
+            "max |x|",
+            "min≠0 |x|",
+            "mean",
+            "std",
+            "zero %",
+            "dead %"
+        )?;
+        for (tensor, name) in self.tensors().zip(&names) {
+            let record = tensor.record;
+            let percent =
+                |fraction: Option<f64>| fraction.map_or_else(|| "–".to_owned(), |x| format!("{:.2}", 100.0 * x));
+            let remarks = tensor.remarks();
+            writeln!(
+                f,
+                "{name:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}{}{remarks}",
+                tensor.dtype,
+                record.count,
+                number(Some(record.l2_norm())),
+                beside_weights(&number(tensor.param_norm), &number(tensor.ratio())),
+                number(record.max_abs().map(f64::from)),
+                number(record.min_nonzero_abs().map(f64::from)),
+                number(record.mean()),
+                number(record.std()),
+                percent(record.zero_fraction()),
+                percent(record.dead_fraction()),
+                if remarks.is_empty() { "" } else { "  ◄ " },
+            )?;
+        }
+        let outputs = &self.outputs;
+        write!(f, "step {}: total norm {:.6e}", outputs.step, outputs.total_norm)?;
+        if !outputs.total_norm.is_finite() {
+            write!(
+                f,
+                " ({} NaN, {} Inf; finite part {:.6e})",
+                outputs.nan_count, outputs.inf_count, outputs.finite_total_norm
+            )?;
+        }
+        if outputs.coefficient != 1.0 {
+            write!(f, ", clipped by {:.6e}", outputs.coefficient_f64)?;
+        }
+        if outputs.skip != 0 {
+            write!(f, ", step to be skipped")?;
+        }
+        writeln!(f)?;
+        self.diagnosis().map_or(Ok(()), |diagnosis| diagnosis.fmt(f))
+    }
+}

@@ -1,0 +1,68 @@
+//! Micro-batches on a device: a list of records each.
+
+use super::{Accumulation, MicroBatchReport};
+use crate::{
+    Error, Probe, Record, Tensor,
+    device::Kernel,
+    probe::{Arguments, Core, Planned, ReadBack, Room, values},
+};
+
+/// Room for the records of micro-batches: [`Config::micro_batches`](crate::Config::micro_batches),
+/// [`Probe::micro_batches`].
+pub struct MicroBatches {
+    accumulation: Accumulation,
+    lists: ReadBack,
+}
+
+impl MicroBatches {
+    pub(crate) fn new(core: &mut Core, count: u32) -> Result<Self, Error> {
+        let accumulation = Accumulation::new(count)?;
+        let lists = vec![Record::EMPTY; accumulation.count() * core.plan.tensors().len()];
+        Ok(Self { accumulation, lists: ReadBack::holding(&*core.device, bytemuck::cast_slice(&lists))? })
+    }
+
+    /// A step was measured.
+    pub(crate) fn close(&mut self) {
+        self.accumulation.close();
+    }
+}
+
+impl Probe {
+    /// The micro-batches of a gradient accumulation.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`] without [`Config::micro_batches`](crate::Config::micro_batches).
+    pub fn micro_batches(&mut self) -> Result<Room<'_, MicroBatches>, Error> {
+        Room::new(&mut self.core, &mut self.micro_batches, "Config::micro_batches")
+    }
+}
+
+impl Room<'_, MicroBatches> {
+    /// Launches the measurement of the gradients of the next micro-batch, before they are added to the sum. A measurement
+    /// on the side: no step, and what the clip does is unchanged. The measurement of a step, that of the sum, ends an
+    /// accumulation. Captured in a graph, micro-batches keep the places that they have in the capture.
+    ///
+    /// # Errors
+    /// [`Error::TooManyMicroBatches`], and those of [`Probe::measure`].
+    pub fn measure(&mut self, tensors: &[&dyn Tensor]) -> Result<(), Error> {
+        let Self { core, memory } = self;
+        let place = core.device.place();
+        let tensors = core.read(&place, tensors, Planned::Gradients)?;
+        core.place(&tensors, None)?;
+        let first = memory.accumulation.next()? * core.plan.tensors().len() * size_of::<Record>();
+        let arguments = Arguments { records: memory.lists.address() + first as u64, is_part: 1, ..core.arguments };
+        core.launch(Kernel::Measure, arguments.chunk_count, &arguments)?;
+        tensors.finish()
+    }
+
+    /// The micro-batches of the accumulation under way, or of the last one. Waits for them.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] before the first, [`Error::WaitInCapture`], or the device's.
+    pub fn report(&mut self) -> Result<MicroBatchReport, Error> {
+        let (taken, tensors) = (self.memory.accumulation.taken()?, self.core.plan.tensors().len());
+        let all: Vec<Record> = values(self.memory.lists.wait(&*self.core.device)?);
+        let records = (0..taken).map(|place| all[place * tensors..(place + 1) * tensors].to_vec()).collect();
+        Ok(MicroBatchReport::new(self.core.plan.clone(), records))
+    }
+}

@@ -1,0 +1,246 @@
+//! The tensors of a call: checked against the plan, lent by their owners, and put into the device's table.
+
+use super::Core;
+use crate::{
+    DType, Error, Tensor, TensorMut,
+    tensor::{Lent, Place},
+};
+use std::any::Any;
+
+/// Which list of the plan tensors must be like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Planned {
+    Gradients,
+    Weights,
+    /// As long as the gradients, of any dtypes.
+    Lengths,
+}
+
+/// A tensor that is lent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Located {
+    /// 0 for one that is absent, or empty.
+    pub address: u64,
+    pub dtype: DType,
+    /// Elements; 0 when it is absent.
+    pub len: u64,
+}
+
+impl Located {
+    fn end(&self) -> u64 {
+        self.address + self.len * self.dtype.size() as u64
+    }
+}
+
+/// The tensors of a call, in the plan's order, for as long as they are lent.
+pub(crate) struct Given<'a> {
+    pub tensors: Vec<Located>,
+    lent: Vec<Lent<'a>>,
+    _checked: Option<Box<dyn Any>>,
+}
+
+impl<'a> Given<'a> {
+    fn with_capacity(count: usize) -> Self {
+        Self { tensors: Vec::with_capacity(count), lent: Vec::with_capacity(count), _checked: None }
+    }
+
+    /// What uses them is queued.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn finish(self) -> Result<(), Error> {
+        self.lent.into_iter().try_for_each(Lent::finish)
+    }
+}
+
+impl Core {
+    /// Tensors to be read.
+    ///
+    /// # Errors
+    /// When they are not what is planned, lie elsewhere, or are all absent.
+    pub fn read<'a>(
+        &self,
+        place: &'a Place,
+        tensors: &'a [&dyn Tensor],
+        planned: Planned,
+    ) -> Result<Given<'a>, Error> {
+        let shapes = tensors.iter().map(|tensor| tensor.shape());
+        self.plan.check_by(shapes, planned)?;
+        let mut given = Given::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter().enumerate() {
+            let shape = tensor.shape();
+            let lent = tensor.lend(place);
+            self.push(&mut given, index, shape, lent)?;
+        }
+        self.told(given, planned, false)
+    }
+
+    /// Tensors to be changed.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn write<'a>(
+        &self,
+        place: &'a Place,
+        tensors: &'a mut [&mut dyn TensorMut],
+    ) -> Result<Given<'a>, Error> {
+        let shapes = tensors.iter().map(|tensor| tensor.shape());
+        self.plan.check_by(shapes, Planned::Gradients)?;
+        let mut given = Given::with_capacity(tensors.len());
+        for (index, tensor) in tensors.iter_mut().enumerate() {
+            let shape = tensor.shape();
+            let lent = tensor.lend_mut(place);
+            self.push(&mut given, index, shape, lent)?;
+        }
+        self.told(given, Planned::Gradients, true)
+    }
+
+    #[inline(always)]
+    fn push<'a>(
+        &self,
+        given: &mut Given<'a>,
+        index: usize,
+        shape: Option<(DType, u64)>,
+        lent: Result<Lent<'a>, Error>,
+    ) -> Result<(), Error> {
+        let name = || self.plan.tensors()[index].name.clone();
+        let lent = lent.map_err(|error| error.named(&self.plan.tensors()[index].name))?;
+        let located = match shape {
+            Some((dtype, len)) if len > 0 => Located { address: lent.address, dtype, len },
+            _ => Located { address: 0, dtype: DType::F32, len: 0 },
+        };
+        check_address(name, &located)?;
+        given.tensors.push(located);
+        given.lent.push(lent);
+        Ok(())
+    }
+
+    fn told<'a>(&self, mut given: Given<'a>, planned: Planned, changed: bool) -> Result<Given<'a>, Error> {
+        // A rank may hold nothing of a step in which others do.
+        let any = self.arguments.busy_tensors == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
+        if planned == Planned::Gradients && !any && self.config.ranks.is_none() {
+            return Err(Error::AllAbsent);
+        }
+        let mut memory = given.tensors.iter().map(|tensor| (tensor.address, tensor.end() - tensor.address));
+        given._checked = self.device.lend(&mut memory, changed);
+        Ok(given)
+    }
+
+    /// Brings the table of addresses up to date: all of the tensors, and the weights that are given.
+    ///
+    /// # Errors
+    /// [`Error::AddressesChangedInCapture`], or the device's.
+    pub fn place(&mut self, tensors: &Given<'_>, weights: Option<&Given<'_>>) -> Result<(), Error> {
+        let of = |tensor: &Located| tensor.address;
+        let kept: Vec<u64> = match (weights, self.plan.weights()) {
+            (Some(weights), _) => weights.tensors.iter().map(of).collect(),
+            (None, None) => Vec::new(),
+            (None, Some(planned)) => match self.addresses.current() {
+                [] => vec![0; planned.len()],
+                known => known[planned.len()..].to_vec(),
+            },
+        };
+        let all = Chained { tensors: &tensors.tensors, weights: &kept, next: 0 };
+        if self.addresses.set(&*self.device, all)? {
+            self.disjoint = false;
+        }
+        Ok(())
+    }
+
+    /// [`place`](Self::place) before what changes the tensors by the last measurement.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`], [`Error::Overlap`], and as there.
+    pub fn place_to_change(&mut self, tensors: &Given<'_>) -> Result<(), Error> {
+        if !self.measured {
+            return Err(Error::NotMeasured);
+        }
+        self.place(tensors, None)?;
+        self.check_overlaps(tensors)
+    }
+
+    /// An in-place clip would scale shared memory twice.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`].
+    pub fn check_overlaps(&mut self, tensors: &Given<'_>) -> Result<(), Error> {
+        if !self.disjoint {
+            if let Some([a, b]) = self.ranges(tensors).windows(2).find(|pair| pair[0].1 > pair[1].0) {
+                return Err(Error::Overlap { first: a.2.to_owned(), second: b.2.to_owned() });
+            }
+            self.disjoint = true;
+        }
+        Ok(())
+    }
+
+    /// Where the tensors that have elements begin and end, with their names, from the lowest address on.
+    fn ranges(&self, tensors: &Given<'_>) -> Vec<(u64, u64, &str)> {
+        let named = self.plan.tensors().iter().zip(&tensors.tensors).filter(|(_, tensor)| tensor.len > 0);
+        let mut ranges: Vec<_> = named.map(|(spec, t)| (t.address, t.end(), spec.name.as_str())).collect();
+        ranges.sort_unstable();
+        ranges
+    }
+
+    /// Fails if a weight shares memory with a gradient that is to be changed; the gradients share none.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`].
+    pub fn check_apart(&self, tensors: &Given<'_>, weights: &Given<'_>) -> Result<(), Error> {
+        let ranges = self.ranges(tensors);
+        for (weight, spec) in weights.tensors.iter().zip(self.plan.tensors()).filter(|(weight, _)| weight.len > 0) {
+            let next = ranges.partition_point(|range| range.1 <= weight.address);
+            if let Some(range) = ranges.get(next).filter(|range| range.0 < weight.end()) {
+                return Err(Error::Overlap { first: range.2.to_owned(), second: format!("weight of {}", spec.name) });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fails unless elements can lie there. Those of an empty tensor lie nowhere.
+#[inline(always)]
+pub(crate) fn check_address(name: impl Fn() -> String, tensor: &Located) -> Result<(), Error> {
+    let &Located { address, len, dtype } = tensor;
+    let size = dtype.size();
+    if len == 0 {
+        return Ok(());
+    }
+    if address == 0 {
+        return Err(Error::NullPointer { name: name() });
+    }
+    if !address.is_multiple_of(size as u64) {
+        return Err(Error::MisalignedPointer { name: name(), address, size });
+    }
+    match len.checked_mul(size as u64).and_then(|bytes| address.checked_add(bytes)) {
+        Some(_) => Ok(()),
+        None => Err(Error::AddressOverflow { name: name(), address, length: len }),
+    }
+}
+
+/// Addresses of tensors, then those of weights: a chain that knows its length.
+#[derive(Clone)]
+struct Chained<'a> {
+    tensors: &'a [Located],
+    weights: &'a [u64],
+    next: usize,
+}
+
+impl Iterator for Chained<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let index = self.next;
+        self.next += 1;
+        match self.tensors.get(index) {
+            Some(tensor) => Some(tensor.address),
+            None => self.weights.get(index - self.tensors.len()).copied(),
+        }
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let rest = (self.tensors.len() + self.weights.len()).saturating_sub(self.next);
+        (rest, Some(rest))
+    }
+}
+
+impl ExactSizeIterator for Chained<'_> {}

@@ -1,0 +1,106 @@
+//! Memory of a device, as rooms use it: tables with a mirror on the host, and results that are read back.
+
+use crate::{
+    Error,
+    device::{Buffer, Device, Read},
+};
+use bytemuck::Pod;
+
+/// A buffer that holds these bytes.
+pub(crate) fn uploaded(device: &dyn Device, bytes: &[u8]) -> Result<Buffer, Error> {
+    let buffer = device.allocate(bytes.len().max(1))?;
+    device.upload(bytes, &buffer)?;
+    Ok(buffer)
+}
+
+/// Fails while work is being recorded.
+pub(crate) fn outside_capture(device: &dyn Device, error: Error) -> Result<(), Error> {
+    if device.is_capturing()? { Err(error) } else { Ok(()) }
+}
+
+/// What was read from the device, value by value.
+pub(crate) fn values<T: Pod>(bytes: &[u8]) -> Vec<T> {
+    bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+}
+
+/// A table in device memory, and what is known to be in it.
+pub(crate) struct Mirrored<T> {
+    buffer: Buffer,
+    current: Vec<T>,
+}
+
+impl<T: Pod + PartialEq> Mirrored<T> {
+    /// Room for this many entries, of which nothing is known.
+    pub fn new(device: &dyn Device, count: usize) -> Result<Self, Error> {
+        Ok(Self { buffer: device.allocate((count * size_of::<T>()).max(1))?, current: Vec::with_capacity(count) })
+    }
+
+    pub fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    /// The entries, in the order of the last upload; none before it.
+    pub fn current(&self) -> &[T] {
+        &self.current
+    }
+
+    /// Brings the table up to date: one upload, if it holds anything else. Says whether there was one.
+    ///
+    /// # Errors
+    /// [`Error::AddressesChangedInCapture`], or the device's.
+    pub fn set(&mut self, device: &dyn Device, entries: impl ExactSizeIterator<Item = T> + Clone) -> Result<bool, Error> {
+        if self.current.len() == entries.len() && self.current.iter().copied().eq(entries.clone()) {
+            return Ok(false);
+        }
+        outside_capture(device, Error::AddressesChangedInCapture)?;
+        self.current.clear();
+        self.current.extend(entries);
+        let uploaded = device.upload(bytemuck::cast_slice(&self.current), &self.buffer);
+        if uploaded.is_err() {
+            self.current.clear();
+        }
+        uploaded.map(|()| true)
+    }
+}
+
+/// Results in device memory, and where they arrive on the host when somebody asks.
+pub(crate) struct ReadBack {
+    buffer: Buffer,
+    read: Box<dyn Read>,
+    bytes: usize,
+}
+
+impl ReadBack {
+    /// Room for this many bytes, all 0.
+    pub fn zeroed(device: &dyn Device, bytes: usize) -> Result<Self, Error> {
+        // CUDA refuses to allocate nothing.
+        let buffer = device.allocate(bytes.max(1))?;
+        device.clear(&buffer)?;
+        Ok(Self { read: device.read(bytes.max(1))?, buffer, bytes })
+    }
+
+    /// With this in it.
+    pub fn holding(device: &dyn Device, bytes: &[u8]) -> Result<Self, Error> {
+        let made = Self::zeroed(device, bytes.len())?;
+        device.upload(bytes, &made.buffer)?;
+        Ok(made)
+    }
+
+    pub fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    /// Waits for what was launched, and for the copy.
+    ///
+    /// # Errors
+    /// [`Error::WaitInCapture`], or the device's.
+    pub fn wait(&mut self, device: &dyn Device) -> Result<&[u8], Error> {
+        outside_capture(device, Error::WaitInCapture)?;
+        self.read.start(&self.buffer)?;
+        Ok(&self.read.wait()?[..self.bytes])
+    }
+}

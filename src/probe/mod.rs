@@ -1,0 +1,434 @@
+//! The probe: tables, checks and launches, written once for every device.
+
+mod arguments;
+mod given;
+mod memory;
+mod reports;
+
+pub use arguments::Arguments;
+pub(crate) use arguments::TensorEntry;
+pub(crate) use given::{Given, Located, Planned, check_address};
+pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
+
+use crate::{
+    Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,
+    clip::{AdaptiveUnits, LossScaleMemory},
+    device::{Buffer, Device, Kernel, counting::Counting},
+    dot::Dots,
+    gsnr::Signal,
+    health::Judge,
+    histogram::Histograms,
+    history::History,
+    micro_batches::MicroBatches,
+    ranks::RankLists,
+    samples::Samples,
+    spec::CHUNK,
+};
+use bytemuck::Zeroable;
+use reports::Reports;
+use std::sync::atomic::Ordering;
+
+/// Measures gradients where they are, and clips them.
+///
+/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory is allocated then, and
+/// stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
+/// or [`wait`](Self::wait). What a step looks like is the same on every device:
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
+///
+/// let (mut weight, mut bias) = (vec![0.3f32; 4096], vec![half::bf16::from_f32(-4.0); 64]);
+/// let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::BF16, 64)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::global_norm(1.0)))?;
+/// // every step:
+/// probe.step(&mut [&mut weight, &mut bias])?;
+/// if let Some(report) = probe.poll()? {
+///     println!("{report}");
+/// }
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
+pub struct Probe {
+    reports: Reports,
+    pub(crate) loss_scale: Option<LossScaleMemory>,
+    pub(crate) judge: Option<Judge>,
+    pub(crate) history: Option<History>,
+    pub(crate) gsnr: Option<Signal>,
+    pub(crate) histogram: Option<Histograms>,
+    pub(crate) dot: Option<Dots>,
+    pub(crate) samples: Option<Samples>,
+    pub(crate) adaptive_clip: Option<AdaptiveUnits>,
+    pub(crate) micro_batches: Option<MicroBatches>,
+    pub(crate) ranks: Option<RankLists>,
+    pub(crate) core: Core,
+}
+
+/// What every room of a probe works with.
+pub(crate) struct Core {
+    pub plan: Plan,
+    pub config: Config,
+    pub arguments: Arguments,
+    /// Of the tensors, and behind them of the weights.
+    addresses: Mirrored<u64>,
+    /// Whether those were found free of overlaps.
+    disjoint: bool,
+    /// Whether a step has been launched.
+    pub measured: bool,
+    /// Whether somebody has vouched for graphs; see [`Probe::bind`].
+    promised: bool,
+    clip_state: Buffer,
+    /// Tables and workspace, kept for the kernels.
+    _workspace: Vec<Buffer>,
+    /// Dropped last: it knows when memory may go.
+    pub device: Box<dyn Device>,
+}
+
+/// A feature of a probe, with what it was declared with.
+pub struct Room<'p, M> {
+    pub(crate) core: &'p mut Core,
+    pub(crate) memory: &'p mut M,
+}
+
+impl<'p, M> Room<'p, M> {
+    /// # Errors
+    /// [`Error::NotDeclared`], which names the call that declares it.
+    pub(crate) fn new(core: &'p mut Core, memory: &'p mut Option<M>, declare: &'static str) -> Result<Self, Error> {
+        memory.as_mut().map(|memory| Self { core, memory }).ok_or(Error::NotDeclared { declare })
+    }
+}
+
+/// Where a probe's results are in its device's memory: for kernels that read them. They stay as long as the probe does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Addresses {
+    /// Of the [`StepOutputs`](crate::StepOutputs).
+    pub outputs: u64,
+    /// Of one [`Record`] a tensor, in the plan's order, and behind them one a weight in a plan with weights.
+    pub records: u64,
+    /// Of one f32 coefficient a tensor, under a [`Clip`](crate::Clip) that clips tensors on their own.
+    pub coefficients: u64,
+    /// Of the f32 loss scale of the next step, by which the kernel that begins `backward` multiplies. A kernel of one's own
+    /// that runs before the measurement may set it.
+    pub loss_scale: Option<u64>,
+    /// Of one u32 word a tensor, by the declared rules.
+    pub health_words: Option<u64>,
+    /// Of one [`GsnrRecord`](crate::GsnrRecord) a tensor, of the tracked ones.
+    pub gsnr_records: Option<u64>,
+    /// Of one [`Histogram`](crate::Histogram) a tensor.
+    pub histograms: Option<u64>,
+    /// Of one [`Dot`](crate::Dot) a tensor.
+    pub dots: Option<u64>,
+    /// Of one [`AdaptiveRecord`](crate::clip::AdaptiveRecord) a tensor.
+    pub adaptive_records: Option<u64>,
+}
+
+impl Probe {
+    /// A probe on this device: [`Cpu`](crate::Cpu), [`Cuda`](crate::cuda::Cuda). Allocates all that is declared; with
+    /// [`Config::ranks`] a collective call.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] and its like for a declaration that cannot be; [`Error::OutOfMemory`], with the bytes of the
+    /// whole probe, after which none of them are held; those of [`Config::ranks`], and the device's.
+    pub fn new(device: impl Device + 'static, plan: Plan, config: Config) -> Result<Self, Error> {
+        config.check()?;
+        if let Some(ranks) = &config.ranks {
+            ranks.agree(&device, &plan, &config)?;
+        }
+        Self::build(Box::new(device), plan.clone(), config.clone()).map_err(|error| match error {
+            Error::OutOfMemory { .. } => Error::OutOfMemory { bytes: config.bytes(&plan).unwrap_or(u64::MAX) },
+            other => other,
+        })
+    }
+
+    fn build(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, Error> {
+        let mut core = Core::new(device, plan, config)?;
+        let config = core.config.clone();
+        Ok(Self {
+            reports: Reports::new(&mut core)?,
+            loss_scale: config.loss_scale.map(|rule| LossScaleMemory::new(&mut core, &rule)).transpose()?,
+            judge: config.rules.map(|rules| Judge::new(&mut core, rules)).transpose()?,
+            history: config.history.map(|steps| History::new(&mut core, steps)).transpose()?,
+            gsnr: Signal::declared(&mut core, config.tracking.as_ref(), config.moments)?,
+            histogram: config.histogram.then(|| Histograms::new(&mut core)).transpose()?,
+            dot: config.dot.then(|| Dots::new(&mut core)).transpose()?,
+            samples: config.samples.map(|samples| Samples::new(&mut core, samples)).transpose()?,
+            adaptive_clip: config.adaptive_clip.map(|clip| AdaptiveUnits::new(&mut core, &clip)).transpose()?,
+            micro_batches: config.micro_batches.map(|count| MicroBatches::new(&mut core, count)).transpose()?,
+            ranks: config.ranks.map(|ranks| RankLists::new(&mut core, ranks)).transpose()?,
+            core,
+        })
+    }
+
+    /// The plan this probe was made for.
+    pub fn plan(&self) -> &Plan {
+        &self.core.plan
+    }
+
+    /// The device: `cpu`, `cuda`, or what the emulation calls itself.
+    pub fn device(&self) -> &'static str {
+        self.core.device.name()
+    }
+
+    /// Where the results are on the device.
+    pub fn addresses(&self) -> Addresses {
+        let a = &self.core.arguments;
+        let declared = |address: u64| (address != 0).then_some(address);
+        Addresses {
+            outputs: a.outputs,
+            records: a.records,
+            coefficients: a.coefficients,
+            loss_scale: declared(a.loss_scale),
+            health_words: self.judge.is_some().then_some(a.health_words),
+            gsnr_records: declared(a.gsnr_records),
+            histograms: declared(a.histograms),
+            dots: declared(a.dots),
+            adaptive_records: declared(a.adaptive_records),
+        }
+    }
+
+    /// Tells the device where tensors are, and the weights if there are any, without a launch: before the capture of a
+    /// graph, and before replaying a graph on other tensors. Nothing is captured without it. One upload of 8 bytes a tensor
+    /// if they have moved.
+    ///
+    /// # Safety
+    /// As long as a graph can be replayed that is captured after this call, the probe is not dropped, and what it was given
+    /// in captured calls, and in the last call before a replay, is as the maker of a [`RawTensor`](crate::RawTensor)
+    /// promises.
+    ///
+    /// # Errors
+    /// When the tensors are not the plan's, for a null or misaligned address, and [`Error::AddressesChangedInCapture`].
+    #[allow(unsafe_code, reason = "a graph keeps what no borrow of ours outlives")]
+    pub unsafe fn bind(&mut self, tensors: &[&dyn Tensor], weights: &[&dyn Tensor]) -> Result<(), Error> {
+        let place = self.core.device.place();
+        let tensors = self.core.read(&place, tensors, Planned::Gradients)?;
+        let weights = match weights {
+            [] => None,
+            weights => Some(self.core.read(&place, weights, Planned::Weights)?),
+        };
+        self.core.place(&tensors, weights.as_ref())?;
+        self.core.promised = true;
+        weights.map_or(Ok(()), Given::finish)?;
+        tensors.finish()
+    }
+
+    /// Launches the measurement of these tensors, those of the plan in its order.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] or [`Error::TensorMismatch`] when they are not, [`Error::AllAbsent`], [`Error::WrongDevice`],
+    /// and the device's. Nothing is launched then.
+    pub fn measure(&mut self, tensors: &[&dyn Tensor]) -> Result<(), Error> {
+        let place = self.core.device.place();
+        let tensors = self.core.read(&place, tensors, Planned::Gradients)?;
+        self.core.place(&tensors, None)?;
+        self.launch_step(false)?;
+        tensors.finish()
+    }
+
+    /// Launches the measurement of these tensors and, in the same launch, of the weights whose gradients they are: their
+    /// norms, and the ratio of both, beside all that [`measure`](Self::measure) finds. For a plan made
+    /// [`with_weights`](Plan::with_weights); steps with and without may alternate.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`], and those of [`measure`](Self::measure) for either list.
+    pub fn measure_with_weights(&mut self, tensors: &[&dyn Tensor], weights: &[&dyn Tensor]) -> Result<(), Error> {
+        let place = self.core.device.place();
+        let tensors = self.core.read(&place, tensors, Planned::Gradients)?;
+        let weights = self.core.read(&place, weights, Planned::Weights)?;
+        self.core.place(&tensors, Some(&weights))?;
+        self.launch_step(true)?;
+        weights.finish()?;
+        tensors.finish()
+    }
+
+    /// Launches the clip of these tensors, in place, by what the last measurement decided. Where the configuration leaves
+    /// nothing that it could do, nothing is launched.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
+    pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
+        let place = self.core.device.place();
+        let tensors = self.core.write(&place, tensors)?;
+        self.core.place_to_change(&tensors)?;
+        self.launch_clip()?;
+        tensors.finish()
+    }
+
+    /// Measures these tensors and clips them in place: two launches, and nothing waits.
+    ///
+    /// # Errors
+    /// Those of [`measure`](Self::measure) and [`clip`](Self::clip).
+    pub fn step(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
+        let place = self.core.device.place();
+        let tensors = self.core.write(&place, tensors)?;
+        self.core.place(&tensors, None)?;
+        self.core.check_overlaps(&tensors)?;
+        self.launch_step(false)?;
+        self.launch_clip()?;
+        tensors.finish()
+    }
+
+    fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
+        let Self { core, .. } = self;
+        if core.config.clip.needs_histogram() {
+            crate::histogram::launch_of_all(core)?;
+        }
+        let lists = 1 + u32::from(weights);
+        let arguments = Arguments {
+            weights: u32::from(weights),
+            busy_tensors: lists * core.arguments.busy_tensors,
+            ..core.arguments
+        };
+        let chunks = lists * arguments.chunk_count;
+        match &self.ranks {
+            Some(ranks) => ranks.launch_measure(core, chunks, &arguments)?,
+            None => core.launch(Kernel::Measure, chunks, &arguments)?,
+        }
+        // What follows of the step is reported even where the rest fails.
+        core.measured = true;
+        self.reports.step_launched();
+        if self.gsnr.as_ref().is_some_and(Signal::is_tracking) {
+            core.launch(Kernel::Update, core.arguments.chunk_count, &core.arguments)?;
+        }
+        if let Some(micro_batches) = &mut self.micro_batches {
+            micro_batches.close();
+        }
+        Ok(())
+    }
+
+    fn launch_clip(&self) -> Result<(), Error> {
+        let Self { core, .. } = self;
+        let config = &core.config;
+        let may_change = config.clip.may_clip()
+            || config.non_finite == NonFinitePolicy::ZeroNonFinite
+            || config.loss_scale.is_some();
+        if may_change { core.launch(Kernel::Clip, core.arguments.chunk_count, &core.arguments) } else { Ok(()) }
+    }
+}
+
+impl Config {
+    /// Bytes of device memory that a probe for this plan takes with all that is declared here.
+    ///
+    /// # Errors
+    /// Those of [`Probe::new`], for a declaration that cannot be.
+    pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
+        self.check()?;
+        let device = Counting::default();
+        Probe::build(Box::new(device.clone()), plan.clone(), self.clone())?;
+        Ok(device.0.load(Ordering::Relaxed))
+    }
+}
+
+impl Core {
+    #[expect(clippy::cast_possible_truncation, reason = "2^40 elements are 2^25 chunks; tensors are checked")]
+    fn new(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, Error> {
+        let tensor_count = plan.tensors().len();
+        let chunk_count = plan.chunks();
+        let gradients = plan.tensors().iter().map(|tensor| tensor.dtype);
+        let dtypes: Vec<DType> = gradients.chain(plan.weights().unwrap_or(&[]).iter().copied()).collect();
+        let lists = if plan.weights().is_some() { 2 } else { 1 };
+        let (all_tensors, all_chunks) = (dtypes.len(), lists * chunk_count);
+        if u32::try_from(all_tensors + all_chunks).is_err() {
+            return Err(Error::OutOfMemory { bytes: u64::MAX });
+        }
+        let mut entries = Vec::with_capacity(all_tensors);
+        let mut chunk_tensors = Vec::with_capacity(all_chunks);
+        for (index, &dtype) in dtypes.iter().enumerate() {
+            let (list, tensor) = if index < tensor_count { (0, index) } else { (1, index - tensor_count) };
+            let chunks = plan.chunks_of(tensor);
+            entries.push(TensorEntry {
+                length: plan.tensors()[tensor].len,
+                first_chunk: (list * chunk_count + chunks.start) as u32,
+                chunk_count: chunks.len() as u32,
+                dtype: dtype.code(),
+                dead_bits: dtype.threshold_bits(f64::from(config.dead_threshold)),
+            });
+            chunk_tensors.extend(chunks.map(|_| index as u32));
+        }
+
+        let device_of = &*device;
+        let upload = |bytes: &[u8]| uploaded(device_of, bytes);
+        let addresses = Mirrored::new(device_of, all_tensors)?;
+        let workspace = vec![
+            upload(bytemuck::cast_slice(&entries))?,
+            upload(bytemuck::cast_slice(&chunk_tensors))?,
+            device.allocate((all_chunks * size_of::<Record>()).max(1))?,
+            upload(bytemuck::cast_slice(&vec![0u32; all_chunks + all_tensors + 1]))?,
+            upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
+        ];
+        let clip_state = upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?;
+        let address = |index: usize| workspace[index].address();
+        let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
+        const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
+        let arguments = Arguments {
+            addresses: addresses.address(),
+            tensors: address(0),
+            chunk_tensors: address(1),
+            chunk_parts: address(2),
+            chunks_done: address(3),
+            tensors_done: address(3) + (all_chunks * size_of::<u32>()) as u64,
+            max_norm: config.clip.max_norm().unwrap_or(0.0),
+            chunk_count: chunk_count as u32,
+            tensor_count: tensor_count as u32,
+            busy_tensors: plan.tensors().iter().filter(|tensor| tensor.len > 0).count() as u32,
+            policy: config.non_finite as u32,
+            clip: config.clip.code(),
+            clip_threshold,
+            clip_smoothing,
+            clip_steps,
+            clip_state: clip_state.address(),
+            coefficients: address(4),
+            ..Arguments::zeroed()
+        };
+        Ok(Self {
+            plan,
+            config,
+            arguments,
+            addresses,
+            disjoint: false,
+            measured: false,
+            promised: false,
+            clip_state,
+            _workspace: workspace,
+            device,
+        })
+    }
+
+    /// Launches a kernel for so many chunks, or pieces of other work: no more blocks than fill the device.
+    ///
+    /// # Errors
+    /// [`Error::NotBound`], and the device's.
+    pub fn launch(&self, kernel: Kernel, pieces: u32, arguments: &Arguments) -> Result<(), Error> {
+        if !self.promised {
+            outside_capture(&*self.device, Error::NotBound)?;
+        }
+        let blocks = pieces.clamp(1, self.device.resident_blocks(kernel).max(1));
+        // SAFETY: the arguments are those of this probe's buffers, in the layout of arguments.cuh, which the rooms put
+        // there when they were made; tensors were lent to the call that launches.
+        #[allow(unsafe_code, reason = "the one place where kernels are launched")]
+        unsafe {
+            self.device.launch(kernel, blocks, arguments)
+        }
+    }
+
+    /// Clears what a clip by a quantile has of the last step.
+    pub fn clear_clip_state(&self) -> Result<(), Error> {
+        self.device.clear(&self.clip_state)
+    }
+
+    /// Records of this rank: of the tensors, and of the weights in a plan with weights.
+    pub fn record_count(&self) -> usize {
+        self.plan.tensors().len() * if self.plan.weights().is_some() { 2 } else { 1 }
+    }
+}
+
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probe")
+            .field("device", &self.device())
+            .field("plan", &self.core.plan)
+            .field("config", &self.core.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Chunks are counted in u32 on the device: 2^40 elements are 2^25 of them.
+const _: () = assert!(Plan::MAX_ELEMENTS / CHUNK as u64 <= 1 << 25);

@@ -1,0 +1,135 @@
+//! Reports on their way from a device to the host.
+
+use super::{Core, Probe, outside_capture, values};
+use crate::{
+    Error, Record, Report, StepOutputs,
+    device::{Buffer, Read},
+    health::Diagnosis,
+};
+use std::{collections::VecDeque, sync::Arc};
+
+/// Reports on their way to the host at one time; beyond, steps are measured but not reported.
+const READS: usize = 4;
+
+/// What a report is read from, and the reads.
+pub(super) struct Reports {
+    /// Outputs, then records, then words of health.
+    results: Buffer,
+    /// Under way, oldest first, and those that wait for use.
+    reads: VecDeque<Box<dyn Read>>,
+    idle: Vec<Box<dyn Read>>,
+    /// Whether a step was launched since the last read began.
+    unread: bool,
+    /// The last step that was given or passed over.
+    reported: u64,
+    /// What was found in it: a step is diagnosed once.
+    diagnosis: Option<Arc<Diagnosis>>,
+}
+
+impl Reports {
+    pub fn new(core: &mut Core) -> Result<Self, Error> {
+        let (records, words) = (core.record_count(), core.plan.tensors().len());
+        let mut bytes = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
+        bytes.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; records]));
+        core.arguments.health_words = bytes.len() as u64;
+        bytes.resize(bytes.len() + words * size_of::<u32>(), 0);
+        let results = super::uploaded(&*core.device, &bytes)?;
+        core.arguments.outputs = results.address();
+        core.arguments.records = results.address() + size_of::<StepOutputs>() as u64;
+        core.arguments.health_words += results.address();
+        let idle = (0..READS).map(|_| core.device.read(bytes.len())).collect::<Result<_, _>>()?;
+        let reads = VecDeque::with_capacity(READS);
+        Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
+    }
+
+    /// There will be something new.
+    pub fn step_launched(&mut self) {
+        self.unread = true;
+    }
+
+    /// Starts a read, if there is memory for one more.
+    fn start(&mut self) -> Result<(), Error> {
+        let Some(read) = self.idle.last_mut() else { return Ok(()) };
+        read.start(&self.results)?;
+        self.reads.extend(self.idle.pop());
+        self.unread = false;
+        Ok(())
+    }
+}
+
+impl Probe {
+    /// The oldest report that has arrived and was not given yet; `None` while there is none. Never waits: it starts to
+    /// copy the results of the last measurement, and hands out what earlier calls started. Called every step it gives
+    /// every step's report, on a GPU a step or so late; when the host runs further ahead than four reports, steps are left
+    /// out (their numbers tell). During a capture it does nothing.
+    ///
+    /// With [`Config::rules`](crate::Config::rules) a report has the step's diagnosis.
+    ///
+    /// # Errors
+    /// The device's. What has not arrived then is given by a later call.
+    pub fn poll(&mut self) -> Result<Option<Report>, Error> {
+        if !self.core.measured || self.core.device.is_capturing()? {
+            return Ok(None);
+        }
+        // A replayed graph measures without our knowing: with nothing on its way there may be something new.
+        if self.reports.reads.is_empty() || self.reports.unread {
+            self.reports.start()?;
+        }
+        while let Some(read) = self.reports.reads.front() {
+            if !read.is_complete()? {
+                return Ok(None);
+            }
+            if let Some(report) = self.take_report(false)? {
+                return Ok(Some(report));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for the last measurement and gives its report, also if [`poll`](Self::poll) has given it before. Reports of
+    /// steps before it that nobody has asked for are passed over; their diagnosis is made.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] when there was none, [`Error::WaitInCapture`], or the device's.
+    pub fn wait(&mut self) -> Result<Report, Error> {
+        if !self.core.measured {
+            return Err(Error::NotMeasured);
+        }
+        outside_capture(&*self.core.device, Error::WaitInCapture)?;
+        while self.reports.idle.is_empty() {
+            self.take_report(false)?;
+        }
+        self.reports.start()?;
+        while self.reports.reads.len() > 1 {
+            self.take_report(false)?;
+        }
+        self.take_report(true)?.ok_or(Error::NotMeasured)
+    }
+
+    /// Completes the oldest read; `None` if its step was reported already, unless it is to be given `again`.
+    fn take_report(&mut self, again: bool) -> Result<Option<Report>, Error> {
+        let Self { reports, core, judge, .. } = self;
+        let Some(read) = reports.reads.front() else { return Ok(None) };
+        // It stays in its place if this fails.
+        let (outputs, rest) = read.wait()?.split_at(size_of::<StepOutputs>());
+        let outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
+        let is_new = outputs.step > reports.reported;
+        let mut report = None;
+        if is_new || again {
+            let (of_records, of_words) = rest.split_at(core.record_count() * size_of::<Record>());
+            let mut records: Vec<Record> = values(of_records);
+            let words = judge.is_some().then(|| values(of_words));
+            let weights = records.split_off(core.plan.tensors().len());
+            let weights = (outputs.weights != 0).then_some(weights);
+            let made = Report::new(core.plan.clone(), outputs, records, weights, words);
+            if is_new {
+                reports.reported = outputs.step;
+                let diagnosis = judge.as_mut().map(|judge| judge.health.diagnose(&made)).transpose()?;
+                reports.diagnosis = diagnosis.map(Arc::new);
+            }
+            report = Some(made.with_diagnosis(reports.diagnosis.clone()));
+        }
+        reports.idle.extend(reports.reads.pop_front());
+        Ok(report)
+    }
+}

@@ -1,0 +1,369 @@
+//! What a step is given: tensors on the host or on a device, or none.
+
+use crate::{DType, Element, Error, dtype::sealed::Bits};
+#[cfg(feature = "cuda")]
+use cudarc::driver::{CudaStream, SyncOnDrop};
+use half::{bf16, f16};
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+/// Where a device's kernels find tensors.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Place {
+    /// In memory of the host.
+    Host,
+    /// In memory of a CUDA device, with uses ordered on this stream.
+    #[cfg(feature = "cuda")]
+    Stream(Arc<CudaStream>),
+}
+
+/// Elements that a probe can read: `&[E]`, `Vec<E>`, `[E; N]` and [`HostTensor`] on the host, `CudaSlice<E>`, `CudaView<E>`
+/// and `CudaViewMut<E>` on a CUDA device, for each [`Element`] `E`; [`RawTensor`] for memory that none of these knows;
+/// [`Absent`], or `None`, for a tensor that has no gradient in this step.
+///
+/// A probe on a CUDA device copies what lies on the host there and, after a clip, back, and waits for the copies: for tools
+/// and tests.
+///
+/// # Safety
+/// `shape` is the same as long as the value is borrowed. `lend` gives the address of so many initialised elements of that
+/// type, in memory that the kernels of `place` may read until the `Lent` is finished or dropped, and on a stream until what
+/// was launched before that has run.
+#[allow(unsafe_code, reason = "kernels trust the addresses")]
+pub unsafe trait Tensor {
+    /// Type and number of the elements; `None` for a tensor that is absent.
+    fn shape(&self) -> Option<(DType, u64)>;
+
+    /// The elements, to be read by kernels that are launched next.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] when the kernels cannot reach them, or the driver's.
+    fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error>;
+}
+
+/// Elements that a probe can change in place: `Vec<E>`, `[E; N]`, `&mut [E]`, [`HostTensorMut`], `CudaSlice<E>`,
+/// `CudaViewMut<E>`, [`RawTensor`], [`Absent`].
+///
+/// # Safety
+/// As of [`Tensor`], and what `lend_mut` gives may be written as well as read.
+#[allow(unsafe_code, reason = "kernels trust the addresses")]
+pub unsafe trait TensorMut: Tensor {
+    /// The elements, to be changed by kernels that are launched next.
+    ///
+    /// # Errors
+    /// As [`Tensor::lend`].
+    fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error>;
+}
+
+/// A tensor in the hands of kernels.
+#[derive(Debug)]
+pub struct Lent<'a> {
+    /// Of the first element; 0 when there is none.
+    pub(crate) address: u64,
+    pub(crate) until: Until<'a>,
+}
+
+/// What is to be done once the launches are queued.
+#[derive(Debug)]
+pub(crate) enum Until<'a> {
+    Nothing(std::marker::PhantomData<&'a ()>),
+    /// cudarc's note of the use, made when it is dropped.
+    #[cfg(feature = "cuda")]
+    Noted(#[expect(dead_code, reason = "its drop is what counts")] SyncOnDrop<'a>),
+    /// The tensor lies on the host.
+    #[cfg(feature = "cuda")]
+    Copied(crate::cuda::Copied<'a>),
+}
+
+impl<'a> Lent<'a> {
+    /// Memory of which nothing needs to be noted.
+    pub(crate) fn at(address: u64) -> Self {
+        Self { address, until: Until::Nothing(std::marker::PhantomData) }
+    }
+
+    /// The launches that use it are queued.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn finish(self) -> Result<(), Error> {
+        match self.until {
+            #[cfg(feature = "cuda")]
+            Until::Copied(copied) => copied.finish(),
+            _ => Ok(()),
+        }
+    }
+
+    fn of_host(bytes: &'a [u8], place: &'a Place) -> Result<Self, Error> {
+        match place {
+            Place::Host => Ok(Self::at(bytes.as_ptr() as u64)),
+            #[cfg(feature = "cuda")]
+            Place::Stream(stream) => crate::cuda::Copied::of(bytes, stream),
+        }
+    }
+
+    fn of_host_mut(bytes: &'a mut [u8], place: &'a Place) -> Result<Self, Error> {
+        match place {
+            Place::Host => Ok(Self::at(bytes.as_mut_ptr() as u64)),
+            #[cfg(feature = "cuda")]
+            Place::Stream(stream) => crate::cuda::Copied::of_mut(bytes, stream),
+        }
+    }
+}
+
+/// No gradient in this step. Its record is empty, no norm has a zero of it, and what is kept across steps of the tensor
+/// stays: history, tracked elements, ranks and captured graphs go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Absent;
+
+// SAFETY: there are no elements.
+#[allow(unsafe_code, reason = "implements a trait for what has no elements")]
+unsafe impl Tensor for Absent {
+    fn shape(&self) -> Option<(DType, u64)> {
+        None
+    }
+    fn lend<'a>(&'a self, _: &'a Place) -> Result<Lent<'a>, Error> {
+        Ok(Lent::at(0))
+    }
+}
+
+// SAFETY: as above.
+#[allow(unsafe_code, reason = "implements a trait for what has no elements")]
+unsafe impl TensorMut for Absent {
+    fn lend_mut<'a>(&'a mut self, _: &'a Place) -> Result<Lent<'a>, Error> {
+        Ok(Lent::at(0))
+    }
+}
+
+// SAFETY: the tensor's own, or no elements.
+#[allow(unsafe_code, reason = "passes a trait on")]
+unsafe impl<T: Tensor> Tensor for Option<T> {
+    fn shape(&self) -> Option<(DType, u64)> {
+        self.as_ref().and_then(T::shape)
+    }
+    fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
+        self.as_ref().map_or(Ok(Lent::at(0)), |tensor| tensor.lend(place))
+    }
+}
+
+// SAFETY: the tensor's own, or no elements.
+#[allow(unsafe_code, reason = "passes a trait on")]
+unsafe impl<T: TensorMut> TensorMut for Option<T> {
+    fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
+        self.as_mut().map_or(Ok(Lent::at(0)), |tensor| tensor.lend_mut(place))
+    }
+}
+
+/// A tensor by its bare facts: for trainers whose memory no type of ours knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTensor {
+    pub(crate) address: u64,
+    pub(crate) len: u64,
+    pub(crate) dtype: DType,
+}
+
+impl RawTensor {
+    /// `len` elements of type `dtype` from this address on, in memory of the device that a probe works on. The address is
+    /// not used when `len` is 0.
+    ///
+    /// # Safety
+    /// As long as the value is given to probes, and until what they launched with it has run:
+    /// * the elements are initialised, and in memory that the probe's device can read from its context;
+    /// * nothing writes to them that is not ordered, by the probe's stream or by events, before or after the launch;
+    /// * they are not freed;
+    /// * given to a call that changes tensors, the memory is writable, and nothing else uses it that is not so ordered.
+    #[allow(unsafe_code, reason = "the address is the caller's word")]
+    pub const unsafe fn new(address: u64, len: u64, dtype: DType) -> Self {
+        Self { address, len, dtype }
+    }
+
+    /// Address of the first element.
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes of the elements.
+    pub const fn bytes(&self) -> u64 {
+        self.len * self.dtype.size() as u64
+    }
+}
+
+// SAFETY: its maker's promise is the same.
+#[allow(unsafe_code, reason = "its maker vouches for it")]
+unsafe impl Tensor for RawTensor {
+    fn shape(&self) -> Option<(DType, u64)> {
+        Some((self.dtype, self.len))
+    }
+    fn lend<'a>(&'a self, _: &'a Place) -> Result<Lent<'a>, Error> {
+        Ok(Lent::at(self.address))
+    }
+}
+
+// SAFETY: its maker's promise is the same.
+#[allow(unsafe_code, reason = "its maker vouches for it")]
+unsafe impl TensorMut for RawTensor {
+    fn lend_mut<'a>(&'a mut self, _: &'a Place) -> Result<Lent<'a>, Error> {
+        Ok(Lent::at(self.address))
+    }
+}
+
+/// Elements of one tensor on the host.
+#[derive(Clone, Copy, Debug)]
+pub enum HostTensor<'a> {
+    /// f32 elements.
+    F32(&'a [f32]),
+    /// f16 elements.
+    F16(&'a [f16]),
+    /// bf16 elements.
+    BF16(&'a [bf16]),
+}
+
+/// Elements of one tensor on the host, to be changed in place.
+#[derive(Debug)]
+pub enum HostTensorMut<'a> {
+    /// f32 elements.
+    F32(&'a mut [f32]),
+    /// f16 elements.
+    F16(&'a mut [f16]),
+    /// bf16 elements.
+    BF16(&'a mut [bf16]),
+}
+
+/// Evaluates `$body` with `$slice` bound to the slice in either enum, whatever its element type.
+macro_rules! with_elements {
+    ($kind:ident, $tensor:expr, $slice:ident => $body:expr) => {
+        match $tensor {
+            $kind::F32($slice) => $body,
+            $kind::F16($slice) => $body,
+            $kind::BF16($slice) => $body,
+        }
+    };
+}
+pub(crate) use with_elements;
+
+fn dtype_of<E: Element>(_: &[E]) -> DType {
+    E::DTYPE
+}
+
+impl HostTensor<'_> {
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        with_elements!(HostTensor, self, slice => dtype_of(slice))
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        with_elements!(HostTensor, self, slice => slice.len())
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements as bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        with_elements!(HostTensor, self, slice => bytemuck::cast_slice(slice))
+    }
+
+    /// The exact values of the elements in f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut wide = vec![0.0; self.len()];
+        with_elements!(HostTensor, self, slice => Bits::widen_slice(slice, &mut wide));
+        wide
+    }
+}
+
+impl HostTensorMut<'_> {
+    /// The same elements, to be read.
+    pub fn as_ref(&self) -> HostTensor<'_> {
+        match self {
+            Self::F32(slice) => HostTensor::F32(slice),
+            Self::F16(slice) => HostTensor::F16(slice),
+            Self::BF16(slice) => HostTensor::BF16(slice),
+        }
+    }
+
+    /// The elements as bytes.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        with_elements!(HostTensorMut, self, slice => bytemuck::cast_slice_mut(slice))
+    }
+}
+
+macro_rules! from_slice {
+    ($element:ty, $variant:ident) => {
+        impl<'a> From<&'a [$element]> for HostTensor<'a> {
+            fn from(elements: &'a [$element]) -> Self {
+                Self::$variant(elements)
+            }
+        }
+        impl<'a> From<&'a mut [$element]> for HostTensorMut<'a> {
+            fn from(elements: &'a mut [$element]) -> Self {
+                Self::$variant(elements)
+            }
+        }
+    };
+}
+from_slice!(f32, F32);
+from_slice!(f16, F16);
+from_slice!(bf16, BF16);
+
+// SAFETY: a borrowed slice of the host's.
+#[allow(unsafe_code, reason = "lends borrowed memory")]
+unsafe impl Tensor for HostTensor<'_> {
+    fn shape(&self) -> Option<(DType, u64)> {
+        Some((self.dtype(), self.len() as u64))
+    }
+    fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
+        Lent::of_host(self.as_bytes(), place)
+    }
+}
+
+// SAFETY: as above.
+#[allow(unsafe_code, reason = "lends borrowed memory")]
+unsafe impl Tensor for HostTensorMut<'_> {
+    fn shape(&self) -> Option<(DType, u64)> {
+        self.as_ref().shape()
+    }
+    fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
+        let bytes = with_elements!(HostTensorMut, self, slice => bytemuck::cast_slice(slice));
+        Lent::of_host(bytes, place)
+    }
+}
+
+// SAFETY: a slice of the host's that is borrowed mutably.
+#[allow(unsafe_code, reason = "lends borrowed memory")]
+unsafe impl TensorMut for HostTensorMut<'_> {
+    fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
+        Lent::of_host_mut(self.as_bytes_mut(), place)
+    }
+}
+
+macro_rules! host_slices {
+    (read: $([$($generics:tt)*] $tensor:ty),*; change: $([$($generics_mut:tt)*] $tensor_mut:ty),*) => {
+        $(
+            // SAFETY: elements of the host's, borrowed with the value.
+            #[allow(unsafe_code, reason = "lends borrowed memory")]
+            unsafe impl<E: Element, $($generics)*> Tensor for $tensor {
+                fn shape(&self) -> Option<(DType, u64)> {
+                    Some((E::DTYPE, self.len() as u64))
+                }
+                fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
+                    Lent::of_host(bytemuck::cast_slice::<E, u8>(self), place)
+                }
+            }
+        )*
+        $(
+            // SAFETY: the same, borrowed mutably.
+            #[allow(unsafe_code, reason = "lends borrowed memory")]
+            unsafe impl<E: Element, $($generics_mut)*> TensorMut for $tensor_mut {
+                fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
+                    Lent::of_host_mut(bytemuck::cast_slice_mut::<E, u8>(self), place)
+                }
+            }
+        )*
+    };
+}
+host_slices! {
+    read: [] Vec<E>, [const N: usize] [E; N], [] &[E], [] &mut [E];
+    change: [] Vec<E>, [const N: usize] [E; N], [] &mut [E]
+}
