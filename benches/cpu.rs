@@ -8,7 +8,7 @@
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradprobe::{
-    Config, CpuProbe, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan,
+    Config, Probe, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan,
     health::{Health, Rules},
 };
 use half::{bf16, f16};
@@ -81,7 +81,7 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
 
     let plan = Plan::new((0..TENSORS).map(|t| (format!("layer.{t}"), T::DTYPE, ELEMENTS as u64))).unwrap();
     // A norm so small that every step clips; the data shrink only once, then the coefficient is near 1.
-    let mut probe = CpuProbe::new(plan, Config::default().max_norm(0.1)).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default().clip(Clip::global_norm(0.1))).unwrap();
 
     let mut group = criterion.benchmark_group("measure");
     group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
@@ -141,7 +141,7 @@ fn diagnose(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("diagnose");
     for (name, value) in [("healthy", 1e-3), ("unhealthy", 1e3), ("nan", f32::NAN)] {
         let tensor = [value; 16];
-        let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+        let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
         let report = probe.measure(&vec![HostTensor::F32(&tensor); plan.tensors().len()]).unwrap();
         let mut health = Health::new(&plan, Rules::default()).unwrap();
         group.bench_function(name, |b| b.iter(|| health.diagnose(black_box(&report)).unwrap()));

@@ -9,7 +9,7 @@
 
 use clap::Parser;
 use gradprobe::{
-    Config, CpuProbe, DType, Error, GsnrConfig, HostTensor, Plan, Verdict,
+    Config, Probe, DType, Error, GsnrConfig, HostTensor, Plan, Verdict,
     health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, charts::ChartFolder, live::Live},
 };
@@ -53,7 +53,7 @@ fn run(options: &Options) -> Result<(), Error> {
     });
     let plan = Plan::new(tensors)?;
     let mut health = Health::new(&plan, Rules::default())?;
-    let mut probe = CpuProbe::new(plan.clone(), Config::default().max_norm(1.0))?;
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::default().clip(Clip::global_norm(1.0)))?;
     probe.track(&GsnrConfig::default())?;
     probe.enable_histogram();
 
@@ -82,7 +82,7 @@ fn run(options: &Options) -> Result<(), Error> {
         let mut entry = Entry::new(report).with_diagnosis(&diagnosis)?;
         // What costs more than a read is for every fifth step.
         if step % 5 == 0 {
-            entry = entry.with_histogram(probe.histogram(&gradients)?)?.with_gsnr(probe.gsnr()?)?;
+            entry = entry.with_histogram(probe.histogram(&gradients)?)?.with_gsnr(probe.gsnr_report()?)?;
         }
         writers.send(entry);
         if options.live {

@@ -105,12 +105,13 @@ KERNEL(6) gradprobe_adaptive(Arguments a) {
     SHARED(UnitScratch, scratch);
     if (a.outputs->skip) return;
     const AdaptiveRule &rule = *a.adaptive;
-    const Units *all = (const Units *)(&rule + 1);
+    const Units *all = rule.units;
     double divisor = divisor_of(a.outputs->loss_scale);
     u32 tensor = 0;
     for (u64 unit = blockIdx.x; unit < rule.unit_count; unit += gridDim.x) {
         while (unit >= all[tensor + 1].first) tensor++;
         const Units &units = all[tensor];
+        if (!a.addresses[tensor] || !units.address) continue; // absent
         u32 dtype = a.tensors[tensor].dtype, size = dtype == DTYPE_F32 ? 4 : 2;
         u64 first = (unit - units.first) * units.length, address = a.addresses[tensor] + first * size;
         u32 weight_size = units.dtype == DTYPE_F32 ? 4 : 2;

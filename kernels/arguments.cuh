@@ -65,6 +65,7 @@ struct HistoryStep {
 };
 static_assert(sizeof(HistoryStep) == 112, "src/history.rs");
 
+constexpr u32 NO_ELEMENTS = 1u << 31; // in the flags of a tensor that is absent or has none
 struct HistoryTensor {
     double finite_l2_norm;
     float max_abs, zero_fraction, dead_fraction;
@@ -81,13 +82,6 @@ struct ClipState {
 };
 static_assert(sizeof(ClipState) == 32, "src/policy.rs");
 
-// The rule of the adaptive clip, behind which the units of each tensor stand, and one entry more with their number.
-struct AdaptiveRule {
-    double clipping, epsilon;
-    u64 unit_count, reserved;
-};
-static_assert(sizeof(AdaptiveRule) == 32, "src/launch/adaptive.rs");
-
 // The units of one tensor, and where its weights are.
 struct Units {
     u64 address, length; // elements of a unit
@@ -95,7 +89,15 @@ struct Units {
     u32 dtype;
     u32 reserved;
 };
-static_assert(sizeof(Units) == 32, "src/launch/adaptive.rs");
+static_assert(sizeof(Units) == 32, "src/clip/adaptive/room.rs");
+
+// The rule of the adaptive clip.
+struct AdaptiveRule {
+    double clipping, epsilon;
+    u64 unit_count;
+    const Units *units; // of each tensor, and one entry more with the number of all
+};
+static_assert(sizeof(AdaptiveRule) == 32, "src/clip/adaptive/room.rs");
 
 // What an adaptive clip did to a tensor.
 struct AdaptiveRecord {
@@ -155,7 +157,7 @@ constexpr u32 REPLICATED = 0;         // in `count`: all of it on each
 constexpr u32 EVERYWHERE = 0xffffffffu; // a part on each, in their order
 
 struct Arguments {
-    const u64 *addresses;       // of the tensors' elements
+    const u64 *addresses;       // of the tensors' elements; 0 of one that is absent
     const TensorEntry *tensors;
     const u32 *chunk_tensors;   // the tensor of each chunk
     void *chunk_parts;          // a slot a chunk for what it adds up to: a Record, in gradprobe_gsnr a GsnrSums
@@ -192,7 +194,7 @@ struct Arguments {
     const HealthRules *health_rules; // and behind them the exemptions of the tensors; null when there are none
     double *last_norms;         // of the last clean step, and behind it of its tensors
     u32 *health_words;          // of the tensors
-    const AdaptiveRule *adaptive; // and behind it the units of the tensors, and one more; null when there is none
+    const AdaptiveRule *adaptive; // null when there is none
     AdaptiveRecord *adaptive_records; // of the tensors
     const Samples *samples;     // null when nothing is sampled
     const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name

@@ -73,6 +73,7 @@ KERNEL(4) gradprobe_dot(Arguments a) {
         u32 tensor = a.chunk_tensors[index];
         Chunk x = chunk_of(a, index, tensor), y = x;
         const Other &other = a.others[tensor];
+        if (!other.address) x.length = y.length = 0;
         y.dtype = other.dtype;
         y.address = other.address + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK * (y.dtype == DTYPE_F32 ? 4 : 2);
         Dot lane;

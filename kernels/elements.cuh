@@ -155,7 +155,7 @@ DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u3
     default: call(BF16); break;                                                                                      \
     }
 
-// At most one chunk of a tensor's elements.
+// At most one chunk of a tensor's elements; none of one that is absent, whose address is 0.
 struct Chunk {
     u64 address;
     u32 length;
@@ -166,7 +166,8 @@ struct Chunk {
 DEVICE Chunk chunk_of(const Arguments &a, u32 index, u32 tensor) {
     const TensorEntry &entry = a.tensors[tensor];
     u64 first = (u64)(index - entry.first_chunk) * CHUNK;
-    u64 rest = entry.length - first;
+    u64 rest = entry.length - first, address = a.addresses[tensor];
     u64 size = entry.dtype == DTYPE_F32 ? 4 : 2;
-    return {a.addresses[tensor] + first * size, rest < CHUNK ? (u32)rest : CHUNK, entry.dtype, entry.dead_bits};
+    u32 length = rest < CHUNK ? (u32)rest : CHUNK;
+    return {address + first * size, address ? length : 0, entry.dtype, entry.dead_bits};
 }

@@ -95,7 +95,7 @@ DEVICE void judge_tensors(StepHealth &step, const Arguments &a, bool finite) {
             atomicMax(&step.largest, double_to_bits(norm));
             atomicMin(&step.smallest, double_to_bits(norm));
         }
-        if (finite) last_norms[i] = norm;
+        if (finite && r.count > 0) last_norms[i] = norm; // one that is absent keeps its own
     }
 }
 

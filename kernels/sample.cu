@@ -11,7 +11,9 @@ KERNEL(8) gradprobe_sample(Arguments a) {
     for (u32 k = blockIdx.x * LANES + threadIdx.x; k < samples.count; k += gridDim.x * LANES) {
         SamplePlace place = samples.places[k];
         u32 dtype = a.tensors[place.tensor].dtype;
-        u64 address = a.addresses[place.tensor] + place.index * (dtype == DTYPE_F32 ? 4 : 2);
-        samples.ring[slot * samples.count + k] = widen(dtype, chunk_element({address, 1, dtype, 0}, 0));
+        u64 first = a.addresses[place.tensor], address = first + place.index * (dtype == DTYPE_F32 ? 4 : 2);
+        // NaN of a tensor that is absent.
+        samples.ring[slot * samples.count + k] =
+            first ? widen(dtype, chunk_element({address, 1, dtype, 0}, 0)) : bits_to_float(0x7fc00000u);
     }
 }

@@ -58,13 +58,16 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
     }
 }
 
+// Whether a tensor has no gradient in this step, which is then no step of it.
+DEVICE bool is_absent(const Arguments &a, u32 tensor) { return !a.addresses[tensor] && a.tensors[tensor].length > 0; }
+
 KERNEL(8) gradprobe_update(Arguments a) {
     SHARED(u32, last);
     float unscale = (float)(1.0 / divisor_of(a.outputs->loss_scale));
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end, tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
-        if (track.offset == UNTRACKED || !is_merged(a.records[tensor])) continue;
+        if (track.offset == UNTRACKED || is_absent(a, tensor) || !is_merged(a.records[tensor])) continue;
         u32 steps = is_full(track, a.window) ? 1 : track.steps + 1;
         Chunk chunk = chunk_of(a, index, tensor);
         u64 first = track.offset + (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
@@ -77,6 +80,6 @@ KERNEL(8) gradprobe_update(Arguments a) {
     BARRIER();
     if (!last_of(last, a.tensors_done, gridDim.x)) return;
     for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
-        if (a.tracks[i].offset != UNTRACKED) track_step(a.tracks[i], a.records[i], a.window);
+        if (a.tracks[i].offset != UNTRACKED && !is_absent(a, i)) track_step(a.tracks[i], a.records[i], a.window);
     }
 }

@@ -6,19 +6,19 @@ mod common;
 
 use common::normal::Normal;
 use gradprobe::{
-    AccumulationNoise, Config, CpuProbe, DType, Error, Estimate, HostTensor, NoiseEstimate, NoiseScale, Plan, Report,
+    AccumulationNoise, Config, Probe, DType, Error, Estimate, HostTensor, NoiseEstimate, NoiseScale, Plan, Report,
 };
 
 /// Reports on tensors that tests say of which norm they are.
 struct Norms {
     plan: Plan,
-    probe: CpuProbe,
+    probe: Probe,
 }
 
 impl Norms {
     fn new(tensors: usize) -> Self {
         let plan = Plan::new((0..tensors).map(|t| (t.to_string(), DType::F32, 1))).unwrap();
-        Self { probe: CpuProbe::new(plan.clone(), Config::default()).unwrap(), plan }
+        Self { probe: Probe::new(Cpu, plan.clone(), Config::default()).unwrap(), plan }
     }
 
     /// On tensors of one element each.
@@ -90,7 +90,7 @@ fn an_accumulation_is_fitted_by_least_squares_under_the_whole_covariance() {
 /// A trainer's micro-batches: gradients of some tensors with a mean and a standard deviation for each element.
 struct Trainer {
     plan: Plan,
-    probe: CpuProbe,
+    probe: Probe,
     normal: Normal,
     tensors: Vec<(usize, f64, f64)>,
 }
@@ -100,7 +100,7 @@ impl Trainer {
     fn new(seed: u64, tensors: &[(usize, f64, f64)]) -> Self {
         let named = tensors.iter().enumerate();
         let plan = Plan::new(named.map(|(t, of)| (t.to_string(), DType::F32, of.0 as u64))).unwrap();
-        let probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+        let probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
         Self { plan, probe, normal: Normal::new(seed), tensors: tensors.to_vec() }
     }
 

@@ -7,10 +7,10 @@ mod common;
 
 use common::normal::Normal;
 use gradprobe::{
-    AdamMoments, AdamStep, Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor,
+    AdamMoments, AdamStep, Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor,
     Plan, launch::RawMoments,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 /// Moments as an optimizer keeps them, in f32, and the same in f64.
 #[derive(Clone)]
@@ -58,7 +58,7 @@ impl Optimizer {
 
     fn record(&self) -> GsnrRecord {
         let plan = Plan::new([("weight", DType::BF16, self.exp_avg.len() as u64)]).unwrap();
-        let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&self.at(), &[self.moments()]).unwrap();
+        let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&self.at(), &[self.moments()]).unwrap();
         records(&report)[0].1
     }
 
@@ -207,7 +207,7 @@ fn known(beta1: f64, steps: u32, ratio: f64) -> Vec<GsnrRecord> {
         .zip(optimizer.exp_avg_sq.chunks(ELEMENTS))
         .map(|(exp_avg, exp_avg_sq)| AdamMoments { exp_avg, exp_avg_sq })
         .collect();
-    let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&optimizer.at(), &moments).unwrap();
+    let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&optimizer.at(), &moments).unwrap();
     records(&report).into_iter().map(|(_, record)| record).collect()
 }
 
@@ -281,7 +281,7 @@ fn what_is_no_number_and_what_does_not_vary_is_counted_and_left_out() {
     near("sum of variances", seen.sum_variance, whole.sum_variance, 1e-12);
     near("mean", seen.mean().unwrap(), whole.mean().unwrap(), 1e-12);
     let plan = Plan::new([("weight", DType::F32, LENGTH as u64)]).unwrap();
-    let report = CpuProbe::new(plan, Config::default()).unwrap().adam_gsnr(&broken.at(), &[broken.moments()]).unwrap();
+    let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&broken.at(), &[broken.moments()]).unwrap();
     let table = report.to_string();
     assert!(table.contains("\nweight: 5 elements left out, whose moments are NaN or infinite\n"), "{table}");
     let scale = whole.sum_variance / whole.squared_gradient().unwrap();
@@ -331,7 +331,7 @@ fn bytes(report: &GsnrReport) -> Vec<(String, Vec<u8>)> {
 fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
     let tensors = tensors();
     let step = tensors[0].at();
-    let cpu = CpuProbe::new(plan_of(&tensors), Config::default()).unwrap();
+    let cpu = Probe::new(Cpu, plan_of(&tensors), Config::default()).unwrap();
     // All, and without the moments of some.
     for left_out in [0..0, 0..1, 3..6] {
         let given = |t: usize| !left_out.contains(&t);
@@ -350,7 +350,7 @@ fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
             (Schedule::Shuffled(3), 64),
         ] {
             let mut probe =
-                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan_of(&tensors), Config::default())
+                Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan_of(&tensors), Config::default())
                     .unwrap();
             let _lent = lend(&raw);
             // Twice: the bins must be empty again.
@@ -379,7 +379,7 @@ fn moments_at_any_element_have_the_same_bits() {
         let (m, v) = (shifted(&optimizer.exp_avg, a), shifted(&optimizer.exp_avg_sq, b));
         let (m, v) = (&m[a..a + optimizer.exp_avg.len()], &v[b..b + optimizer.exp_avg.len()]);
         let raw = RawMoments { exp_avg: m.as_ptr() as u64, exp_avg_sq: v.as_ptr() as u64, len: m.len() as u64 };
-        let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+        let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
         let _lent = lend(&[raw]);
         // SAFETY: as above.
         let seen = unsafe { probe.inner().adam_gsnr_raw(&optimizer.at(), &[raw]) }.unwrap();
@@ -394,13 +394,13 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     (0..3).for_each(|step| optimizer.update(|j| gradients(3, step)[j]));
     let (good, moments, raw) = (optimizer.at(), optimizer.moments(), optimizer.raw());
     let plan = || Plan::new([("first", DType::F32, 32), ("second", DType::F16, 32)]).unwrap();
-    let mut cpu = CpuProbe::new(plan(), Config::default()).unwrap();
-    let mut simt = SimtProbe::new(plan(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, plan(), Config::default()).unwrap();
+    let mut simt = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     // What is tracked beside must stay as it is.
     let halves = [half::f16::ONE; 32];
     for step in 0..2 {
         let gradients = gradients(4, step);
-        for probe in [&mut cpu as &mut dyn Backend, &mut simt] {
+        for probe in [&mut cpu as &mut Probe, &mut simt] {
             if step == 0 {
                 probe.track(&GsnrConfig::new()).unwrap();
             }
@@ -477,7 +477,7 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
         assert_eq!(unsafe { simt.inner().adam_gsnr_raw(&good, &all) }.unwrap_err(), error);
     }
     let large = Plan::new([("large", DType::F32, 1 << 32)]).unwrap();
-    let mut probe = SimtProbe::new(large, Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), large, Config::default()).unwrap();
     // SAFETY: refused before anything is read.
     let refused = unsafe { probe.inner().adam_gsnr_raw(&good, &[RawMoments { len: 1 << 32, ..raw }]) };
     assert_eq!(refused.unwrap_err(), Error::TooLargeToTrack { name: "large".to_owned(), length: 1 << 32 });
@@ -486,8 +486,8 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     // SAFETY: the moments live, and the launch has run on return.
     let seen = unsafe { simt.inner().adam_gsnr_raw(&good, &[raw; 2]) }.unwrap();
     assert!(bytes(&seen) == expected);
-    for probe in [&mut cpu as &mut dyn Backend, &mut simt] {
-        assert!(bytes(&probe.gsnr().unwrap()) == tracked);
+    for probe in [&mut cpu as &mut Probe, &mut simt] {
+        assert!(bytes(&probe.gsnr_report().unwrap()) == tracked);
     }
     assert!(bytes(&cpu.adam_gsnr(&good, &[moments; 2]).unwrap()) == expected);
 }
@@ -496,15 +496,15 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
 fn no_moments_at_all_give_a_report_without_records() {
     let plan = || Plan::new([("weight", DType::F32, 32)]).unwrap();
     let step = AdamStep { step: 2, beta1: 0.9, beta2: 0.999 };
-    let cpu = CpuProbe::new(plan(), Config::default()).unwrap();
+    let cpu = Probe::new(Cpu, plan(), Config::default()).unwrap();
     let early = cpu.adam_gsnr(&AdamStep { step: 1, ..step }, &[AdamMoments::default()]);
     assert_eq!(early.unwrap_err(), Error::TooFewSteps { steps: 1 });
     let report = cpu.adam_gsnr(&step, &[AdamMoments::default()]).unwrap();
     assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
-    let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     // SAFETY: there is nothing to read.
     let report = unsafe { probe.inner().adam_gsnr_raw(&step, &[RawMoments::default()]) }.unwrap();
     assert_eq!(report.tensors().len(), 0);
-    let empty = CpuProbe::new(Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
+    let empty = Probe::new(Cpu, Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
     assert_eq!(empty.adam_gsnr(&step, &[]).unwrap().tensors().len(), 0);
 }

@@ -12,10 +12,10 @@ use common::{
     placed,
 };
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, CpuProbe, DType, Error, HostTensor,
+    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, Probe, DType, Error, HostTensor,
     HostTensorMut, NonFinitePolicy, Plan, launch::RawTensor,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 /// Elements of a tensor, of a unit of it, and the types of gradient and weight.
 const SHAPES: [(usize, usize, DType, DType); 12] = [
@@ -55,7 +55,7 @@ fn plan() -> Plan {
 
 /// What a probe makes of the gradients, at misalignments of their own.
 fn run(
-    probe: &mut dyn Backend,
+    probe: &mut Probe,
     [gradients, weights]: &[Vec<Data>; 2],
     offset: usize,
 ) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
@@ -70,7 +70,7 @@ fn run(
 
 /// The same with a probe made for it.
 fn on_cpu(config: Config, clip: &AdaptiveClip, lists: &[Vec<Data>; 2]) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
-    let mut probe = CpuProbe::new(plan(), config).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), config).unwrap();
     probe.enable_adaptive_clip(clip).unwrap();
     run(&mut probe, lists, 0)
 }
@@ -152,7 +152,7 @@ fn no_order_no_grid_and_no_place_changes_a_bit() {
     let schedules = [Schedule::Forward, Schedule::Reverse].into_iter().chain((0..5).map(Schedule::Shuffled));
     for ((schedule, blocks), offset) in schedules.zip([0, 1, 2, 64, 5, 2000, 7]).zip([0, 8, 3, 1, 15, 2, 6]) {
         let mut probe =
-            SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
+            Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
         probe.enable_adaptive_clip(&clip()).unwrap();
         for call in 0..2 {
             let (clipped, report) = run(&mut probe, &lists, offset + call);
@@ -178,7 +178,7 @@ fn what_is_not_finite_goes_by_the_policy() {
         let config = Config::default().non_finite(policy);
         let (clipped, report) = on_cpu(config, &clip(), &lists);
         for schedule in [Schedule::Forward, Schedule::Shuffled(9)] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
+            let mut probe = Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
             probe.enable_adaptive_clip(&clip()).unwrap();
             let seen = run(&mut probe, &lists, 5);
             assert!(seen.0 == clipped && seen.1.records() == report.records(), "{policy:?}");
@@ -210,7 +210,7 @@ fn what_is_not_finite_goes_by_the_policy() {
 fn weights_of_zero_leave_room_for_a_gradient() {
     let (mut gradient, weight) = ([3.0f32, 4.0, 0.0, 1e-6], [0.0f32; 4]);
     let plan = Plan::new([("bias", DType::F32, 4)]).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     probe.enable_adaptive_clip(&AdaptiveClip::new([2]).clipping(0.1).epsilon(0.5)).unwrap();
     probe.measure(&[HostTensor::F32(&gradient)]).unwrap();
     let report = probe.clip_adaptively(&mut [HostTensorMut::F32(&mut gradient)], &[HostTensor::F32(&weight)]).unwrap();
@@ -223,14 +223,14 @@ fn weights_of_zero_leave_room_for_a_gradient() {
 fn what_cannot_be_right_is_refused_and_changes_nothing() {
     let plan = || Plan::new([("a", DType::F32, 6), ("b", DType::F16, 4)]).unwrap();
     let (a, b) = (nearest_all(DType::F32, 6), nearest_all(DType::F16, 4));
-    let probes: [Box<dyn Backend>; 2] = [
-        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
-        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    let probes: [Probe; 2] = [
+        Probe::new(Cpu, plan(), Config::default()).unwrap(),
+        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
     ];
     for mut probe in probes {
         let (mut x, mut y) = (a.clone(), b.clone());
         let weights = [a.tensor(), b.tensor()];
-        let mut clip = |probe: &mut dyn Backend, weights: &[HostTensor<'_>]| {
+        let mut clip = |probe: &mut Probe, weights: &[HostTensor<'_>]| {
             probe.clip_adaptively_host(&mut [x.tensor_mut(), y.tensor_mut()], weights).map(drop)
         };
         assert_eq!(clip(&mut *probe, &weights), Err(Error::NotEnabled { what: "adaptive_clip" }));
@@ -259,7 +259,7 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
     }
 
     // Weights that share memory with a gradient, which only bare addresses can.
-    let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     probe.enable_adaptive_clip(&AdaptiveClip::new([3, 4])).unwrap();
     let raw = |data: &Data| {
         let tensor = data.tensor();

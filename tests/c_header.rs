@@ -2,7 +2,7 @@
 //! size, every constant, and the values of a report read through the C structs.
 
 use bytemuck::Zeroable;
-use gradprobe::{Config, CpuProbe, DType, HostTensor, NonFinitePolicy, Plan, Record, StepOutputs};
+use gradprobe::{Config, Probe, DType, HostTensor, NonFinitePolicy, Plan, Record, StepOutputs};
 use std::{fmt::Write as _, fs, io::Write as _, mem::offset_of, path::Path, process::Command};
 use std::{path::PathBuf, process::Stdio};
 use tempfile::TempDir;
@@ -240,8 +240,8 @@ fn c_reads_what_a_step_left() {
     let mut elements: Vec<f32> = (0..1000u16).map(|i| f32::from(i) - 300.5).collect();
     (elements[17], elements[40], elements[41]) = (f32::NAN, f32::NEG_INFINITY, 0.0);
     let plan = Plan::new([("first", DType::F32, 1000), ("second", DType::F32, 500)]).unwrap();
-    let config = Config::default().max_norm(2.5).non_finite(NonFinitePolicy::ZeroNonFinite);
-    let mut probe = CpuProbe::new(plan, config).unwrap();
+    let config = Config::default().clip(Clip::global_norm(2.5)).non_finite(NonFinitePolicy::ZeroNonFinite);
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
     let tensors = [HostTensor::F32(&elements), HostTensor::F32(&elements[500..])];
     probe.measure(&tensors).unwrap();
     let report = probe.measure(&tensors).unwrap();

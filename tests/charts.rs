@@ -4,7 +4,7 @@ mod entries;
 
 use entries::{deep, entries};
 use gradprobe::{
-    Config, CpuProbe, Error, Plan,
+    Config, Probe, Error, Plan,
     write::{
         Entry, Sink,
         charts::{Chart, ChartFolder, Course},
@@ -186,7 +186,7 @@ fn a_thousand_tensors_are_readable() {
 #[test]
 fn pictures_of_nothing_say_so() {
     let mut probe =
-        CpuProbe::new(Plan::new([] as [(&str, gradprobe::DType, u64); 0]).unwrap(), Config::default()).unwrap();
+        Probe::new(Cpu, Plan::new([] as [(&str, gradprobe::DType, u64); 0]).unwrap(), Config::default()).unwrap();
     let entries = [Entry::new(probe.measure(&[]).unwrap())];
     for (name, _, pixels, texts) in drawn("nothing", &entries) {
         assert!(!pixels.is_blank());

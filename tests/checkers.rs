@@ -13,7 +13,7 @@ use common::gsnr_cases;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, Backend, Config, CpuProbe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
+    AdaptiveClip, AdaptiveClipReport, Backend, Config, Probe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
     GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
     SampleConfig, SampleReport, StepOutputs, health::Health,
 };
@@ -248,7 +248,7 @@ fn bounds_of_the_variance_are_those_of_the_contract() {
 
 fn measured(values: &[f32], config: Config) -> (Record, StepOutputs) {
     let plan = Plan::new([("w", DType::F32, values.len() as u64)]).unwrap();
-    let report = CpuProbe::new(plan, config).unwrap().measure(&[HostTensor::F32(values)]).unwrap();
+    let report = Probe::new(Cpu, plan, config).unwrap().measure(&[HostTensor::F32(values)]).unwrap();
     (report.records()[0], *report.outputs())
 }
 
@@ -278,7 +278,7 @@ fn no_bit_of_a_record_can_differ_unnoticed() {
 
 #[test]
 fn no_bit_of_the_scalars_can_differ_unnoticed() {
-    for config in [Config::default(), Config::default().max_norm(1.0).non_finite(NonFinitePolicy::Propagate)] {
+    for config in [Config::default(), Config::default().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::Propagate)] {
         let (_, outputs) = measured(&sample(config.max_norm.is_some()), config);
         assert_eq!(check::same_outputs(&outputs, &outputs), [""; 0]);
         for (bit, wrong) in flipped(outputs) {
@@ -294,7 +294,7 @@ fn no_bit_of_the_scalars_can_be_wrong_unnoticed() {
     for policy in policies {
         for nonfinite in [false, true] {
             let values = sample(nonfinite);
-            let config = Config::default().max_norm(0.7).non_finite(policy);
+            let config = Config::default().clip(Clip::global_norm(0.7)).non_finite(policy);
             let (_, outputs) = measured(&values, config);
             let truths = [truth_of(&values)];
             assert_eq!(check::check_outputs(&outputs, 1, &truths, &config), [""; 0]);
@@ -335,7 +335,7 @@ fn swapped_and_missing_tensors_are_noticed() {
     let (one, two) = (sample(false), sample(true));
     let truths = [truth_of(&one), truth_of(&two)];
     let plan = Plan::new(names.iter().map(|n| (n.as_str(), DType::F32, 1000))).unwrap();
-    let report = CpuProbe::new(plan, Config::default()).unwrap();
+    let report = Probe::new(Cpu, plan, Config::default()).unwrap();
     let report = { report }.measure(&[HostTensor::F32(&one), HostTensor::F32(&two)]).unwrap();
     let (records, outputs) = (report.records().to_vec(), report.outputs());
     let check = |records: &[Record]| check::check_step(&names, records, outputs, 1, &truths, &Config::default());
@@ -393,7 +393,7 @@ fn a_written_guard_is_noticed_at_every_byte() {
 
 /// A backend with a fault: what it measures is falsified before, what it clips after.
 struct Faulty {
-    probe: CpuProbe,
+    probe: Probe,
     /// Changes what is read; is told the step and whether the first tensor lies at a multiple of 16 bytes.
     read: fn(&mut Vec<Data>, u64, bool),
     /// Changes what was written; is given what was there before.
@@ -429,7 +429,7 @@ macro_rules! keeps_as {
             self.$field.sample(tensors)
         }
         fn samples(&mut self) -> Result<SampleReport, Error> {
-            self.$field.samples()
+            self.$field.sample_report()
         }
         fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
             self.$field.judge_by(health)
@@ -470,7 +470,7 @@ macro_rules! keeps_as {
             self.$field.tag(tag)
         }
         fn history(&mut self) -> Result<HistoryReport, Error> {
-            self.$field.history()
+            self.$field.history_report()
         }
     };
 }
@@ -505,8 +505,8 @@ fn complaints_of(
     read: fn(&mut Vec<Data>, u64, bool),
     write: fn(&mut [HostTensorMut<'_>], &[Data]),
 ) -> Vec<String> {
-    let mut make = |plan, config| -> Box<dyn Backend> {
-        Box::new(Faulty { probe: CpuProbe::new(plan, config).unwrap(), read, write, step: 0 })
+    let mut make = |plan, config| -> Probe {
+        Box::new(Faulty { probe: Probe::new(Cpu, plan, config).unwrap(), read, write, step: 0 })
     };
     run_case(case, &mut make, &Effort { large: false, offsets: 3 })
 }
@@ -607,7 +607,7 @@ fn the_harness_complains_of_faulty_clips() {
 /// A backend that refuses what it should not, and one that takes what it should refuse.
 #[test]
 fn the_harness_complains_of_wrong_refusals() {
-    struct Careless(CpuProbe);
+    struct Careless(Probe);
     impl Backend for Careless {
         tracks_as!(0);
         keeps_as!(0);
@@ -629,12 +629,12 @@ fn the_harness_complains_of_wrong_refusals() {
             Ok(())
         }
     }
-    let mut careless = |plan, config| -> Box<dyn Backend> { Box::new(Careless(CpuProbe::new(plan, config).unwrap())) };
+    let mut careless = |plan, config| -> Probe { Box::new(Careless(Probe::new(Cpu, plan, config).unwrap())) };
     let complaints = common::refuses_what_was_not_planned(&mut careless);
     for what in ["before any measurement", "not counted as a step", "clip of another length", "clip of too few"] {
         assert!(complaints.iter().any(|c| c.contains(what)), "{what}: {complaints:?}");
     }
-    let mut honest = |plan, config| -> Box<dyn Backend> { Box::new(CpuProbe::new(plan, config).unwrap()) };
+    let mut honest = |plan, config| -> Probe { Probe::new(Cpu, plan, config).unwrap() };
     assert_eq!(common::refuses_what_was_not_planned(&mut honest), [""; 0]);
 }
 
@@ -737,12 +737,12 @@ fn tracked_sample() -> (GsnrRecord, gsnr::Truth) {
         Data::of_bits(DType::F32, (0..200).map(|i| value(i).to_bits()))
     };
     let steps: Vec<Data> = (0..6).map(step).collect();
-    let mut probe = CpuProbe::new(Plan::new([("w", DType::F32, 200)]).unwrap(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, Plan::new([("w", DType::F32, 200)]).unwrap(), Config::default()).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();
     for step in &steps {
         probe.measure(&[step.tensor()]).unwrap();
     }
-    let record = *probe.gsnr().unwrap().tensors().next().unwrap().1;
+    let record = *probe.gsnr_report().unwrap().tensors().next().unwrap().1;
     (record, gsnr::truth(&steps.iter().collect::<Vec<_>>(), 0))
 }
 
@@ -793,7 +793,7 @@ fn a_wrong_noise_scale_is_noticed() {
 
 /// A backend that tracks in some way wrongly.
 struct Mistracking {
-    inner: CpuProbe,
+    inner: Probe,
     steps: usize,
     fault: TrackingFault,
 }
@@ -876,8 +876,8 @@ impl Backend for Mistracking {
 #[test]
 fn the_harness_complains_of_faulty_tracking() {
     let complaints = |fault, name: Option<&str>| {
-        let mut make = |plan: Plan| -> Box<dyn Backend> {
-            Box::new(Mistracking { inner: CpuProbe::new(plan, Config::default()).unwrap(), steps: 0, fault })
+        let mut make = |plan: Plan| -> Probe {
+            Box::new(Mistracking { inner: Probe::new(Cpu, plan, Config::default()).unwrap(), steps: 0, fault })
         };
         let Some(name) = name else { return gsnr::refuses_what_cannot_be_tracked(&mut make) };
         let case = gsnr_cases::cases().into_iter().find(|case| case.name == name).expect("a case of this name");

@@ -7,14 +7,14 @@ use common::cases::{Case, Data, Tensor, cases};
 use common::check;
 use common::oracle::Exact;
 use common::{Effort, Prepared, demand_none, run_all};
-use gradprobe::{Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Record, StepOutputs};
+use gradprobe::{Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Record, StepOutputs};
 use half::bf16;
 use memmap2::MmapOptions;
 use rayon::{ThreadPoolBuilder, prelude::*};
 
 #[test]
 fn the_table_of_cases() {
-    run_all(&mut |plan, config| Box::new(CpuProbe::new(plan, config).unwrap()), &Effort::FULL);
+    run_all(&mut |plan, config| Probe::new(Cpu, plan, config).unwrap(), &Effort::FULL);
 }
 
 /// One step: records, scalars, and what the clip leaves.
@@ -25,8 +25,8 @@ struct Step {
 }
 
 fn step(names: &[String], data: &[Data], config: Config) -> Step {
-    let plan = Plan::of_host(names.iter().map(String::as_str).zip(data.iter().map(Data::tensor))).unwrap();
-    let mut probe = CpuProbe::new(plan, config).unwrap();
+    let plan = plan_of(names.iter().map(String::as_str).zip(data.iter().map(Data::tensor))).unwrap();
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
     let report = probe.measure(&data.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
     let mut clipped = data.to_vec();
     let mut tensors: Vec<HostTensorMut<'_>> = clipped.iter_mut().map(Data::tensor_mut).collect();
@@ -145,7 +145,7 @@ fn more_elements_than_32_bits_count_pytorch_169930() {
     let small = [2.0f32; 3];
     let names = ["small".to_owned(), "large".to_owned()];
     let plan = Plan::new([("small", DType::F32, 3), ("large", DType::BF16, LENGTH as u64)]).unwrap();
-    let mut probe = CpuProbe::new(plan, config).unwrap();
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
     for (turn, last) in [values[5].1, bf16::NAN].into_iter().enumerate() {
         values[5].1 = last;
         let mut exact = [Exact::new(DType::F32, config.dead_threshold), Exact::new(DType::BF16, config.dead_threshold)];
@@ -167,16 +167,16 @@ fn more_elements_than_32_bits_count_pytorch_169930() {
 
 #[test]
 fn settings_out_of_range_are_refused_by_name() {
-    let make = |config| CpuProbe::new(Plan::new([("w", DType::F32, 1)]).unwrap(), config).map(drop);
+    let make = |config| Probe::new(Cpu, Plan::new([("w", DType::F32, 1)]).unwrap(), config).map(drop);
     for threshold in [f32::NAN, f32::INFINITY, -1e-10, -f32::from_bits(1)] {
         let refused = make(Config::default().dead_threshold(threshold));
         assert!(matches!(refused, Err(Error::InvalidConfig { option: "dead_threshold", .. })), "{threshold}");
     }
     for max_norm in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, -0.0] {
-        let refused = make(Config::default().max_norm(max_norm));
+        let refused = make(Config::default().clip(Clip::global_norm(max_norm)));
         assert!(matches!(refused, Err(Error::InvalidConfig { option: "max_norm", .. })), "{max_norm}");
     }
-    for config in [Config::default().dead_threshold(0.0), Config::default().max_norm(5e-324)] {
+    for config in [Config::default().dead_threshold(0.0), Config::default().clip(Clip::global_norm(5e-324))] {
         assert_eq!(make(config), Ok(()));
     }
 }

@@ -12,8 +12,8 @@ use common::{
     oracle::{Format, Number, Wide, power_of_two},
     placed, short, tensors,
 };
-use gradprobe::{Backend, Config, CpuProbe, DType, Dot, DotReport, Error, HostTensor, Plan, launch::RawTensor};
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe::{Backend, Config, Probe, DType, Dot, DotReport, Error, HostTensor, Plan, launch::RawTensor};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -94,14 +94,14 @@ impl Exact {
 }
 
 /// The dot products of a case, both lists placed at misalignments of their own.
-fn run(probe: &mut dyn Backend, a: &[Data], b: &[Data], offset: usize) -> DotReport {
+fn run(probe: &mut Probe, a: &[Data], b: &[Data], offset: usize) -> DotReport {
     let (a, b) = (placed(a, offset, 1), placed(b, offset, offset));
     let (a, b): (Vec<_>, Vec<_>) = (a.iter().map(Placed::tensor).collect(), b.iter().map(Placed::tensor).collect());
     probe.dot_host(&a, &b).unwrap()
 }
 
-fn cpu(prepared: &Prepared) -> CpuProbe {
-    let mut probe = CpuProbe::new(prepared.plan(), Config::default()).unwrap();
+fn cpu(prepared: &Prepared) -> Probe {
+    let mut probe = Probe::new(Cpu, prepared.plan(), Config::default()).unwrap();
     probe.enable_dot();
     probe
 }
@@ -123,7 +123,7 @@ fn every_case_is_within_the_bounds_and_the_kernels_have_the_same_bits() {
         {
             found.extend(exact.check(name, a.len(), seen));
         }
-        let mut simt = SimtProbe::new(prepared.plan(), Config::default()).unwrap();
+        let mut simt = Probe::new(Simt::default(), prepared.plan(), Config::default()).unwrap();
         simt.enable_dot().unwrap();
         let offsets: &[usize] = if short() { &[1] } else { &[0, 1, 8] };
         for &offset in offsets {
@@ -151,13 +151,13 @@ fn no_order_and_no_grid_changes_a_bit() {
         long(DType::F32, 2),
     ];
     let b = [long(DType::F32, 3), Data::of_bits(DType::F16, (0..3).map(|_| 0x3c00)), long(DType::F16, 4)];
-    let plan = Plan::of_host(["x", "y", "z"].into_iter().zip(tensors(&a))).unwrap();
-    let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+    let plan = plan_of(["x", "y", "z"].into_iter().zip(tensors(&a))).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
     probe.enable_dot();
     let expected = probe.dot(&tensors(&a), &tensors(&b)).unwrap();
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7]) {
         let mut simt =
-            SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan.clone(), Config::default()).unwrap();
+            Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan.clone(), Config::default()).unwrap();
         simt.enable_dot().unwrap();
         for call in 0..2 {
             let seen = run(&mut simt, &a, &b, call);
@@ -174,7 +174,7 @@ fn known_answers() {
     let (x, y) =
         ([3.0f32, 0.0, -4.0, f32::NAN, 1e38], [bf16::from_f32(2.0), bf16::ONE, bf16::ONE, bf16::ONE, bf16::INFINITY]);
     let plan = || Plan::new([("x", DType::F32, 5), ("none", DType::F16, 0)]).unwrap();
-    let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
     probe.enable_dot();
     let lists = |b| ([HostTensor::F32(&x), HostTensor::F16(&[])], [b, HostTensor::BF16(&[])]);
     let (a, b) = lists(HostTensor::BF16(&y));
@@ -202,9 +202,9 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     let plan = || Plan::new([("first", DType::F32, 3), ("second", DType::BF16, 2)]).unwrap();
     let (three, two, two_f32) = ([1.0f32; 3], [bf16::ONE; 2], [2.0f32; 2]);
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
-    let probes: [Box<dyn Backend>; 2] = [
-        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
-        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    let probes: [Probe; 2] = [
+        Probe::new(Cpu, plan(), Config::default()).unwrap(),
+        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
     ];
     for mut probe in probes {
         assert_eq!(probe.dot_host(&good, &good).map(drop), Err(Error::NotEnabled { what: "dot" }));
@@ -225,7 +225,7 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
         assert_eq!(probe.dot_host(&good, &wide).unwrap().total().dot, 3.0 + 4.0);
         assert_eq!(probe.measure_host(&good).unwrap().step(), 1, "a dot product is no step");
     }
-    let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     probe.enable_dot().unwrap();
     let raw = |tensor: HostTensor<'_>| RawTensor {
         address: tensor.as_bytes().as_ptr() as u64,

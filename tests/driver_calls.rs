@@ -12,7 +12,7 @@ mod require;
 mod training;
 
 use gradprobe::{
-    AdaptiveClip, Config, CudaProbe, DType, Error, GsnrConfig, Plan,
+    AdaptiveClip, Config, Probe, DType, Error, GsnrConfig, Plan,
     cudarc::driver::{CudaContext, CudaSlice, CudaStream, result, sys},
 };
 use half::{bf16, f16};
@@ -69,7 +69,7 @@ impl Trace {
 fn driver() -> Option<(Trace, Arc<CudaStream>)> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(error) = CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+    if let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
         assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
         skipped(require::GPU, &error.to_string());
         return None;
@@ -129,7 +129,7 @@ impl Gradients {
     }
 
     /// A step as a trainer makes it: which calls it made, and of which step it got the report.
-    fn step(&mut self, trace: &Trace, probe: &mut CudaProbe) -> (Vec<String>, Option<u64>) {
+    fn step(&mut self, trace: &Trace, probe: &mut Probe) -> (Vec<String>, Option<u64>) {
         let mut reported = None;
         let calls = trace.of(|| {
             probe.measure(&[&self.f32, &self.f16, &self.bf16]).unwrap();
@@ -153,7 +153,7 @@ fn assert_calls(step: &str, calls: &[String], expected: &[&str]) {
 fn a_step_is_two_launches_and_a_copy_of_the_report() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
     // The first step tells the device where the gradients are.
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("the first step", &calls, &[ADDRESSES, MEASURE, CLIP, REPORT]);
@@ -185,7 +185,7 @@ fn a_step_is_two_launches_and_a_copy_of_the_report() {
 fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
     let Some((trace, stream)) = driver() else { return };
     let mut places = [Gradients::new(&stream), Gradients::new(&stream)];
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
     let _held = Held::new(&stream);
     for step in 0..4 {
         let (calls, _) = places[step % 2].step(&trace, &mut probe);
@@ -200,7 +200,7 @@ fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
     use gradprobe::{cuda::NcclCommunicator, ranks::Placement};
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
     let id = NcclCommunicator::unique_id().unwrap();
     let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
     probe.join(NcclCommunicator::new(&stream, 0, 1, id).unwrap(), placements).unwrap();
@@ -219,7 +219,7 @@ fn a_histogram_and_a_dot_product_are_a_launch_each() {
     let Some((trace, stream)) = driver() else { return };
     let gradients = Gradients::new(&stream);
     let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
     probe.enable_histogram().unwrap();
     probe.enable_dot().unwrap();
     let _held = Held::new(&stream);
@@ -239,7 +239,7 @@ fn a_histogram_and_a_dot_product_are_a_launch_each() {
 fn without_a_clip_a_step_is_one_launch() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
     gradients.step(&trace, &mut probe);
     let _held = Held::new(&stream);
     let (calls, _) = gradients.step(&trace, &mut probe);
@@ -252,7 +252,7 @@ fn an_adaptive_clip_is_a_launch() {
     let mut gradients = Gradients::new(&stream);
     let weights = Gradients::new(&stream);
     let weights = [&weights.f32 as _, &weights.f16 as _, &weights.bf16 as _];
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
     let units = Gradients::plan().tensors().iter().map(|tensor| tensor.len).collect::<Vec<_>>();
     probe.enable_adaptive_clip(&AdaptiveClip::new(units)).unwrap();
     probe.measure(&[&gradients.f32, &gradients.f16, &gradients.bf16]).unwrap();
@@ -274,7 +274,7 @@ fn weights_are_measured_in_the_launch_of_their_gradients() {
     let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
     let plan = Gradients::plan();
     let plan = plan.clone().with_weights(plan.tensors().iter().map(|tensor| tensor.dtype)).unwrap();
-    let mut probe = CudaProbe::new(&stream, plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, Config::default()).unwrap();
     let _held = Held::new(&stream);
     for addresses in [&["cuMemcpyHtoDAsync_v2 48 bytes pageable"][..], &[]] {
         let calls = trace.of(|| probe.measure_with_weights(&tensors, &tensors).unwrap());
@@ -287,7 +287,7 @@ fn weights_are_measured_in_the_launch_of_their_gradients() {
 fn a_tracked_step_is_one_launch_more() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = CudaProbe::new(&stream, Gradients::plan(), Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("the first tracked step", &calls, &[ADDRESSES, MEASURE, UPDATE, CLIP, REPORT]);
@@ -297,7 +297,7 @@ fn a_tracked_step_is_one_launch_more() {
     let calls = trace.of(|| probe.raw().launch_gsnr().unwrap());
     assert_calls("a reduction", &calls, &[GSNR]);
     drop(held);
-    let mut calls = trace.of(|| drop(probe.gsnr().unwrap()));
+    let mut calls = trace.of(|| drop(probe.gsnr_report().unwrap()));
     // Unless the copy has arrived already.
     calls.retain(|call| call != "cuEventSynchronize waits");
     assert_calls("a reduction that is read", &calls, &[GSNR, GSNR_REPORT]);

@@ -16,19 +16,19 @@ use common::{
     short,
 };
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan,
+    Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan,
     launch::{Arguments, Device, DeviceProbe, Kernel},
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use rayon::prelude::*;
 use std::cell::Cell;
 
-fn cpu(plan: Plan) -> Box<dyn Backend> {
-    Box::new(CpuProbe::new(plan, Config::default()).unwrap())
+fn cpu(plan: Plan) -> Probe {
+    Probe::new(Cpu, plan, Config::default()).unwrap()
 }
 
-fn simt(device: Simt) -> impl FnMut(Plan) -> Box<dyn Backend> {
-    move |plan| Box::new(SimtProbe::with(device, plan, Config::default()).unwrap())
+fn simt(device: Simt) -> impl FnMut(Plan) -> Probe {
+    move |plan| Probe::new(device, plan, Config::default()).unwrap()
 }
 
 #[test]
@@ -63,16 +63,16 @@ fn no_order_and_no_grid_changes_a_bit() {
 }
 
 /// The records of these steps of one tensor each, or of several, on a backend.
-fn track(probe: &mut dyn Backend, config: &GsnrConfig, steps: &[Vec<Data>]) -> GsnrReport {
+fn track(probe: &mut Probe, config: &GsnrConfig, steps: &[Vec<Data>]) -> GsnrReport {
     probe.track(config).unwrap();
     for tensors in steps {
         probe.measure_host(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
     }
-    probe.gsnr().unwrap()
+    probe.gsnr_report().unwrap()
 }
 
 fn plan_of(tensors: &[Data]) -> Plan {
-    Plan::of_host(tensors.iter().enumerate().map(|(t, data)| (t.to_string(), data.tensor()))).unwrap()
+    plan_of(tensors.iter().enumerate().map(|(t, data)| (t.to_string(), data.tensor()))).unwrap()
 }
 
 fn on_cpu(steps: &[Vec<Data>]) -> GsnrReport {
@@ -157,7 +157,7 @@ fn eight_steps_of_a_transformer_are_as_float64_has_them() {
         let tensors: Vec<Data> = expected.keys().map(data).collect();
         let probe = probe.get_or_insert_with(|| {
             let named = expected.keys().map(String::as_str).zip(tensors.iter().map(Data::tensor));
-            let mut probe = CpuProbe::new(Plan::of_host(named).unwrap(), Config::default()).unwrap();
+            let mut probe = Probe::new(Cpu, plan_of(named).unwrap(), Config::default()).unwrap();
             probe.track(&GsnrConfig::new()).unwrap();
             probe
         });
@@ -265,13 +265,13 @@ fn memory_that_is_not_there_is_an_error_and_what_was_tracked_stays() {
     }
     let tensors = (0..128).map(|t| (format!("large {t}"), DType::BF16, 1 << 31));
     let plan = Plan::new(tensors.chain([("small".to_owned(), DType::BF16, 3)])).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     let refused = probe.track(&GsnrConfig::new());
     assert!(matches!(refused, Err(Error::OutOfMemory { bytes }) if bytes >= 1 << 40), "{refused:?}");
-    assert_eq!(probe.gsnr().err(), Some(Error::NotTracked));
+    assert_eq!(probe.gsnr_report().err(), Some(Error::NotTracked));
     probe.track(&GsnrConfig::new().tensors(["small"])).unwrap();
     assert!(probe.track(&GsnrConfig::new()).is_err());
-    assert_eq!(probe.gsnr().err(), Some(Error::TooFewSteps { steps: 0 }));
+    assert_eq!(probe.gsnr_report().err(), Some(Error::TooFewSteps { steps: 0 }));
 }
 
 /// Normal numbers in pairs, by Box and Muller: unlike sums of uniforms, with the tails that variances of variances need.
@@ -382,17 +382,17 @@ fn a_thousand_equal_steps_are_constant_until_one_differs() {
     let value = |j: usize| [1.0 / 3.0, -255.9, 1e-3, 1e-12, 1e12][j % 5] * (1.0 + j as f32);
     let constant = f32s((0..100).map(value));
     let ulp = Data::of_bits(DType::F32, constant.bits().map(|bits| bits + 1));
-    let mut probe = CpuProbe::new(plan_of(std::slice::from_ref(&constant)), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan_of(std::slice::from_ref(&constant)), Config::default()).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();
     for _ in 0..1000 {
         probe.measure(&[constant.tensor()]).unwrap();
     }
-    let record = records(&probe.gsnr().unwrap())[0];
+    let record = records(&probe.gsnr_report().unwrap())[0];
     assert_eq!((record.steps, record.constant, record.defined), (1000, 100, 0));
     let norm = constant.bits().map(|bits| Format::F32.value(bits).powi(2)).sum::<f64>();
     assert!((record.sum_squared_mean / norm - 1.0).abs() < 1e-12, "constants are their own means");
     probe.measure(&[ulp.tensor()]).unwrap();
-    let record = records(&probe.gsnr().unwrap())[0];
+    let record = records(&probe.gsnr_report().unwrap())[0];
     assert_eq!((record.steps, record.constant, record.defined), (1001, 0, 100));
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use common::{golden, kinds, measure, named};
 use gradprobe::{
-    Config, CpuProbe, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Report, Severity, Verdict,
+    Config, Probe, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Report, Severity, Verdict,
     health::{
         Diagnosis, Flow, FlowMeasure, FlowRule, Groups, Health, Limits, Preset, Rules, Statistic, TensorType,
         ThresholdRule, UnderflowRule, advice, backward_order, risen, table, top_contributors, verdict_of,
@@ -430,7 +430,7 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     // Eight steps of pure noise beside eight of a signal, in 4096 elements each.
     let noise = |seed: u64, i: u64| named(seed, i) - 0.5;
     let plan = Plan::new([("noise", DType::F32, 4096), ("signal", DType::F32, 4096)]).unwrap();
-    let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();
     let mut health = Health::new(&plan, Rules::default()).unwrap();
     for step in 0..8 {
@@ -438,7 +438,7 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
         let signal: Vec<f32> = noise.iter().map(|x| x + 1e-3).collect();
         health.diagnose(&probe.measure(&[HostTensor::F32(&noise), HostTensor::F32(&signal)]).unwrap()).unwrap();
     }
-    let report = probe.gsnr().unwrap();
+    let report = probe.gsnr_report().unwrap();
     let findings = health.diagnose_gsnr(&report);
     let [finding] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!((finding.kind, finding.tensor.as_deref(), finding.step), (FindingKind::Noisy, Some("noise"), 8));
@@ -450,7 +450,7 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     // A fifth of the elements is 2^-60 of the largest: beyond what f16 spans, not bf16.
     let elements: Vec<f32> = (0..100).map(|i| if i % 5 == 0 { 2f32.powi(-60) } else { 1.0 }).collect();
     let plan = Plan::new([("a", DType::F32, 100)]).unwrap();
-    let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
     probe.enable_histogram();
     let report = probe.histogram(&[HostTensor::F32(&elements)]).unwrap();
     let findings = Health::new(&plan, Rules::default()).unwrap().diagnose_histogram(&report);

@@ -6,7 +6,7 @@ mod common;
 
 use common::{golden, kinds, measure, measure_with, named};
 use gradprobe::{
-    Config, CpuProbe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Severity, Verdict,
+    Config, Probe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Severity, Verdict,
     health::{
         Baseline, Cadence, Comparison, Diagnosis, Health, Limits, NormChange, Preset, Rules, RunSummary, Statistic,
         ThresholdRule, backward_order, suggested_clip,
@@ -18,14 +18,14 @@ const CRITICAL: Severity = Severity::Critical;
 
 /// Diagnoses steps of two tensors.
 struct Run {
-    probe: CpuProbe,
+    probe: Probe,
     health: Health,
 }
 
 impl Run {
     fn new(rules: Rules, config: Config) -> Self {
         let plan = Plan::new([("a", DType::F32, 1), ("b", DType::F32, 1)]).unwrap();
-        Self { health: Health::new(&plan, rules).unwrap(), probe: CpuProbe::new(plan, config).unwrap() }
+        Self { health: Health::new(&plan, rules).unwrap(), probe: Probe::new(Cpu, plan, config).unwrap() }
     }
 
     fn step(&mut self, a: f32, b: f32) -> Diagnosis {
@@ -121,7 +121,7 @@ fn what_vanishes_for_several_steps_is_critical() {
 #[test]
 fn a_clip_that_is_always_there_or_too_tight_is_found() {
     let clipped = |norm: f32, max_norm: f64, steps: u32| {
-        let mut run = Run::new(Rules::default(), Config::default().max_norm(max_norm));
+        let mut run = Run::new(Rules::default(), Config::default().clip(Clip::global_norm(max_norm)));
         (0..steps)
             .map(|_| kinds(&run.step(norm, 0.0)))
             .last()
@@ -220,12 +220,12 @@ fn healthy_steps_teach_limits_that_are_kept_as_text() {
 
     // From a run's own last steps.
     let plan = of(0.0, 0.0).plan().clone();
-    let mut probe = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
     probe.keep_history(8).unwrap();
     for (a, b) in [(0.1, 3e-8), (0.3, 1e-8), (f32::NAN, 100.0), (0.2, 1e-8)] {
         probe.measure(&[HostTensor::F32(&[a]), HostTensor::F32(&[b])]).unwrap();
     }
-    assert_eq!(Baseline::of_history(&probe.history().unwrap()), baseline);
+    assert_eq!(Baseline::of_history(&probe.history_report().unwrap()), baseline);
 
     // Of another model, or no baseline at all.
     let refused = |tensors: &[(&str, u64)]| {
@@ -306,22 +306,22 @@ fn two_runs_compare_by_mean_and_deviation() {
     let mixed = [measure(&[("b", &[1.0])]), measure(&[("d", &[1.0])])];
     assert_eq!(RunSummary::of_reports(&mixed), Err(Error::ReportOfAnotherPlan));
     let plan = measure(&[("a", &[1.0])]).plan().clone();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     probe.keep_history(4).unwrap();
     let reports: Vec<_> = [1.0, 2.0, f32::INFINITY].map(|x| probe.measure(&[HostTensor::F32(&[x])]).unwrap()).into();
-    let history = RunSummary::of_history(&probe.history().unwrap());
+    let history = RunSummary::of_history(&probe.history_report().unwrap());
     assert_eq!(history, RunSummary::of_reports(&reports).unwrap());
 }
 
 #[test]
 fn a_clip_is_suggested_by_a_percentile_of_the_clean_norms() {
-    let mut probe = CpuProbe::new(measure(&[("a", &[1.0])]).plan().clone(), Config::default().max_norm(0.5)).unwrap();
+    let mut probe = Probe::new(Cpu, measure(&[("a", &[1.0])]).plan().clone(), Config::default().clip(Clip::global_norm(0.5))).unwrap();
     probe.keep_history(8).unwrap();
-    assert_eq!(suggested_clip(&probe.history().unwrap(), 95.0), Ok(None));
+    assert_eq!(suggested_clip(&probe.history_report().unwrap(), 95.0), Ok(None));
     for x in [3.0, 1.0, f32::NAN, 2.0] {
         probe.measure(&[HostTensor::F32(&[x])]).unwrap();
     }
-    let history = probe.history().unwrap();
+    let history = probe.history_report().unwrap();
     let suggested = [0.0, 50.0, 75.0, 100.0].map(|percentile| suggested_clip(&history, percentile).unwrap());
     assert_eq!(suggested, [Some(1.0), Some(2.0), Some(2.5), Some(3.0)]);
     assert!([-1.0, 101.0, f64::NAN].iter().all(|&percentile| suggested_clip(&history, percentile).is_err()));
@@ -335,7 +335,7 @@ fn words_findings_and_verdicts_agree_on_any_input() {
     let plan = Plan::new(names.map(|name| (name, DType::F32, if name == "empty" { 0 } else { 3 }))).unwrap();
     for preset in Preset::ALL {
         let mut health = Health::new(&plan, Rules::preset(preset).learning_rate(0.1)).unwrap();
-        let mut probe = CpuProbe::new(plan.clone(), Config::default().max_norm(1.0)).unwrap();
+        let mut probe = Probe::new(Cpu, plan.clone(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
         for step in 0..300 {
             // Each step from a few neighbours among the values, so that many are finite.
             let element = |i: usize| {

@@ -12,9 +12,9 @@ use common::{
     short,
 };
 use gradprobe::{
-    Backend, Bounds, Config, CpuProbe, DType, Error, Format, Histogram, HistogramReport, HostTensor, Plan,
+    Backend, Bounds, Config, Probe, DType, Error, Format, Histogram, HistogramReport, HostTensor, Plan,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -56,7 +56,7 @@ fn compare(names: &[String], report: &HistogramReport, expected: &[Histogram]) -
 
 /// The histograms of a case, its tensors placed at these and the following misalignments.
 fn run(
-    probe: &mut dyn Backend,
+    probe: &mut Probe,
     case: &Case,
     prepared: &Prepared,
     expected: &[Histogram],
@@ -84,9 +84,9 @@ fn every_case_is_counted_exactly() {
     for case in table() {
         let prepared = Prepared::new(&case);
         let expected = expected_of(&prepared);
-        let mut cpu = CpuProbe::new(prepared.plan(), case.config).unwrap();
+        let mut cpu = Probe::new(Cpu, prepared.plan(), case.config).unwrap();
         cpu.enable_histogram();
-        let mut simt = SimtProbe::new(prepared.plan(), case.config).unwrap();
+        let mut simt = Probe::new(Simt::default(), prepared.plan(), case.config).unwrap();
         simt.enable_histogram().unwrap();
         let offsets: &[usize] = if short() { &[1] } else { &[0, 1, 5] };
         for &offset in offsets {
@@ -105,7 +105,7 @@ fn no_order_and_no_grid_changes_a_count() {
         for case in table().iter().filter(|case| !case.large && case.tensors.len() <= 400) {
             let prepared = Prepared::new(case);
             let mut simt =
-                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, prepared.plan(), case.config).unwrap();
+                Probe::new(Simt { schedule, blocks, ..Simt::default() }, prepared.plan(), case.config).unwrap();
             simt.enable_histogram().unwrap();
             let found = run(&mut simt, case, &prepared, &expected_of(&prepared), 3);
             complaints.extend(found.into_iter().map(|c| format!("{schedule:?}, {blocks} blocks: {c}")));
@@ -129,17 +129,17 @@ fn more_elements_than_32_bits_count() {
     for x in [1.0, 2.0, 3.0, 4.0] {
         expected.bins[Histogram::bin_of(x)] += 1;
     }
-    let mut cpu = CpuProbe::new(plan.clone(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
     cpu.enable_histogram();
     assert_eq!(cpu.histogram(&[tensor]).unwrap().histograms(), [expected]);
-    let mut simt = SimtProbe::with(Simt { blocks: 1, ..Simt::default() }, plan, Config::default()).unwrap();
+    let mut simt = Probe::new(Simt { blocks: 1, ..Simt::default() }, plan, Config::default()).unwrap();
     simt.enable_histogram().unwrap();
     assert_eq!(simt.histogram_host(&[tensor]).unwrap().histograms(), [expected]);
 }
 
 fn histogram_of(elements: &[f32]) -> Histogram {
     let plan = Plan::new([("a", DType::F32, elements.len() as u64)]).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     probe.enable_histogram();
     probe.histogram(&[HostTensor::F32(elements)]).unwrap().histograms()[0]
 }
@@ -368,9 +368,9 @@ fn what_cannot_be_right_is_an_error() {
     let plan = || Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).unwrap();
     let (three, two) = ([1.0f32; 3], [bf16::ONE; 2]);
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
-    let probes: [Box<dyn Backend>; 2] = [
-        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
-        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    let probes: [Probe; 2] = [
+        Probe::new(Cpu, plan(), Config::default()).unwrap(),
+        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
     ];
     for mut probe in probes {
         let early = probe.histogram_host(&good).map(drop);
@@ -396,7 +396,7 @@ fn what_cannot_be_right_is_an_error() {
 fn reports_list_every_tensor_and_the_total() {
     let (ones, nothing) = ([1.0f32, 0.0, f32::NAN], [bf16::ZERO; 0]);
     let plan = Plan::new([("weight", DType::F32, 3), ("none", DType::BF16, 0)]).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     probe.enable_histogram();
     let text = probe.histogram(&[HostTensor::F32(&ones), HostTensor::BF16(&nothing)]).unwrap().to_string();
     let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -5,10 +5,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    Backend, ClipPolicy, Config, CpuProbe, DType, Error, HistoryReport, HistoryStep, HistoryTensor, HostTensor,
+    Backend, Clip, Config, Probe, DType, Error, HistoryReport, HistoryStep, HistoryTensor, HostTensor,
     NonFinitePolicy, Plan, StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 const LENGTHS: [usize; 3] = [33_000, 5, 0];
 
@@ -28,20 +28,20 @@ fn step(number: u64) -> Vec<Vec<f32>> {
     tensors
 }
 
-fn measure(probe: &mut dyn Backend, number: u64) {
+fn measure(probe: &mut Probe, number: u64) {
     let tensors = step(number);
     let tensors: Vec<HostTensor> = tensors.iter().map(|tensor| HostTensor::F32(tensor)).collect();
     probe.measure_host(&tensors).unwrap();
 }
 
 /// The history of 5 steps after `steps` of them, tagged with 100 + their number.
-fn history(probe: &mut dyn Backend, steps: u64) -> HistoryReport {
+fn history(probe: &mut Probe, steps: u64) -> HistoryReport {
     probe.keep_history(5).unwrap();
     for number in 1..=steps {
         probe.tag(100 + number).unwrap();
         measure(probe, number);
     }
-    probe.history().unwrap()
+    probe.history_report().unwrap()
 }
 
 fn bytes(report: &HistoryReport) -> Vec<u8> {
@@ -53,14 +53,14 @@ fn bytes(report: &HistoryReport) -> Vec<u8> {
 
 #[test]
 fn the_last_steps_are_kept_in_order_with_their_tags() {
-    let config = Config::default().max_norm(0.1);
+    let config = Config::default().clip(Clip::global_norm(0.1));
     for steps in [0, 1, 4, 5, 6, 13] {
-        let mut probe = CpuProbe::new(plan(), config).unwrap();
+        let mut probe = Probe::new(Cpu, plan(), config).unwrap();
         let report = history(&mut probe, steps);
         let kept: Vec<u64> = report.steps().map(|(step, _)| step.outputs.step).collect();
         assert_eq!(kept, (steps.saturating_sub(5) + 1..=steps).collect::<Vec<_>>());
         for (kept, tensors) in report.steps() {
-            let mut fresh = CpuProbe::new(plan(), config).unwrap();
+            let mut fresh = Probe::new(Cpu, plan(), config).unwrap();
             let data = step(kept.outputs.step);
             let views: Vec<HostTensor> = data.iter().map(|tensor| HostTensor::F32(tensor)).collect();
             let expected = fresh.measure(&views).unwrap();
@@ -83,11 +83,11 @@ fn the_last_steps_are_kept_in_order_with_their_tags() {
 
 #[test]
 fn the_kernels_keep_the_same_bytes() {
-    let config = Config::default().clip(ClipPolicy::Percentile { percentile: 50.0, history: 4 });
+    let config = Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4 });
     for steps in [0, 3, 5, 17] {
-        let expected = bytes(&history(&mut CpuProbe::new(plan(), config).unwrap(), steps));
+        let expected = bytes(&history(&mut Probe::new(Cpu, plan(), config).unwrap(), steps));
         for schedule in [Schedule::Forward, Schedule::Reverse, Schedule::Shuffled(3)] {
-            let mut probe = SimtProbe::with(Simt { schedule, blocks: 2, ..Simt::default() }, plan(), config).unwrap();
+            let mut probe = Probe::new(Simt { schedule, blocks: 2, ..Simt::default() }, plan(), config).unwrap();
             assert!(bytes(&history(&mut probe, steps)) == expected, "{schedule:?} after {steps}");
         }
     }
@@ -95,7 +95,7 @@ fn the_kernels_keep_the_same_bytes() {
 
 #[test]
 fn statistics_leave_out_what_is_not_finite() {
-    let mut probe = CpuProbe::new(plan(), Config::default().max_norm(0.2)).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::global_norm(0.2))).unwrap();
     let report = history(&mut probe, 13);
     // Of steps 9 to 13 the twelfth is not finite.
     let norm = |number: u64, t: usize| step(number)[t].iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
@@ -127,13 +127,13 @@ fn statistics_leave_out_what_is_not_finite() {
 #[test]
 fn a_step_that_is_not_finite_leaves_no_statistic_behind() {
     let run = |with: bool| {
-        let mut probe = CpuProbe::new(plan(), Config::default().non_finite(NonFinitePolicy::Propagate)).unwrap();
+        let mut probe = Probe::new(Cpu, plan(), Config::default().non_finite(NonFinitePolicy::Propagate)).unwrap();
         probe.keep_history(1001).unwrap();
         if with {
             measure(&mut probe, 12);
         }
         (0..1000).for_each(|number| measure(&mut probe, 6 * (number % 50) + 1));
-        let report = probe.history().unwrap();
+        let report = probe.history_report().unwrap();
         assert_eq!(report.steps().len(), 1000 + usize::from(with));
         (report.total_norm(), report.tensor_norm(0), report.clipped_fraction(), report.mean_coefficient())
     };
@@ -142,15 +142,15 @@ fn a_step_that_is_not_finite_leaves_no_statistic_behind() {
 
 #[test]
 fn what_is_not_kept_is_an_error() {
-    let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
-    assert_eq!(probe.history().unwrap_err(), Error::NoHistory);
+    let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
+    assert_eq!(probe.history_report().unwrap_err(), Error::NoHistory);
     assert_eq!(probe.tag(1), Err(Error::NoHistory));
     assert!(matches!(probe.keep_history(0), Err(Error::InvalidConfig { option: "steps", .. })));
     probe.keep_history(2).unwrap();
     measure(&mut probe, 1);
     assert!(matches!(probe.keep_history(0), Err(Error::InvalidConfig { .. })));
-    assert_eq!(probe.history().unwrap().steps().len(), 1, "what was kept stays");
-    let mut simt = SimtProbe::new(plan(), Config::default()).unwrap();
+    assert_eq!(probe.history_report().unwrap().steps().len(), 1, "what was kept stays");
+    let mut simt = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     assert_eq!(Backend::history(&mut simt).unwrap_err(), Error::NoHistory);
     assert_eq!(Backend::tag(&mut simt, 1), Err(Error::NoHistory));
 }

@@ -7,10 +7,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    AdaptiveClip, Backend, ClipPolicy, Config, CpuProbe, DType, Error, Format, GsnrConfig, HostTensor, HostTensorMut,
+    AdaptiveClip, Backend, Clip, Config, Probe, DType, Error, Format, GsnrConfig, HostTensor, HostTensorMut,
     LossScale, NonFinitePolicy, Plan, Report, StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 const LENGTHS: [usize; 3] = [40_000, 9, 0];
 
@@ -38,16 +38,16 @@ fn tensors_mut(step: &mut Step) -> [HostTensorMut<'_>; 3] {
     step.each_mut().map(|tensor| HostTensorMut::F32(tensor))
 }
 
-fn simt(schedule: Schedule, config: Config) -> SimtProbe {
-    SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap()
+fn simt(schedule: Schedule, config: Config) -> Probe {
+    Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap()
 }
 
-fn cpu(config: Config) -> CpuProbe {
-    CpuProbe::new(plan(), config).unwrap()
+fn cpu(config: Config) -> Probe {
+    Probe::new(Cpu, plan(), config).unwrap()
 }
 
 /// Measures and clips.
-fn one(probe: &mut dyn Backend, step: &Step) -> (Report, Step) {
+fn one(probe: &mut Probe, step: &Step) -> (Report, Step) {
     let report = probe.measure_host(&tensors(step)).unwrap();
     let mut clipped = step.clone();
     probe.clip_host(&mut tensors_mut(&mut clipped)).unwrap();
@@ -58,19 +58,19 @@ fn near(a: f64, b: f64) -> bool {
     a == b || (a / b - 1.0).abs() < 2e-6
 }
 
-const POLICIES: [ClipPolicy; 8] = [
-    ClipPolicy::GlobalNorm,
-    ClipPolicy::Value { max_abs: 0.02 },
-    ClipPolicy::TensorNorm { max_norm: 0.9 },
-    ClipPolicy::Quantile { quantile: 0.9 },
-    ClipPolicy::Percentile { percentile: 40.0, history: 16 },
-    ClipPolicy::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 3 },
-    ClipPolicy::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 3 },
-    ClipPolicy::TensorNorm { max_norm: 1e9 },
+const POLICIES: [Clip; 8] = [
+    Clip::GlobalNorm,
+    Clip::Value { max_abs: 0.02 },
+    Clip::TensorNorm { max_norm: 0.9 },
+    Clip::Quantile { quantile: 0.9 },
+    Clip::Percentile { percentile: 40.0, history: 16 },
+    Clip::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 3 },
+    Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 3 },
+    Clip::TensorNorm { max_norm: 1e9 },
 ];
 
 fn configs() -> Vec<Config> {
-    let capped = Config::default().max_norm(0.8);
+    let capped = Config::default().clip(Clip::global_norm(0.8));
     POLICIES.map(|policy| Config::default().clip(policy)).into_iter().chain([capped]).collect()
 }
 
@@ -81,8 +81,8 @@ fn a_power_of_two_changes_nothing_but_the_units() {
     for config in configs() {
         let mut plain = cpu(config);
         let mut probe = cpu(config.loss_scale(LossScale::fixed(1.0)));
-        let mut clipped_once = config.clip == ClipPolicy::GlobalNorm
-            || matches!(config.clip, ClipPolicy::TensorNorm { max_norm } if max_norm > 1.0);
+        let mut clipped_once = config.clip == Clip::GlobalNorm
+            || matches!(config.clip, Clip::TensorNorm { max_norm } if max_norm > 1.0);
         for seed in 0..20 {
             let (step, scale) = (step(seed), 2f32.powi((seed as i32 * 7) % 31 - 10));
             probe.set_loss_scale(scale).unwrap();
@@ -115,7 +115,7 @@ fn the_kernels_equal_the_cpu() {
             let config = config.non_finite(non_finite).loss_scale(rule);
             for schedule in [Schedule::Forward, Schedule::Shuffled(1), Schedule::Shuffled(2)] {
                 let (mut probe, mut reference) = (simt(schedule, config), cpu(config));
-                for probe in [&mut probe as &mut dyn Backend, &mut reference] {
+                for probe in [&mut probe as &mut Probe, &mut reference] {
                     probe.track(&GsnrConfig::default()).unwrap();
                     probe.keep_history(4).unwrap();
                 }
@@ -135,9 +135,9 @@ fn the_kernels_equal_the_cpu() {
                     let bits = |step: &Step| step.concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     assert!(bits(&left) == bits(&expected_left), "{config:?}, {schedule:?}, step {seed}");
                 }
-                let (seen, expected) = (probe.gsnr().unwrap(), reference.gsnr().unwrap());
+                let (seen, expected) = (probe.gsnr_report().unwrap(), reference.gsnr_report().unwrap());
                 assert_eq!(format!("{seen:?}"), format!("{expected:?}"), "{config:?}");
-                let (seen, expected) = (probe.history().unwrap(), Backend::history(&mut reference).unwrap());
+                let (seen, expected) = (probe.history_report().unwrap(), Backend::history(&mut reference).unwrap());
                 assert_eq!(format!("{seen:?}"), format!("{expected:?}"), "{config:?}");
             }
         }
@@ -173,13 +173,13 @@ fn the_scale_adapts_as_torchs_does() {
         LossScale::dynamic().factors(1.5, 0.3).growth_interval(2).initial(0.1),
     ] {
         let config = Config::default().loss_scale(rule);
-        let mut cpu = CpuProbe::new(plan(), config).unwrap();
-        let mut simt = SimtProbe::new(plan(), config).unwrap();
+        let mut cpu = Probe::new(Cpu, plan(), config).unwrap();
+        let mut simt = Probe::new(Simt::default(), plan(), config).unwrap();
         let (mut scale, mut tracker) = (rule.initial, 0);
         for step in 0..60u32 {
             let found = step % 7 == 5 || step % 11 == 1;
             let x = [1.0, if found { f32::INFINITY } else { 0.0 }, 2.0];
-            for probe in [&mut cpu as &mut dyn Backend, &mut simt] {
+            for probe in [&mut cpu as &mut Probe, &mut simt] {
                 let report = probe.measure_host(&[HostTensor::F32(&x)]).unwrap();
                 let outputs = report.outputs();
                 assert_eq!((outputs.loss_scale, outputs.found_inf), (scale, f32::from(found)), "{rule:?}, step {step}");
@@ -194,8 +194,8 @@ fn the_scale_adapts_as_torchs_does() {
     // Where torch would go down to 0, and all gradients with it.
     let config = Config::default().loss_scale(LossScale::dynamic().initial(2.0 * f32::MIN_POSITIVE));
     for mut probe in [
-        Box::new(CpuProbe::new(plan(), config).unwrap()) as Box<dyn Backend>,
-        Box::new(SimtProbe::new(plan(), config).unwrap()),
+        Probe::new(Cpu, plan(), config).unwrap() as Probe,
+        Probe::new(Simt::default(), plan(), config).unwrap(),
     ] {
         let mut next = || probe.measure_host(&[HostTensor::F32(&[f32::NAN; 3])]).unwrap().outputs().next_loss_scale;
         assert_eq!([next(), next()], [f32::MIN_POSITIVE; 2]);
@@ -215,7 +215,7 @@ fn a_changing_scale_does_not_disturb_what_is_tracked() {
         probe.set_loss_scale(scale).unwrap();
         probe.measure(&tensors(&scaled(&step, scale))).unwrap();
     }
-    let (plain, probe) = (plain.gsnr().unwrap(), probe.gsnr().unwrap());
+    let (plain, probe) = (plain.gsnr().unwrap(), probe.gsnr_report().unwrap());
     for ((_, a), (_, b)) in plain.tensors().zip(probe.tensors()) {
         let exact =
             |r: &gradprobe::GsnrRecord| (r.defined, r.constant, r.sum_variance, r.sum_squared_mean, r.sum_ratio);
@@ -236,7 +236,7 @@ fn the_adaptive_clip_unscales() {
         }
         let plain = Config::default().non_finite(policy);
         let with_scale = plain.loss_scale(LossScale::fixed(scale));
-        let run = |probe: &mut dyn Backend, mut gradients: Step| {
+        let run = |probe: &mut Probe, mut gradients: Step| {
             probe.enable_adaptive_clip(&clip).unwrap();
             probe.measure_host(&tensors(&gradients)).unwrap();
             let report = probe.clip_adaptively_host(&mut tensors_mut(&mut gradients), &tensors(&weights)).unwrap();
@@ -253,7 +253,7 @@ fn the_adaptive_clip_unscales() {
 #[test]
 fn a_scale_that_is_none_is_a_step_to_skip() {
     for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-        let config = Config::default().max_norm(0.1).non_finite(non_finite).loss_scale(LossScale::dynamic());
+        let config = Config::default().clip(Clip::global_norm(0.1)).non_finite(non_finite).loss_scale(LossScale::dynamic());
         let mut probe = simt(Schedule::Shuffled(1), config);
         for bad in [0.0, -0.0, -1.0, f32::INFINITY, f32::NAN] {
             let place = probe.inner().loss_scale_address().unwrap() as *mut f32;
@@ -293,8 +293,8 @@ fn weights_stay_as_they_are() {
     let (gradients, weights) = (scaled(&step(1), 1024.0), step(2));
     let alone = cpu(Config::default().dead_threshold(0.01)).measure(&tensors(&weights)).unwrap();
     for mut probe in [
-        Box::new(CpuProbe::new(plan(), config).unwrap()) as Box<dyn Backend>,
-        Box::new(SimtProbe::new(plan(), config).unwrap()),
+        Probe::new(Cpu, plan(), config).unwrap() as Probe,
+        Probe::new(Simt::default(), plan(), config).unwrap(),
     ] {
         let report = probe.measure_host_with_weights(&tensors(&gradients), &tensors(&weights)).unwrap();
         assert_eq!(report.weights().unwrap(), alone.records());
@@ -329,7 +329,7 @@ fn the_histogram_recommends_the_next_scale() {
 fn what_is_no_scale_is_refused() {
     let refused = |rule: LossScale, option: &str| {
         let config = Config::default().loss_scale(rule);
-        for error in [CpuProbe::new(plan(), config).err(), SimtProbe::new(plan(), config).err()] {
+        for error in [Probe::new(Cpu, plan(), config).err(), Probe::new(Simt::default(), plan(), config).err()] {
             assert!(matches!(&error, Some(Error::InvalidConfig { option: of, .. }) if *of == option), "{error:?}");
         }
     };
@@ -347,7 +347,7 @@ fn what_is_no_scale_is_refused() {
         (scaled, f32::NAN, "loss_scale must be finite and above 0, not NaN"),
         (scaled, 0.0, "loss_scale must be finite and above 0, not 0"),
     ] {
-        let mut probes = [Box::new(cpu(config)) as Box<dyn Backend>, Box::new(SimtProbe::new(plan(), config).unwrap())];
+        let mut probes = [Box::new(cpu(config)) as Probe, Probe::new(Simt::default(), plan(), config).unwrap()];
         for probe in &mut probes {
             assert_eq!(probe.set_loss_scale(scale).unwrap_err().to_string(), message);
         }

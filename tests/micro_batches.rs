@@ -11,10 +11,10 @@ use common::{
     demand_none, oracle,
 };
 use gradprobe::{
-    Backend, ClipPolicy, Config, CpuProbe, DType, Error, HostTensor, LossScale, MicroBatchReport, Plan, Record, Report,
+    Backend, Clip, Config, Probe, DType, Error, HostTensor, LossScale, MicroBatchReport, Plan, Record, Report,
     launch::RawTensor,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 const MICRO_BATCHES: u32 = 4;
 
@@ -32,7 +32,7 @@ fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
 }
 
 fn plan() -> Plan {
-    Plan::of_host(["a", "b", "none"].into_iter().zip(tensors(&gradients(0, 0)))).unwrap()
+    plan_of(["a", "b", "none"].into_iter().zip(tensors(&gradients(0, 0)))).unwrap()
 }
 
 /// A probe that measures micro-batches.
@@ -42,7 +42,7 @@ trait Accumulates: Backend {
     fn report(&mut self) -> Result<MicroBatchReport, Error>;
 }
 
-impl Accumulates for CpuProbe {
+impl Accumulates for Probe {
     fn enable(&mut self, count: u32) -> Result<(), Error> {
         self.enable_micro_batches(count)
     }
@@ -54,7 +54,7 @@ impl Accumulates for CpuProbe {
     }
 }
 
-impl Accumulates for SimtProbe {
+impl Accumulates for Probe {
     fn enable(&mut self, count: u32) -> Result<(), Error> {
         self.inner().enable_micro_batches(count)
     }
@@ -76,8 +76,8 @@ impl Accumulates for SimtProbe {
 
 fn probes(config: Config) -> [Box<dyn Accumulates>; 3] {
     let simt =
-        |schedule| Box::new(SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap());
-    [Box::new(CpuProbe::new(plan(), config).unwrap()), simt(Schedule::Forward), simt(Schedule::Shuffled(4))]
+        |schedule| Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
+    [Probe::new(Cpu, plan(), config).unwrap(), simt(Schedule::Forward), simt(Schedule::Shuffled(4))]
 }
 
 fn bytes_of(report: &Report) -> Vec<u8> {
@@ -86,14 +86,14 @@ fn bytes_of(report: &Report) -> Vec<u8> {
 
 #[test]
 fn micro_batches_have_their_own_records_and_disturb_no_step() {
-    let clip = ClipPolicy::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 2 };
+    let clip = Clip::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 2 };
     for config in [
-        Config::default().max_norm(0.5).clip(clip),
-        Config::default().max_norm(0.5).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(1)),
+        Config::default().clip(Clip::global_norm(0.5)).clip(clip),
+        Config::default().clip(Clip::global_norm(0.5)).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(1)),
     ] {
         for mut probe in probes(config) {
             // Nothing of a step is another for the micro-batches before it.
-            let mut undisturbed = CpuProbe::new(plan(), config).unwrap();
+            let mut undisturbed = Probe::new(Cpu, plan(), config).unwrap();
             probe.enable(MICRO_BATCHES).unwrap();
             for step in 0..4u64 {
                 let scale = undisturbed.loss_scale().unwrap_or(1.0);
@@ -116,7 +116,7 @@ fn micro_batches_have_their_own_records_and_disturb_no_step() {
                     let mut alone = Config::default();
                     alone.loss_scale = config.loss_scale.map(|_| LossScale::fixed(scale));
                     let data = gradients(step, micro_batch);
-                    let alone = CpuProbe::new(plan(), alone).unwrap().measure(&tensors(&data)).unwrap();
+                    let alone = Probe::new(Cpu, plan(), alone).unwrap().measure(&tensors(&data)).unwrap();
                     let seen = report.records(micro_batch as usize);
                     for ((name, record), expected) in ["a", "b", "none"].iter().zip(seen).zip(alone.records()) {
                         complaints.extend(check::same_record(name, record, expected));

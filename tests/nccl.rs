@@ -9,7 +9,7 @@ mod require;
 
 use common::cases::{Data, Tensor, normal};
 use gradprobe::{
-    Config, CpuProbe, CudaProbe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Report,
+    Config, Probe, Probe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Report,
     cuda::NcclCommunicator,
     cudarc::{
         driver::{
@@ -31,7 +31,7 @@ const STEPS: u64 = 5;
 
 /// The devices of the ranks, and how they find each other; none where something is missing.
 fn devices() -> Option<(Vec<usize>, Id)> {
-    if let Err(error) = CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+    if let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
         assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
         skipped(require::GPU, &error.to_string());
         return None;
@@ -85,11 +85,11 @@ fn gradients(rank: u32, ranks: u32, step: u64) -> Vec<Data> {
 }
 
 fn config() -> Config {
-    Config::default().max_norm(3.0).loss_scale(LossScale::dynamic().initial(4.0).growth_interval(2))
+    Config::default().clip(Clip::global_norm(3.0)).loss_scale(LossScale::dynamic().initial(4.0).growth_interval(2))
 }
 
 fn plan(data: &[Data]) -> Plan {
-    Plan::of_host(NAMES.into_iter().zip(data.iter().map(Data::tensor))).unwrap()
+    plan_of(NAMES.into_iter().zip(data.iter().map(Data::tensor))).unwrap()
 }
 
 fn bytes_of(report: &Report) -> Vec<u8> {
@@ -101,7 +101,7 @@ type Run = Vec<(Vec<u8>, Vec<u8>)>;
 
 fn on_cpus(ranks: u32) -> Vec<Run> {
     on_ranks(ThreadCommunicator::group(ranks), |rank, communicator| {
-        let mut probe = CpuProbe::new(plan(&gradients(rank, ranks, 0)), config()).unwrap();
+        let mut probe = Probe::new(Cpu, plan(&gradients(rank, ranks, 0)), config()).unwrap();
         probe.join(communicator, placements(ranks)).unwrap();
         let step = |step| {
             let mut data = gradients(rank, ranks, step);
@@ -164,7 +164,7 @@ fn ranks_on_gpus_have_the_bits_of_ranks_on_cpus() {
         let stream = stream(device);
         let first = gradients(rank, ranks, 0);
         let mut tensors = OnDevice::new(&stream, &first);
-        let new = || CudaProbe::new(&stream, plan(&first), config()).unwrap();
+        let new = || Probe::new(Cuda::new(&stream).unwrap(), plan(&first), config()).unwrap();
         let mut probe = new();
         let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
         probe.join(communicator, placements(ranks)).unwrap();
@@ -233,7 +233,7 @@ fn ranks_that_differ_are_errors_on_all() {
         let stream = stream(device);
         // The last has another type; where it is the only one, it agrees with itself.
         let dtype = if rank + 1 == ranks { DType::F16 } else { DType::BF16 };
-        let mut probe = CudaProbe::new(&stream, Plan::new([("w", dtype, 1)]).unwrap(), Config::default()).unwrap();
+        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Plan::new([("w", dtype, 1)]).unwrap(), Config::default()).unwrap();
         let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
         let joined = probe.join(communicator, [Placement::Sharded]);
         stream.synchronize().unwrap();
@@ -252,7 +252,7 @@ fn ranks_that_differ_are_errors_on_all() {
 fn a_communicator_of_another_stream_is_refused() {
     let Some((_, id)) = devices() else { return };
     let (own, other) = (stream(0), stream(0));
-    let mut probe = CudaProbe::new(&own, Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&own).unwrap(), Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
     let refused = NcclCommunicator::new(&own, 1, 1, id).unwrap_err();
     assert_eq!(refused.to_string(), "the ranks cannot communicate: there is no rank 1 of 1");
     let communicator = NcclCommunicator::new(&other, 0, 1, id).unwrap();

@@ -6,10 +6,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    Backend, ClipPolicy, Config, CpuProbe, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
+    Backend, Clip, Config, Probe, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
     StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use half::bf16;
 
 /// Elements of the three tensors of a step: more than a chunk, a few, none.
@@ -65,7 +65,7 @@ fn run(steps: u64) -> Vec<Step> {
 }
 
 /// What a probe says and leaves of each step.
-fn through(probe: &mut dyn Backend, steps: &[Step]) -> Vec<(StepOutputs, Step)> {
+fn through(probe: &mut Probe, steps: &[Step]) -> Vec<(StepOutputs, Step)> {
     let one = |step: &Step| {
         let report = probe.measure_host(&step.tensors()).unwrap();
         let mut clipped = step.clone();
@@ -76,7 +76,7 @@ fn through(probe: &mut dyn Backend, steps: &[Step]) -> Vec<(StepOutputs, Step)> 
 }
 
 fn on_cpu(config: Config, steps: &[Step]) -> Vec<(StepOutputs, Step)> {
-    through(&mut CpuProbe::new(plan(), config).unwrap(), steps)
+    through(&mut Probe::new(Cpu, plan(), config).unwrap(), steps)
 }
 
 /// Whether two numbers agree up to what norms are exact to.
@@ -84,25 +84,25 @@ fn near(a: f64, b: f64) -> bool {
     (a / b - 1.0).abs() < 2e-6
 }
 
-const AUTO_CLIP: ClipPolicy = ClipPolicy::Percentile { percentile: 60.0, history: 16 };
-const Z_CLIP: ClipPolicy = ClipPolicy::ZScore { smoothing: 0.9, threshold: 2.5, warmup: 5 };
-const ADA_GC: ClipPolicy = ClipPolicy::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 4 };
+const AUTO_CLIP: Clip = Clip::Percentile { percentile: 60.0, history: 16 };
+const Z_CLIP: Clip = Clip::ZScore { smoothing: 0.9, threshold: 2.5, warmup: 5 };
+const ADA_GC: Clip = Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 4 };
 
 /// Every policy, with parameters under which it clips some steps of [`run`] and leaves others.
 fn configs() -> Vec<Config> {
     let policies = [
-        ClipPolicy::Value { max_abs: 0.03 },
-        ClipPolicy::TensorNorm { max_norm: 2.0 },
-        ClipPolicy::Quantile { quantile: 0.9 },
-        ClipPolicy::Quantile { quantile: 0.013 },
+        Clip::Value { max_abs: 0.03 },
+        Clip::TensorNorm { max_norm: 2.0 },
+        Clip::Quantile { quantile: 0.9 },
+        Clip::Quantile { quantile: 0.013 },
         AUTO_CLIP,
-        ClipPolicy::Percentile { percentile: 0.0, history: 2 },
-        ClipPolicy::Percentile { percentile: 100.0, history: 1024 },
+        Clip::Percentile { percentile: 0.0, history: 2 },
+        Clip::Percentile { percentile: 100.0, history: 1024 },
         Z_CLIP,
         ADA_GC,
     ];
     let alone = policies.map(|policy| Config::default().clip(policy));
-    let capped = [AUTO_CLIP, Z_CLIP, ADA_GC].map(|policy| Config::default().clip(policy).max_norm(1.5));
+    let capped = [AUTO_CLIP, Z_CLIP, ADA_GC].map(|policy| Config::default().clip(policy).clip(Clip::global_norm(1.5)));
     alone.into_iter().chain(capped).collect()
 }
 
@@ -131,7 +131,7 @@ fn the_kernels_decide_and_clip_as_the_cpu_does() {
             let expected = on_cpu(config, &steps);
             for schedule in schedules {
                 let mut probe =
-                    SimtProbe::with(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
+                    Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
                 for (s, (seen, expected)) in through(&mut probe, &steps).iter().zip(&expected).enumerate() {
                     let outputs = |step: &(StepOutputs, Step)| bytemuck::bytes_of(&step.0).to_vec();
                     assert_eq!(outputs(seen), outputs(expected), "{config:?}, {schedule:?}, step {s}");
@@ -171,7 +171,7 @@ fn values_are_brought_between_the_limits() {
     let steps = run(12);
     let limit = 0.02;
     for ((outputs, clipped), step) in
-        on_cpu(Config::default().clip(ClipPolicy::Value { max_abs: limit }), &steps).iter().zip(&steps)
+        on_cpu(Config::default().clip(Clip::Value { max_abs: limit }), &steps).iter().zip(&steps)
     {
         let outside = step.large.iter().any(|x| x.abs() > limit) || step.small.iter().any(|x| x.to_f32().abs() > limit);
         assert_eq!(outputs.verdict, if outside { StepOutputs::VERDICT_CLIPPED } else { 0 });
@@ -184,7 +184,7 @@ fn values_are_brought_between_the_limits() {
     // torch's clip_grad_value_ leaves NaN and brings Inf to the limit.
     let mut step = steps[0].clone();
     step.large[..3].copy_from_slice(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
-    let clip = Config::default().clip(ClipPolicy::Value { max_abs: limit });
+    let clip = Config::default().clip(Clip::Value { max_abs: limit });
     let propagated = &on_cpu(clip.non_finite(NonFinitePolicy::Propagate), &[step.clone()])[0].1;
     assert!(propagated.large[0].is_nan() && propagated.large[1..3] == [limit, -limit]);
     let zeroed = &on_cpu(clip.non_finite(NonFinitePolicy::ZeroNonFinite), &[step.clone()])[0].1;
@@ -196,7 +196,7 @@ fn values_are_brought_between_the_limits() {
 fn elements_are_brought_to_a_quantile_of_all() {
     let steps = run(8);
     for quantile in [0.9, 0.5, 0.013, 0.999] {
-        let policy = ClipPolicy::Quantile { quantile };
+        let policy = Clip::Quantile { quantile };
         for ((outputs, clipped), step) in on_cpu(Config::default().clip(policy), &steps).iter().zip(&steps) {
             let magnitudes = |step: &Step| -> Vec<f32> {
                 let small = step.small.iter().map(|x| x.to_f32().abs());
@@ -221,13 +221,13 @@ fn elements_are_brought_to_a_quantile_of_all() {
         }
     }
     // All of them: nothing is above, and nothing written.
-    let all = ClipPolicy::Quantile { quantile: 1.0 };
+    let all = Clip::Quantile { quantile: 1.0 };
     let (outputs, left) = &on_cpu(Config::default().clip(all), &steps[..1])[0];
     assert!(outputs.action == 0 && *left == steps[0]);
     // A quantile of 0 would take the gradient away.
     let mut sparse = steps[0].clone();
     sparse.large[2..].fill(0.0);
-    let half = ClipPolicy::Quantile { quantile: 0.5 };
+    let half = Clip::Quantile { quantile: 0.5 };
     let (outputs, left) = &on_cpu(Config::default().clip(half), std::slice::from_ref(&sparse))[0];
     assert!(outputs.action == 0 && *left == sparse);
 }
@@ -235,7 +235,7 @@ fn elements_are_brought_to_a_quantile_of_all() {
 #[test]
 fn tensors_are_clipped_by_their_own_norms() {
     let steps = run(20);
-    let mut probe = CpuProbe::new(plan(), Config::default().clip(ClipPolicy::TensorNorm { max_norm: 2.0 })).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::TensorNorm { max_norm: 2.0 })).unwrap();
     for step in &steps {
         let (outputs, clipped) = &through(&mut probe, std::slice::from_ref(step))[0];
         for ((before, after), coefficient) in step.norms().into_iter().zip(clipped.norms()).zip(probe.coefficients()) {
@@ -255,7 +255,7 @@ fn auto_clip_clips_to_a_percentile_of_the_norms_so_far() {
     let steps = run(50);
     let norms: Vec<f64> = steps.iter().map(Step::norm).collect();
     for (percentile, history) in [(60.0, 16), (10.0, 1024), (0.0, 2), (100.0, 7), (33.3, 3)] {
-        let policy = ClipPolicy::Percentile { percentile, history };
+        let policy = Clip::Percentile { percentile, history };
         let mut clipped = 0;
         for (s, (outputs, _)) in on_cpu(Config::default().clip(policy), &steps).iter().enumerate() {
             let mut known = norms[(s + 1).saturating_sub(history as usize)..=s].to_vec();
@@ -276,7 +276,7 @@ fn z_clip_follows_the_published_code() {
     let steps = run(60);
     let (alpha, threshold, warmup) = (0.9, 2.5, 5);
     for cap in [None, Some(1.5)] {
-        let config = cap.map_or(Config::default(), |cap| Config::default().max_norm(cap)).clip(Z_CLIP);
+        let config = cap.map_or(Config::default(), |cap| Config::default().clip(Clip::global_norm(cap))).clip(Z_CLIP);
         let (mut buffer, mut mean, mut variance, mut spikes) = (Vec::new(), 0.0, 0.0f64, 0);
         for (step, (outputs, _)) in steps.iter().zip(on_cpu(config, &steps)) {
             let norm = step.norm();
@@ -308,7 +308,7 @@ fn z_clip_follows_the_published_code() {
 fn ada_gc_follows_its_paper() {
     let steps = run(60);
     let (beta, relative, absolute, warmup) = (0.98, 1.05, 1.5, 4);
-    let mut probe = CpuProbe::new(plan(), Config::default().max_norm(absolute).clip(ADA_GC)).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::global_norm(absolute)).clip(ADA_GC)).unwrap();
     let (mut averages, mut clipped) = ([f64::INFINITY; 2], [0; 2]);
     for (s, step) in steps.iter().enumerate() {
         through(&mut probe, std::slice::from_ref(step));
@@ -341,33 +341,33 @@ fn ada_gc_does_not_freeze_a_tensor_whose_gradient_was_zero() {
 
 #[test]
 fn parameters_out_of_range_are_refused_by_name() {
-    let refused = |config: Config, expected: &str| match CpuProbe::new(plan(), config) {
+    let refused = |config: Config, expected: &str| match Probe::new(Cpu, plan(), config) {
         Err(Error::InvalidConfig { option, .. }) => assert_eq!(option, expected, "{config:?}"),
         other => panic!("{config:?}: {other:?}"),
     };
     let with = |policy| Config::default().clip(policy);
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        refused(with(ClipPolicy::Value { max_abs: bad as f32 }), "max_abs");
-        refused(with(ClipPolicy::TensorNorm { max_norm: bad }), "max_norm");
-        refused(with(ClipPolicy::ZScore { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
-        refused(with(ClipPolicy::TensorEma { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
+        refused(with(Clip::Value { max_abs: bad as f32 }), "max_abs");
+        refused(with(Clip::TensorNorm { max_norm: bad }), "max_norm");
+        refused(with(Clip::ZScore { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
+        refused(with(Clip::TensorEma { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
     }
     for bad in [-0.1, 1.0, f64::NAN] {
-        refused(with(ClipPolicy::ZScore { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
-        refused(with(ClipPolicy::TensorEma { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
+        refused(with(Clip::ZScore { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
+        refused(with(Clip::TensorEma { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
     }
     for bad in [-0.1, 100.1, f64::NAN] {
-        refused(with(ClipPolicy::Percentile { percentile: bad, history: 2 }), "percentile");
+        refused(with(Clip::Percentile { percentile: bad, history: 2 }), "percentile");
     }
     for bad in [0.0, -0.1, 1.1, f64::NAN] {
-        refused(with(ClipPolicy::Quantile { quantile: bad }), "quantile");
+        refused(with(Clip::Quantile { quantile: bad }), "quantile");
     }
     for history in [0, 1, 1025] {
-        refused(with(ClipPolicy::Percentile { percentile: 1.0, history }), "history");
+        refused(with(Clip::Percentile { percentile: 1.0, history }), "history");
     }
-    refused(with(ClipPolicy::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 1 }), "warmup");
-    refused(with(ClipPolicy::TensorEma { smoothing: 0.9, threshold: 2.0, warmup: 0 }), "warmup");
-    refused(with(ClipPolicy::Value { max_abs: 1.0 }).max_norm(1.0), "max_norm");
-    refused(with(ClipPolicy::TensorNorm { max_norm: 1.0 }).max_norm(1.0), "max_norm");
-    refused(with(ClipPolicy::Quantile { quantile: 0.9 }).max_norm(1.0), "max_norm");
+    refused(with(Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 1 }), "warmup");
+    refused(with(Clip::TensorEma { smoothing: 0.9, threshold: 2.0, warmup: 0 }), "warmup");
+    refused(with(Clip::Value { max_abs: 1.0 }).clip(Clip::global_norm(1.0)), "max_norm");
+    refused(with(Clip::TensorNorm { max_norm: 1.0 }).clip(Clip::global_norm(1.0)), "max_norm");
+    refused(with(Clip::Quantile { quantile: 0.9 }).clip(Clip::global_norm(1.0)), "max_norm");
 }

@@ -9,14 +9,14 @@ use common::cases::{CHUNK, Data, cauchy, hash, lognormal, nearest, normal, rando
 use common::check::{self, SUM_BOUND};
 use common::demand_none;
 use common::oracle::{self, Format, power_of_two};
-use gradprobe::{Config, CpuProbe, DType, NonFinitePolicy, Plan, Record, StepOutputs};
+use gradprobe::{Config, Probe, DType, NonFinitePolicy, Plan, Record, StepOutputs};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::ops::Range;
 
-fn probe_of(tensors: &[Data], config: Config) -> CpuProbe {
+fn probe_of(tensors: &[Data], config: Config) -> Probe {
     let plan = Plan::new(tensors.iter().enumerate().map(|(t, d)| (t.to_string(), d.dtype(), d.len() as u64)));
-    CpuProbe::new(plan.unwrap(), config).unwrap()
+    Probe::new(Cpu, plan.unwrap(), config).unwrap()
 }
 
 fn measure_list(tensors: &[Data], config: Config) -> (Vec<Record>, StepOutputs) {
@@ -93,7 +93,7 @@ proptest! {
     ) {
         prop_assume!(threshold.is_finite());
         let config = Config::default().dead_threshold(threshold);
-        let config = max_norm.map_or(config, |x| config.max_norm(x));
+        let config = max_norm.map_or(config, |x| config.clip(Clip::global_norm(x)));
         let (records, outputs) = measure_list(&list, config);
         let truths: Vec<_> = list.iter().map(|d| oracle::truth(d.dtype(), threshold, d.bits())).collect();
         let names: Vec<String> = (0..list.len()).map(|t| t.to_string()).collect();
@@ -246,7 +246,7 @@ proptest! {
         let max_norm = share * before.finite_total_norm;
         prop_assume!(max_norm > 0.0);
         let mut clipped = list.clone();
-        let config = Config::default().max_norm(max_norm).non_finite(NonFinitePolicy::ZeroNonFinite);
+        let config = Config::default().clip(Clip::global_norm(max_norm)).non_finite(NonFinitePolicy::ZeroNonFinite);
         let mut probe = probe_of(&list, config);
         let report = probe.measure(&list.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
         probe.clip(&mut clipped.iter_mut().map(Data::tensor_mut).collect::<Vec<_>>()).unwrap();

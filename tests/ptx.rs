@@ -8,12 +8,12 @@ mod require;
 
 use common::data::{Data, lognormal, nearest};
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, GsnrConfig, HostTensor, HostTensorMut, Plan,
+    Backend, Config, Probe, DType, Error, GsnrConfig, HostTensor, HostTensorMut, Plan,
     cuda::{FATBIN, compile},
     launch::{Kernel, SOURCE},
 };
 use gradprobe_simt::{
-    Compiled, Schedule, Simt, SimtProbe,
+    Compiled, Schedule, Simt, Probe,
     ptx::{Module, Options, fatbin, total},
 };
 use std::{collections::BTreeSet, env, fs, path::Path, sync::OnceLock, time::Instant};
@@ -137,7 +137,7 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let data = long();
     let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
-    let mut probe = SimtProbe::with(device, plan(std::slice::from_ref(&data)), Workload::config()).unwrap();
+    let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), Workload::config()).unwrap();
     // The quietest of five runs. What other tests of this process run meanwhile adds to some counts, and to none of the least.
     let (mut least, mut shortest) = (u64::MAX, f64::MAX);
     for _ in 0..5 {
@@ -172,7 +172,7 @@ fn plan(tensors: &[Data]) -> Plan {
 }
 
 /// All that a probe says and leaves of two steps.
-fn two_steps(probe: &mut dyn Backend) -> Result<String, Error> {
+fn two_steps(probe: &mut Probe) -> Result<String, Error> {
     probe.enable_histogram()?;
     probe.enable_dot()?;
     probe.track(&GsnrConfig::default())?;
@@ -189,12 +189,12 @@ fn two_steps(probe: &mut dyn Backend) -> Result<String, Error> {
         probe.clip_host(&mut hosts)?;
         all += &format!("{:?}", data.iter().map(Data::bytes).collect::<Vec<_>>());
     }
-    all += &format!("{:?}", probe.gsnr()?);
+    all += &format!("{:?}", probe.gsnr_report()?);
     Ok(all)
 }
 
 /// A tensor of more than one span of chunks.
-fn two_spans(probe: &mut dyn Backend) -> Result<String, Error> {
+fn two_spans(probe: &mut Probe) -> Result<String, Error> {
     let data = long();
     Ok(format!("{:?}", probe.measure_host(&[data.tensor()])?))
 }
@@ -206,7 +206,7 @@ fn long() -> Data {
 /// What is done on a probe, and of which tensors.
 #[derive(Clone, Copy)]
 struct Workload {
-    run: fn(&mut dyn Backend) -> Result<String, Error>,
+    run: fn(&mut Probe) -> Result<String, Error>,
     tensors: fn() -> Vec<Data>,
 }
 
@@ -215,18 +215,18 @@ const SPANS: Workload = Workload { run: two_spans, tensors: || vec![long()] };
 
 impl Workload {
     fn config() -> Config {
-        Config::default().max_norm(1e-2)
+        Config::default().clip(Clip::global_norm(1e-2))
     }
 
     fn of_the_cpu(self) -> String {
-        (self.run)(&mut CpuProbe::new(plan(&(self.tensors)()), Self::config()).unwrap()).unwrap()
+        (self.run)(&mut Probe::new(Cpu, plan(&(self.tensors)()), Self::config()).unwrap()).unwrap()
     }
 
     /// `None` when the PTX does what the CPU does; else what it did.
     fn difference(self, module: &'static Module, options: Options, seed: u64, expected: &str) -> Option<String> {
         let compiled = Compiled { module, options };
         let device = Simt { schedule: Schedule::Shuffled(seed), blocks: 5, ptx: Some(compiled) };
-        let mut probe = SimtProbe::with(device, plan(&(self.tensors)()), Self::config()).unwrap();
+        let mut probe = Probe::new(device, plan(&(self.tensors)()), Self::config()).unwrap();
         match (self.run)(&mut probe) {
             Ok(seen) if seen == expected => None,
             Ok(_) => Some("other results".to_owned()),

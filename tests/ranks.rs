@@ -11,12 +11,12 @@ use common::{
     demand_none, oracle,
 };
 use gradprobe::{
-    Backend, ClipPolicy, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, RankReport,
+    Backend, Clip, Config, Probe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, RankReport,
     Record, Report, StepOutputs,
     health::{Health, Rules},
     ranks::{Communicator, DeviceCommunicator, Placement, ThreadCommunicator},
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use std::thread;
 
 /// Device memory that is the host's, between threads.
@@ -50,7 +50,7 @@ trait Joins: Backend {
     fn report_of_ranks(&mut self) -> Result<RankReport, Error>;
 }
 
-impl Joins for CpuProbe {
+impl Joins for Probe {
     fn join_threads(&mut self, communicator: ThreadCommunicator, placements: &[Placement]) -> Result<(), Error> {
         self.join(communicator, placements.iter().cloned())
     }
@@ -59,7 +59,7 @@ impl Joins for CpuProbe {
     }
 }
 
-impl Joins for SimtProbe {
+impl Joins for Probe {
     fn join_threads(&mut self, communicator: ThreadCommunicator, placements: &[Placement]) -> Result<(), Error> {
         self.inner().join(OnHost(communicator), placements.iter().cloned())
     }
@@ -70,10 +70,10 @@ impl Joins for SimtProbe {
 
 type Make = fn(Plan, Config, u32) -> Box<dyn Joins>;
 const BACKENDS: [Make; 2] = [
-    |plan, config, _| Box::new(CpuProbe::new(plan, config).unwrap()),
+    |plan, config, _| Probe::new(Cpu, plan, config).unwrap(),
     |plan, config, rank| {
         let device = Simt { schedule: Schedule::Shuffled(rank.into()), blocks: 2, ..Simt::default() };
-        Box::new(SimtProbe::with(device, plan, config).unwrap())
+        Probe::new(device, plan, config).unwrap()
     },
 ];
 
@@ -158,7 +158,7 @@ impl Model {
     }
 
     fn plan(&self, data: &[Data]) -> Plan {
-        Plan::of_host(self.names.iter().cloned().zip(data.iter().map(Data::tensor))).unwrap()
+        plan_of(self.names.iter().cloned().zip(data.iter().map(Data::tensor))).unwrap()
     }
 }
 
@@ -191,7 +191,7 @@ fn any_partition_gives_the_whole_to_every_rank() {
     let mut complaints = Vec::new();
     for (ranks, seed) in [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5), (8, 6), (8, 7), (5, 8), (4, 9)] {
         let model = Model::new(ranks, seed);
-        let config = Config::default().max_norm(0.7);
+        let config = Config::default().clip(Clip::global_norm(0.7));
         let [on_cpu, on_simt] = BACKENDS.map(|make| step(&model, make, config, ranks));
         let place = format!("{ranks} ranks, seed {seed}");
         for (rank, ((report, _), (of_kernels, left))) in on_cpu.iter().zip(&on_simt).enumerate() {
@@ -215,8 +215,8 @@ fn any_partition_gives_the_whole_to_every_rank() {
         for (t, placement) in model.placements.iter().enumerate() {
             let of_rank = |&rank: &u32| {
                 let part = &model.parts[t][rank as usize..][..1];
-                let plan = Plan::of_host([("part", part[0].tensor())]).unwrap();
-                CpuProbe::new(plan, config).unwrap().measure(&tensors(part)).unwrap().records()[0]
+                let plan = plan_of([("part", part[0].tensor())]).unwrap();
+                Probe::new(Cpu, plan, config).unwrap().measure(&tensors(part)).unwrap().records()[0]
             };
             let order: Vec<u32> = match placement {
                 Placement::Ranks(owners) => owners.clone(),
@@ -251,11 +251,11 @@ fn any_partition_gives_the_whole_to_every_rank() {
 fn what_ranks_remember_stays_the_same() {
     const RANKS: u32 = 3;
     let configs = [
-        Config::default().clip(ClipPolicy::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 2 }),
-        Config::default().clip(ClipPolicy::Percentile { percentile: 50.0, history: 4 }).max_norm(3.0),
-        Config::default().clip(ClipPolicy::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 }),
-        Config::default().clip(ClipPolicy::Value { max_abs: 0.3 }),
-        Config::default().max_norm(0.5).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(2)),
+        Config::default().clip(Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 2 }),
+        Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4 }).clip(Clip::global_norm(3.0)),
+        Config::default().clip(Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 }),
+        Config::default().clip(Clip::Value { max_abs: 0.3 }),
+        Config::default().clip(Clip::global_norm(0.5)).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(2)),
     ];
     let models: Vec<Model> = (0..9)
         .map(|step| {
@@ -285,7 +285,7 @@ fn what_ranks_remember_stays_the_same() {
             probe.keep_history(20).unwrap();
             let steps: Vec<Report> =
                 models.iter().map(|model| probe.measure_host(&tensors(&of(model))).unwrap()).collect();
-            let history = probe.history().unwrap();
+            let history = probe.history_report().unwrap();
             (steps, format!("{:?}", history.steps().collect::<Vec<_>>()))
         };
         let whole = run(BACKENDS[0], false, 0, None);
@@ -312,7 +312,7 @@ fn replicas_that_differ_are_counted_and_found() {
     let placements = [Placement::Replicated, Placement::Replicated, Placement::Sharded];
     for make in BACKENDS {
         let ranks = on_ranks(4, |rank, communicator| {
-            let mut probe = make(plan(), Config::default().max_norm(1.0), rank);
+            let mut probe = make(plan(), Config::default().clip(Clip::global_norm(1.0)), rank);
             probe.join_threads(communicator, &placements).unwrap();
             let mut step = |a: [f32; 3], b: [f32; 2]| {
                 let c = [rank as f32];
@@ -414,7 +414,7 @@ fn weights_are_placed_as_their_gradients() {
 fn ranks_may_hold_nothing() {
     for make in BACKENDS {
         let steps = on_ranks(2, |rank, communicator| {
-            let mut probe = make(Plan::new::<String>([]).unwrap(), Config::default().max_norm(1.0), rank);
+            let mut probe = make(Plan::new::<String>([]).unwrap(), Config::default().clip(Clip::global_norm(1.0)), rank);
             probe.join_threads(communicator, &[]).unwrap();
             *probe.measure_host(&[]).unwrap().outputs()
         });
@@ -422,7 +422,7 @@ fn ranks_may_hold_nothing() {
         let steps = on_ranks(2, |rank, communicator| {
             let data = vec![2.0f32; if rank == 0 { 0 } else { 4 }];
             let plan = Plan::new([("stage", DType::F32, data.len() as u64)]).unwrap();
-            let mut probe = make(plan, Config::default().max_norm(1.0), rank);
+            let mut probe = make(plan, Config::default().clip(Clip::global_norm(1.0)), rank);
             probe.join_threads(communicator, &[Placement::Ranks(vec![1])]).unwrap();
             let steps = [(); 2].map(|()| probe.measure_host(&[HostTensor::F32(&data)]).unwrap());
             steps.map(|report| (report.outputs().total_norm, report.records()[0].count))
@@ -438,7 +438,7 @@ fn ranks_that_mean_something_else_are_named() {
     let sharded = || vec![Placement::Sharded, Placement::Sharded];
     type Rank = (Vec<(&'static str, DType, u64)>, Vec<Placement>, Config, bool);
     let with = |change: &dyn Fn(&mut Rank)| {
-        let mut rank = (base(), sharded(), Config::default().max_norm(1.0), false);
+        let mut rank = (base(), sharded(), Config::default().clip(Clip::global_norm(1.0)), false);
         change(&mut rank);
         rank
     };
@@ -457,7 +457,7 @@ fn ranks_that_mean_something_else_are_named() {
             }),
             "3 tensors are planned, on rank 0 there are 2",
         ),
-        (with(&|rank| rank.2 = Config::default().max_norm(2.0)), "settings are others than on rank 0; here they are "),
+        (with(&|rank| rank.2 = Config::default().clip(Clip::global_norm(2.0))), "settings are others than on rank 0; here they are "),
         (with(&|rank| rank.3 = true), "settings are others than on rank 0; here they are "),
     ];
     for make in BACKENDS {
@@ -511,7 +511,7 @@ fn what_cannot_be_is_refused_before_anyone_waits() {
         assert_eq!(placed(&[0, 3]), "tensor \"w\" cannot be placed on rank 3 of 3");
         assert_eq!(placed(&[2, 0, 2]), "tensor \"w\" cannot be placed on rank 2 twice");
         assert_eq!(refused(Config::default(), &[]), "the plan has 1 tensors, the step gave 0");
-        let quantile = refused(Config::default().clip(ClipPolicy::Quantile { quantile: 0.5 }), &[Placement::Sharded]);
+        let quantile = refused(Config::default().clip(Clip::Quantile { quantile: 0.5 }), &[Placement::Sharded]);
         assert!(
             quantile.starts_with("clip must be one that does not look at the elements of other ranks"),
             "{quantile}"

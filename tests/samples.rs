@@ -12,8 +12,8 @@ use common::{
     cases::{Data, Tensor, normal},
     tensors,
 };
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, Plan, SampleConfig, SampleReport};
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe::{Backend, Config, Probe, DType, Error, Plan, SampleConfig, SampleReport};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 const LENGTHS: [usize; 5] = [3, 0, 700, 40_000, 1];
 
@@ -32,13 +32,13 @@ fn step(number: u64, shared: f64) -> Vec<Data> {
     LENGTHS.iter().enumerate().map(tensor).collect()
 }
 
-fn run(probe: &mut dyn Backend, config: &SampleConfig, steps: &[Vec<Data>]) -> SampleReport {
+fn run(probe: &mut Probe, config: &SampleConfig, steps: &[Vec<Data>]) -> SampleReport {
     probe.enable_samples(config).unwrap();
     for step in steps {
         probe.measure_host(&tensors(step)).unwrap();
         probe.sample_host(&tensors(step)).unwrap();
     }
-    probe.samples().unwrap()
+    probe.sample_report().unwrap()
 }
 
 /// Pearson's correlation of every pair, one by one.
@@ -66,7 +66,7 @@ fn by_pairs(report: &SampleReport) -> f64 {
 fn the_mean_correlation_is_that_of_all_pairs() {
     for (shared, low, high) in [(0.0, -0.01, 0.01), (0.5, 0.4, 0.6), (0.9, 0.97, 1.0)] {
         let steps: Vec<Vec<Data>> = (0..40).map(|number| step(number, shared)).collect();
-        let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
+        let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
         let report = run(&mut probe, &SampleConfig::new(200, 40), &steps);
         let (seen, expected) = (report.mean_correlation().unwrap(), by_pairs(&report));
         assert!((seen - expected).abs() < 1e-9, "{seen}, should be {expected}");
@@ -77,7 +77,7 @@ fn the_mean_correlation_is_that_of_all_pairs() {
 #[test]
 fn elements_are_spread_evenly_and_their_values_are_exact() {
     let steps: Vec<Vec<Data>> = (0..3).map(|number| step(number, 0.3)).collect();
-    let mut probe = CpuProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
     let report = run(&mut probe, &SampleConfig::new(500, 2), &steps);
     assert_eq!(report.places().len(), 500);
     assert_eq!(report.steps().map(|(number, _)| number).collect::<Vec<_>>(), [2, 3], "the last two");
@@ -96,9 +96,9 @@ fn elements_are_spread_evenly_and_their_values_are_exact() {
     }
     // No more than there are.
     let small = Plan::new([("a", DType::F32, 2), ("none", DType::F16, 0), ("b", DType::F32, 1)]).unwrap();
-    let mut probe = CpuProbe::new(small, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, small, Config::default()).unwrap();
     probe.enable_samples(&SampleConfig::new(1000, 2)).unwrap();
-    let places: Vec<_> = probe.samples().unwrap().places().iter().map(|place| (place.tensor, place.index)).collect();
+    let places: Vec<_> = probe.sample_report().unwrap().places().iter().map(|place| (place.tensor, place.index)).collect();
     assert_eq!(places, [(0, 0), (0, 1), (2, 0)]);
 }
 
@@ -108,14 +108,14 @@ fn the_kernel_keeps_the_same() {
     steps[4][3] = Data::of_bits(DType::F32, (0..40_000).map(|i| if i == 9 { 0x7fc0_0000 } else { 0 }));
     for (elements, window) in [(1, 2), (333, 5), (65_536, 7)] {
         let config = SampleConfig::new(elements, window);
-        let expected = run(&mut CpuProbe::new(plan(), Config::default()).unwrap(), &config, &steps);
+        let expected = run(&mut Probe::new(Cpu, plan(), Config::default()).unwrap(), &config, &steps);
         assert_eq!(
             (expected.skipped(), expected.steps().len()),
             if window == 2 { (0, 2) } else { (1, window as usize - 1) }
         );
         for (schedule, blocks) in [(Schedule::Forward, 0), (Schedule::Shuffled(1), 1), (Schedule::Reverse, 300)] {
             let mut probe =
-                SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
+                Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
             assert_eq!(run(&mut probe, &config, &steps), expected);
         }
     }
@@ -124,13 +124,13 @@ fn the_kernel_keeps_the_same() {
 #[test]
 fn what_cannot_be_right_is_refused() {
     let data = step(0, 0.0);
-    let probes: [Box<dyn Backend>; 2] = [
-        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
-        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    let probes: [Probe; 2] = [
+        Probe::new(Cpu, plan(), Config::default()).unwrap(),
+        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
     ];
     for mut probe in probes {
         assert_eq!(probe.sample_host(&tensors(&data)), Err(Error::NotEnabled { what: "samples" }));
-        assert_eq!(probe.samples(), Err(Error::NotEnabled { what: "samples" }));
+        assert_eq!(probe.sample_report(), Err(Error::NotEnabled { what: "samples" }));
         for (config, wrong) in [
             (SampleConfig::new(0, 2), "elements"),
             (SampleConfig::new(65_537, 2), "elements"),
@@ -144,13 +144,13 @@ fn what_cannot_be_right_is_refused() {
         probe.measure_host(&tensors(&data)).unwrap();
         let refused = probe.sample_host(&tensors(&data[..2]));
         assert_eq!(refused, Err(Error::TensorCount { planned: 5, given: 2 }));
-        assert_eq!(probe.samples().unwrap().mean_correlation(), None, "no step yet");
+        assert_eq!(probe.sample_report().unwrap().mean_correlation(), None, "no step yet");
         // Elements that never change have no correlation.
         for _ in 0..3 {
             probe.measure_host(&tensors(&data)).unwrap();
             probe.sample_host(&tensors(&data)).unwrap();
         }
-        let report = probe.samples().unwrap();
+        let report = probe.sample_report().unwrap();
         assert_eq!((report.steps().len(), report.mean_correlation()), (3, None));
     }
 }

@@ -9,9 +9,9 @@ use common::{
     cases::{self, Data},
     demand_none, run_all, run_case, short,
 };
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, Plan, launch::RawTensor};
+use gradprobe::{Backend, Config, Probe, DType, Error, HostTensor, Plan, launch::RawTensor};
 use gradprobe_simt::{
-    Schedule, Simt, SimtProbe,
+    Schedule, Simt, Probe,
     ptx::{Statistics, total},
 };
 
@@ -24,7 +24,7 @@ fn kernels_conform_and_equal_the_cpu() {
         (true, None) => Effort { large: false, offsets: 2 },
         (true, Some(_)) => Effort { large: false, offsets: 1 },
     };
-    run_all(&mut |plan, config| Box::new(SimtProbe::new(plan, config).unwrap()), &effort);
+    run_all(&mut |plan, config| Probe::new(Simt::default(), plan, config).unwrap(), &effort);
     let Statistics { launches, seeds, lane_instructions, .. } = total();
     if launches > 0 {
         println!(
@@ -41,8 +41,8 @@ fn no_order_and_no_grid_changes_a_bit() {
     let mut complaints = Vec::new();
     let count = if short() { 1 } else { 9 };
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7, 4, 13]).take(count) {
-        let mut make = |plan, config| -> Box<dyn Backend> {
-            Box::new(SimtProbe::with(Simt { schedule, blocks, ..Simt::default() }, plan, config).unwrap())
+        let mut make = |plan, config| -> Probe {
+            Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan, config).unwrap()
         };
         // Lists of thousands of tiny tensors give a block little to order and take most of the time.
         for case in cases::cases().iter().filter(|case| !case.large && case.tensors.len() <= 1000) {
@@ -66,8 +66,8 @@ fn offsets_beyond_32_bits_are_right() {
     elements[(1 << 31) + 7] = half::bf16::NAN.to_bits();
     let tensor = HostTensor::BF16(bytemuck::cast_slice(elements));
     let plan = Plan::new([("huge", DType::BF16, LENGTH as u64)]).unwrap();
-    let expected = CpuProbe::new(plan.clone(), Config::default()).unwrap().measure(&[tensor]).unwrap();
-    let report = SimtProbe::new(plan, Config::default()).unwrap().measure_host(&[tensor]).unwrap();
+    let expected = Probe::new(Cpu, plan.clone(), Config::default()).unwrap().measure(&[tensor]).unwrap();
+    let report = Probe::new(Simt::default(), plan, Config::default()).unwrap().measure_host(&[tensor]).unwrap();
     let record = report.records()[0];
     assert_eq!(bytemuck::bytes_of(&record), bytemuck::bytes_of(&expected.records()[0]));
     assert_eq!((record.count, record.nan_count, record.zero_count), (LENGTH as u64, 1, LENGTH as u64 - 5));
@@ -86,7 +86,7 @@ fn bad_addresses_are_errors_that_name_the_tensor() {
     let data = Data::of_bits(DType::F32, [1.0f32; 64].map(f32::to_bits).into_iter());
     let good = raw(&data);
     let plan = Plan::new([("first", DType::F32, 32), ("second", DType::F32, 32)]).unwrap();
-    let mut probe = SimtProbe::new(plan, Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan, Config::default().clip(Clip::global_norm(1.0))).unwrap();
     let at = |offset: u64| RawTensor { address: good.address + offset, len: 32, ..good };
     let name = || "second".to_owned();
     for (second, expected) in [
@@ -117,7 +117,7 @@ fn bad_addresses_are_errors_that_name_the_tensor() {
 fn polling_gives_each_step_once_and_waiting_the_last() {
     let data = Data::of_bits(DType::F32, [3.0f32, 4.0].map(f32::to_bits).into_iter());
     let plan = Plan::new([("pair", DType::F32, 2)]).unwrap();
-    let mut probe = SimtProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan, Config::default()).unwrap();
     let probe = probe.inner();
     let _lent = gradprobe_simt::lend(&[raw(&data)], false);
     assert!(probe.poll().unwrap().is_none());

@@ -9,10 +9,10 @@ use common::{
     tensors,
 };
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Report, Verdict,
+    Backend, Config, Probe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Report, Verdict,
     health::{Health, Preset, Rules, Statistic, ThresholdRule, verdict_of},
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 
 /// Rules on every statistic in both directions, with limits that steps of [`step`] lie on both sides of.
 fn every_rule() -> Rules {
@@ -87,13 +87,13 @@ fn a_run_is_judged_as_it_is_diagnosed() {
     let presets = Preset::ALL.map(|preset| Rules::preset(preset).learning_rate(0.1));
     for rules in presets.into_iter().chain([every_rule()]) {
         for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-            let config = Config::default().max_norm(1.0).non_finite(non_finite);
+            let config = Config::default().clip(Clip::global_norm(1.0)).non_finite(non_finite);
             let health = Health::new(&plan(), rules.clone()).unwrap();
-            let probes: [Box<dyn Backend>; 3] = [
-                Box::new(CpuProbe::new(plan(), config).unwrap()),
-                Box::new(SimtProbe::new(plan(), config).unwrap()),
+            let probes: [Probe; 3] = [
+                Probe::new(Cpu, plan(), config).unwrap(),
+                Probe::new(Simt::default(), plan(), config).unwrap(),
                 Box::new(
-                    SimtProbe::with(
+                    Probe::new(
                         Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() },
                         plan(),
                         config,
@@ -133,9 +133,9 @@ fn every_case_is_judged_as_it_is_diagnosed() {
     for case in cases().iter().filter(|case| !case.large) {
         let prepared = common::Prepared::new(case);
         let mut reports = Vec::new();
-        let probes: [Box<dyn Backend>; 2] = [
-            Box::new(CpuProbe::new(prepared.plan(), case.config).unwrap()),
-            Box::new(SimtProbe::new(prepared.plan(), case.config).unwrap()),
+        let probes: [Probe; 2] = [
+            Probe::new(Cpu, prepared.plan(), case.config).unwrap(),
+            Probe::new(Simt::default(), prepared.plan(), case.config).unwrap(),
         ];
         for mut probe in probes {
             let rules = [Statistic::Norm, Statistic::Rms, Statistic::MaxAbs, Statistic::Spread];
@@ -160,16 +160,16 @@ fn every_case_is_judged_as_it_is_diagnosed() {
 #[test]
 fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
     let plan = || Plan::new([("a", DType::F32, 2)]).unwrap();
-    let probes: [Box<dyn Backend>; 2] = [
-        Box::new(CpuProbe::new(plan(), Config::default()).unwrap()),
-        Box::new(SimtProbe::new(plan(), Config::default()).unwrap()),
+    let probes: [Probe; 2] = [
+        Probe::new(Cpu, plan(), Config::default()).unwrap(),
+        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
     ];
     let rules =
         Rules::preset(Preset::Doctor).with(ThresholdRule::above(Statistic::Change, FindingKind::Unstable, 2.0, 100.0));
     let health = Health::new(&plan(), rules).unwrap();
     let other = Health::new(&Plan::new([("b", DType::F32, 2)]).unwrap(), Rules::default()).unwrap();
     for mut probe in probes {
-        let judge = |probe: &mut dyn Backend, x: f32| {
+        let judge = |probe: &mut Probe, x: f32| {
             let report = probe.measure_host(&[HostTensor::F32(&[x, 0.0])]).unwrap();
             (report.outputs().health, report.health_words().map(<[u32]>::to_vec))
         };
@@ -195,7 +195,7 @@ fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
     });
     let many = Health::new(&plan(), many).unwrap();
     assert!(many.rules().thresholds().len() > 63);
-    let refused = CpuProbe::new(plan(), Config::default()).unwrap().judge_by(&many);
+    let refused = Probe::new(Cpu, plan(), Config::default()).unwrap().judge_by(&many);
     assert!(matches!(refused, Err(Error::InvalidConfig { option: "rules", .. })), "{refused:?}");
 }
 
@@ -204,7 +204,7 @@ fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
 fn random_bits_are_judged_as_they_are_diagnosed() {
     let plan = || Plan::new([("a", DType::F16, 300), ("b", DType::BF16, 300)]).unwrap();
     let mut health = Health::new(&plan(), Rules::default()).unwrap();
-    let mut probe = SimtProbe::new(plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
     probe.judge_by(&health).unwrap();
     for seed in 0..50 {
         // A few are NaN or Inf in half of the steps.

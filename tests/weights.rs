@@ -9,13 +9,13 @@ use common::{
     demand_none, placed, short, tensors,
 };
 use gradprobe::{
-    Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
+    Backend, Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, SimtProbe};
+use gradprobe_simt::{Schedule, Simt, Probe};
 use half::bf16;
 
 /// Both lists measured in one step, placed at misalignments of their own.
-fn together(probe: &mut dyn Backend, gradients: &[Data], weights: &[Data], offset: usize) -> Report {
+fn together(probe: &mut Probe, gradients: &[Data], weights: &[Data], offset: usize) -> Report {
     let (a, b) = (placed(gradients, offset, 1), placed(weights, offset, offset));
     let (a, b): (Vec<_>, Vec<_>) = (a.iter().map(Placed::tensor).collect(), b.iter().map(Placed::tensor).collect());
     probe.measure_host_with_weights(&a, &b).unwrap()
@@ -33,17 +33,17 @@ fn each_list_has_the_bits_it_has_alone() {
         let weights = others(case);
         let plan = || prepared.plan().with_weights(weights.iter().map(Data::dtype)).unwrap();
         let alone = |data: &[Data], config: Config| {
-            let plan = Plan::of_host(prepared.names.iter().cloned().zip(tensors(data))).unwrap();
-            CpuProbe::new(plan, config).unwrap().measure(&tensors(data)).unwrap()
+            let plan = plan_of(prepared.names.iter().cloned().zip(tensors(data))).unwrap();
+            Probe::new(Cpu, plan, config).unwrap().measure(&tensors(data)).unwrap()
         };
         // Weights are scaled by nothing.
         let mut of_weights = case.config;
         of_weights.loss_scale = None;
         let (of_gradients, of_weights) = (alone(&prepared.data, case.config), alone(&weights, of_weights));
-        let probes: [Box<dyn Backend>; 2] = [
-            Box::new(CpuProbe::new(plan(), case.config).unwrap()),
+        let probes: [Probe; 2] = [
+            Probe::new(Cpu, plan(), case.config).unwrap(),
             Box::new(
-                SimtProbe::with(
+                Probe::new(
                     Simt { schedule: Schedule::Shuffled(3), blocks: 3, ..Simt::default() },
                     plan(),
                     case.config,
@@ -88,7 +88,7 @@ fn known_answers() {
     let gradients = [HostTensor::F32(&gradient), HostTensor::F32(&gradient), HostTensor::F16(&[])];
     let zeros = [0.0f32; 2];
     let weights = [HostTensor::BF16(&weight), HostTensor::F32(&zeros), HostTensor::F16(&[])];
-    let mut probe = CpuProbe::new(plan, Config::default().max_norm(0.1)).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default().clip(Clip::global_norm(0.1))).unwrap();
     let report = probe.measure_with_weights(&gradients, &weights).unwrap();
     let norms: Vec<_> = report.tensors().map(|tensor| tensor.param_norm).collect();
     assert_eq!(norms, [Some(5.0), Some(0.0), Some(0.0)]);
@@ -106,9 +106,9 @@ fn known_answers() {
 #[test]
 fn weights_that_are_not_finite_change_nothing_but_their_records() {
     let plan = || Plan::new([("w", DType::F32, 3)]).unwrap().with_weights([DType::F32]).unwrap();
-    let config = Config::default().max_norm(1.0);
-    let probes: [Box<dyn Backend>; 2] =
-        [Box::new(CpuProbe::new(plan(), config).unwrap()), Box::new(SimtProbe::new(plan(), config).unwrap())];
+    let config = Config::default().clip(Clip::global_norm(1.0));
+    let probes: [Probe; 2] =
+        [Probe::new(Cpu, plan(), config).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()];
     for mut probe in probes {
         let (mut gradient, weight) = ([3.0f32, 0.0, 4.0], [f32::NAN, f32::INFINITY, 1.0]);
         let lists = ([HostTensor::F32(&gradient)], [HostTensor::F32(&weight)]);
@@ -133,14 +133,14 @@ fn what_was_not_planned_is_refused() {
     let gradients = [HostTensor::F32(&wide), HostTensor::BF16(&narrow)];
     let master = [HostTensor::F32(&wide), HostTensor::F32(&wide)];
     let config = Config::default();
-    let probes: [Box<dyn Backend>; 2] =
-        [Box::new(CpuProbe::new(plan(), config).unwrap()), Box::new(SimtProbe::new(plan(), config).unwrap())];
+    let probes: [Probe; 2] =
+        [Probe::new(Cpu, plan(), config).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()];
     for mut probe in probes {
         assert_eq!(probe.measure_host_with_weights(&gradients, &master).map(drop), Err(Error::NoWeights));
     }
     let plan = || plan().with_weights([DType::F32; 2]).unwrap();
-    let probes: [Box<dyn Backend>; 2] =
-        [Box::new(CpuProbe::new(plan(), config).unwrap()), Box::new(SimtProbe::new(plan(), config).unwrap())];
+    let probes: [Probe; 2] =
+        [Probe::new(Cpu, plan(), config).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()];
     for mut probe in probes {
         let count = probe.measure_host_with_weights(&gradients, &master[..1]).map(drop);
         assert_eq!(count, Err(Error::TensorCount { planned: 2, given: 1 }));

@@ -19,7 +19,7 @@ use clock::Clock;
 use criterion::{Criterion, Throughput};
 use gradients::{Gradients, transformer_lengths};
 use gradprobe::{
-    Config, CudaProbe, DType, Element, Error, GsnrConfig, Plan,
+    Config, Probe, DType, Element, Error, GsnrConfig, Plan,
     cuda::{DeviceTensor, DeviceTensorMut},
     cudarc::driver::{
         CudaContext, CudaSlice, CudaStream, DeviceRepr,
@@ -49,10 +49,10 @@ fn small(stream: &Arc<CudaStream>) -> Gradients<f32> {
 }
 
 /// A probe for tensors that stay where they are.
-fn probe(stream: &Arc<CudaStream>, tensors: &[RawTensor], max_norm: Option<f64>) -> CudaProbe {
+fn probe(stream: &Arc<CudaStream>, tensors: &[RawTensor], max_norm: Option<f64>) -> Probe {
     let plan = Plan::new(tensors.iter().enumerate().map(|(t, tensor)| (t.to_string(), tensor.dtype, tensor.len)));
-    let config = max_norm.map_or(Config::default(), |max_norm| Config::default().max_norm(max_norm));
-    CudaProbe::new(stream, plan.unwrap(), config).unwrap()
+    let config = max_norm.map_or(Config::default(), |max_norm| Config::default().clip(Clip::global_norm(max_norm)));
+    Probe::new(Cuda::new(&stream).unwrap(), plan.unwrap(), config).unwrap()
 }
 
 /// The tensors in each place and a probe for them: one a place, so that no address is uploaded between turns.
@@ -60,17 +60,17 @@ fn probes<T: Element + DeviceRepr + Into<f32>>(
     stream: &Arc<CudaStream>,
     gradients: &Gradients<T>,
     max_norm: Option<f64>,
-) -> Vec<(CudaProbe, Vec<RawTensor>)> {
+) -> Vec<(Probe, Vec<RawTensor>)> {
     let tensors = (0..gradients.places()).map(|place| gradients.tensors(place));
     tensors.map(|tensors| (probe(stream, &tensors, max_norm), tensors)).collect()
 }
 
-fn measure(probe: &mut CudaProbe, tensors: &[RawTensor]) {
+fn measure(probe: &mut Probe, tensors: &[RawTensor]) {
     // SAFETY: the tensors are places in device memory that live as long as the bench, used on this stream alone.
     unsafe { probe.raw().measure_raw(tensors) }.unwrap();
 }
 
-fn clip(probe: &mut CudaProbe, tensors: &[RawTensor]) {
+fn clip(probe: &mut Probe, tensors: &[RawTensor]) {
     // SAFETY: as above.
     unsafe { probe.raw().clip_raw(tensors) }.unwrap();
 }
@@ -115,7 +115,7 @@ impl Bench<'_> {
 
     /// All statistics of `gradients`, in each place in turn.
     fn measure<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &Gradients<T>) {
-        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
+        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
         let mut places = probes(&self.stream, gradients, None);
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
@@ -173,8 +173,8 @@ impl Bench<'_> {
         gradients: &mut Gradients<T>,
         share: f64,
     ) {
-        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
-        let mut places = probes(&self.stream, gradients, Some(gradients.max_norm(share)));
+        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
+        let mut places = probes(&self.stream, gradients, Some(gradients.clip(Clip::global_norm(share))));
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
             if share < 1.0 {
@@ -190,8 +190,8 @@ impl Bench<'_> {
 
     /// The same as a captured graph.
     fn graph<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &mut Gradients<T>) {
-        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
-        let (mut probe, tensors) = probes(&self.stream, gradients, Some(gradients.max_norm(CLIPS))).remove(0);
+        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
+        let (mut probe, tensors) = probes(&self.stream, gradients, Some(gradients.clip(Clip::global_norm(CLIPS)))).remove(0);
         // SAFETY: as for the measurements that are captured.
         unsafe { probe.raw().bind_raw(&tensors) }.unwrap();
         self.stream.begin_capture(THIS_THREAD).unwrap();
@@ -224,7 +224,7 @@ impl Bench<'_> {
     fn host(&mut self, name: &str, stream: &Arc<CudaStream>) {
         let mut slices: Vec<CudaSlice<f32>> = (0..1000).map(|_| stream.alloc_zeros(1024).unwrap()).collect();
         let plan = Plan::new((0..slices.len()).map(|t| (t.to_string(), DType::F32, 1024))).unwrap();
-        let mut probe = CudaProbe::new(stream, plan, Config::default().max_norm(1.0)).unwrap();
+        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, Config::default().clip(Clip::global_norm(1.0))).unwrap();
         let mut step = || {
             let start = Instant::now();
             let tensors: Vec<&dyn DeviceTensor> = slices.iter().map(|slice| slice as _).collect();
@@ -284,7 +284,7 @@ impl Bench<'_> {
 }
 
 fn main() {
-    match CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+    match Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
         Ok(_) => {}
         Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
             eprintln!("nothing to measure: {error}");
@@ -304,7 +304,7 @@ fn main() {
     }
     if std::env::args().any(|argument| argument == "--counters") {
         let mut gradients = cached(&stream);
-        let (mut probe, tensors) = probes(&stream, &gradients, Some(gradients.max_norm(CLIPS))).remove(0);
+        let (mut probe, tensors) = probes(&stream, &gradients, Some(gradients.clip(Clip::global_norm(CLIPS)))).remove(0);
         for _ in 0..2 {
             gradients.restore(0);
             measure(&mut probe, &tensors);

@@ -220,7 +220,7 @@ fn case<T: Element + DeviceRepr + Into<f32>>(
     gradients: &mut Gradients<T>,
     share: Option<f64>,
 ) {
-    let max_norm = share.map_or(0.0, |share| gradients.max_norm(share));
+    let max_norm = share.map_or(0.0, |share| gradients.clip(Clip::global_norm(share)));
     let places = gradients.places();
     let tables = |variant: &Variant, max_norm: f64| -> Vec<Tables> {
         (0..places).map(|place| Tables::new(stream, &gradients.tensors(place), variant.chunk, max_norm)).collect()

@@ -6,7 +6,7 @@ use crate::data::{
     Samples, initial_parameters,
 };
 use gradprobe::{
-    Config, CudaProbe, DType, Plan,
+    Config, Probe, DType, Plan,
     cuda::DeviceTensor,
     cudarc::{
         driver::{
@@ -40,7 +40,7 @@ const THREADS: u32 = 128;
 /// A net in training. A step is one launch of a graph.
 pub struct Training {
     /// Which measures the gradients in each step.
-    pub probe: CudaProbe,
+    pub probe: Probe,
     /// The launches of a step.
     pub graph: CudaGraph,
     /// To be kept as long as the graph: with its last kernel a module is unloaded.
@@ -74,7 +74,7 @@ impl Training {
             ("output.bias", DType::F32, elements(1)),
         ])?;
         // A NaN or Inf anywhere has `skip` set, unless the configuration says otherwise.
-        let mut probe = CudaProbe::on_device(0, plan, Config::default().max_norm(MAX_NORM))?;
+        let mut probe = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default().clip(Clip::global_norm(MAX_NORM)))?;
         let stream = Arc::clone(probe.stream());
         // A capture cannot wait for the events by which cudarc orders streams.
         // SAFETY: all memory of this context is used on this one stream.
@@ -253,7 +253,7 @@ fn launch_step(
     stream: &Arc<CudaStream>,
     kernels: &Kernels,
     memory: &mut Memory,
-    probe: &mut CudaProbe,
+    probe: &mut Probe,
 ) -> Result<(), Box<dyn Error>> {
     let Memory {
         inputs,

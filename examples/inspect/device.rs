@@ -1,11 +1,11 @@
 //! Opens the device on which the statistics are computed.
 
 use crate::options::Device;
-use gradprobe::{Backend, Config, CpuProbe, Error, Plan};
+use gradprobe::{Backend, Config, Probe, Error, Plan};
 
 /// A probe on the device asked for. With none asked for: on the GPU, or on the CPU when there is no GPU; a GPU that
 /// is there and fails is an error, so that nobody takes the slow path without knowing.
-pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Probe, Error> {
     match device {
         Some(Device::Cpu) => cpu(plan, config),
         Some(Device::Cuda) => cuda(plan, config),
@@ -18,28 +18,28 @@ pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Box<dy
     }
 }
 
-fn cpu(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
-    Ok(Box::new(CpuProbe::new(plan, config)?))
+fn cpu(plan: Plan, config: Config) -> Result<Probe, Error> {
+    Ok(Box::new(Probe::new(Cpu, plan, config)?))
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
-    Ok(Box::new(gradprobe::CudaProbe::on_device(0, plan, config)?))
+fn cuda(plan: Plan, config: Config) -> Result<Probe, Error> {
+    Ok(Box::new(gradprobe::Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, config)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
+fn cuda(_: Plan, _: Config) -> Result<Probe, Error> {
     Err(Error::DeviceNotFound { ordinal: 0, reason: "this build is without the feature `cuda`".to_owned() })
 }
 
-fn simt(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
-    Ok(Box::new(gradprobe_simt::SimtProbe::new(plan, config)?))
+fn simt(plan: Plan, config: Config) -> Result<Probe, Error> {
+    Ok(Box::new(gradprobe_simt::Probe::new(Simt::default(), plan, config)?))
 }
 
 #[cfg(feature = "cuda")]
-fn ptx(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
+fn ptx(plan: Plan, config: Config) -> Result<Probe, Error> {
     use gradprobe::cuda::FATBIN;
-    use gradprobe_simt::{Compiled, Simt, SimtProbe, ptx};
+    use gradprobe_simt::{Compiled, Simt, Probe, ptx};
 
     if FATBIN.is_empty() {
         return Err(Error::KernelLoad("the build found no nvcc, which makes the PTX".to_owned()));
@@ -48,10 +48,10 @@ fn ptx(plan: Plan, config: Config) -> Result<Box<dyn Backend>, Error> {
     let module = ptx::Module::parse(&module).map_err(|error| Error::KernelLoad(error.to_string()))?;
     let compiled = Compiled { module: Box::leak(Box::new(module)), options: ptx::Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
-    Ok(Box::new(SimtProbe::with(device, plan, config)?))
+    Ok(Box::new(Probe::new(device, plan, config)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn ptx(_: Plan, _: Config) -> Result<Box<dyn Backend>, Error> {
+fn ptx(_: Plan, _: Config) -> Result<Probe, Error> {
     Err(Error::KernelLoad("this build is without the feature `cuda`, and so without PTX".to_owned()))
 }

@@ -130,7 +130,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         }
     }
     progress.clear();
-    let gsnr = if files.len() > 1 { Some(probe.gsnr()?) } else { None };
+    let gsnr = if files.len() > 1 { Some(probe.gsnr_report()?) } else { None };
     let of_all = gsnr.as_ref().map_or_else(Vec::new, |gsnr| health.diagnose_gsnr(gsnr));
     let verdict = findings.iter().chain(&of_all).map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
     if options.json {

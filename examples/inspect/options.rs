@@ -77,7 +77,7 @@ impl Options {
             config = config.dead_threshold(threshold);
         }
         if let Some(norm) = self.clip_norm {
-            config = config.max_norm(norm);
+            config = config.clip(Clip::global_norm(norm));
         }
         config
     }

@@ -112,7 +112,7 @@ fn plain() -> Config {
 /// One of the three policies with a clip, in turn.
 fn policy(turn: usize) -> Config {
     let policies = [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite];
-    plain().max_norm(0.37).non_finite(policies[turn % 3])
+    plain().clip(Clip::global_norm(0.37)).non_finite(policies[turn % 3])
 }
 
 fn sizes() -> Vec<Case> {
@@ -121,7 +121,7 @@ fn sizes() -> Vec<Case> {
         let gradient =
             |(t, &len): (usize, &usize)| Tensor::of_values(dtype, len, move |i| 1e-3 * normal(100 + t as u64, i));
         let tensors = SIZES.iter().enumerate().map(gradient).collect();
-        cases.push(Case::new(format!("every_size_{}", lower(dtype)), plain().max_norm(0.1), tensors));
+        cases.push(Case::new(format!("every_size_{}", lower(dtype)), plain().clip(Clip::global_norm(0.1)), tensors));
     }
     for (turn, &len) in SIZES.iter().enumerate() {
         let dtype = DType::ALL[turn % 3];
@@ -133,7 +133,7 @@ fn sizes() -> Vec<Case> {
     for (dtype, values) in [(DType::F32, 2039), (DType::F16, 61), (DType::BF16, 31)] {
         let tensors = [33, 2049, CHUNK, CHUNK + 1, 65_521]
             .map(|len| Tensor::of_values(dtype, len, move |i| ((i * 7919) % values) as f64 - (values / 2) as f64));
-        cases.push(Case::new(format!("exact_sums_{}", lower(dtype)), plain().max_norm(1e9), tensors.into()));
+        cases.push(Case::new(format!("exact_sums_{}", lower(dtype)), plain().clip(Clip::global_norm(1e9)), tensors.into()));
     }
     cases
 }
@@ -175,20 +175,20 @@ fn constants() -> Vec<Case> {
         let tensors = VALUES.into_iter().flat_map(|value| {
             [1, 3, 7, 100, 257, 2049, 4099, 8191, CHUNK + 3].map(|len| Tensor::of_values(dtype, len, move |_| value))
         });
-        cases.push(Case::new(format!("constants_{}", lower(dtype)), plain().max_norm(1.0), tensors.collect()));
+        cases.push(Case::new(format!("constants_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), tensors.collect()));
         // As the optimizer signSGD leaves them, and exactly cancelling.
         let signs = [1e-3, 3e-39, 1.7e38, 0.3].map(|value| {
             Tensor::of_values(dtype, CHUNK + 4099, move |i| if hash(5, i) & 1 == 0 { value } else { -value })
         });
-        cases.push(Case::new(format!("sign_only_{}", lower(dtype)), plain().max_norm(1.0), signs.into()));
+        cases.push(Case::new(format!("sign_only_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), signs.into()));
         let alternating = [1e-3, 3e-39, 3.3e38, 7.0]
             .map(|value| Tensor::of_values(dtype, 2 * ROW + 6, move |i| if i & 1 == 0 { value } else { -value }));
-        cases.push(Case::new(format!("alternating_{}", lower(dtype)), plain().max_norm(1.0), alternating.into()));
+        cases.push(Case::new(format!("alternating_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), alternating.into()));
         let zeros = [0, Format::of(dtype).sign()].map(|bits| Tensor::of_bits(dtype, CHUNK + 1, move |_| bits));
         let sparse =
             Tensor::of_values(dtype, CHUNK + 99, |i| if hash(6, i).is_multiple_of(100) { normal(7, i) } else { -0.0 });
         let zeros = zeros.into_iter().chain([sparse]).collect();
-        cases.push(Case::new(format!("zeros_{}", lower(dtype)), plain().max_norm(1.0), zeros));
+        cases.push(Case::new(format!("zeros_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), zeros));
     }
     cases
 }
@@ -215,7 +215,7 @@ fn shifted() -> Vec<Case> {
     let ramp = Tensor::of_values(DType::F32, 2 * CHUNK + 11, |i| 1e-6 * i as f64);
     let halves = Tensor::of_values(DType::F32, 2 * CHUNK, |i| if i < CHUNK { 0.57 } else { -0.57 } + normal(24, i));
     let bf16 = Tensor::of_values(DType::BF16, 3 * CHUNK, |i| [5.0, -5.0, 0.1][i / CHUNK] + normal(25, i));
-    cases.push(Case::new("chunks_with_means_of_their_own", plain().max_norm(3.0), vec![step, ramp, halves, bf16]));
+    cases.push(Case::new("chunks_with_means_of_their_own", plain().clip(Clip::global_norm(3.0)), vec![step, ramp, halves, bf16]));
     cases
 }
 
@@ -251,7 +251,7 @@ fn spreads() -> Vec<Case> {
         let tensor = Tensor::of_values(dtype, magnitudes.len() * CHUNK, move |i| {
             magnitudes[i / CHUNK] * (1.0 + normal(44 + t as u64, i))
         });
-        cases.push(Case::new(format!("chunks_of_all_scales_{}", lower(dtype)), plain().max_norm(1e30), vec![tensor]));
+        cases.push(Case::new(format!("chunks_of_all_scales_{}", lower(dtype)), plain().clip(Clip::global_norm(1e30)), vec![tensor]));
     }
     cases
 }
@@ -280,7 +280,7 @@ fn blocks() -> Vec<Case> {
             let tensors = [1, 8, 256, TILE, ROW, CHUNK - 1]
                 .map(|block| Tensor::of_values(dtype, CHUNK + 9, move |i| if i < block { value } else { 0.0 }));
             let name = format!("block_of_{name}_then_zeros_{}", lower(dtype));
-            cases.push(Case::new(name, plain().max_norm(2.5), tensors.into()));
+            cases.push(Case::new(name, plain().clip(Clip::global_norm(2.5)), tensors.into()));
         }
     }
     cases
@@ -389,7 +389,7 @@ fn mixture(seed: u64, count: usize, longest: usize) -> Vec<Tensor> {
 }
 
 fn lists() -> Vec<Case> {
-    let clip = || plain().max_norm(1.0);
+    let clip = || plain().clip(Clip::global_norm(1.0));
     let mut cases = vec![
         Case::new("an_empty_list_is_a_step_pytorch_162911", clip(), Vec::new()),
         Case::new("an_empty_list_without_a_clip", plain(), Vec::new()),
@@ -493,7 +493,7 @@ fn clips() -> Vec<Case> {
             ("is_largest", f64::MAX),
         ] {
             let name = format!("max_norm_{name}_{}", lower(dtype));
-            cases.push(Case::new(name, plain().max_norm(max_norm), vec![five(dtype), Tensor::empty(dtype)]));
+            cases.push(Case::new(name, plain().clip(Clip::global_norm(max_norm)), vec![five(dtype), Tensor::empty(dtype)]));
         }
     }
     // A norm of 2^10 and max_norm 2^9 halve everything: the product of an odd subnormal or of an odd last place falls
@@ -504,7 +504,7 @@ fn clips() -> Vec<Case> {
         let edges = Tensor::of_bits(dtype, small.len(), move |i| small[i]);
         let odd = Tensor::of_bits(dtype, 4096, move |i| (i as u32) | if i % 3 == 0 { format.sign() } else { 0 })
             .with(0, format.encode(1024.0));
-        let config = plain().max_norm(512.0);
+        let config = plain().clip(Clip::global_norm(512.0));
         // In f16 the first 4096 patterns reach 2^-12 or so; their squares are 2^-35 of that of 2^10.
         cases.push(Case::new(format!("clip_by_half_{}", lower(dtype)), config, vec![edges, odd]));
     }
@@ -516,7 +516,7 @@ fn clips() -> Vec<Case> {
         let random = Tensor::of_bits(dtype, 20_011, move |i| random_finite_bits(dtype, 110, i) & !(1 << 14));
         cases.push(Case::new(
             format!("clip_over_the_whole_range_{}", lower(dtype)),
-            plain().max_norm(max_norm),
+            plain().clip(Clip::global_norm(max_norm)),
             vec![edges, random],
         ));
     }
@@ -543,7 +543,7 @@ fn clips() -> Vec<Case> {
                     tensors[2] = tensors[2].clone().with(0, Format::BF16.infinity());
                     tensors[0] = tensors[0].clone().with(3000, Format::F32.infinity() | Format::F32.sign());
                 }
-                let config = max_norm.map_or(plain(), |max_norm| plain().max_norm(max_norm)).non_finite(policy);
+                let config = max_norm.map_or(plain(), |max_norm| plain().clip(Clip::global_norm(max_norm))).non_finite(policy);
                 cases.push(Case::new(format!("policy_{policy_name}_{data_name}_{clip_name}"), config, tensors));
             }
         }
@@ -555,16 +555,16 @@ fn public_failures() -> Vec<Case> {
     let constant = |dtype, len, value: f64| Tensor::of_values(dtype, len, move |_| value);
     let all = |value: f64, len| DType::ALL.map(|dtype| constant(dtype, len, value)).into();
     vec![
-        Case::new("norm_1e20_is_finite_pytorch_46849", plain().max_norm(1.0), vec![constant(DType::F32, 1000, 1e20)]),
+        Case::new("norm_1e20_is_finite_pytorch_46849", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F32, 1000, 1e20)]),
         Case::new(
             "norm_within_range_is_not_inf_pytorch_193006",
-            plain().max_norm(1.0),
+            plain().clip(Clip::global_norm(1.0)),
             vec![constant(DType::F32, 1, 3.4e38), constant(DType::BF16, 1, -3.3e38)],
         ),
-        Case::new("norm_beyond_f32_is_still_a_number", plain().max_norm(1.0), all(3.4e38, 5000)),
-        Case::new("norm_1e-30_does_not_vanish", plain().max_norm(1e-31), vec![constant(DType::F32, 1000, 1e-30)]),
-        Case::new("f16_clip_of_300_is_not_zero_burn_5699", plain().max_norm(1.0), vec![constant(DType::F16, 1, 300.0)]),
-        Case::new("f16_norm_beyond_f16_fairscale_263", plain().max_norm(1.0), vec![constant(DType::F16, 40_000, 6e4)]),
+        Case::new("norm_beyond_f32_is_still_a_number", plain().clip(Clip::global_norm(1.0)), all(3.4e38, 5000)),
+        Case::new("norm_1e-30_does_not_vanish", plain().clip(Clip::global_norm(1e-31)), vec![constant(DType::F32, 1000, 1e-30)]),
+        Case::new("f16_clip_of_300_is_not_zero_burn_5699", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F16, 1, 300.0)]),
+        Case::new("f16_norm_beyond_f16_fairscale_263", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F16, 40_000, 6e4)]),
         Case::new(
             "std_is_finite_pytorch_180156",
             plain(),
@@ -572,17 +572,17 @@ fn public_failures() -> Vec<Case> {
         ),
         Case::new(
             "bf16_total_is_not_rounded_to_bf16_torchtitan_4135",
-            plain().max_norm(1.0),
+            plain().clip(Clip::global_norm(1.0)),
             (0..16).map(|t| Tensor::of_values(DType::BF16, 5000, move |i| 2e-3 * normal(120 + t, i))).collect(),
         ),
         Case::new(
             "bf16_sum_of_many_squares_torch_bf16",
-            plain().max_norm(1.0),
+            plain().clip(Clip::global_norm(1.0)),
             vec![constant(DType::BF16, 100_003, 1e18), constant(DType::BF16, 100_003, 1.0)],
         ),
         Case::new(
             "minus_inf_is_inf_and_not_nan_openblas_2998",
-            plain().max_norm(1.0).non_finite(NonFinitePolicy::Propagate),
+            plain().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::Propagate),
             vec![constant(DType::F32, 100, 1.0).with(41, Format::F32.infinity() | Format::F32.sign())],
         ),
         Case::new(
@@ -592,7 +592,7 @@ fn public_failures() -> Vec<Case> {
         ),
         Case::new(
             "one_nan_does_not_kill_the_weights_habitat_lab_2229",
-            plain().max_norm(1.0),
+            plain().clip(Clip::global_norm(1.0)),
             vec![constant(DType::F32, 4000, 0.5).with(3999, Format::F32.nan()), constant(DType::F32, 4000, 0.25)],
         ),
     ]
@@ -609,9 +609,9 @@ fn large() -> Vec<Case> {
     biases.insert(500, gradient(DType::BF16, 1_500_000, 139));
     vec![
         Case::new("a_million_random_bits", policy(0), DType::ALL.map(long).into()).large(),
-        Case::new("129_chunks_f32", plain().max_norm(1.0), vec![gradient(DType::F32, 128 * CHUNK + 1, 131)]).large(),
-        Case::new("257_chunks_f16", plain().max_norm(1.0), vec![gradient(DType::F16, 256 * CHUNK + 1, 133)]).large(),
-        Case::new("one_large_and_1000_biases", plain().max_norm(1.0), biases).large(),
+        Case::new("129_chunks_f32", plain().clip(Clip::global_norm(1.0)), vec![gradient(DType::F32, 128 * CHUNK + 1, 131)]).large(),
+        Case::new("257_chunks_f16", plain().clip(Clip::global_norm(1.0)), vec![gradient(DType::F16, 256 * CHUNK + 1, 133)]).large(),
+        Case::new("one_large_and_1000_biases", plain().clip(Clip::global_norm(1.0)), biases).large(),
     ]
 }
 

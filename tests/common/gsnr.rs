@@ -26,7 +26,7 @@ use super::{
     gsnr_cases::{Case, cases},
     oracle::{Format, power_of_two},
 };
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan};
+use gradprobe::{Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -309,12 +309,12 @@ pub fn same_record(name: &str, seen: &GsnrRecord, expected: &GsnrRecord) -> Vec<
 }
 
 /// Makes a probe for a plan.
-pub type Make<'a> = &'a mut dyn FnMut(Plan) -> Box<dyn Backend>;
+pub type Make<'a> = &'a mut dyn FnMut(Plan) -> Probe;
 
 /// Runs the whole table on a backend and panics with what is wrong, case by case. What is demanded:
 ///
 /// * conformance: after every step, or after the last of many, the report is within the bounds of the truth;
-/// * bits: it equals that of [`CpuProbe`] byte for byte, asked once or twice, with the elements where they are aligned
+/// * bits: it equals that of [`Probe`] byte for byte, asked once or twice, with the elements where they are aligned
 ///   and with each tensor at another misalignment every step;
 /// * nothing around a tensor is written;
 /// * refusal: what cannot be tracked, and what is asked for too early, is an error and changes nothing.
@@ -338,8 +338,8 @@ pub fn run_case(case: &Case, make: Make<'_>, effort: &Effort) -> Vec<String> {
     complaints
 }
 
-fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut dyn Backend) -> Vec<String> {
-    let mut reference = CpuProbe::new(case.plan(), Config::default()).expect("a valid config");
+fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut Probe) -> Vec<String> {
+    let mut reference = Probe::new(Cpu, case.plan(), Config::default()).expect("a valid config");
     reference.track(&case.config()).expect("a case can be tracked");
     if let Err(error) = probe.track(&case.config()) {
         return vec![format!("track: {error}")];
@@ -361,9 +361,9 @@ fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut dyn Ba
         if case.steps > Case::FEW_STEPS && step + 1 < case.steps {
             continue;
         }
-        let (seen, expected) = (probe.gsnr(), reference.gsnr());
+        let (seen, expected) = (probe.gsnr_report(), reference.gsnr_report());
         let mut found = same_report(&seen, &expected);
-        found.extend(same_report(&probe.gsnr(), &seen).into_iter().map(|c| format!("asked again, {c}")));
+        found.extend(same_report(&probe.gsnr_report(), &seen).into_iter().map(|c| format!("asked again, {c}")));
         if placing == 0 {
             let steps = |t: usize| data[..=step].iter().map(|tensors| &tensors[t]).collect::<Vec<_>>();
             let truths: Vec<Truth> = tracked.par_iter().map(|&t| truth(&steps(t), case.window)).collect();
@@ -385,7 +385,7 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         }
     };
     let biases = [bf16::ONE, bf16::NEG_ONE];
-    let step = |probe: &mut dyn Backend, turn: f32| {
+    let step = |probe: &mut Probe, turn: f32| {
         let weights = [turn, 1.0, 0.5 * turn * turn];
         probe.measure_host(&[HostTensor::F32(&weights), HostTensor::BF16(&biases)]).expect("a good step");
     };
@@ -399,7 +399,7 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         ]
     };
 
-    demand("nothing is known before `track`", probe.gsnr().err() == Some(Error::NotTracked));
+    demand("nothing is known before `track`", probe.gsnr_report().err() == Some(Error::NotTracked));
     demand("nothing is reset before `track`", probe.reset_tracking() == Err(Error::NotTracked));
     for (config, what) in bad_configs() {
         let refused = probe.track(&config);
@@ -409,17 +409,17 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
             _ => refused == Err(Error::NoSuchTensor { pattern: "b.*".to_owned() }),
         };
         demand(&format!("{what} is refused"), right && config.bytes(&plan()).err() == refused.err());
-        demand(&format!("{what} tracks nothing"), probe.gsnr().err() == Some(Error::NotTracked));
+        demand(&format!("{what} tracks nothing"), probe.gsnr_report().err() == Some(Error::NotTracked));
     }
     step(&mut *probe, 7.0);
     demand("a plain window is tracked", probe.track(&GsnrConfig::new().window(2)) == Ok(()));
-    demand("steps before `track` do not count", few(probe.gsnr(), 0));
+    demand("steps before `track` do not count", few(probe.gsnr_report(), 0));
     demand("all tensors are tracked", probe.track(&GsnrConfig::new()) == Ok(()));
-    demand("no steps are too few", few(probe.gsnr(), 0));
+    demand("no steps are too few", few(probe.gsnr_report(), 0));
     step(&mut *probe, 1.0);
-    demand("one step is too few", few(probe.gsnr(), 1));
+    demand("one step is too few", few(probe.gsnr_report(), 1));
     step(&mut *probe, 2.0);
-    let two = probe.gsnr();
+    let two = probe.gsnr_report();
     demand("two steps are enough", two.is_ok());
 
     let (weights, longer) = ([0.0f32; 3], [0.0f32; 4]);
@@ -429,25 +429,25 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         &[HostTensor::BF16(&biases), HostTensor::F32(&weights)],
     ] {
         demand("a step that is not the plan's is refused", probe.measure_host(tensors).is_err());
-        demand("a refused step changes nothing", same_report(&probe.gsnr(), &two).is_empty());
+        demand("a refused step changes nothing", same_report(&probe.gsnr_report(), &two).is_empty());
     }
     for (config, what) in bad_configs() {
         demand(&format!("{what} is still refused"), probe.track(&config).is_err());
-        demand(&format!("{what} leaves what was tracked"), same_report(&probe.gsnr(), &two).is_empty());
+        demand(&format!("{what} leaves what was tracked"), same_report(&probe.gsnr_report(), &two).is_empty());
     }
     step(&mut *probe, 5.0);
-    demand("a third step is another result", !same_report(&probe.gsnr(), &two).is_empty());
+    demand("a third step is another result", !same_report(&probe.gsnr_report(), &two).is_empty());
 
     demand("a reset is granted", probe.reset_tracking() == Ok(()));
-    demand("a reset forgets", few(probe.gsnr(), 0));
+    demand("a reset forgets", few(probe.gsnr_report(), 0));
     step(&mut *probe, 1.0);
     step(&mut *probe, 2.0);
-    demand("after a reset all is as at first", same_report(&probe.gsnr(), &two).is_empty());
+    demand("after a reset all is as at first", same_report(&probe.gsnr_report(), &two).is_empty());
     demand("one tensor can be tracked instead", probe.track(&GsnrConfig::new().tensors(["*.bias"])) == Ok(()));
-    demand("to track again forgets", few(probe.gsnr(), 0));
+    demand("to track again forgets", few(probe.gsnr_report(), 0));
     step(&mut *probe, 1.0);
     step(&mut *probe, 2.0);
-    let bias = probe.gsnr().is_ok_and(|report| {
+    let bias = probe.gsnr_report().is_ok_and(|report| {
         let names: Vec<&str> = report.tensors().map(|(name, _)| name).collect();
         names == ["a.bias"] && report.tensors().all(|(_, record)| record.steps == 2 && record.constant == 2)
     });

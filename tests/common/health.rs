@@ -1,7 +1,7 @@
 //! Reports to diagnose: of a few elements, and of the models in `tests/data`.
 #![allow(dead_code)] // Each test file uses a part of this.
 
-use gradprobe::{Config, CpuProbe, DType, FindingKind, HostTensor, Plan, Report, Severity, health::Diagnosis};
+use gradprobe::{Config, Probe, DType, FindingKind, HostTensor, Plan, Report, Severity, health::Diagnosis};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 use std::path::Path;
@@ -15,7 +15,7 @@ pub fn measure(tensors: &[(&str, &[f32])]) -> Report {
 pub fn measure_with(config: Config, tensors: &[(&str, &[f32])]) -> Report {
     let plan = Plan::new(tensors.iter().map(|(name, elements)| (*name, DType::F32, elements.len() as u64))).unwrap();
     let views: Vec<HostTensor> = tensors.iter().map(|(_, elements)| HostTensor::F32(elements)).collect();
-    CpuProbe::new(plan, config).unwrap().measure(&views).unwrap()
+    Probe::new(Cpu, plan, config).unwrap().measure(&views).unwrap()
 }
 
 /// The report of a file, its tensors in the natural order of their names.
@@ -57,8 +57,8 @@ pub fn golden(name: &str) -> Report {
             DType::BF16 => HostTensor::BF16(bf16s.next().unwrap()),
         })
         .collect();
-    let plan = Plan::of_host(names.iter().copied().zip(views.iter().copied())).unwrap();
-    CpuProbe::new(plan, Config::default()).unwrap().measure(&views).unwrap()
+    let plan = plan_of(names.iter().copied().zip(views.iter().copied())).unwrap();
+    Probe::new(Cpu, plan, Config::default()).unwrap().measure(&views).unwrap()
 }
 
 /// Kinds and severities, in the order of the findings.

@@ -14,7 +14,7 @@ pub mod normal;
 pub mod oracle;
 
 use cases::{Case, Data};
-use gradprobe::{Backend, Config, CpuProbe, DType, Error, HostTensor, HostTensorMut, Plan, Report, StepOutputs};
+use gradprobe::{Backend, Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Report, StepOutputs};
 use half::{bf16, f16};
 use oracle::Truth;
 use rayon::prelude::*;
@@ -49,7 +49,7 @@ impl Effort {
 ///
 /// * conformance: its report is within the contract's bounds of the exact statistics, and what follows from the norm
 ///   (coefficient, flags) is exact;
-/// * bits: report and clipped tensors equal those of [`CpuProbe`] byte for byte, at every misalignment, and again
+/// * bits: report and clipped tensors equal those of [`Probe`] byte for byte, at every misalignment, and again
 ///   after a step of nothing but NaN, so that nothing of an earlier step stays behind;
 /// * clip: each element has the bits the oracle says, nothing around a tensor is written, and with a coefficient of 1
 ///   nothing at all;
@@ -57,7 +57,7 @@ impl Effort {
 ///
 /// Tensors lie at `16 · a + offset · size` bytes with guard bytes on both sides; a backend that copies them elsewhere
 /// should keep the address modulo 16, or the misalignments test nothing.
-pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) {
+pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) {
     let mut complaints = refuses_what_was_not_planned(make);
     let (mut count, mut elements) = (0, 0);
     for case in cases::cases().iter().filter(|case| effort.large || !case.large) {
@@ -77,7 +77,7 @@ pub fn demand_none(complaints: &[String]) {
 }
 
 /// [`run_all`] for one case; gives back what is wrong.
-pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>, effort: &Effort) -> Vec<String> {
+pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) -> Vec<String> {
     let prepared = Prepared::new(case);
     let reference = Reference::new(&prepared, case.config);
     let mut probe = make(prepared.plan(), case.config);
@@ -112,7 +112,7 @@ pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backe
 
 /// Measures and clips the tensors of a case, each at another misalignment, and compares all bytes with the reference.
 fn run_step(
-    probe: &mut dyn Backend,
+    probe: &mut Probe,
     prepared: &Prepared,
     reference: &Reference,
     offset: usize,
@@ -160,7 +160,7 @@ fn conformance(case: &Case, prepared: &Prepared, reference: &Reference, report: 
     complaints
 }
 
-/// What [`CpuProbe`] makes of a case.
+/// What [`Probe`] makes of a case.
 struct Reference {
     report: Report,
     clipped: Vec<Data>,
@@ -168,7 +168,7 @@ struct Reference {
 
 impl Reference {
     fn new(prepared: &Prepared, config: Config) -> Self {
-        let mut probe = CpuProbe::new(prepared.plan(), config).expect("a case has a valid config");
+        let mut probe = Probe::new(Cpu, prepared.plan(), config).expect("a case has a valid config");
         let tensors: Vec<HostTensor<'_>> = prepared.data.iter().map(Data::tensor).collect();
         let report = probe.measure(&tensors).expect("the reference measures");
         let mut clipped = prepared.data.clone();
@@ -202,7 +202,7 @@ impl Prepared {
     /// The plan of these tensors under their names.
     pub fn plan(&self) -> Plan {
         let tensors = self.names.iter().map(String::as_str).zip(self.data.iter().map(Data::tensor));
-        Plan::of_host(tensors).expect("a case is a valid plan")
+        plan_of(tensors).expect("a case is a valid plan")
     }
 }
 
@@ -289,9 +289,9 @@ impl Placed {
 }
 
 /// The errors every backend owes to a caller who gives it something else than was planned.
-pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Box<dyn Backend>) -> Vec<String> {
+pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Probe) -> Vec<String> {
     let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).expect("a valid plan");
-    let mut probe = make(plan, Config::default().max_norm(1.0));
+    let mut probe = make(plan, Config::default().clip(Clip::global_norm(1.0)));
     let (mut three, mut four) = ([1.0f32; 3], [1.0f32; 4]);
     let (mut two, mut two_f16) = ([bf16::ONE; 2], [f16::ONE; 2]);
     let mut complaints = Vec::new();

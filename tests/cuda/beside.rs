@@ -9,10 +9,10 @@ fn histograms_and_dot_products_have_the_bits_of_the_cpu() {
     let (mut first, mut second) = (Tensors::of(1), Tensors::of(2));
     first.f16[7] = f16::NEG_INFINITY;
     second.bf16[LENGTHS[2] - 1] = bf16::NAN;
-    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
     cpu.enable_histogram();
     cpu.enable_dot();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
     let [a, b] = [&first, &second].map(|tensors| OnDevice::new(&stream, tensors));
     assert_eq!(probe.histogram(&a.slices()).map(drop), Err(Error::NotEnabled { what: "histogram" }));
     assert_eq!(probe.dot(&a.slices(), &b.slices()).map(drop), Err(Error::NotEnabled { what: "dot" }));
@@ -42,8 +42,8 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
     let stream = context.new_stream().unwrap();
     let (mut gradients, weights) = (Tensors::of(1), Tensors::of(2));
     let rule = AdaptiveClip::new([100_003, 400, 65_537]).clipping(0.1);
-    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
     let [mut a, b] = [&gradients, &weights].map(|tensors| OnDevice::new(&stream, tensors));
     assert_eq!(probe.adaptive_clip().map(drop), Err(Error::NotEnabled { what: "adaptive_clip" }));
     cpu.enable_adaptive_clip(&rule).unwrap();
@@ -94,8 +94,8 @@ fn samples_are_those_of_the_cpu_also_in_a_graph() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let config = SampleConfig::new(1000, 3);
-    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
     cpu.enable_samples(&config).unwrap();
     probe.enable_samples(&config).unwrap();
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
@@ -107,7 +107,7 @@ fn samples_are_those_of_the_cpu_also_in_a_graph() {
     unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
     // SAFETY: as above.
     unsafe { probe.raw().sample_raw(&addresses) }.unwrap();
-    let refused = probe.samples().map(drop);
+    let refused = probe.sample_report().map(drop);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(refused, Err(Error::WaitInCapture));
     assert_eq!(nodes(&graph), TWO_KERNELS);
@@ -120,14 +120,14 @@ fn samples_are_those_of_the_cpu_also_in_a_graph() {
         graph.launch().unwrap();
         cpu.measure(&tensors.hosts()).unwrap();
         cpu.sample(&tensors.hosts()).unwrap();
-        assert_eq!(probe.samples().unwrap(), cpu.samples().unwrap());
+        assert_eq!(probe.sample_report().unwrap(), cpu.sample_report().unwrap());
     }
     // And by the safe calls.
     probe.measure(&place.slices()).unwrap();
     probe.sample(&place.slices()).unwrap();
     cpu.measure(&Tensors::of(4).hosts()).unwrap();
     cpu.sample(&Tensors::of(4).hosts()).unwrap();
-    assert_eq!(probe.samples().unwrap(), cpu.samples().unwrap());
+    assert_eq!(probe.sample_report().unwrap(), cpu.sample_report().unwrap());
 }
 
 #[test]
@@ -137,8 +137,8 @@ fn weights_beside_gradients_have_the_bits_of_the_cpu_also_in_a_graph() {
     let plan = || Tensors::plan().with_weights(DType::ALL).unwrap();
     let (gradients, mut weights) = (Tensors::of(1), Tensors::of(2));
     weights.f16[7] = f16::NAN;
-    let mut cpu = CpuProbe::new(plan(), clipping()).unwrap();
-    let mut probe = CudaProbe::new(&stream, plan(), clipping()).unwrap();
+    let mut cpu = Probe::new(Cpu, plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), clipping()).unwrap();
     let [a, b] = [&gradients, &weights].map(|tensors| OnDevice::new(&stream, tensors));
     let assert_same = |seen: &Report, expected: &Report| {
         assert_same_bits(seen, expected);
@@ -177,7 +177,7 @@ fn weights_beside_gradients_have_the_bits_of_the_cpu_also_in_a_graph() {
 fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
     let [mut a, b] = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
     let (a_raw, b_raw) = (a.raw(), b.raw());
     probe.enable_histogram().unwrap();
@@ -198,7 +198,7 @@ fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
     let [kernel, memset] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET];
     assert_eq!(nodes(&graph), [memset, kernel, kernel], "no copies, no allocations");
 
-    let mut cpu = CpuProbe::new(Tensors::plan(), Config::default()).unwrap();
+    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
     cpu.enable_histogram();
     cpu.enable_dot();
     for seed in 5..8 {

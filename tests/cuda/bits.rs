@@ -7,14 +7,14 @@ fn every_case_has_the_bits_of_the_cpu() {
     // Kept, so that the device's primary context is not made anew for every case.
     let Some(_context) = device() else { return };
     let effort = if short() { Effort { large: false, offsets: 2 } } else { Effort::FULL };
-    run_all(&mut |plan, config| Box::new(CudaProbe::on_device(0, plan, config).unwrap()), &effort);
+    run_all(&mut |plan, config| Box::new(Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, config).unwrap()), &effort);
 }
 
 #[test]
 fn every_case_of_signal_and_noise_has_the_bits_of_the_cpu() {
     let Some(_context) = device() else { return };
     let effort = if short() { Effort { large: false, offsets: 1 } } else { Effort::FULL };
-    gsnr::run_all(&mut |plan| Box::new(CudaProbe::on_device(0, plan, Config::default()).unwrap()), &effort);
+    gsnr::run_all(&mut |plan| Box::new(Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default()).unwrap()), &effort);
 }
 
 /// Blocks finish in another order every time; what they write for each other must be there all the same.
@@ -28,10 +28,10 @@ fn repeated_steps_have_the_same_bits() {
     let tensors: Vec<_> = lengths.iter().map(|&len| stream.clone_htod(&elements[..len]).unwrap()).collect();
     let tensors: Vec<&dyn DeviceTensor> = tensors.iter().map(|slice| slice as &dyn DeviceTensor).collect();
 
-    let mut cpu = CpuProbe::new(plan.clone(), clipping()).unwrap();
+    let mut cpu = Probe::new(Cpu, plan.clone(), clipping()).unwrap();
     let hosts: Vec<_> = lengths.iter().map(|&len| HostTensor::F32(&elements[..len])).collect();
     let expected = cpu.measure(&hosts).unwrap();
-    let mut probe = CudaProbe::new(&stream, plan, clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, clipping()).unwrap();
     for step in 1..=if short() { 5 } else { 1000 } {
         probe.measure(&tensors).unwrap();
         let report = probe.wait().unwrap();
@@ -54,9 +54,9 @@ fn a_tensor_of_more_than_two_to_the_31_elements() {
     }
     let stream = context.new_stream().unwrap();
     let plan = Plan::new([("huge", DType::BF16, LENGTH as u64)]).unwrap();
-    let config = Config::default().max_norm(1000.0);
-    let mut cpu = CpuProbe::new(plan.clone(), config).unwrap();
-    let mut probe = CudaProbe::new(&stream, plan, config).unwrap();
+    let config = Config::default().clip(Clip::global_norm(1000.0));
+    let mut cpu = Probe::new(Cpu, plan.clone(), config).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, config).unwrap();
 
     // Halves, and a 3 at the end. Σx² = 2^29 + 1 + 9.
     let mut host = vec![bf16::from_f32(0.5); LENGTH];

@@ -7,7 +7,7 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let mut places = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
     // Before the capture: to take an address makes cudarc wait for events, which a capture does not allow.
     let addresses = [0, 1].map(|place: usize| places[place].raw());
@@ -46,7 +46,7 @@ fn a_graph_tracks_what_it_finds_at_each_replay() {
     let stream = context.new_stream().unwrap();
     let (mut reference, config) = (Reference::new(clipping()), GsnrConfig::new().tensors(["F*", "BF16"]).window(5));
     reference.0.track(&config).unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     probe.track(&config).unwrap();
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let addresses = place.raw();
@@ -58,7 +58,7 @@ fn a_graph_tracks_what_it_finds_at_each_replay() {
     unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
     // SAFETY: as above.
     unsafe { probe.raw().clip_raw(&addresses) }.unwrap();
-    let waited = probe.gsnr();
+    let waited = probe.gsnr_report();
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(waited.err(), Some(Error::WaitInCapture));
     assert_eq!(nodes(&graph), THREE_KERNELS, "no copies, no allocations");
@@ -76,7 +76,7 @@ fn a_graph_tracks_what_it_finds_at_each_replay() {
         place.set(&tensors);
         graph.launch().unwrap();
         let (report, clipped) = reference.step(tensors);
-        demand_none(&gsnr::same_report(&probe.gsnr(), &reference.0.gsnr()));
+        demand_none(&gsnr::same_report(&probe.gsnr_report(), &reference.0.gsnr()));
         assert_same_bits(&probe.wait().unwrap(), &report);
         assert!(place.get() == clipped, "step {step}");
     }
@@ -88,8 +88,8 @@ fn a_reduction_leaves_nothing_for_the_next() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let (mut cpu, mut probe) = (
-        CpuProbe::new(Tensors::plan(), Config::default()).unwrap(),
-        CudaProbe::new(&stream, Tensors::plan(), Config::default()).unwrap(),
+        Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap(),
+        Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap(),
     );
     cpu.track(&GsnrConfig::new()).unwrap();
     probe.track(&GsnrConfig::new()).unwrap();
@@ -102,7 +102,7 @@ fn a_reduction_leaves_nothing_for_the_next() {
     for _ in 0..if short() { 3 } else { 300 } {
         // One that nobody reads.
         probe.raw().launch_gsnr().unwrap();
-        demand_none(&gsnr::same_report(&probe.gsnr(), &expected));
+        demand_none(&gsnr::same_report(&probe.gsnr_report(), &expected));
     }
 }
 
@@ -114,19 +114,19 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let addresses = place.raw();
     for clip in [
-        ClipPolicy::Value { max_abs: 0.3 },
-        ClipPolicy::TensorNorm { max_norm: 30.0 },
-        ClipPolicy::Quantile { quantile: 0.8 },
-        ClipPolicy::Percentile { percentile: 40.0, history: 4 },
-        ClipPolicy::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3 },
-        ClipPolicy::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 },
+        Clip::Value { max_abs: 0.3 },
+        Clip::TensorNorm { max_norm: 30.0 },
+        Clip::Quantile { quantile: 0.8 },
+        Clip::Percentile { percentile: 40.0, history: 4 },
+        Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3 },
+        Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 },
     ] {
         let config = Config::default().clip(clip);
         let mut reference = Reference::new(config);
         reference.0.keep_history(3).unwrap();
         let health = Health::new(&Tensors::plan(), Rules::default()).unwrap();
         reference.0.judge_by(&health).unwrap();
-        let mut probe = CudaProbe::new(&stream, Tensors::plan(), config).unwrap();
+        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), config).unwrap();
         probe.keep_history(3).unwrap();
         probe.judge_by(&health).unwrap();
         // SAFETY: the memory lives as long as the graph, and is used on this stream only.
@@ -139,7 +139,7 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         // Only a quantile takes a launch of its own, and a memset before it.
         let histogram = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET, CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL];
-        let own: &[_] = if matches!(clip, ClipPolicy::Quantile { .. }) { &histogram } else { &[] };
+        let own: &[_] = if matches!(clip, Clip::Quantile { .. }) { &histogram } else { &[] };
         assert_eq!(nodes(&graph), [own, &TWO_KERNELS].concat());
         for seed in [3, 2, 4, 9, 1, 2, 8, 3] {
             let mut tensors = Tensors::of(seed);
@@ -162,7 +162,7 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
             };
             report.steps().flat_map(line).collect()
         };
-        let (seen, expected) = (probe.history().unwrap(), reference.0.history().unwrap());
+        let (seen, expected) = (probe.history_report().unwrap(), reference.0.history_report().unwrap());
         assert_eq!(seen.steps().map(|(step, _)| step.tag).collect::<Vec<_>>(), [2, 8, 3]);
         assert!(bytes(&seen) == bytes(&expected), "{clip:?}: history");
     }
@@ -175,7 +175,7 @@ fn the_safe_calls_can_be_captured_without_event_tracking() {
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let elsewhere = OnDevice::new(&stream, &Tensors::of(0));
     probe.bind(&place.slices()).unwrap();

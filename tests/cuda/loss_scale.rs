@@ -8,8 +8,8 @@ fn the_scale_adapts_in_a_graph_as_on_the_cpu() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let config = clipping().loss_scale(LossScale::dynamic().initial(8.0).growth_interval(2));
-    let mut cpu = CpuProbe::new(Tensors::plan(), config).unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), config).unwrap();
+    let mut cpu = Probe::new(Cpu, Tensors::plan(), config).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), config).unwrap();
     cpu.track(&GsnrConfig::default()).unwrap();
     probe.track(&GsnrConfig::default()).unwrap();
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
@@ -47,7 +47,7 @@ fn the_scale_adapts_in_a_graph_as_on_the_cpu() {
         assert_eq!(expected.outputs().next_loss_scale, f32::from_ne_bytes(bytes));
     }
     let bytes = |report: &GsnrReport| report.tensors().map(|(_, r)| bytemuck::bytes_of(r).to_vec()).collect::<Vec<_>>();
-    assert_eq!(bytes(&probe.gsnr().unwrap()), bytes(&cpu.gsnr().unwrap()));
+    assert_eq!(bytes(&probe.gsnr_report().unwrap()), bytes(&cpu.gsnr().unwrap()));
 }
 
 /// It would be an upload at every replay, from memory that is gone; and real drivers end the capture.
@@ -57,7 +57,7 @@ fn nothing_is_set_up_during_a_capture() {
     let stream = context.new_stream().unwrap();
     let plan = || Plan::new([("w", DType::F32, 4)]).unwrap();
     let config = Config::default().loss_scale(LossScale::dynamic());
-    let mut probe = CudaProbe::new(&stream, plan(), config).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), config).unwrap();
     probe.keep_history(2).unwrap();
     probe.track(&GsnrConfig::default()).unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();

@@ -17,7 +17,7 @@ mod tensors;
 
 use common::{Effort, demand_none, gsnr, run_all, short};
 use gradprobe::{
-    AdamMoments, AdamStep, AdaptiveClip, ClipPolicy, Config, CpuProbe, CudaProbe, DType, Dot, Element, Error,
+    AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Probe, Probe, DType, Dot, Element, Error,
     GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, LossScale,
     Plan, Record, Report, SampleConfig, StepOutputs,
     cuda::{DeviceMoments, DeviceTensor},
@@ -48,7 +48,7 @@ use std::{
 /// in it.
 fn device() -> Option<Arc<CudaContext>> {
     let plan = Plan::new::<&str>([]).unwrap();
-    match CudaProbe::on_device(0, plan, Config::default()) {
+    match Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default()) {
         Ok(_) => Some(CudaContext::new(0).unwrap()),
         Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
             skipped(require::GPU, &error.to_string());
@@ -152,11 +152,11 @@ fn raw<T: Element>(stream: &CudaStream, slice: &CudaSlice<T>) -> RawTensor {
 }
 
 /// The CPU's word on what a step should leave.
-struct Reference(CpuProbe);
+struct Reference(Probe);
 
 impl Reference {
     fn new(config: Config) -> Self {
-        Self(CpuProbe::new(Tensors::plan(), config).unwrap())
+        Self(Probe::new(Cpu, Tensors::plan(), config).unwrap())
     }
 
     /// The report of the next step on these tensors, and the tensors after the clip.
@@ -169,7 +169,7 @@ impl Reference {
 
 /// A config under which every step of [`Tensors::of`] is clipped.
 fn clipping() -> Config {
-    Config::default().max_norm(1.0)
+    Config::default().clip(Clip::global_norm(1.0))
 }
 
 #[track_caller]

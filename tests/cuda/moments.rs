@@ -19,8 +19,8 @@ fn records(report: &GsnrReport) -> Vec<(&str, &[u8])> {
 fn signal_and_noise_from_the_moments_of_adam_have_the_bits_of_the_cpu() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
-    let cpu = CpuProbe::new(Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let cpu = Probe::new(Cpu, Tensors::plan(), clipping()).unwrap();
     let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
     // Twice, with others each time: nothing is left of the first. The second tensor has none.
     for seed in 1..3 {
@@ -52,7 +52,7 @@ fn moments_that_cannot_be_right_are_refused() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let plan = || Plan::new([("first", DType::BF16, 32), ("second", DType::F32, 32)]).unwrap();
-    let mut probe = CudaProbe::new(&stream, plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), Config::default()).unwrap();
     let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
     let host = moments(1, 32);
     let [m, v] = host.each_ref().map(|moment| stream.clone_htod(moment).unwrap());
@@ -87,6 +87,6 @@ fn moments_that_cannot_be_right_are_refused() {
     assert_eq!(captured.unwrap_err(), Error::WaitInCapture);
 
     let expected = AdamMoments { exp_avg: &host[0], exp_avg_sq: &host[1] };
-    let expected = CpuProbe::new(plan(), Config::default()).unwrap().adam_gsnr(&step, &[expected; 2]).unwrap();
+    let expected = Probe::new(Cpu, plan(), Config::default()).unwrap().adam_gsnr(&step, &[expected; 2]).unwrap();
     assert!(records(&probe.adam_gsnr(&step, &[good; 2]).unwrap()) == records(&expected));
 }

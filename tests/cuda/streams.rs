@@ -37,7 +37,7 @@ impl Gate {
 }
 
 /// The next report, once it is there.
-fn next_report(probe: &mut CudaProbe) -> Report {
+fn next_report(probe: &mut Probe) -> Report {
     let start = Instant::now();
     loop {
         if let Some(report) = probe.poll().unwrap() {
@@ -56,7 +56,7 @@ fn polling_every_step_gives_every_report_in_order_and_never_waits() {
     }
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     assert!(probe.poll().unwrap().is_none(), "nothing was measured");
     assert!(matches!(probe.wait(), Err(Error::NotMeasured)));
 
@@ -110,7 +110,7 @@ fn a_step_whose_gradients_have_moved_does_not_wait() {
         return pointless("the tools GRADPROBE_SHORT is for may wait for launches");
     }
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let places: Vec<_> = (0..5).map(|seed| OnDevice::new(&stream, &Tensors::of(seed))).collect();
     probe.measure(&places[0].slices()).unwrap();
     stream.synchronize().unwrap();
@@ -135,7 +135,7 @@ fn other_streams_wait_for_the_probe_and_it_waits_for_them() {
     }
     let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
     let mut reference = Reference::new(clipping());
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let sources = [1, 2].map(|seed| OnDevice::new(&other, &Tensors::of(seed)));
     let mut place = OnDevice::new(&other, &Tensors::of(0));
     probe.bind(&place.slices()).unwrap();

@@ -11,7 +11,7 @@ fn slices_and_views_are_measured_and_clipped_wherever_they_begin() {
         let lengths = [LENGTHS[0] - a, LENGTHS[1] - b, LENGTHS[2] - c];
         let plan = Plan::new(DType::ALL.into_iter().zip(lengths).map(|(dtype, len)| (dtype.name(), dtype, len as u64)));
         let plan = plan.unwrap();
-        let mut cpu = CpuProbe::new(plan.clone(), clipping()).unwrap();
+        let mut cpu = Probe::new(Cpu, plan.clone(), clipping()).unwrap();
         let mut expected = whole.clone();
         let mut hosts = [
             HostTensorMut::F32(&mut expected.f32[a..]),
@@ -21,7 +21,7 @@ fn slices_and_views_are_measured_and_clipped_wherever_they_begin() {
         let report = cpu.measure(&hosts.each_ref().map(HostTensorMut::as_ref)).unwrap();
         cpu.clip(&mut hosts).unwrap();
 
-        let mut probe = CudaProbe::new(&stream, plan, clipping()).unwrap();
+        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, clipping()).unwrap();
         let mut place = OnDevice::new(&stream, &whole);
         probe.measure(&[&place.f32.slice(a..), &place.f16.slice(b..), &place.bf16.slice_mut(c..)]).unwrap();
         assert_same_bits(&probe.wait().unwrap(), &report);
@@ -35,7 +35,7 @@ fn slices_and_views_are_measured_and_clipped_wherever_they_begin() {
 fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let mut place = OnDevice::new(&stream, &Tensors::of(1));
     let good = place.raw();
 
@@ -83,7 +83,7 @@ fn tensors_of_another_context_are_refused() {
     type Create = unsafe extern "C" fn(*mut CUcontext, c_uint, CUdevice) -> CUresult;
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     let place = OnDevice::new(&stream, &Tensors::of(1));
 
     // SAFETY: the driver is there.
@@ -118,7 +118,7 @@ fn outputs_and_records_lie_on_the_device_where_they_are_said_to() {
     }
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = CudaProbe::new(&stream, Tensors::plan(), clipping()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
     for seed in 1..=2 {
         let mut tensors = Tensors::of(seed);
         if seed == 2 {

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
 use gradprobe::{
-    Config, CpuProbe, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Severity, Verdict, write::Entry,
+    Config, Probe, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Severity, Verdict, write::Entry,
 };
 use std::ops::RangeInclusive;
 
@@ -46,7 +46,7 @@ pub fn finding(step: u64, tensor: Option<&str>, severity: Severity, value: f64) 
 pub fn entries(steps: u64) -> Vec<Entry> {
     let lengths: Vec<u64> = tensors(1).iter().map(|tensor| tensor.len() as u64).collect();
     let plan = Plan::new(NAMES.into_iter().zip(lengths).map(|(name, length)| (name, DType::F32, length))).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default().max_norm(1.0)).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default().clip(Clip::global_norm(1.0))).unwrap();
     probe.enable_histogram();
     probe.track(&GsnrConfig::default()).unwrap();
     (1..=steps)
@@ -63,7 +63,7 @@ pub fn entries(steps: u64) -> Vec<Entry> {
             let verdicts = [good, bad, worst, if step < 4 { good } else { worst }, worst, good];
             let entry = Entry::new(report).with_findings(worst, verdicts, findings).unwrap();
             let entry = entry.with_histogram(probe.histogram(&tensors).unwrap()).unwrap();
-            if step < 2 { entry } else { entry.with_gsnr(probe.gsnr().unwrap()).unwrap() }
+            if step < 2 { entry } else { entry.with_gsnr(probe.gsnr_report().unwrap()).unwrap() }
         })
         .collect()
 }
@@ -71,7 +71,7 @@ pub fn entries(steps: u64) -> Vec<Entry> {
 /// `layers` layers of one tensor each, which shrink with depth, over so many steps. In those of `bad` three tensors are.
 pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(usize) -> String) -> Vec<Entry> {
     let plan = Plan::new((0..layers).map(|layer| (name(layer), DType::F32, 64))).unwrap();
-    let mut probe = CpuProbe::new(plan, Config::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
     probe.enable_histogram();
     probe.track(&GsnrConfig::default()).unwrap();
     (1..=steps)
@@ -95,7 +95,7 @@ pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(u
             let verdict = verdicts.iter().copied().max().unwrap_or_default();
             let entry = Entry::new(report).with_findings(verdict, verdicts, []).unwrap();
             let entry = entry.with_histogram(probe.histogram(&views).unwrap()).unwrap();
-            if step < 2 { entry } else { entry.with_gsnr(probe.gsnr().unwrap()).unwrap() }
+            if step < 2 { entry } else { entry.with_gsnr(probe.gsnr_report().unwrap()).unwrap() }
         })
         .collect()
 }

@@ -5,7 +5,7 @@
 //! there and sometimes not.
 
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
-use gradprobe::launch::{Arguments, Kernel};
+use gradprobe::device::{Arguments, Kernel};
 use std::{
     cell::{Cell, RefCell},
     ffi::{CStr, c_char},

@@ -11,13 +11,11 @@
 mod block;
 
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, Backend, Config, DotReport, Error, GsnrConfig, GsnrReport, HistogramReport,
-    HistoryReport, HostTensor, HostTensorMut, Plan, Report, SampleConfig, SampleReport,
-    health::Health,
-    launch::{Arguments, Device, DeviceProbe, Kernel, RawTensor},
+    Error, Place,
+    device::{Arguments, Buffer, Device, HostMemory, HostRead, Kernel, Read},
 };
 use gradprobe_ptx::{Module, Options, memory::Lent};
-use std::{env, fs, sync::OnceLock};
+use std::{any::Any, env, fs, sync::OnceLock};
 
 pub use block::{Entry, Schedule, UserKernel, launch, launch_user};
 pub use gradprobe_ptx as ptx;
@@ -70,58 +68,59 @@ pub fn ptx_of_environment() -> Option<Compiled> {
         .map(|module| Compiled { module, options: Options { seed: seed(), ..Options::default() } })
 }
 
-/// Lets the kernels that this thread launches use these tensors, until what is returned is dropped: for calls with bare
-/// addresses. The emulation proper does not ask; PTX may use no other memory than a device's own and what is lent.
-pub fn lend(tensors: &[RawTensor], writable: bool) -> Lent {
-    ptx::memory::lend(tensors.iter().map(|tensor| (tensor.address, tensor.len * tensor.dtype.size() as u64, writable)))
-}
-
-/// 256 bytes with that alignment.
-#[derive(Clone)]
-#[repr(align(256))]
-struct Line([u8; 256]);
-
 /// Host memory that plays device memory.
-pub struct Buffer(Vec<Line>);
+struct Memory(HostMemory);
 
-impl Drop for Buffer {
+impl Drop for Memory {
     fn drop(&mut self) {
-        ptx::memory::freed(self.0.as_ptr() as u64);
+        ptx::memory::freed(self.0.address());
     }
 }
 
-impl Device for Simt {
-    type Buffer = Buffer;
-    type Read = Vec<u8>;
+// SAFETY: buffers are memory of the host's own, and nothing is queued.
+unsafe impl Device for Simt {
+    fn name(&self) -> &'static str {
+        if self.ptx.is_some() { "ptx" } else { "simt" }
+    }
+
+    fn place(&self) -> Place {
+        Place::Host
+    }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        let lines = bytes.div_ceil(256);
-        let mut buffer = Vec::new();
-        buffer.try_reserve_exact(lines).map_err(|_| Error::OutOfMemory { bytes })?;
-        buffer.resize(lines, Line([0xff; 256]));
-        ptx::memory::allocated(buffer.as_ptr() as u64, bytes);
-        Ok(Buffer(buffer))
+        let memory = HostMemory::new(bytes.next_multiple_of(256))?;
+        let address = memory.address();
+        // SAFETY: the memory is there until its owner is dropped.
+        let buffer = unsafe { Buffer::new(address, bytes, Memory(memory)) };
+        HostMemory::fill(0xff, &buffer);
+        ptx::memory::allocated(address, bytes);
+        Ok(buffer)
     }
 
-    fn address(&self, buffer: &Buffer) -> u64 {
-        buffer.0.as_ptr() as u64
-    }
-
-    fn upload(&self, bytes: &[u8], to: &mut Buffer) -> Result<(), Error> {
-        for (line, bytes) in to.0.iter_mut().zip(bytes.chunks(256)) {
-            line.0[..bytes.len()].copy_from_slice(bytes);
-        }
-        ptx::memory::written(self.address(to), bytes.len());
+    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
+        HostMemory::upload(bytes, to);
+        ptx::memory::written(to.address(), bytes.len());
         Ok(())
     }
 
-    fn clear(&self, buffer: &mut Buffer) -> Result<(), Error> {
-        buffer.0.fill(Line([0; 256]));
-        ptx::memory::written(self.address(buffer), buffer.0.len() * size_of::<Line>());
+    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
+        HostMemory::fill(0, buffer);
+        ptx::memory::written(buffer.address(), buffer.bytes());
         Ok(())
     }
 
-    fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
+        Ok(Box::new(HostRead::new(bytes)))
+    }
+
+    /// The emulation proper does not ask; PTX may use no other memory than a device's own and what is lent.
+    fn lend(&self, tensors: &mut dyn Iterator<Item = (u64, u64)>, changed: bool) -> Option<Box<dyn Any>> {
+        self.ptx?;
+        let lent: Lent = ptx::memory::lend(tensors.map(|(address, bytes)| (address, bytes, changed)));
+        Some(Box::new(lent))
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
         if let Some(Compiled { module, options }) = self.ptx {
             // Another for each kernel and plan, and the same whenever a test is run.
             let shape = u64::from(arguments.chunk_count) << 20 ^ u64::from(arguments.tensor_count) << 8 ^ kernel as u64;
@@ -144,7 +143,7 @@ impl Device for Simt {
             Kernel::Sample => Entry::SAMPLE,
             Kernel::Merge => Entry::MERGE,
         };
-        // SAFETY: DeviceProbe's tables and workspace are the kernels' own, and its callers vouch for the tensors.
+        // SAFETY: the caller's promise.
         unsafe { launch(entry, blocks, arguments, self.schedule) }
             .map_err(|fault| Error::Driver { call: kernel.entry(), code: fault })
     }
@@ -156,184 +155,4 @@ impl Device for Simt {
     fn is_capturing(&self) -> Result<bool, Error> {
         Ok(false)
     }
-
-    fn prepare_read(&self, bytes: usize) -> Result<Vec<u8>, Error> {
-        Ok(vec![0xff; bytes])
-    }
-
-    fn start_read(&self, from: &Buffer, read: &mut Vec<u8>) -> Result<(), Error> {
-        for (line, bytes) in from.0.iter().zip(read.chunks_mut(256)) {
-            bytes.copy_from_slice(&line.0[..bytes.len()]);
-        }
-        Ok(())
-    }
-
-    fn is_complete(&self, _: &Vec<u8>) -> Result<bool, Error> {
-        Ok(true)
-    }
-
-    fn complete<'a>(&self, read: &'a Vec<u8>) -> Result<&'a [u8], Error> {
-        Ok(read)
-    }
-}
-
-/// Measures and clips host tensors with the kernels.
-#[derive(Debug)]
-pub struct SimtProbe(DeviceProbe<Simt>, &'static str);
-
-impl SimtProbe {
-    /// A probe in the default order.
-    ///
-    /// # Errors
-    /// Those of [`DeviceProbe::with_device`].
-    pub fn new(plan: Plan, config: Config) -> Result<Self, Error> {
-        Self::with(Simt::default(), plan, config)
-    }
-
-    /// A probe on this device.
-    ///
-    /// # Errors
-    /// Those of [`DeviceProbe::with_device`].
-    pub fn with(device: Simt, plan: Plan, config: Config) -> Result<Self, Error> {
-        let name = if device.ptx.is_some() { "ptx" } else { "simt" };
-        DeviceProbe::with_device(device, plan, config).map(|probe| Self(probe, name))
-    }
-
-    /// The probe that drives the kernels, for calls with addresses.
-    pub fn inner(&mut self) -> &mut DeviceProbe<Simt> {
-        &mut self.0
-    }
-}
-
-impl Backend for SimtProbe {
-    fn name(&self) -> &'static str {
-        self.1
-    }
-
-    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
-        let (tensors, _lent) = all(tensors);
-        // SAFETY: each is a slice that lives through the launch, which has run on return.
-        unsafe { self.0.measure_raw(&tensors) }?;
-        self.0.wait()
-    }
-
-    fn measure_host_with_weights(
-        &mut self,
-        tensors: &[HostTensor<'_>],
-        weights: &[HostTensor<'_>],
-    ) -> Result<Report, Error> {
-        let ((tensors, _lent), (weights, _weights_lent)) = (all(tensors), all(weights));
-        // SAFETY: as in `measure_host`.
-        unsafe { self.0.measure_with_weights_raw(&tensors, &weights) }?;
-        self.0.wait()
-    }
-
-    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
-        let (raw, _lent) = all_mut(tensors);
-        // SAFETY: each is a mutable slice that lives through the launch, which has run on return.
-        unsafe { self.0.clip_raw(&raw) }
-    }
-
-    fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
-        self.0.set_loss_scale(scale)
-    }
-
-    fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
-        self.0.enable_samples(config)
-    }
-
-    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
-        let (tensors, _lent) = all(tensors);
-        // SAFETY: as in `measure_host`.
-        unsafe { self.0.sample_raw(&tensors) }
-    }
-
-    fn samples(&mut self) -> Result<SampleReport, Error> {
-        self.0.samples()
-    }
-
-    fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
-        self.0.judge_by(health)
-    }
-
-    fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
-        self.0.enable_adaptive_clip(clip)
-    }
-
-    fn clip_adaptively_host(
-        &mut self,
-        tensors: &mut [HostTensorMut<'_>],
-        weights: &[HostTensor<'_>],
-    ) -> Result<AdaptiveClipReport, Error> {
-        let ((tensors, _lent), (weights, _weights_lent)) = (all_mut(tensors), all(weights));
-        // SAFETY: as in `clip_host`, and the weights are slices that live as long.
-        unsafe { self.0.clip_adaptively_raw(&tensors, &weights) }?;
-        self.0.adaptive_clip()
-    }
-
-    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
-        self.0.track(config)
-    }
-
-    fn reset_tracking(&mut self) -> Result<(), Error> {
-        self.0.reset_tracking()
-    }
-
-    fn gsnr(&mut self) -> Result<GsnrReport, Error> {
-        self.0.gsnr()
-    }
-
-    fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
-        self.0.keep_history(steps)
-    }
-
-    fn tag(&mut self, tag: u64) -> Result<(), Error> {
-        self.0.tag(tag)
-    }
-
-    fn history(&mut self) -> Result<HistoryReport, Error> {
-        self.0.history()
-    }
-
-    fn enable_histogram(&mut self) -> Result<(), Error> {
-        self.0.enable_histogram()
-    }
-
-    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
-        let (tensors, _lent) = all(tensors);
-        // SAFETY: as in `measure_host`.
-        unsafe { self.0.histogram_raw(&tensors) }
-    }
-
-    fn enable_dot(&mut self) -> Result<(), Error> {
-        self.0.enable_dot()
-    }
-
-    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
-        let ((a, _a_lent), (b, _b_lent)) = (all(a), all(b));
-        // SAFETY: as in `measure_host`.
-        unsafe { self.0.dot_raw(&a, &b) }
-    }
-}
-
-/// Tensors by their addresses, lent for writing.
-fn all_mut(tensors: &mut [HostTensorMut<'_>]) -> (Vec<RawTensor>, Lent) {
-    let of = |tensor: &mut HostTensorMut<'_>| {
-        let address = tensor.as_bytes_mut().as_mut_ptr();
-        raw(&tensor.as_ref(), address)
-    };
-    let all: Vec<RawTensor> = tensors.iter_mut().map(of).collect();
-    let lent = lend(&all, true);
-    (all, lent)
-}
-
-/// Tensors by their addresses, lent for reading.
-fn all(tensors: &[HostTensor<'_>]) -> (Vec<RawTensor>, Lent) {
-    let all: Vec<RawTensor> = tensors.iter().map(|tensor| raw(tensor, tensor.as_bytes().as_ptr())).collect();
-    let lent = lend(&all, false);
-    (all, lent)
-}
-
-fn raw(tensor: &HostTensor<'_>, address: *const u8) -> RawTensor {
-    RawTensor { address: address as u64, len: tensor.len() as u64, dtype: tensor.dtype() }
 }

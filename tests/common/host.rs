@@ -1,0 +1,94 @@
+//! A probe on any device, for tensors that lie on the host: each call waits for what it gives.
+
+#![allow(dead_code)] // Each test file uses a part of this.
+
+use gradprobe::{
+    AdaptiveClipReport, DotReport, Error, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Probe,
+    Report, SampleReport, Tensor, TensorMut,
+};
+
+/// The tensors, as probes take them.
+pub fn refs<'a>(tensors: &'a [HostTensor<'_>]) -> Vec<&'a dyn Tensor> {
+    tensors.iter().map(|tensor| tensor as &dyn Tensor).collect()
+}
+
+/// The same, to be changed.
+pub fn refs_mut<'a, 'b: 'a>(tensors: &'a mut [HostTensorMut<'b>]) -> Vec<&'a mut dyn TensorMut> {
+    tensors.iter_mut().map(|tensor| tensor as &mut dyn TensorMut).collect()
+}
+
+/// What a probe says of tensors on the host, at once.
+pub trait OnHost {
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error>;
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error>;
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error>;
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error>;
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error>;
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error>;
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error>;
+    fn gsnr_report(&mut self) -> Result<GsnrReport, Error>;
+    fn history_report(&mut self) -> Result<HistoryReport, Error>;
+    fn sample_report(&mut self) -> Result<SampleReport, Error>;
+}
+
+impl OnHost for Probe {
+    fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
+        self.measure(&refs(tensors))?;
+        self.wait()
+    }
+
+    fn measure_host_with_weights(
+        &mut self,
+        tensors: &[HostTensor<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<Report, Error> {
+        self.measure_with_weights(&refs(tensors), &refs(weights))?;
+        self.wait()
+    }
+
+    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
+        self.clip(&mut refs_mut(tensors))
+    }
+
+    fn clip_adaptively_host(
+        &mut self,
+        tensors: &mut [HostTensorMut<'_>],
+        weights: &[HostTensor<'_>],
+    ) -> Result<AdaptiveClipReport, Error> {
+        let mut room = self.adaptive_clip()?;
+        room.clip(&mut refs_mut(tensors), &refs(weights))?;
+        room.report()
+    }
+
+    fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
+        self.samples()?.take(&refs(tensors))
+    }
+
+    fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
+        self.histogram()?.measure(&refs(tensors))
+    }
+
+    fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
+        self.dot()?.measure(&refs(a), &refs(b))
+    }
+
+    fn gsnr_report(&mut self) -> Result<GsnrReport, Error> {
+        self.gsnr()?.report()
+    }
+
+    fn history_report(&mut self) -> Result<HistoryReport, Error> {
+        self.history()?.report()
+    }
+
+    fn sample_report(&mut self) -> Result<SampleReport, Error> {
+        self.samples()?.report()
+    }
+}
