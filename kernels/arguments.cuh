@@ -17,46 +17,11 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 24, "src/launch.rs");
 
-// Bits of what the clip has to do; 0 is nothing.
-constexpr u32 ACTION_SCALE = 1;
-constexpr u32 ACTION_ZERO_NONFINITE = 2;
-constexpr u32 ACTION_SCALE_TENSORS = 4;
-constexpr u32 ACTION_CLAMP = 8;
-constexpr u32 VERDICT_NAN = 1;
-constexpr u32 VERDICT_INF = 2;
-constexpr u32 VERDICT_CLIPPED = 4;
-constexpr u32 VERDICT_SKIP = 8;
-constexpr u32 VERDICT_SPIKE = 16;
-constexpr u32 VERDICT_LOSS_SCALE = 32;
-constexpr u32 VERDICT_REPLICAS = 64;
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
 
 // The scalars of a step.
-struct StepOutputs {
-    double total_norm;
-    double finite_total_norm;
-    double coefficient_f64;
-    float total_norm_f32;
-    float coefficient;
-    float inverse_coefficient;
-    float found_inf;
-    int skip;
-    u32 action;
-    u32 verdict;
-    u32 weights; // were measured too
-    u64 step;
-    u64 nan_count;
-    u64 inf_count;
-    u32 health;
-    float loss_scale;      // of this step's gradients
-    float next_loss_scale; // and of the next one's
-    u32 differing_replicas; // tensors and weights of which ranks hold other bits, though they should be replicas
-};
-static_assert(sizeof(StepOutputs) == 96, "src/outputs.rs");
-ASSERT_OFFSET(StepOutputs, total_norm_f32, 24, "src/outputs.rs");
-ASSERT_OFFSET(StepOutputs, skip, 40, "src/outputs.rs");
-ASSERT_OFFSET(StepOutputs, step, 56, "src/outputs.rs");
+typedef gradprobe_step_outputs StepOutputs;
 
 // A step, and a tensor in it, in the history.
 struct HistoryStep {

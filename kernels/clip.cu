@@ -10,19 +10,19 @@
 KERNEL(8) gradprobe_clip(Arguments a) {
     u32 action = a.outputs->action;
     if (action == 0) return;
-    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & ACTION_ZERO_NONFINITE) != 0};
-    if (action & ACTION_CLAMP) how.limit = a.clip_state->limit;
+    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & GRADPROBE_ACTION_ZERO_NONFINITE) != 0};
+    if (action & GRADPROBE_ACTION_CLAMP) how.limit = a.clip_state->limit;
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end;
         u32 tensor = a.chunk_tensors[index];
-        if (action & ACTION_SCALE_TENSORS) {
+        if (action & GRADPROBE_ACTION_SCALE_TENSORS) {
             how.coefficient = a.coefficients[tensor];
             if (how.coefficient == 1.0f && !how.zero_nonfinite) continue;
         }
         Chunk chunk = chunk_of(a, index, tensor);
 #define SCALE(E) clip_chunk<E, false>(chunk, how)
 #define ZERO_OR_CLAMP(E) clip_chunk<E, true>(chunk, how)
-        if (action & (ACTION_ZERO_NONFINITE | ACTION_CLAMP)) {
+        if (action & (GRADPROBE_ACTION_ZERO_NONFINITE | GRADPROBE_ACTION_CLAMP)) {
             FOR_DTYPE(chunk.dtype, ZERO_OR_CLAMP)
         } else {
             FOR_DTYPE(chunk.dtype, SCALE)

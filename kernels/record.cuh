@@ -1,29 +1,14 @@
-// The record of a tensor or a chunk, and its merge: src/record.rs documents both, with the same layout and the same
-// sequence of operations.
+// The record of a tensor or a chunk, as kernels/include declares and merges it for everybody: src/measure/record.rs documents
+// both, with the same layout and the same sequence of operations.
 #pragma once
 #include "platform.cuh"
+#include "include/gradprobe_epilogue.cuh"
 
-constexpr u64 NONE = ~0ull;
-constexpr u32 INFINITY_BITS = 0x7f800000u;
+typedef gradprobe_record Record;
+using gradprobe::merge;
 
-struct Record {
-    u64 count;
-    u64 nan_count;
-    u64 inf_count;
-    u64 zero_count;
-    u64 dead_count;
-    u64 first_nonfinite_index;
-    double mean_or_zero;
-    double sum_squared_deviations;
-    double sum_abs;
-    float max_abs_or_zero;
-    float min_nonzero_abs_or_infinity;
-};
-static_assert(sizeof(Record) == 80, "src/record.rs");
-ASSERT_OFFSET(Record, first_nonfinite_index, 40, "src/record.rs");
-ASSERT_OFFSET(Record, mean_or_zero, 48, "src/record.rs");
-ASSERT_OFFSET(Record, max_abs_or_zero, 72, "src/record.rs");
-ASSERT_OFFSET(Record, min_nonzero_abs_or_infinity, 76, "src/record.rs");
+constexpr u64 NONE = GRADPROBE_NONE;
+constexpr u32 INFINITY_BITS = gradprobe::INFINITE_BITS;
 
 // NaN in f32 with the bits the CPU gives it: a conversion would set all the fraction's bits.
 DEVICE float narrow(double value) { return value == value ? (float)value : bits_to_float(0x7fc00000u); }
@@ -61,37 +46,4 @@ DEVICE bool same_bits(const Record *a, const Record *b) {
         same = same && x.x == y.x && x.y == y.y;
     }
     return same;
-}
-
-// The record of a's elements followed by b's.
-DEVICE Record merge(const Record &a, const Record &b) {
-    Record r;
-    r.first_nonfinite_index = a.first_nonfinite_index != NONE   ? a.first_nonfinite_index
-                              : b.first_nonfinite_index != NONE ? a.count + b.first_nonfinite_index
-                                                                : NONE;
-    r.count = a.count + b.count;
-    r.nan_count = a.nan_count + b.nan_count;
-    r.inf_count = a.inf_count + b.inf_count;
-    r.zero_count = a.zero_count + b.zero_count;
-    r.dead_count = a.dead_count + b.dead_count;
-    r.sum_abs = a.sum_abs + b.sum_abs;
-    r.max_abs_or_zero = a.max_abs_or_zero > b.max_abs_or_zero ? a.max_abs_or_zero : b.max_abs_or_zero;
-    r.min_nonzero_abs_or_infinity = a.min_nonzero_abs_or_infinity < b.min_nonzero_abs_or_infinity
-                                        ? a.min_nonzero_abs_or_infinity
-                                        : b.min_nonzero_abs_or_infinity;
-    double n = (double)finite_count(a), m = (double)finite_count(b);
-    if (m == 0.0) {
-        r.mean_or_zero = a.mean_or_zero;
-        r.sum_squared_deviations = a.sum_squared_deviations;
-    } else if (n == 0.0) {
-        r.mean_or_zero = b.mean_or_zero;
-        r.sum_squared_deviations = b.sum_squared_deviations;
-    } else {
-        double n_weight = n / (n + m), m_weight = m / (n + m);
-        double gap = b.mean_or_zero - a.mean_or_zero;
-        double within = a.sum_squared_deviations + b.sum_squared_deviations;
-        r.mean_or_zero = n < m ? fma(-gap, n_weight, b.mean_or_zero) : fma(gap, m_weight, a.mean_or_zero);
-        r.sum_squared_deviations = fma(gap * gap, n * m_weight, within);
-    }
-    return r;
 }
