@@ -1,6 +1,11 @@
 //! What a probe is told once: everything.
 
-use crate::{Error, GsnrConfig, LossScale, SampleConfig, clip::{AdaptiveClip, Clip}, health::Rules, ranks::Ranks};
+use crate::{
+    Error, GsnrConfig, LossScale, SampleConfig,
+    clip::{AdaptiveClip, Clip},
+    health::Rules,
+    ranks::Ranks,
+};
 
 /// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -26,7 +26,8 @@ impl HostMemory {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn new(bytes: usize) -> Result<Self, Error> {
-        let layout = Layout::from_size_align(bytes.max(1), Self::ALIGNMENT).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
+        let layout = Layout::from_size_align(bytes.max(1), Self::ALIGNMENT)
+            .map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
         // SAFETY: the layout has at least one byte.
         let memory = unsafe { alloc_zeroed(layout) };
         Ok(Self { memory: NonNull::new(memory).ok_or(Error::OutOfMemory { bytes: bytes as u64 })?, layout })

@@ -4,7 +4,7 @@ use super::{AdamMoments, AdamStep, BINS, GsnrConfig, GsnrRecord, GsnrReport, Lay
 use crate::{
     DType, Error, Probe,
     device::{Buffer, Kernel},
-    probe::{Arguments, Core, ReadBack, Room, check_address, Located, outside_capture, uploaded, values},
+    probe::{Arguments, Core, Located, ReadBack, Room, check_address, outside_capture, uploaded, values},
 };
 
 /// Signal and noise across steps: [`Config::tracking`](crate::Config::tracking) or

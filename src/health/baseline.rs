@@ -51,7 +51,10 @@ impl Baseline {
         let mut baseline = Self::new(history.plan());
         for (step, tensors) in history.steps() {
             if step.outputs.found_inf == 0.0 && step.outputs.skip == 0 {
-                baseline.add(step.outputs.finite_total_norm, tensors.iter().map(|tensor| tensor.has_elements().then_some(tensor.finite_l2_norm)));
+                baseline.add(
+                    step.outputs.finite_total_norm,
+                    tensors.iter().map(|tensor| tensor.has_elements().then_some(tensor.finite_l2_norm)),
+                );
             }
         }
         baseline
@@ -65,7 +68,10 @@ impl Baseline {
         self.check(report.plan())?;
         let outputs = report.outputs();
         if outputs.found_inf == 0.0 && outputs.skip == 0 {
-            self.add(outputs.finite_total_norm, report.records().iter().map(|record| (record.count > 0).then(|| record.finite_l2_norm())));
+            self.add(
+                outputs.finite_total_norm,
+                report.records().iter().map(|record| (record.count > 0).then(|| record.finite_l2_norm())),
+            );
         }
         Ok(())
     }

@@ -285,7 +285,8 @@ impl Health {
             let before = self.state.norms[index];
             (self.plan.tensors()[index].name.as_str(), record.finite_sum_squares() - before * before)
         };
-        let risen = largest(records.iter().enumerate().filter(|(_, record)| record.count > 0).map(rise).collect(), NAMED);
+        let risen =
+            largest(records.iter().enumerate().filter(|(_, record)| record.count > 0).map(rise).collect(), NAMED);
         let risen: Vec<String> =
             risen.iter().map(|part| format!("{} ({:.0} %)", printable(part.tensor), 100.0 * part.share)).collect();
         let message = format!(

@@ -65,7 +65,8 @@ impl HistoryTensor {
             max_abs: record.max_abs_or_zero,
             zero_fraction: share(record.zero_count),
             dead_fraction: share(record.dead_count),
-            flags: flag(record.nan_count, StepOutputs::VERDICT_NAN) | flag(record.inf_count, StepOutputs::VERDICT_INF)
+            flags: flag(record.nan_count, StepOutputs::VERDICT_NAN)
+                | flag(record.inf_count, StepOutputs::VERDICT_INF)
                 | if record.count == 0 { Self::NO_ELEMENTS } else { 0 },
         }
     }

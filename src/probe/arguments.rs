@@ -1,7 +1,11 @@
 //! What the host hands the kernels.
 
 #[cfg(doc)]
-use crate::{Config, GsnrRecord, Record, StepOutputs, device::Kernel, history::{HistoryStep, HistoryTensor}};
+use crate::{
+    Config, GsnrRecord, Record, StepOutputs,
+    device::Kernel,
+    history::{HistoryStep, HistoryTensor},
+};
 use bytemuck::{Pod, Zeroable};
 
 /// One tensor of the plan, as the kernels read it.

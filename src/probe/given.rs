@@ -58,12 +58,7 @@ impl Core {
     ///
     /// # Errors
     /// When they are not what is planned, lie elsewhere, or are all absent.
-    pub fn read<'a>(
-        &self,
-        place: &'a Place,
-        tensors: &'a [&dyn Tensor],
-        planned: Planned,
-    ) -> Result<Given<'a>, Error> {
+    pub fn read<'a>(&self, place: &'a Place, tensors: &'a [&dyn Tensor], planned: Planned) -> Result<Given<'a>, Error> {
         let shapes = tensors.iter().map(|tensor| tensor.shape());
         self.plan.check_by(shapes, planned)?;
         let mut given = Given::with_capacity(tensors.len());
@@ -79,11 +74,7 @@ impl Core {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn write<'a>(
-        &self,
-        place: &'a Place,
-        tensors: &'a mut [&mut dyn TensorMut],
-    ) -> Result<Given<'a>, Error> {
+    pub fn write<'a>(&self, place: &'a Place, tensors: &'a mut [&mut dyn TensorMut]) -> Result<Given<'a>, Error> {
         let shapes = tensors.iter().map(|tensor| tensor.shape());
         self.plan.check_by(shapes, Planned::Gradients)?;
         let mut given = Given::with_capacity(tensors.len());

@@ -48,7 +48,11 @@ impl<T: Pod + PartialEq> Mirrored<T> {
     ///
     /// # Errors
     /// [`Error::AddressesChangedInCapture`], or the device's.
-    pub fn set(&mut self, device: &dyn Device, entries: impl ExactSizeIterator<Item = T> + Clone) -> Result<bool, Error> {
+    pub fn set(
+        &mut self,
+        device: &dyn Device,
+        entries: impl ExactSizeIterator<Item = T> + Clone,
+    ) -> Result<bool, Error> {
         if self.current.len() == entries.len() && self.current.iter().copied().eq(entries.clone()) {
             return Ok(false);
         }

@@ -8,12 +8,7 @@ use crate::{Config, Error, Plan};
 ///
 /// # Errors
 /// [`Error::TensorCount`], [`Error::Placement`], and [`Error::InvalidConfig`] for a clip that needs more than records.
-pub(crate) fn checked(
-    plan: &Plan,
-    config: &Config,
-    placements: &[Placement],
-    ranks: u32,
-) -> Result<(), Error> {
+pub(crate) fn checked(plan: &Plan, config: &Config, placements: &[Placement], ranks: u32) -> Result<(), Error> {
     let (planned, given) = (plan.tensors().len(), placements.len());
     if planned != given {
         return Err(Error::TensorCount { planned, given });

@@ -81,10 +81,7 @@ pub struct Ranks {
 
 impl Ranks {
     /// The ranks of a communicator, and one placement a tensor of the plan, in its order.
-    pub fn new(
-        communicator: impl Communicator + 'static,
-        placements: impl IntoIterator<Item = Placement>,
-    ) -> Self {
+    pub fn new(communicator: impl Communicator + 'static, placements: impl IntoIterator<Item = Placement>) -> Self {
         Self { communicator: Arc::new(communicator), placements: placements.into_iter().collect() }
     }
 }

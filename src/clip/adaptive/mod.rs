@@ -5,7 +5,10 @@ pub(crate) mod room;
 
 pub use room::AdaptiveUnits;
 
-use crate::{Error, NonFinitePolicy, Plan, measure::{narrow, printable}};
+use crate::{
+    Error, NonFinitePolicy, Plan,
+    measure::{narrow, printable},
+};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 

@@ -48,8 +48,7 @@ impl AdaptiveUnits {
         let rule = Rule { clipping, epsilon, unit_count: units.counts.iter().sum(), units: table.address() };
         let rule = uploaded(device, bytemuck::bytes_of(&rule))?;
         let records = ReadBack::zeroed(device, units.lengths.len() * size_of::<AdaptiveRecord>())?;
-        core.arguments =
-            Arguments { adaptive: rule.address(), adaptive_records: records.address(), ..core.arguments };
+        core.arguments = Arguments { adaptive: rule.address(), adaptive_records: records.address(), ..core.arguments };
         Ok(Self { units, _rule: rule, table, records })
     }
 }

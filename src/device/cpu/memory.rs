@@ -14,43 +14,47 @@ use crate::{
 };
 use bytemuck::Pod;
 
-/// So many values at an address; none at 0, where there is no such table.
-///
-/// # Safety
-/// As [`Memory::of`].
-unsafe fn slice<'a, T: Pod>(address: u64, count: usize) -> &'a [T] {
-    if address == 0 || count == 0 {
-        return &[];
-    }
-    // SAFETY: the caller vouches for what the arguments name.
-    unsafe { std::slice::from_raw_parts(address as *const T, count) }
-}
+/// The word of whoever launches for all addresses in the arguments, which makes slices of them without more of it.
+#[derive(Clone, Copy)]
+struct Vouched(());
 
-/// The same, to be changed.
-///
-/// # Safety
-/// As [`Memory::of`].
-unsafe fn slice_mut<'a, T: Pod>(address: u64, count: usize) -> &'a mut [T] {
-    if address == 0 || count == 0 {
-        return &mut [];
+impl Vouched {
+    /// So many values at an address; none at 0, where there is no such table.
+    fn slice<'a, T: Pod>(self, address: u64, count: usize) -> &'a [T] {
+        if address == 0 || count == 0 {
+            return &[];
+        }
+        // SAFETY: vouched for, with counts that are those with which the tables were made.
+        unsafe { std::slice::from_raw_parts(address as *const T, count) }
     }
-    // SAFETY: the caller vouches for what the arguments name; no two tables overlap.
-    unsafe { std::slice::from_raw_parts_mut(address as *mut T, count) }
-}
 
-/// The elements of a tensor; none where it is absent.
-///
-/// # Safety
-/// As [`Memory::of`].
-unsafe fn tensor<'a>(address: u64, length: u64, dtype: u32) -> HostTensor<'a> {
-    let count = usize::try_from(length).unwrap_or(usize::MAX);
-    match dtype {
-        // SAFETY: the caller's promise.
-        0 => HostTensor::F32(unsafe { slice(address, count) }),
-        // SAFETY: the caller's promise.
-        1 => HostTensor::F16(unsafe { slice(address, count) }),
-        // SAFETY: the caller's promise.
-        _ => HostTensor::BF16(unsafe { slice(address, count) }),
+    /// The same, to be changed.
+    fn slice_mut<'a, T: Pod>(self, address: u64, count: usize) -> &'a mut [T] {
+        if address == 0 || count == 0 {
+            return &mut [];
+        }
+        // SAFETY: as above; no two tables overlap, and each is asked for once.
+        unsafe { std::slice::from_raw_parts_mut(address as *mut T, count) }
+    }
+
+    /// The elements of a tensor; none where it is absent.
+    fn tensor<'a>(self, address: u64, length: u64, dtype: u32) -> HostTensor<'a> {
+        let count = usize::try_from(length).unwrap_or(usize::MAX);
+        match dtype {
+            0 => HostTensor::F32(self.slice(address, count)),
+            1 => HostTensor::F16(self.slice(address, count)),
+            _ => HostTensor::BF16(self.slice(address, count)),
+        }
+    }
+
+    /// The same, to be changed.
+    fn tensor_mut<'a>(self, address: u64, length: u64, dtype: u32) -> HostTensorMut<'a> {
+        let count = usize::try_from(length).unwrap_or(usize::MAX);
+        match dtype {
+            0 => HostTensorMut::F32(self.slice_mut(address, count)),
+            1 => HostTensorMut::F16(self.slice_mut(address, count)),
+            _ => HostTensorMut::BF16(self.slice_mut(address, count)),
+        }
     }
 }
 
@@ -60,14 +64,24 @@ pub(crate) enum Own<'a> {
     /// Tensors to be changed; where there are adaptive units, these, their weights and what was done to them.
     Changed(Vec<HostTensorMut<'a>>, Option<Adaptive<'a>>),
     /// Means, deviations, records, for each tensor; and the window.
-    Tracked { tracks: &'a mut [Track], means: &'a mut [f32], deviations: &'a mut [f32], window: u32 },
+    Tracked {
+        tracks: &'a mut [Track],
+        means: &'a mut [f32],
+        deviations: &'a mut [f32],
+        window: u32,
+    },
     /// Adam's step and the moments of each tensor.
     Moments(&'a Adam, Vec<[&'a [f32]; 2]>),
     Histograms(&'a mut [Histogram]),
     Dots(Vec<HostTensor<'a>>, &'a mut [Dot]),
     Sampled(SampleRing<'a>),
     /// The lists of all ranks, and where elements are.
-    Ranks { lists: &'a [Record], length: usize, placements: &'a [Run], ranks: &'a [u32] },
+    Ranks {
+        lists: &'a [Record],
+        length: usize,
+        placements: &'a [Run],
+        ranks: &'a [u32],
+    },
 }
 
 /// The units of an adaptive clip.
@@ -126,137 +140,94 @@ impl<'a> Memory<'a> {
     /// As of [`Device::launch`](crate::device::Device::launch), for all of `'a`, of host memory.
     #[expect(clippy::too_many_lines, reason = "one table after the other, as in arguments.cuh")]
     pub unsafe fn of(a: &Arguments, uses: Uses) -> Self {
+        let at = Vouched(());
         let (tensors, chunks, lists) = (a.tensor_count as usize, a.chunk_count as usize, 1 + a.weights as usize);
-        // SAFETY (here and below): the caller's promise; counts are those with which the tables were made.
-        let entries: &[TensorEntry] = unsafe { slice(a.tensors, lists * tensors) };
-        // SAFETY: as above.
-        let addresses: &[u64] = unsafe { slice(a.addresses, lists * tensors) };
+        let entries: &[TensorEntry] = at.slice(a.tensors, lists * tensors);
+        let addresses: &[u64] = at.slice(a.addresses, lists * tensors);
         let list = |first: usize| {
-            let of = |i: usize| {
-                // SAFETY: as above, and the tensors are lent.
-                unsafe { tensor(addresses[i], entries[i].length, entries[i].dtype) }
-            };
+            let of = |i: usize| at.tensor(addresses[i], entries[i].length, entries[i].dtype);
             (first..first + tensors).map(of).collect::<Vec<_>>()
         };
         let changed = matches!(uses, Uses::ChangedTensors | Uses::Units);
         let own = match uses {
             Uses::Nothing => Own::Nothing,
             Uses::ChangedTensors | Uses::Units => {
-                let of = |i: usize| {
-                    let count = usize::try_from(entries[i].length).unwrap_or(usize::MAX);
-                    match entries[i].dtype {
-                        // SAFETY: as above, and the tensors are lent to be changed.
-                        0 => HostTensorMut::F32(unsafe { slice_mut(addresses[i], count) }),
-                        // SAFETY: as above.
-                        1 => HostTensorMut::F16(unsafe { slice_mut(addresses[i], count) }),
-                        // SAFETY: as above.
-                        _ => HostTensorMut::BF16(unsafe { slice_mut(addresses[i], count) }),
-                    }
-                };
+                let of = |i: usize| at.tensor_mut(addresses[i], entries[i].length, entries[i].dtype);
                 let adaptive = (uses == Uses::Units).then(|| {
-                    // SAFETY: as above.
-                    let rule = &unsafe { slice::<Rule>(a.adaptive, 1) }[0];
-                    // SAFETY: as above.
-                    let units: &[TensorUnits] = unsafe { slice(rule.units, tensors + 1) };
+                    let rule = &at.slice::<Rule>(a.adaptive, 1)[0];
+                    let units: &[TensorUnits] = at.slice(rule.units, tensors + 1);
                     let weight = |(units, entry): (&TensorUnits, &TensorEntry)| {
-                        // SAFETY: as above.
-                        unsafe { tensor(units.address, entry.length, units.dtype) }
+                        at.tensor(units.address, entry.length, units.dtype)
                     };
                     let weights = units.iter().zip(entries).map(weight).collect();
-                    // SAFETY: as above.
-                    Adaptive { rule, units, weights, records: unsafe { slice_mut(a.adaptive_records, tensors) } }
+                    Adaptive { rule, units, weights, records: at.slice_mut(a.adaptive_records, tensors) }
                 });
                 Own::Changed((0..tensors).map(of).collect(), adaptive)
             }
             Uses::Tracked => {
-                // SAFETY: as above.
-                let tracks: &mut [Track] = unsafe { slice_mut(a.tracks, tensors) };
+                let tracks: &mut [Track] = at.slice_mut(a.tracks, tensors);
                 let end = tracks.iter().zip(entries).filter(|(track, _)| track.is_tracked());
                 let end = end.map(|(track, entry)| track.offset + entry.length).max().unwrap_or(0);
                 let count = usize::try_from(end).unwrap_or(usize::MAX);
                 Own::Tracked {
                     tracks,
-                    // SAFETY: as above: the last tracked tensor ends there.
-                    means: unsafe { slice_mut(a.means, count) },
-                    // SAFETY: as above.
-                    deviations: unsafe { slice_mut(a.deviations, count) },
+                    means: at.slice_mut(a.means, count),
+                    deviations: at.slice_mut(a.deviations, count),
                     window: a.window,
                 }
             }
             Uses::Moments => {
-                // SAFETY: as above.
-                let adam = &unsafe { slice::<Adam>(a.adam, 1) }[0];
-                // SAFETY: as above.
-                let moments: &[[u64; 2]] = unsafe { slice(a.adam + size_of::<Adam>() as u64, tensors) };
+                let adam = &at.slice::<Adam>(a.adam, 1)[0];
+                let moments: &[[u64; 2]] = at.slice(a.adam + size_of::<Adam>() as u64, tensors);
                 let of = |(addresses, entry): (&[u64; 2], &TensorEntry)| {
                     let count = usize::try_from(entry.length).unwrap_or(usize::MAX);
-                    // SAFETY: as above, and the moments are lent.
-                    addresses.map(|address| unsafe { slice(address, count) })
+                    addresses.map(|address| at.slice(address, count))
                 };
                 Own::Moments(adam, moments.iter().zip(entries).map(of).collect())
             }
             Uses::Histograms => {
-                // SAFETY: as above.
-                Own::Histograms(unsafe { slice_mut(a.histograms, if a.one_histogram != 0 { 1 } else { tensors }) })
+                Own::Histograms(at.slice_mut(a.histograms, if a.one_histogram != 0 { 1 } else { tensors }))
             }
             Uses::Dots => {
-                // SAFETY: as above.
-                let others: &[Other] = unsafe { slice(a.others, tensors) };
-                let other = |(other, entry): (&Other, &TensorEntry)| {
-                    // SAFETY: as above, and the tensors are lent.
-                    unsafe { tensor(other.address, entry.length, other.dtype) }
-                };
-                // SAFETY: as above.
-                Own::Dots(others.iter().zip(entries).map(other).collect(), unsafe { slice_mut(a.dots, tensors) })
+                let others: &[Other] = at.slice(a.others, tensors);
+                let other =
+                    |(other, entry): (&Other, &TensorEntry)| at.tensor(other.address, entry.length, other.dtype);
+                Own::Dots(others.iter().zip(entries).map(other).collect(), at.slice_mut(a.dots, tensors))
             }
             Uses::Samples => {
-                // SAFETY: as above.
-                let table = &unsafe { slice::<SampleTable>(a.samples, 1) }[0];
+                let table = &at.slice::<SampleTable>(a.samples, 1)[0];
                 let (count, steps) = (table.count as usize, table.steps as usize);
                 Own::Sampled(SampleRing {
-                    // SAFETY: as above.
-                    places: unsafe { slice::<SamplePlace>(table.places, count) },
-                    // SAFETY: as above.
-                    numbers: unsafe { slice_mut(table.numbers, steps) },
-                    // SAFETY: as above.
-                    values: unsafe { slice_mut(table.ring, steps * count) },
+                    places: at.slice::<SamplePlace>(table.places, count),
+                    numbers: at.slice_mut(table.numbers, steps),
+                    values: at.slice_mut(table.ring, steps * count),
                 })
             }
             Uses::Ranks => {
                 let length = a.list_length as usize;
-                // SAFETY: as above.
-                let placements: &[Run] = unsafe { slice(a.placements, tensors) };
+                let placements: &[Run] = at.slice(a.placements, tensors);
                 let end = placements.iter().filter_map(Run::end).max().unwrap_or(0);
                 Own::Ranks {
-                    // SAFETY: as above.
-                    lists: unsafe { slice(a.lists, length * a.list_count as usize) },
+                    lists: at.slice(a.lists, length * a.list_count as usize),
                     length,
                     placements,
-                    // SAFETY: as above: the ranks stand behind the placements.
-                    ranks: unsafe { slice(a.placements + size_of_val(placements) as u64, end) },
+                    ranks: at.slice(a.placements + size_of_val(placements) as u64, end),
                 }
             }
         };
         let rule = Clip::of_parameters(a.clip, (a.clip_threshold, a.clip_smoothing, a.clip_steps), a.max_norm);
         let words = rule.state_words(tensors) - size_of::<ClipHeader>() / size_of::<u64>();
         let health = (a.health_rules != 0).then(|| {
-            // SAFETY: as above.
-            let table = &unsafe { slice::<RuleTable>(a.health_rules, 1) }[0];
-            // SAFETY: as above.
-            let exempt: &[u32] = unsafe { slice(a.health_rules + size_of::<RuleTable>() as u64, tensors) };
-            // SAFETY: as above.
-            let last_norms: &mut [f64] = unsafe { slice_mut(a.last_norms, 1 + tensors) };
-            // SAFETY: as above.
-            let words: &mut [u32] = unsafe { slice_mut(a.health_words, tensors) };
+            let table = &at.slice::<RuleTable>(a.health_rules, 1)[0];
+            let exempt: &[u32] = at.slice(a.health_rules + size_of::<RuleTable>() as u64, tensors);
+            let last_norms: &mut [f64] = at.slice_mut(a.last_norms, 1 + tensors);
+            let words: &mut [u32] = at.slice_mut(a.health_words, tensors);
             ((&table.rules[..table.count as usize], exempt), last_norms, words)
         });
         let history = (a.history != 0).then(|| Ring {
-            // SAFETY: as above.
-            steps: unsafe { slice_mut::<HistoryStep>(a.history, a.history_steps as usize) },
-            // SAFETY: as above.
-            tensors: unsafe { slice_mut::<HistoryTensor>(a.history_tensors, a.history_steps as usize * tensors) },
-            // SAFETY: as above.
-            tag: unsafe { slice::<u64>(a.tag, 1) }[0],
+            steps: at.slice_mut::<HistoryStep>(a.history, a.history_steps as usize),
+            tensors: at.slice_mut::<HistoryTensor>(a.history_tensors, a.history_steps as usize * tensors),
+            tag: at.slice::<u64>(a.tag, 1)[0],
         });
         Self {
             tensors: if changed { Vec::new() } else { list(0) },
@@ -270,27 +241,19 @@ impl<'a> Memory<'a> {
                 _ => NonFinitePolicy::ZeroNonFinite,
             },
             entries,
-            // SAFETY: as above.
-            chunk_parts: unsafe { slice_mut(a.chunk_parts, lists * chunks) },
-            // SAFETY: as above.
-            records: unsafe { slice_mut(a.records, lists * tensors) },
-            // SAFETY: as above.
-            outputs: &mut unsafe { slice_mut::<StepOutputs>(a.outputs, 1) }[0],
+            chunk_parts: at.slice_mut(a.chunk_parts, lists * chunks),
+            records: at.slice_mut(a.records, lists * tensors),
+            outputs: &mut at.slice_mut::<StepOutputs>(a.outputs, 1)[0],
             clip: ClipState {
                 rule,
-                // SAFETY: as above.
-                header: &mut unsafe { slice_mut::<ClipHeader>(a.clip_state, 1) }[0],
-                // SAFETY: as above: what the rule keeps stands behind the header.
-                words: unsafe { slice_mut(a.clip_state + size_of::<ClipHeader>() as u64, words) },
-                // SAFETY: as above.
-                coefficients: unsafe { slice_mut(a.coefficients, tensors) },
+                header: &mut at.slice_mut::<ClipHeader>(a.clip_state, 1)[0],
+                words: at.slice_mut(a.clip_state + size_of::<ClipHeader>() as u64, words),
+                coefficients: at.slice_mut(a.coefficients, tensors),
             },
-            // SAFETY: as above.
-            loss_scale: unsafe { slice_mut::<LossScaleState>(a.loss_scale, 1) }.first_mut(),
+            loss_scale: at.slice_mut::<LossScaleState>(a.loss_scale, 1).first_mut(),
             health,
             history,
-            // SAFETY: as above.
-            gsnr_records: unsafe { slice_mut(a.gsnr_records, tensors) },
+            gsnr_records: at.slice_mut(a.gsnr_records, tensors),
             own,
         }
     }

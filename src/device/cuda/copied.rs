@@ -26,7 +26,8 @@ impl<'a> Copied<'a> {
     pub fn of(bytes: &'a [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
         const ALIGNMENT: usize = 16;
         // SAFETY: only what was copied there is read.
-        let memory = unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }.map_err(failed("allocating device memory"))?;
+        let memory =
+            unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }.map_err(failed("allocating device memory"))?;
         let address = memory.device_ptr(stream).0 + (bytes.as_ptr() as usize % ALIGNMENT) as u64;
         if !bytes.is_empty() {
             // SAFETY: there is room for so many bytes from there on, and they stay until the copy is waited for.

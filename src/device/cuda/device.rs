@@ -8,9 +8,7 @@ use crate::{
 };
 use cudarc::driver::{
     CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
-    sys::{
-        self, CUdevice_attribute_enum as Attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus as Status,
-    },
+    sys::{self, CUdevice_attribute_enum as Attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus as Status},
 };
 use std::{cell::Cell, mem, ptr::NonNull, sync::Arc};
 

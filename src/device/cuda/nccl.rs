@@ -3,7 +3,7 @@
 use super::driver::{failed, find};
 use crate::{Error, ranks::Communicator, tensor::Place};
 use cudarc::{
-    driver::{sys::CUstreamCaptureStatus as Status, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop},
+    driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop, sys::CUstreamCaptureStatus as Status},
     nccl::{
         result::NcclError,
         safe::{Comm, Id},
