@@ -4,9 +4,10 @@
 
 mod common;
 
-use common::normal::Normal;
+use common::{host::OnHost, normal::Normal};
 use gradprobe::{
-    AccumulationNoise, Config, Probe, DType, Error, Estimate, HostTensor, NoiseEstimate, NoiseScale, Plan, Report,
+    Config, Cpu, DType, Error, HostTensor, Plan, Probe, Report,
+    gsnr::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale},
 };
 
 /// Reports on tensors that tests say of which norm they are.
@@ -23,7 +24,7 @@ impl Norms {
 
     /// On tensors of one element each.
     fn report(&mut self, elements: &[f32]) -> Report {
-        self.probe.measure(&elements.chunks(1).map(HostTensor::F32).collect::<Vec<_>>()).unwrap()
+        self.probe.measure_host(&elements.chunks(1).map(HostTensor::F32).collect::<Vec<_>>()).unwrap()
     }
 }
 
@@ -120,7 +121,7 @@ impl Trainer {
             }
             change(k, &mut sums);
             let tensors: Vec<HostTensor<'_>> = sums.iter().map(|sum| HostTensor::F32(sum)).collect();
-            let report = self.probe.measure(&tensors).unwrap();
+            let report = self.probe.measure_host(&tensors).unwrap();
             estimates.iter_mut().for_each(|noise| noise.add(k, &report).unwrap());
         }
     }
@@ -287,7 +288,7 @@ fn what_is_not_finite_is_left_out_and_counted() {
         };
         for (k, sums) in (1..).zip(&whole[..shown]) {
             let tensors: Vec<HostTensor<'_>> = sums.iter().map(|sum| HostTensor::F32(sum)).collect();
-            clean.add(k, &trainer.probe.measure(&tensors).unwrap()).unwrap();
+            clean.add(k, &trainer.probe.measure_host(&tensors).unwrap()).unwrap();
         }
     }
     let [(_, first), (_, second)] = noise.tensors().collect::<Vec<_>>()[..] else { panic!("two tensors") };

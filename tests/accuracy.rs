@@ -8,13 +8,14 @@ mod common;
 
 use common::cases::{CHUNK, Data, Tensor, cauchy, hash, lognormal, normal, random_finite_bits, uniform};
 use common::check::{self, Errors, Seen};
+use common::host::OnHost;
 use common::oracle::{self, power_of_two};
-use gradprobe::{Config, Probe, DType, Plan, Record};
+use gradprobe::{Config, Cpu, DType, Plan, Probe, Record};
 use rayon::prelude::*;
 
 fn measure(data: &Data) -> Record {
     let plan = Plan::new([("w", data.dtype(), data.len() as u64)]).unwrap();
-    Probe::new(Cpu, plan, Config::default()).unwrap().measure(&[data.tensor()]).unwrap().records()[0]
+    Probe::new(Cpu, plan, Config::default()).unwrap().measure_host(&[data.tensor()]).unwrap().records()[0]
 }
 
 /// The errors of one tensor, after every check has passed.

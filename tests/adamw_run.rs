@@ -19,7 +19,6 @@ use gradprobe::{
         CudaGraph,
         sys::{self, CUgraphNodeType},
     },
-    health::{Health, Rules},
 };
 use require::{pointless, skipped};
 use std::{
@@ -133,7 +132,6 @@ fn the_graph_trains_as_f64_does_and_skips_what_is_broken() {
         [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL; KERNELS.len() + 1],
         "the kernels and the measurement: no copy, no allocation, no clip"
     );
-    let mut health = Health::new(training.probe.plan(), Rules::default()).unwrap();
     let mut reference = Reference::new();
     let (mut clipped, mut first, mut last, mut worst) = (0, 0.0, 0.0, 0.0f64);
     for step in 1..=4 * BATCHES {
@@ -146,7 +144,7 @@ fn the_graph_trains_as_f64_does_and_skips_what_is_broken() {
             let report = training.probe.wait().unwrap();
             assert_eq!((report.outputs().skip, report.step()), (1, step as u64));
             assert_eq!(report.outputs().verdict, StepOutputs::VERDICT_NAN | StepOutputs::VERDICT_SKIP);
-            let diagnosis = health.diagnose(&report).unwrap();
+            let diagnosis = report.diagnosis().unwrap();
             let of_nan = diagnosis.findings().iter().filter(|finding| finding.kind == FindingKind::Nan).count();
             assert_eq!((diagnosis.verdict(), of_nan), (Verdict::Critical, 4), "{diagnosis}");
             let frontier = diagnosis.frontier().unwrap();

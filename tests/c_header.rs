@@ -2,7 +2,7 @@
 //! size, every constant, and the values of a report read through the C structs.
 
 use bytemuck::Zeroable;
-use gradprobe::{Config, Probe, DType, HostTensor, NonFinitePolicy, Plan, Record, StepOutputs};
+use gradprobe::{Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe, Record, StepOutputs, Tensor};
 use std::{fmt::Write as _, fs, io::Write as _, mem::offset_of, path::Path, process::Command};
 use std::{path::PathBuf, process::Stdio};
 use tempfile::TempDir;
@@ -242,9 +242,10 @@ fn c_reads_what_a_step_left() {
     let plan = Plan::new([("first", DType::F32, 1000), ("second", DType::F32, 500)]).unwrap();
     let config = Config::default().clip(Clip::global_norm(2.5)).non_finite(NonFinitePolicy::ZeroNonFinite);
     let mut probe = Probe::new(Cpu, plan, config).unwrap();
-    let tensors = [HostTensor::F32(&elements), HostTensor::F32(&elements[500..])];
+    let tensors: [&dyn Tensor; 2] = [&elements, &&elements[500..]];
     probe.measure(&tensors).unwrap();
-    let report = probe.measure(&tensors).unwrap();
+    probe.measure(&tensors).unwrap();
+    let report = probe.wait().unwrap();
 
     let (output_fields, output_values) = step_outputs!();
     let (record_fields, record_values) = record!();

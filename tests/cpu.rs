@@ -1,13 +1,14 @@
-//! The CPU backend: the whole table of cases against the oracle, the same bytes however it is run, tensors of more
+//! The CPU: the whole table of cases against the oracle, the same bytes however it is run, tensors of more
 //! than 2^32 elements, and the settings it refuses.
 
 mod common;
 
 use common::cases::{Case, Data, Tensor, cases};
 use common::check;
+use common::host::{OnHost, plan_of};
 use common::oracle::Exact;
 use common::{Effort, Prepared, demand_none, run_all};
-use gradprobe::{Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Record, StepOutputs};
+use gradprobe::{Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, StepOutputs};
 use half::bf16;
 use memmap2::MmapOptions;
 use rayon::{ThreadPoolBuilder, prelude::*};
@@ -24,13 +25,13 @@ struct Step {
     clipped: Vec<Data>,
 }
 
-fn step(names: &[String], data: &[Data], config: Config) -> Step {
+fn step(names: &[String], data: &[Data], config: &Config) -> Step {
     let plan = plan_of(names.iter().map(String::as_str).zip(data.iter().map(Data::tensor))).unwrap();
-    let mut probe = Probe::new(Cpu, plan, config).unwrap();
-    let report = probe.measure(&data.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, config.clone()).unwrap();
+    let report = probe.measure_host(&data.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
     let mut clipped = data.to_vec();
     let mut tensors: Vec<HostTensorMut<'_>> = clipped.iter_mut().map(Data::tensor_mut).collect();
-    probe.clip(&mut tensors).unwrap();
+    probe.clip_host(&mut tensors).unwrap();
     Step { records: report.records().to_vec(), outputs: *report.outputs(), clipped }
 }
 
@@ -51,7 +52,7 @@ fn same_step(names: &[String], seen: &Step, expected: &Step) -> Vec<String> {
 #[test]
 fn any_number_of_threads_gives_the_same_bytes() {
     let cases = small_cases();
-    let all = || cases.iter().map(|(case, p)| step(&p.names, &p.data, case.config)).collect::<Vec<_>>();
+    let all = || cases.iter().map(|(case, p)| step(&p.names, &p.data, &case.config)).collect::<Vec<_>>();
     let pool = |threads| ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let expected = pool(1).install(all);
     for threads in [2, 3, 7] {
@@ -66,10 +67,10 @@ fn any_number_of_threads_gives_the_same_bytes() {
 fn a_hundred_runs_give_the_same_bytes() {
     let case = cases().into_iter().find(|case| case.name == "list_of_321").unwrap();
     let Prepared { names, data, .. } = Prepared::new(&case);
-    let expected = step(&names, &data, case.config);
+    let expected = step(&names, &data, &case.config);
     ThreadPoolBuilder::new().num_threads(7).build().unwrap().install(|| {
         for run in 0..100 {
-            assert_eq!(same_step(&names, &step(&names, &data, case.config), &expected), [""; 0], "run {run}");
+            assert_eq!(same_step(&names, &step(&names, &data, &case.config), &expected), [""; 0], "run {run}");
         }
     });
 }
@@ -77,10 +78,10 @@ fn a_hundred_runs_give_the_same_bytes() {
 #[test]
 fn the_order_of_tensors_changes_no_record() {
     for (case, Prepared { mut names, mut data, .. }) in small_cases() {
-        let expected = step(&names, &data, case.config);
+        let expected = step(&names, &data, &case.config);
         names.reverse();
         data.reverse();
-        let mut seen = step(&names, &data, case.config);
+        let mut seen = step(&names, &data, &case.config);
         names.reverse();
         seen.records.reverse();
         let same_total = &expected.outputs;
@@ -97,7 +98,7 @@ fn widened_data_have_the_same_records() {
     let mut compared = 0;
     for (case, Prepared { names, data, .. }) in small_cases() {
         let wide: Vec<Data> = data.iter().map(Data::widened).collect();
-        let (narrow, wide) = (step(&names, &data, case.config), step(&names, &wide, case.config));
+        let (narrow, wide) = (step(&names, &data, &case.config), step(&names, &wide, &case.config));
         let complaints = check::same_step(&names, (&narrow.records, &narrow.outputs), (&wide.records, &wide.outputs));
         assert_eq!(complaints, [""; 0], "{}", case.name);
         compared += data.iter().filter(|d| d.dtype() != DType::F32).count();
@@ -120,7 +121,7 @@ fn the_bits_are_those_of_every_machine() {
     let words_of_case = |case: &Case| {
         let data: Vec<Data> = case.tensors.iter().map(Tensor::data).collect();
         let names: Vec<String> = (0..data.len()).map(|t| t.to_string()).collect();
-        let Step { records, outputs, .. } = step(&names, &data, case.config);
+        let Step { records, outputs, .. } = step(&names, &data, &case.config);
         records.iter().flat_map(words_of).chain([outputs.finite_total_norm.to_bits()]).collect::<Vec<u64>>()
     };
     let words: Vec<Vec<u64>> = cases().par_iter().map(words_of_case).collect();
@@ -145,7 +146,7 @@ fn more_elements_than_32_bits_count_pytorch_169930() {
     let small = [2.0f32; 3];
     let names = ["small".to_owned(), "large".to_owned()];
     let plan = Plan::new([("small", DType::F32, 3), ("large", DType::BF16, LENGTH as u64)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan, config).unwrap();
+    let mut probe = Probe::new(Cpu, plan, config.clone()).unwrap();
     for (turn, last) in [values[5].1, bf16::NAN].into_iter().enumerate() {
         values[5].1 = last;
         let mut exact = [Exact::new(DType::F32, config.dead_threshold), Exact::new(DType::BF16, config.dead_threshold)];
@@ -159,7 +160,7 @@ fn more_elements_than_32_bits_count_pytorch_169930() {
         }
         let truths = exact.map(|exact| exact.truth());
         assert_eq!(truths[1].first_nonfinite, last.is_nan().then_some(1 << 32));
-        let report = probe.measure(&[HostTensor::F32(&small), HostTensor::BF16(elements)]).unwrap();
+        let report = probe.measure_host(&[HostTensor::F32(&small), HostTensor::BF16(elements)]).unwrap();
         let step = turn as u64 + 1;
         demand_none(&check::check_step(&names, report.records(), report.outputs(), step, &truths, &config));
     }

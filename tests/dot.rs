@@ -9,11 +9,12 @@ use common::{
     Placed, Prepared,
     cases::{CHUNK, Data, Tensor, cases, normal, others},
     demand_none,
+    host::{OnHost, plan_of},
     oracle::{Format, Number, Wide, power_of_two},
     placed, short, tensors,
 };
-use gradprobe::{Backend, Config, Probe, DType, Dot, DotReport, Error, HostTensor, Plan, launch::RawTensor};
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe::{Absent, Config, Cpu, DType, Dot, DotReport, Error, HostTensor, Plan, Probe, RawTensor};
+use gradprobe_simt::{Schedule, Simt};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -101,9 +102,13 @@ fn run(probe: &mut Probe, a: &[Data], b: &[Data], offset: usize) -> DotReport {
 }
 
 fn cpu(prepared: &Prepared) -> Probe {
-    let mut probe = Probe::new(Cpu, prepared.plan(), Config::default()).unwrap();
-    probe.enable_dot();
-    probe
+    Probe::new(Cpu, prepared.plan(), Config::new().dot()).unwrap()
+}
+
+/// A probe on the CPU, and one on the kernels.
+fn probes(plan: &Plan, config: &Config) -> [Probe; 2] {
+    let on_cpu = Probe::new(Cpu, plan.clone(), config.clone()).unwrap();
+    [on_cpu, Probe::new(Simt::default(), plan.clone(), config.clone()).unwrap()]
 }
 
 fn bytes(report: &DotReport) -> &[u8] {
@@ -116,15 +121,14 @@ fn every_case_is_within_the_bounds_and_the_kernels_have_the_same_bits() {
     for case in cases().iter().filter(|case| !case.large) {
         let prepared = Prepared::new(case);
         let b = others(case);
-        let expected = cpu(&prepared).dot(&tensors(&prepared.data), &tensors(&b)).unwrap();
+        let expected = cpu(&prepared).dot_host(&tensors(&prepared.data), &tensors(&b)).unwrap();
         let exact: Vec<Exact> = prepared.data.par_iter().zip(&b).map(|(a, b)| Exact::of(a, b)).collect();
         let mut found = Vec::new();
         for (((name, a), seen), exact) in prepared.names.iter().zip(&prepared.data).zip(expected.records()).zip(&exact)
         {
             found.extend(exact.check(name, a.len(), seen));
         }
-        let mut simt = Probe::new(Simt::default(), prepared.plan(), Config::default()).unwrap();
-        simt.enable_dot().unwrap();
+        let mut simt = Probe::new(Simt::default(), prepared.plan(), Config::new().dot()).unwrap();
         let offsets: &[usize] = if short() { &[1] } else { &[0, 1, 8] };
         for &offset in offsets {
             let seen =
@@ -152,13 +156,11 @@ fn no_order_and_no_grid_changes_a_bit() {
     ];
     let b = [long(DType::F32, 3), Data::of_bits(DType::F16, (0..3).map(|_| 0x3c00)), long(DType::F16, 4)];
     let plan = plan_of(["x", "y", "z"].into_iter().zip(tensors(&a))).unwrap();
-    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-    probe.enable_dot();
-    let expected = probe.dot(&tensors(&a), &tensors(&b)).unwrap();
+    let config = Config::new().dot();
+    let mut probe = Probe::new(Cpu, plan.clone(), config.clone()).unwrap();
+    let expected = probe.dot_host(&tensors(&a), &tensors(&b)).unwrap();
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7]) {
-        let mut simt =
-            Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan.clone(), Config::default()).unwrap();
-        simt.enable_dot().unwrap();
+        let mut simt = Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan.clone(), config.clone()).unwrap();
         for call in 0..2 {
             let seen = run(&mut simt, &a, &b, call);
             assert_eq!(bytes(&seen), bytes(&expected), "{schedule:?}, {blocks} blocks, call {call}");
@@ -174,11 +176,10 @@ fn known_answers() {
     let (x, y) =
         ([3.0f32, 0.0, -4.0, f32::NAN, 1e38], [bf16::from_f32(2.0), bf16::ONE, bf16::ONE, bf16::ONE, bf16::INFINITY]);
     let plan = || Plan::new([("x", DType::F32, 5), ("none", DType::F16, 0)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
-    probe.enable_dot();
+    let mut probe = Probe::new(Cpu, plan(), Config::new().dot()).unwrap();
     let lists = |b| ([HostTensor::F32(&x), HostTensor::F16(&[])], [b, HostTensor::BF16(&[])]);
     let (a, b) = lists(HostTensor::BF16(&y));
-    let report = probe.dot(&a, &b).unwrap();
+    let report = probe.dot_host(&a, &b).unwrap();
     let dot = report.records()[0];
     assert_eq!((dot.count, dot.nonfinite_count, dot.dot), (5, 2, 2.0));
     assert_eq!((dot.a_norm(), dot.b_norm()), (5.0, 6f64.sqrt()));
@@ -190,11 +191,12 @@ fn known_answers() {
     assert!(text.lines().nth(1).unwrap().contains(" 0.1633 "), "{text}");
     // The same memory twice: cosine 1; scaled by -1: -1.
     let (a, b) = lists(HostTensor::F32(&x));
-    assert!((probe.dot(&a, &b).unwrap().total().cosine().unwrap() - 1.0).abs() < 1e-12);
+    assert!((probe.dot_host(&a, &b).unwrap().total().cosine().unwrap() - 1.0).abs() < 1e-12);
     let minus = x.map(|x| -x);
     let (a, b) = lists(HostTensor::F32(&minus));
-    assert!((probe.dot(&a, &b).unwrap().total().cosine().unwrap() + 1.0).abs() < 1e-12);
-    assert_eq!(DotReport::bytes(&plan()), 48 + 2 * 64);
+    assert!((probe.dot_host(&a, &b).unwrap().total().cosine().unwrap() + 1.0).abs() < 1e-12);
+    let bytes = |config: Config| config.bytes(&plan()).unwrap();
+    assert_eq!(bytes(Config::new().dot()) - bytes(Config::new()), 48 + 2 * 64);
 }
 
 #[test]
@@ -202,13 +204,12 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     let plan = || Plan::new([("first", DType::F32, 3), ("second", DType::BF16, 2)]).unwrap();
     let (three, two, two_f32) = ([1.0f32; 3], [bf16::ONE; 2], [2.0f32; 2]);
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
-    let probes: [Probe; 2] = [
-        Probe::new(Cpu, plan(), Config::default()).unwrap(),
-        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
-    ];
-    for mut probe in probes {
-        assert_eq!(probe.dot_host(&good, &good).map(drop), Err(Error::NotEnabled { what: "dot" }));
-        probe.enable_dot().unwrap();
+    for mut probe in probes(&plan(), &Config::new()) {
+        let undeclared = probe.dot_host(&good, &good).map(drop);
+        assert_eq!(undeclared, Err(Error::NotDeclared { declare: "Config::dot" }));
+        assert_eq!(probe.addresses().dots, None);
+    }
+    for mut probe in probes(&plan(), &Config::new().dot()) {
         for lists in [(&good[..], &good[..1]), (&good[..1], &good[..])] {
             let refused = probe.dot_host(lists.0, lists.1).map(drop);
             assert_eq!(refused, Err(Error::TensorCount { planned: 2, given: 1 }));
@@ -225,25 +226,54 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
         assert_eq!(probe.dot_host(&good, &wide).unwrap().total().dot, 3.0 + 4.0);
         assert_eq!(probe.measure_host(&good).unwrap().step(), 1, "a dot product is no step");
     }
-    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-    probe.enable_dot().unwrap();
-    let raw = |tensor: HostTensor<'_>| RawTensor {
-        address: tensor.as_bytes().as_ptr() as u64,
-        len: tensor.len() as u64,
-        dtype: tensor.dtype(),
-    };
-    let (a, name) = (good.map(raw), || "second".to_owned());
-    for (address, expected) in [
-        (0, Error::NullPointer { name: name() }),
-        (a[1].address + 1, Error::MisalignedPointer { name: name(), address: a[1].address + 1, size: 2 }),
-        (u64::MAX - 1, Error::AddressOverflow { name: name(), address: u64::MAX - 1, length: 2 }),
-    ] {
-        let b = [a[0], RawTensor { address, ..a[1] }];
-        // SAFETY: the second list is refused, so nothing is read.
-        assert_eq!(unsafe { probe.inner().dot_raw(&a, &b) }.map(drop), Err(expected));
+    for mut probe in probes(&plan(), &Config::new().dot()) {
+        let mut dot = probe.dot().unwrap();
+        let raw = |tensor: HostTensor<'_>| {
+            let address = tensor.as_bytes().as_ptr() as u64;
+            // SAFETY: the tensors live, and may be read as often as one likes.
+            unsafe { RawTensor::new(address, tensor.len() as u64, tensor.dtype()) }
+        };
+        let (a, name) = (good.map(raw), || "second".to_owned());
+        let odd = a[1].address() + 1;
+        for (address, expected) in [
+            (0, Error::NullPointer { name: name() }),
+            (odd, Error::MisalignedPointer { name: name(), address: odd, size: 2 }),
+            (u64::MAX - 1, Error::AddressOverflow { name: name(), address: u64::MAX - 1, length: 2 }),
+        ] {
+            // SAFETY: it is refused, so nothing is read.
+            let wrong = unsafe { RawTensor::new(address, 2, DType::BF16) };
+            assert_eq!(dot.measure(&[&a[0], &a[1]], &[&a[0], &wrong]).map(drop), Err(expected.clone()));
+            assert_eq!(dot.measure(&[&a[0], &wrong], &[&a[0], &a[1]]).map(drop), Err(expected));
+        }
+        let same = dot.measure(&[&a[0], &a[1]], &[&a[0], &a[1]]).unwrap();
+        assert_eq!(same.records()[0].dot, 3.0);
     }
-    let _lent = gradprobe_simt::lend(&a, false);
-    // SAFETY: the tensors live, and may be read as often as one likes.
-    let same = unsafe { probe.inner().dot_raw(&a, &a) }.unwrap();
-    assert_eq!(same.records()[0].dot, 3.0);
+}
+
+/// Of two tensors where either is absent there is nothing, and the other tensors have what they had.
+#[test]
+fn a_tensor_that_is_absent_in_either_list_has_an_empty_record() {
+    let (a, b) = ([1.0f32, 2.0, f32::NAN], vec![bf16::ONE; 40_000]);
+    let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 40_000)]).unwrap();
+    for mut probe in probes(&plan, &Config::new().dot()) {
+        let mut dot = probe.dot().unwrap();
+        let both = dot.measure(&[&a, &b], &[&a, &b]).unwrap();
+        let [of_a, of_b] = *both.records() else { panic!("{both}") };
+        assert_eq!((of_a.dot, of_b.dot), (5.0, 40_000.0));
+        let none = Dot::default();
+        for (report, expected) in [
+            (dot.measure(&[&a, &Absent], &[&a, &b]), [of_a, none]),
+            (dot.measure(&[&a, &b], &[&a, &b]), [of_a, of_b]),
+            (dot.measure(&[&a, &b], &[&a, &None::<Vec<bf16>>]), [of_a, none]),
+            (dot.measure(&[&Absent, &b], &[&Some(a), &b]), [none, of_b]),
+            (dot.measure(&[&a, &Absent], &[&Absent, &b]), [none, none]),
+            (dot.measure(&[&a, &b], &[&Absent, &Absent]), [none, none]),
+            (dot.measure(&[&a, &b], &[&a, &b]), [of_a, of_b]),
+        ] {
+            let report = report.unwrap();
+            assert_eq!(bytes(&report), bytemuck::cast_slice::<_, u8>(&expected), "{report}");
+            assert_eq!(report.total(), expected[0].merge(&expected[1]));
+        }
+        assert_eq!(dot.measure(&[&Absent, &Absent], &[&a, &b]).map(drop), Err(Error::AllAbsent));
+    }
 }

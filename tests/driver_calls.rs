@@ -12,8 +12,9 @@ mod require;
 mod training;
 
 use gradprobe::{
-    AdaptiveClip, Config, Probe, DType, Error, GsnrConfig, Plan,
-    cudarc::driver::{CudaContext, CudaSlice, CudaStream, result, sys},
+    AdaptiveClip, Clip, Config, DType, Error, GsnrConfig, Plan, Probe, Tensor,
+    cuda::{self, Cuda},
+    cudarc::driver::{CudaSlice, CudaStream, result, sys},
 };
 use half::{bf16, f16};
 use require::{pointless, skipped};
@@ -27,9 +28,15 @@ use std::{
 };
 
 /// cudarc's and ours, neither of which starts or moves anything: which context is current, whether a capture is going
-/// on, and the events by which cudarc orders streams and a probe learns of its reports.
-const BYSTANDERS: [&str; 5] =
-    ["cuCtxGetCurrent", "cuStreamIsCapturing", "cuStreamWaitEvent", "cuEventRecord", "cuEventQuery"];
+/// on and what it lets this thread do, and the events by which cudarc orders streams and a probe learns of its reports.
+const BYSTANDERS: [&str; 6] = [
+    "cuCtxGetCurrent",
+    "cuStreamIsCapturing",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuStreamWaitEvent",
+    "cuEventRecord",
+    "cuEventQuery",
+];
 
 /// Outputs, four records and four words of the example with AdamW.
 const EXAMPLE_REPORT: &str = "cuMemcpyDtoHAsync_v2 432 bytes page-locked";
@@ -69,11 +76,14 @@ impl Trace {
 fn driver() -> Option<(Trace, Arc<CudaStream>)> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
-        assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
-        skipped(require::GPU, &error.to_string());
-        return None;
-    }
+    let stream = match cuda::stream(0) {
+        Ok(stream) => stream,
+        Err(error) => {
+            assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
+            skipped(require::GPU, &error.to_string());
+            return None;
+        }
+    };
     // SAFETY: the driver is there.
     let library = unsafe { sys::culib() };
     // SAFETY: only the host driver has a function of this name, and it has this type.
@@ -84,7 +94,7 @@ fn driver() -> Option<(Trace, Arc<CudaStream>)> {
         pointless("the driver keeps no trace of its calls");
         return None;
     };
-    Some((Trace { _alone: alone, begin: *begin, end: *end }, CudaContext::new(0).unwrap().new_stream().unwrap()))
+    Some((Trace { _alone: alone, begin: *begin, end: *end }, stream))
 }
 
 /// Holds a stream until it is dropped, or for so long that something must have waited for the stream.
@@ -140,6 +150,16 @@ impl Gradients {
     }
 }
 
+/// A probe of [`Gradients`].
+fn probe(stream: &Arc<CudaStream>, config: Config) -> Probe {
+    Probe::new(Cuda::new(stream).unwrap(), Gradients::plan(), config).unwrap()
+}
+
+/// A config under which every step is clipped.
+fn clipping() -> Config {
+    Config::new().clip(Clip::global_norm(1.0))
+}
+
 /// Compares the calls of a step, but for those of [`BYSTANDERS`].
 #[track_caller]
 fn assert_calls(step: &str, calls: &[String], expected: &[&str]) {
@@ -153,7 +173,7 @@ fn assert_calls(step: &str, calls: &[String], expected: &[&str]) {
 fn a_step_is_two_launches_and_a_copy_of_the_report() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
+    let mut probe = probe(&stream, clipping());
     // The first step tells the device where the gradients are.
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("the first step", &calls, &[ADDRESSES, MEASURE, CLIP, REPORT]);
@@ -185,7 +205,7 @@ fn a_step_is_two_launches_and_a_copy_of_the_report() {
 fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
     let Some((trace, stream)) = driver() else { return };
     let mut places = [Gradients::new(&stream), Gradients::new(&stream)];
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
+    let mut probe = probe(&stream, clipping());
     let _held = Held::new(&stream);
     for step in 0..4 {
         let (calls, _) = places[step % 2].step(&trace, &mut probe);
@@ -197,13 +217,13 @@ fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
 #[cfg(feature = "nccl")]
 #[test]
 fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
-    use gradprobe::{cuda::NcclCommunicator, ranks::Placement};
+    use gradprobe::{Ranks, cuda::NcclCommunicator, ranks::Placement};
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
     let id = NcclCommunicator::unique_id().unwrap();
     let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
-    probe.join(NcclCommunicator::new(&stream, 0, 1, id).unwrap(), placements).unwrap();
+    let ranks = Ranks::new(NcclCommunicator::new(&stream, 0, 1, id).unwrap(), placements);
+    let mut probe = probe(&stream, clipping().ranks(ranks));
     gradients.step(&trace, &mut probe);
     probe.wait().unwrap();
     let _held = Held::new(&stream);
@@ -218,18 +238,16 @@ fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
 fn a_histogram_and_a_dot_product_are_a_launch_each() {
     let Some((trace, stream)) = driver() else { return };
     let gradients = Gradients::new(&stream);
-    let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
-    probe.enable_histogram().unwrap();
-    probe.enable_dot().unwrap();
+    let tensors: [&dyn Tensor; 3] = [&gradients.f32, &gradients.f16, &gradients.bf16];
+    let mut probe = probe(&stream, Config::new().histogram().dot());
     let _held = Held::new(&stream);
     for (call, addresses, others) in
         [(0, &[ADDRESSES][..], &["cuMemcpyHtoDAsync_v2 48 bytes pageable"][..]), (1, &[], &[])]
     {
-        let calls = trace.of(|| probe.launch_histogram(&tensors).unwrap());
+        let calls = trace.of(|| probe.histogram().unwrap().launch(&tensors).unwrap());
         let histogram = ["cuMemsetD8Async 24576 bytes", "cuLaunchKernel gradprobe_histogram of 12 blocks"];
         assert_calls(&format!("histogram {call}"), &calls, &[addresses, &histogram].concat());
-        let calls = trace.of(|| probe.launch_dot(&tensors, &tensors).unwrap());
+        let calls = trace.of(|| probe.dot().unwrap().launch(&tensors, &tensors).unwrap());
         let dot = ["cuLaunchKernel gradprobe_dot of 12 blocks"];
         assert_calls(&format!("dot {call}"), &calls, &[others, &dot].concat());
     }
@@ -239,7 +257,7 @@ fn a_histogram_and_a_dot_product_are_a_launch_each() {
 fn without_a_clip_a_step_is_one_launch() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
+    let mut probe = probe(&stream, Config::new());
     gradients.step(&trace, &mut probe);
     let _held = Held::new(&stream);
     let (calls, _) = gradients.step(&trace, &mut probe);
@@ -251,16 +269,15 @@ fn an_adaptive_clip_is_a_launch() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
     let weights = Gradients::new(&stream);
-    let weights = [&weights.f32 as _, &weights.f16 as _, &weights.bf16 as _];
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default()).unwrap();
+    let weights: [&dyn Tensor; 3] = [&weights.f32, &weights.f16, &weights.bf16];
     let units = Gradients::plan().tensors().iter().map(|tensor| tensor.len).collect::<Vec<_>>();
-    probe.enable_adaptive_clip(&AdaptiveClip::new(units)).unwrap();
+    let mut probe = probe(&stream, Config::new().adaptive_clip(AdaptiveClip::new(units)));
     probe.measure(&[&gradients.f32, &gradients.f16, &gradients.bf16]).unwrap();
     let _held = Held::new(&stream);
-    for table in [&["cuMemcpyHtoDAsync_v2 160 bytes pageable"][..], &[]] {
+    for table in [&["cuMemcpyHtoDAsync_v2 128 bytes pageable"][..], &[]] {
         let calls = trace.of(|| {
             let tensors = &mut [&mut gradients.f32 as _, &mut gradients.f16 as _, &mut gradients.bf16 as _];
-            probe.clip_adaptively(tensors, &weights).unwrap();
+            probe.adaptive_clip().unwrap().clip(tensors, &weights).unwrap();
         });
         let launch = ["cuMemsetD8Async 72 bytes", "cuLaunchKernel gradprobe_adaptive of 3 blocks"];
         assert_calls("an adaptive clip", &calls, &[table, &launch].concat());
@@ -271,7 +288,7 @@ fn an_adaptive_clip_is_a_launch() {
 fn weights_are_measured_in_the_launch_of_their_gradients() {
     let Some((trace, stream)) = driver() else { return };
     let gradients = Gradients::new(&stream);
-    let tensors = [&gradients.f32 as _, &gradients.f16 as _, &gradients.bf16 as _];
+    let tensors: [&dyn Tensor; 3] = [&gradients.f32, &gradients.f16, &gradients.bf16];
     let plan = Gradients::plan();
     let plan = plan.clone().with_weights(plan.tensors().iter().map(|tensor| tensor.dtype)).unwrap();
     let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, Config::default()).unwrap();
@@ -287,17 +304,16 @@ fn weights_are_measured_in_the_launch_of_their_gradients() {
 fn a_tracked_step_is_one_launch_more() {
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Gradients::plan(), Config::default().clip(Clip::global_norm(1.0))).unwrap();
-    probe.track(&GsnrConfig::new()).unwrap();
+    let mut probe = probe(&stream, clipping().tracking(GsnrConfig::new()));
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("the first tracked step", &calls, &[ADDRESSES, MEASURE, UPDATE, CLIP, REPORT]);
     let held = Held::new(&stream);
     let (calls, _) = gradients.step(&trace, &mut probe);
     assert_calls("a tracked step", &calls, &[MEASURE, UPDATE, CLIP, REPORT]);
-    let calls = trace.of(|| probe.raw().launch_gsnr().unwrap());
+    let calls = trace.of(|| probe.gsnr().unwrap().launch().unwrap());
     assert_calls("a reduction", &calls, &[GSNR]);
     drop(held);
-    let mut calls = trace.of(|| drop(probe.gsnr_report().unwrap()));
+    let mut calls = trace.of(|| drop(probe.gsnr().unwrap().report().unwrap()));
     // Unless the copy has arrived already.
     calls.retain(|call| call != "cuEventSynchronize waits");
     assert_calls("a reduction that is read", &calls, &[GSNR, GSNR_REPORT]);
@@ -308,7 +324,7 @@ fn a_tracked_step_is_one_launch_more() {
 fn a_replayed_training_step_is_one_call() {
     let Some((trace, _)) = driver() else { return };
     let mut training = training::Training::new().unwrap();
-    let held = Held::new(training.probe.stream());
+    let held = Held::new(&training.stream);
     let calls = trace.of(|| {
         training.step().unwrap();
         assert!(training.probe.poll().unwrap().is_none());

@@ -6,7 +6,7 @@ mod require;
 mod users;
 
 use bytemuck::Zeroable;
-use gradprobe::{Config, Probe, DType, HostTensor, Plan, Record, launch::Arguments};
+use gradprobe::{Config, Cpu, DType, Plan, Probe, Record, device::Arguments};
 use gradprobe_simt::{Entry, Schedule, launch};
 
 /// Threads of a block.
@@ -59,7 +59,8 @@ fn merged_on_the_device(slots: &[Record]) -> [Record; 2] {
 fn of_the_cpu(elements: &[f32]) -> Record {
     let plan = Plan::new([("output", DType::F32, elements.len() as u64)]).unwrap();
     let mut probe = Probe::new(Cpu, plan, Config::default().dead_threshold(DEAD_THRESHOLD)).unwrap();
-    probe.measure(&[HostTensor::F32(elements)]).unwrap().records()[0]
+    probe.measure(&[&elements]).unwrap();
+    probe.wait().unwrap().records()[0]
 }
 
 /// Sum of squared deviations and mean, of the finite elements, by two passes in f64 around a first estimate.

@@ -1,6 +1,6 @@
-//! Signal and noise across steps: the table of cases on the CPU backend and on the kernels on the host, known answers,
+//! Signal and noise across steps: the table of cases on the CPU and on the kernels on the host, known answers,
 //! real gradients, and what must not change a bit.
-
+#![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small numbers.
 
 mod common;
@@ -12,23 +12,27 @@ use common::{
     demand_none,
     gsnr::{self, BOUND, Errors, MEDIAN_BOUND, Truth},
     gsnr_cases::cases,
+    host::{self, OnHost},
     oracle::Format,
     short,
 };
 use gradprobe::{
-    Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan,
-    launch::{Arguments, Device, DeviceProbe, Kernel},
+    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Place, Plan, Probe,
+    device::{Arguments, Buffer, Device, Kernel, Read},
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Schedule, Simt};
 use rayon::prelude::*;
-use std::cell::Cell;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
-fn cpu(plan: Plan) -> Probe {
-    Probe::new(Cpu, plan, Config::default()).unwrap()
+fn cpu(plan: Plan, config: Config) -> Result<Probe, Error> {
+    Probe::new(Cpu, plan, config)
 }
 
-fn simt(device: Simt) -> impl FnMut(Plan) -> Probe {
-    move |plan| Probe::new(device, plan, Config::default()).unwrap()
+fn simt(device: Simt) -> impl FnMut(Plan, Config) -> Result<Probe, Error> {
+    move |plan, config| Probe::new(device, plan, config)
 }
 
 #[test]
@@ -62,9 +66,8 @@ fn no_order_and_no_grid_changes_a_bit() {
     demand_none(&devices.par_iter().flat_map(run).collect::<Vec<_>>());
 }
 
-/// The records of these steps of one tensor each, or of several, on a backend.
-fn track(probe: &mut Probe, config: &GsnrConfig, steps: &[Vec<Data>]) -> GsnrReport {
-    probe.track(config).unwrap();
+/// The records of these steps of one tensor each, or of several.
+fn track(probe: &mut Probe, steps: &[Vec<Data>]) -> GsnrReport {
     for tensors in steps {
         probe.measure_host(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
     }
@@ -72,11 +75,16 @@ fn track(probe: &mut Probe, config: &GsnrConfig, steps: &[Vec<Data>]) -> GsnrRep
 }
 
 fn plan_of(tensors: &[Data]) -> Plan {
-    plan_of(tensors.iter().enumerate().map(|(t, data)| (t.to_string(), data.tensor()))).unwrap()
+    host::plan_of(tensors.iter().enumerate().map(|(t, data)| (t.to_string(), data.tensor()))).unwrap()
+}
+
+/// With all tensors tracked.
+fn tracking() -> Config {
+    Config::new().tracking(GsnrConfig::new())
 }
 
 fn on_cpu(steps: &[Vec<Data>]) -> GsnrReport {
-    track(&mut *cpu(plan_of(&steps[0])), &GsnrConfig::new(), steps)
+    track(&mut cpu(plan_of(&steps[0]), tracking()).unwrap(), steps)
 }
 
 fn records(report: &GsnrReport) -> Vec<GsnrRecord> {
@@ -124,12 +132,12 @@ fn a_nan_before_a_thousand_steps_changes_nothing_but_the_count() {
     for window in [None, Some(300)] {
         let config = window.map_or(GsnrConfig::new(), |window| GsnrConfig::new().window(window));
         for (name, make) in [("cpu", &mut cpu as gsnr::Make<'_>), ("simt", &mut simt(Simt::default()))] {
-            let mut probe = make(plan_of(&steps[0]));
-            let expected = records(&track(&mut *probe, &config, &steps));
+            let mut probe = || make(plan_of(&steps[0]), Config::new().tracking(config.clone())).unwrap();
+            let expected = records(&track(&mut probe(), &steps));
             let mut poisoned = vec![vec![steps[0][0].all_nan(), steps[500][1].clone()]];
             poisoned.extend_from_slice(&steps);
             // The second tensor has its 500th step twice, which must show.
-            let seen = records(&track(&mut *probe, &config, &poisoned));
+            let seen = records(&track(&mut probe(), &poisoned));
             let skipped = if window.is_none() { 1 } else { 0 };
             let without = GsnrRecord { skipped: 0, ..seen[0] };
             assert_eq!(seen[0].skipped, skipped, "{name}, window {window:?}");
@@ -157,13 +165,11 @@ fn eight_steps_of_a_transformer_are_as_float64_has_them() {
         let tensors: Vec<Data> = expected.keys().map(data).collect();
         let probe = probe.get_or_insert_with(|| {
             let named = expected.keys().map(String::as_str).zip(tensors.iter().map(Data::tensor));
-            let mut probe = Probe::new(Cpu, plan_of(named).unwrap(), Config::default()).unwrap();
-            probe.track(&GsnrConfig::new()).unwrap();
-            probe
+            Probe::new(Cpu, host::plan_of(named).unwrap(), tracking()).unwrap()
         });
-        probe.measure(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
+        probe.measure_host(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
     }
-    let report = probe.unwrap().gsnr().unwrap();
+    let report = probe.unwrap().gsnr_report().unwrap();
     for (name, record) in report.tensors() {
         let number = |field: &str| expected[name][field].as_f64().unwrap_or(f64::NAN);
         let counts = [record.steps.into(), record.defined, record.constant];
@@ -188,46 +194,63 @@ fn eight_steps_of_a_transformer_are_as_float64_has_them() {
     assert!((report.noise_scale().unwrap() / noise_scale - 1.0).abs() < 1e-3, "{:?}", report.noise_scale());
 }
 
-/// A device that counts the bytes it gives out.
-struct Counting(Simt, Cell<u64>);
+/// A device that counts the bytes it gives out and those not yet given back, and at some point has no more.
+#[derive(Clone, Default)]
+struct Counting {
+    inner: Simt,
+    given: Arc<AtomicU64>,
+    held: Arc<AtomicU64>,
+    /// Allocations before one that fails.
+    left: Option<Arc<AtomicU64>>,
+}
 
-impl Device for Counting {
-    type Buffer = <Simt as Device>::Buffer;
-    type Read = <Simt as Device>::Read;
+/// Memory, and of how much it is known that it is held.
+struct Held(#[expect(dead_code, reason = "its drop is what counts")] Buffer, u64, Arc<AtomicU64>);
 
-    fn allocate(&self, bytes: usize) -> Result<Self::Buffer, Error> {
-        self.1.set(self.1.get() + bytes as u64);
-        self.0.allocate(bytes)
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.2.fetch_sub(self.1, Ordering::Relaxed);
     }
-    fn address(&self, buffer: &Self::Buffer) -> u64 {
-        self.0.address(buffer)
+}
+
+// SAFETY: all that it does is done by one that keeps the promise.
+unsafe impl Device for Counting {
+    fn name(&self) -> &'static str {
+        self.inner.name()
     }
-    fn upload(&self, bytes: &[u8], to: &mut Self::Buffer) -> Result<(), Error> {
-        self.0.upload(bytes, to)
+    fn place(&self) -> Place {
+        self.inner.place()
     }
-    fn clear(&self, buffer: &mut Self::Buffer) -> Result<(), Error> {
-        self.0.clear(buffer)
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
+        let count = bytes as u64;
+        if self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) == 0) {
+            return Err(Error::OutOfMemory { bytes: count });
+        }
+        let buffer = self.inner.allocate(bytes)?;
+        self.given.fetch_add(count, Ordering::Relaxed);
+        self.held.fetch_add(count, Ordering::Relaxed);
+        let address = buffer.address();
+        // SAFETY: the memory is there until its owner is dropped.
+        Ok(unsafe { Buffer::new(address, bytes, Held(buffer, count, Arc::clone(&self.held))) })
     }
-    fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
-        self.0.launch(kernel, blocks, arguments)
+    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
+        self.inner.upload(bytes, to)
+    }
+    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
+        self.inner.clear(buffer)
+    }
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
+        self.inner.read(bytes)
+    }
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.inner.launch(kernel, blocks, arguments) }
     }
     fn resident_blocks(&self, kernel: Kernel) -> u32 {
-        self.0.resident_blocks(kernel)
+        self.inner.resident_blocks(kernel)
     }
     fn is_capturing(&self) -> Result<bool, Error> {
-        self.0.is_capturing()
-    }
-    fn prepare_read(&self, bytes: usize) -> Result<Self::Read, Error> {
-        self.0.prepare_read(bytes)
-    }
-    fn start_read(&self, from: &Self::Buffer, read: &mut Self::Read) -> Result<(), Error> {
-        self.0.start_read(from, read)
-    }
-    fn is_complete(&self, read: &Self::Read) -> Result<bool, Error> {
-        self.0.is_complete(read)
-    }
-    fn complete<'a>(&self, read: &'a Self::Read) -> Result<&'a [u8], Error> {
-        self.0.complete(read)
+        self.inner.is_capturing()
     }
 }
 
@@ -235,14 +258,20 @@ impl Device for Counting {
 fn what_is_allocated_is_what_was_stated() {
     let lengths = [0, 1, 63, 64, 65, 100_000, 7];
     let plan = || Plan::new(lengths.map(|len| (len.to_string(), DType::BF16, len))).unwrap();
-    let mut probe =
-        DeviceProbe::with_device(Counting(Simt::default(), Cell::new(0)), plan(), Config::default()).unwrap();
+    let allocated = |config: Config| {
+        let device = Counting::default();
+        drop(Probe::new(device.clone(), plan(), config.clone()).unwrap());
+        let [count, held] = [&device.given, &device.held].map(|bytes| bytes.load(Ordering::Relaxed));
+        assert_eq!(held, 0, "{config:?}");
+        assert_eq!(config.bytes(&plan()), Ok(count), "{config:?}");
+        count
+    };
+    let without = allocated(Config::new());
     for config in [GsnrConfig::new(), GsnrConfig::new().tensors(["6?"]), GsnrConfig::new().tensors(["0"]).window(9)] {
-        probe.device().1.set(0);
-        probe.track(&config).unwrap();
         // An empty state still has an address.
         let stated = config.bytes(&plan()).unwrap().max(1);
-        assert!((stated..=stated + 2).contains(&probe.device().1.get()), "{config:?}: {stated}");
+        let seen = allocated(Config::new().tracking(config.clone())) - without;
+        assert!((stated..=stated + 2).contains(&seen), "{config:?}: {stated}, not {seen}");
     }
     let large = |len| GsnrConfig::new().bytes(&Plan::new([("w", DType::F32, len)]).unwrap()).unwrap();
     let elements = 1 << 31;
@@ -259,19 +288,36 @@ fn tensors_too_large_to_track_are_refused_by_name() {
 
 /// 2^38 elements take 2 TiB to track.
 #[test]
-fn memory_that_is_not_there_is_an_error_and_what_was_tracked_stays() {
+fn memory_that_is_not_there_is_an_error_that_says_how_much() {
     if std::fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "1") {
         return require::pointless("this machine grants all memory that is asked for");
     }
     let tensors = (0..128).map(|t| (format!("large {t}"), DType::BF16, 1 << 31));
     let plan = Plan::new(tensors.chain([("small".to_owned(), DType::BF16, 3)])).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    let refused = probe.track(&GsnrConfig::new());
-    assert!(matches!(refused, Err(Error::OutOfMemory { bytes }) if bytes >= 1 << 40), "{refused:?}");
-    assert_eq!(probe.gsnr_report().err(), Some(Error::NotTracked));
-    probe.track(&GsnrConfig::new().tensors(["small"])).unwrap();
-    assert!(probe.track(&GsnrConfig::new()).is_err());
+    let bytes = tracking().bytes(&plan).unwrap();
+    assert!((1 << 41..1 << 42).contains(&bytes), "{bytes}");
+    // Of the whole probe, whatever it was that could not be had.
+    assert_eq!(Probe::new(Cpu, plan.clone(), tracking()).err(), Some(Error::OutOfMemory { bytes }));
+    let small = Config::new().tracking(GsnrConfig::new().tensors(["small"]));
+    let mut probe = Probe::new(Cpu, plan, small).unwrap();
     assert_eq!(probe.gsnr_report().err(), Some(Error::TooFewSteps { steps: 0 }));
+}
+
+/// Whichever of the allocations fails.
+#[test]
+fn a_probe_that_cannot_be_made_holds_no_memory() {
+    let plan = Plan::new([("first", DType::F32, 3), ("second", DType::BF16, 70_000)]).unwrap();
+    let config = tracking().moments().history(5).histogram();
+    let bytes = config.bytes(&plan).unwrap();
+    for left in 0.. {
+        let device = Counting { left: Some(Arc::new(AtomicU64::new(left))), ..Counting::default() };
+        let refused = Probe::new(device.clone(), plan.clone(), config.clone()).err();
+        assert_eq!(device.held.load(Ordering::Relaxed), 0, "after {left} allocations");
+        match refused {
+            Some(error) => assert_eq!(error, Error::OutOfMemory { bytes }, "after {left} allocations"),
+            None => return assert!(left > 10, "{left}"),
+        }
+    }
 }
 
 /// Normal numbers in pairs, by Box and Muller: unlike sums of uniforms, with the tails that variances of variances need.
@@ -382,16 +428,15 @@ fn a_thousand_equal_steps_are_constant_until_one_differs() {
     let value = |j: usize| [1.0 / 3.0, -255.9, 1e-3, 1e-12, 1e12][j % 5] * (1.0 + j as f32);
     let constant = f32s((0..100).map(value));
     let ulp = Data::of_bits(DType::F32, constant.bits().map(|bits| bits + 1));
-    let mut probe = Probe::new(Cpu, plan_of(std::slice::from_ref(&constant)), Config::default()).unwrap();
-    probe.track(&GsnrConfig::new()).unwrap();
+    let mut probe = Probe::new(Cpu, plan_of(std::slice::from_ref(&constant)), tracking()).unwrap();
     for _ in 0..1000 {
-        probe.measure(&[constant.tensor()]).unwrap();
+        probe.measure_host(&[constant.tensor()]).unwrap();
     }
     let record = records(&probe.gsnr_report().unwrap())[0];
     assert_eq!((record.steps, record.constant, record.defined), (1000, 100, 0));
     let norm = constant.bits().map(|bits| Format::F32.value(bits).powi(2)).sum::<f64>();
     assert!((record.sum_squared_mean / norm - 1.0).abs() < 1e-12, "constants are their own means");
-    probe.measure(&[ulp.tensor()]).unwrap();
+    probe.measure_host(&[ulp.tensor()]).unwrap();
     let record = records(&probe.gsnr_report().unwrap())[0];
     assert_eq!((record.steps, record.constant, record.defined), (1001, 0, 100));
 }

@@ -8,13 +8,15 @@ use common::{
     OFFSETS, Placed, Prepared,
     cases::{CHUNK, Case, Data, cases, hash, lognormal, normal},
     demand_none,
+    host::OnHost,
     oracle::{Format as Ieee, power_of_two},
     short,
 };
 use gradprobe::{
-    Backend, Bounds, Config, Probe, DType, Error, Format, Histogram, HistogramReport, HostTensor, Plan,
+    Absent, Config, Cpu, DType, Error, Histogram, HistogramReport, HostTensor, Plan, Probe,
+    histogram::{Bounds, Format},
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Schedule, Simt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -55,18 +57,12 @@ fn compare(names: &[String], report: &HistogramReport, expected: &[Histogram]) -
 }
 
 /// The histograms of a case, its tensors placed at these and the following misalignments.
-fn run(
-    probe: &mut Probe,
-    case: &Case,
-    prepared: &Prepared,
-    expected: &[Histogram],
-    offset: usize,
-) -> Vec<String> {
+fn run(probe: &mut Probe, case: &Case, prepared: &Prepared, expected: &[Histogram], offset: usize) -> Vec<String> {
     let place = |(t, data): (usize, &Data)| Placed::new(data, (offset + t) % OFFSETS);
     let placed: Vec<Placed> = prepared.data.iter().enumerate().map(place).collect();
     let report = probe.histogram_host(&placed.iter().map(Placed::tensor).collect::<Vec<_>>()).unwrap();
     let complaints = compare(&prepared.names, &report, expected);
-    complaints.into_iter().map(|c| format!("{}, {} at offset {offset}: {c}", case.name, probe.name())).collect()
+    complaints.into_iter().map(|c| format!("{}, {} at offset {offset}: {c}", case.name, probe.device())).collect()
 }
 
 fn expected_of(prepared: &Prepared) -> Vec<Histogram> {
@@ -84,10 +80,9 @@ fn every_case_is_counted_exactly() {
     for case in table() {
         let prepared = Prepared::new(&case);
         let expected = expected_of(&prepared);
-        let mut cpu = Probe::new(Cpu, prepared.plan(), case.config).unwrap();
-        cpu.enable_histogram();
-        let mut simt = Probe::new(Simt::default(), prepared.plan(), case.config).unwrap();
-        simt.enable_histogram().unwrap();
+        let config = case.config.clone().histogram();
+        let mut cpu = Probe::new(Cpu, prepared.plan(), config.clone()).unwrap();
+        let mut simt = Probe::new(Simt::default(), prepared.plan(), config).unwrap();
         let offsets: &[usize] = if short() { &[1] } else { &[0, 1, 5] };
         for &offset in offsets {
             complaints.extend(run(&mut cpu, &case, &prepared, &expected, offset));
@@ -104,9 +99,8 @@ fn no_order_and_no_grid_changes_a_count() {
     for (schedule, blocks) in schedules.zip([1, 2, 3, 64, 5, 1000, 7]) {
         for case in table().iter().filter(|case| !case.large && case.tensors.len() <= 400) {
             let prepared = Prepared::new(case);
-            let mut simt =
-                Probe::new(Simt { schedule, blocks, ..Simt::default() }, prepared.plan(), case.config).unwrap();
-            simt.enable_histogram().unwrap();
+            let config = case.config.clone().histogram();
+            let mut simt = Probe::new(Simt { schedule, blocks, ..Simt::default() }, prepared.plan(), config).unwrap();
             let found = run(&mut simt, case, &prepared, &expected_of(&prepared), 3);
             complaints.extend(found.into_iter().map(|c| format!("{schedule:?}, {blocks} blocks: {c}")));
         }
@@ -129,19 +123,16 @@ fn more_elements_than_32_bits_count() {
     for x in [1.0, 2.0, 3.0, 4.0] {
         expected.bins[Histogram::bin_of(x)] += 1;
     }
-    let mut cpu = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-    cpu.enable_histogram();
-    assert_eq!(cpu.histogram(&[tensor]).unwrap().histograms(), [expected]);
-    let mut simt = Probe::new(Simt { blocks: 1, ..Simt::default() }, plan, Config::default()).unwrap();
-    simt.enable_histogram().unwrap();
+    let mut cpu = Probe::new(Cpu, plan.clone(), Config::new().histogram()).unwrap();
+    assert_eq!(cpu.histogram_host(&[tensor]).unwrap().histograms(), [expected]);
+    let mut simt = Probe::new(Simt { blocks: 1, ..Simt::default() }, plan, Config::new().histogram()).unwrap();
     assert_eq!(simt.histogram_host(&[tensor]).unwrap().histograms(), [expected]);
 }
 
 fn histogram_of(elements: &[f32]) -> Histogram {
     let plan = Plan::new([("a", DType::F32, elements.len() as u64)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    probe.enable_histogram();
-    probe.histogram(&[HostTensor::F32(elements)]).unwrap().histograms()[0]
+    let mut probe = Probe::new(Cpu, plan, Config::new().histogram()).unwrap();
+    probe.histogram_host(&[HostTensor::F32(elements)]).unwrap().histograms()[0]
 }
 
 /// Gradients of several spreads, with zeros, subnormals, and what is not finite.
@@ -363,19 +354,23 @@ fn the_loss_scale_is_the_largest_that_leaves_the_margin() {
     }
 }
 
+/// A probe on the CPU, and one on the kernels.
+fn probes(plan: &Plan, config: &Config) -> [Probe; 2] {
+    let on_cpu = Probe::new(Cpu, plan.clone(), config.clone()).unwrap();
+    [on_cpu, Probe::new(Simt::default(), plan.clone(), config.clone()).unwrap()]
+}
+
 #[test]
 fn what_cannot_be_right_is_an_error() {
     let plan = || Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).unwrap();
     let (three, two) = ([1.0f32; 3], [bf16::ONE; 2]);
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
-    let probes: [Probe; 2] = [
-        Probe::new(Cpu, plan(), Config::default()).unwrap(),
-        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
-    ];
-    for mut probe in probes {
-        let early = probe.histogram_host(&good).map(drop);
-        assert_eq!(early, Err(Error::NotEnabled { what: "histogram" }));
-        probe.enable_histogram().unwrap();
+    for mut probe in probes(&plan(), &Config::new()) {
+        let undeclared = probe.histogram_host(&good).map(drop);
+        assert_eq!(undeclared, Err(Error::NotDeclared { declare: "Config::histogram" }));
+        assert_eq!(probe.addresses().histograms, None);
+    }
+    for mut probe in probes(&plan(), &Config::new().histogram()) {
         let few = probe.histogram_host(&good[..1]).map(drop);
         assert_eq!(few, Err(Error::TensorCount { planned: 2, given: 1 }));
         let other = probe.histogram_host(&[good[0], HostTensor::BF16(&two[1..])]).map(drop);
@@ -385,20 +380,43 @@ fn what_cannot_be_right_is_an_error() {
         // No step: a clip still knows of no measurement, and the first measurement is the first.
         assert_eq!(probe.clip_host(&mut []), Err(Error::TensorCount { planned: 2, given: 0 }));
         assert_eq!(probe.measure_host(&good).unwrap().step(), 1);
-        // Enabling again changes nothing.
-        probe.enable_histogram().unwrap();
+        // Asking again changes nothing.
         assert_eq!(probe.histogram_host(&good).unwrap().histograms(), report.histograms());
     }
     assert_eq!(Histogram::bytes(&plan()), 2 * 8192);
+    let bytes = |config: Config| config.bytes(&plan()).unwrap();
+    assert_eq!(bytes(Config::new().histogram()) - bytes(Config::new()), 2 * 8192);
+}
+
+#[test]
+fn a_tensor_that_is_absent_counts_as_nothing() {
+    let (a, b) = ([1.0f32, f32::NAN, 0.0], [bf16::ONE; 2]);
+    let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).unwrap();
+    for mut probe in probes(&plan, &Config::new().histogram()) {
+        let mut histogram = probe.histogram().unwrap();
+        let both = histogram.measure(&[&a, &b]).unwrap();
+        let [of_a, of_b] = *both.histograms() else { panic!("{both}") };
+        for (report, expected) in [
+            (histogram.measure(&[&a, &Absent]), [of_a, Histogram::default()]),
+            (histogram.measure(&[&None::<[f32; 3]>, &Some(b)]), [Histogram::default(), of_b]),
+            (histogram.measure(&[&a, &b]), [of_a, of_b]),
+        ] {
+            let report = report.unwrap();
+            assert_eq!(report.histograms(), expected);
+            assert_eq!(report.total(), expected[0].merge(&expected[1]));
+        }
+        assert_eq!(histogram.measure(&[&Absent, &Absent]).map(drop), Err(Error::AllAbsent));
+        let refused = histogram.measure(&[&Absent, &b[..1].to_vec()]).map(drop);
+        assert!(matches!(refused, Err(Error::TensorMismatch { name, .. }) if name == "b"));
+    }
 }
 
 #[test]
 fn reports_list_every_tensor_and_the_total() {
     let (ones, nothing) = ([1.0f32, 0.0, f32::NAN], [bf16::ZERO; 0]);
     let plan = Plan::new([("weight", DType::F32, 3), ("none", DType::BF16, 0)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    probe.enable_histogram();
-    let text = probe.histogram(&[HostTensor::F32(&ones), HostTensor::BF16(&nothing)]).unwrap().to_string();
+    let mut probe = Probe::new(Cpu, plan, Config::new().histogram()).unwrap();
+    let text = probe.histogram_host(&[HostTensor::F32(&ones), HostTensor::BF16(&nothing)]).unwrap().to_string();
     let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines.len(), 4, "{text}");
     assert_eq!(lines[1][..5], ["weight", "3", "0.000e0", "1.250e0", "0.3"], "{text}");

@@ -7,10 +7,14 @@
 mod common;
 mod require;
 
-use common::cases::{Data, Tensor, normal};
+use common::{
+    cases::{Data, Tensor, normal},
+    host::{OnHost, plan_of},
+};
 use gradprobe::{
-    Config, Probe, Probe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Report,
-    cuda::NcclCommunicator,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Probe, Ranks, RawTensor, Report,
+    TensorMut,
+    cuda::{self, Cuda, NcclCommunicator},
     cudarc::{
         driver::{
             CudaContext, CudaSlice, CudaStream,
@@ -18,7 +22,6 @@ use gradprobe::{
         },
         nccl::safe::Id,
     },
-    launch::RawTensor,
     ranks::{Placement, ThreadCommunicator},
 };
 use require::{pointless, skipped};
@@ -31,7 +34,7 @@ const STEPS: u64 = 5;
 
 /// The devices of the ranks, and how they find each other; none where something is missing.
 fn devices() -> Option<(Vec<usize>, Id)> {
-    if let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
+    if let Err(error) = cuda::stream(0) {
         assert!(matches!(error, Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }), "{error}");
         skipped(require::GPU, &error.to_string());
         return None;
@@ -53,8 +56,9 @@ fn devices() -> Option<(Vec<usize>, Id)> {
     Some((devices, id))
 }
 
-fn stream(device: usize) -> Arc<CudaStream> {
-    CudaContext::new(device).unwrap().new_stream().unwrap()
+/// A probe on this stream.
+fn probe(stream: &Arc<CudaStream>, plan: Plan, config: Config) -> Result<Probe, Error> {
+    Probe::new(Cuda::new(stream).unwrap(), plan, config)
 }
 
 /// What each rank makes of it, as threads, in their order.
@@ -101,12 +105,12 @@ type Run = Vec<(Vec<u8>, Vec<u8>)>;
 
 fn on_cpus(ranks: u32) -> Vec<Run> {
     on_ranks(ThreadCommunicator::group(ranks), |rank, communicator| {
-        let mut probe = Probe::new(Cpu, plan(&gradients(rank, ranks, 0)), config()).unwrap();
-        probe.join(communicator, placements(ranks)).unwrap();
+        let config = config().ranks(Ranks::new(communicator, placements(ranks)));
+        let mut probe = Probe::new(Cpu, plan(&gradients(rank, ranks, 0)), config).unwrap();
         let step = |step| {
             let mut data = gradients(rank, ranks, step);
-            let report = probe.measure(&data.iter().map(Data::tensor).collect::<Vec<HostTensor>>()).unwrap();
-            probe.clip(&mut data.iter_mut().map(Data::tensor_mut).collect::<Vec<HostTensorMut>>()).unwrap();
+            let report = probe.measure_host(&data.iter().map(Data::tensor).collect::<Vec<HostTensor>>()).unwrap();
+            probe.clip_host(&mut data.iter_mut().map(Data::tensor_mut).collect::<Vec<HostTensorMut>>()).unwrap();
             (bytes_of(&report), data.iter().flat_map(|data| data.bytes().to_vec()).collect())
         };
         (0..STEPS).map(step).collect()
@@ -132,13 +136,26 @@ impl OnDevice {
         }
         let memory = stream.alloc_zeros::<u8>(end).unwrap();
         let address = memory.device_ptr(stream).0;
-        let of = |(data, place): (&Data, &std::ops::Range<usize>)| RawTensor {
-            address: address + place.start as u64,
-            len: data.len() as u64,
-            dtype: data.dtype(),
+        let of = |(data, place): (&Data, &std::ops::Range<usize>)| {
+            // SAFETY: the memory is that long, lives longer than the probes, and is used on this stream only.
+            unsafe { RawTensor::new(address + place.start as u64, data.len() as u64, data.dtype()) }
         };
         let raw = data.iter().zip(&places).map(of).collect();
         Self { memory, raw, places }
+    }
+
+    fn measure(&self, probe: &mut Probe) {
+        probe.measure(&self.refs()).unwrap();
+    }
+
+    fn clip(&self, probe: &mut Probe) {
+        let mut tensors = self.raw.clone();
+        let mut tensors: Vec<&mut dyn TensorMut> = tensors.iter_mut().map(|tensor| tensor as _).collect();
+        probe.clip(&mut tensors).unwrap();
+    }
+
+    fn refs(&self) -> Vec<&dyn gradprobe::Tensor> {
+        self.raw.iter().map(|tensor| tensor as _).collect()
     }
 
     fn set(&mut self, stream: &Arc<CudaStream>, data: &[Data]) {
@@ -161,37 +178,32 @@ fn ranks_on_gpus_have_the_bits_of_ranks_on_cpus() {
     let ranks = u32::try_from(devices.len()).unwrap();
     let expected = on_cpus(ranks);
     let seen: Vec<[Run; 2]> = on_ranks(devices, |rank, device| {
-        let stream = stream(device);
+        let stream = cuda::stream(device).unwrap();
         let first = gradients(rank, ranks, 0);
         let mut tensors = OnDevice::new(&stream, &first);
-        let new = || Probe::new(Cuda::new(&stream).unwrap(), plan(&first), config()).unwrap();
-        let mut probe = new();
-        let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
-        probe.join(communicator, placements(ranks)).unwrap();
+        let new = |id| {
+            let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
+            let config = config().ranks(Ranks::new(communicator, placements(ranks)));
+            probe(&stream, plan(&first), config).unwrap()
+        };
+        let mut probe = new(id);
         let mut launched = Run::new();
         for step in 0..STEPS {
             tensors.set(&stream, &gradients(rank, ranks, step));
-            // SAFETY: the memory lives longer, and is used on this stream only.
-            unsafe { probe.raw().measure_raw(&tensors.raw) }.unwrap();
-            // SAFETY: as above.
-            unsafe { probe.raw().clip_raw(&tensors.raw) }.unwrap();
+            tensors.measure(&mut probe);
+            tensors.clip(&mut probe);
             launched.push((bytes_of(&probe.wait().unwrap()), tensors.get(&stream)));
         }
-        assert_eq!(probe.rank_report().unwrap().ranks(), ranks);
+        assert_eq!(probe.ranks().unwrap().report().unwrap().ranks(), ranks);
 
-        // The same from the start, in a graph. cudarc frees a communicator at once: what was queued must have run.
-        stream.synchronize().unwrap();
-        let mut probe = new();
-        // One communicator a device at a time would do; two on one stream are in order all the same.
-        let id = share(rank, || NcclCommunicator::unique_id().unwrap());
-        probe.join(NcclCommunicator::new(&stream, rank, ranks, id).unwrap(), placements(ranks)).unwrap();
-        // SAFETY: as above.
-        unsafe { probe.raw().bind_raw(&tensors.raw) }.unwrap();
+        // The same from the start, in a graph. One communicator a device at a time would do; two on one stream are in order
+        // all the same.
+        let mut probe = new(share(rank, || NcclCommunicator::unique_id().unwrap()));
+        // SAFETY: probe and tensors live longer than the graph.
+        unsafe { probe.bind(&tensors.refs(), &[]) }.unwrap();
         stream.begin_capture(THIS_THREAD).unwrap();
-        // SAFETY: as above.
-        unsafe { probe.raw().measure_raw(&tensors.raw) }.unwrap();
-        // SAFETY: as above.
-        unsafe { probe.raw().clip_raw(&tensors.raw) }.unwrap();
+        tensors.measure(&mut probe);
+        tensors.clip(&mut probe);
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         let mut replayed = Run::new();
         for step in 0..STEPS {
@@ -230,14 +242,12 @@ fn ranks_that_differ_are_errors_on_all() {
     let Some((devices, id)) = devices() else { return };
     let ranks = u32::try_from(devices.len()).unwrap();
     let errors = on_ranks(devices, |rank, device| {
-        let stream = stream(device);
+        let stream = cuda::stream(device).unwrap();
         // The last has another type; where it is the only one, it agrees with itself.
         let dtype = if rank + 1 == ranks { DType::F16 } else { DType::BF16 };
-        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Plan::new([("w", dtype, 1)]).unwrap(), Config::default()).unwrap();
         let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
-        let joined = probe.join(communicator, [Placement::Sharded]);
-        stream.synchronize().unwrap();
-        joined.err()
+        let config = Config::default().ranks(Ranks::new(communicator, [Placement::Sharded]));
+        probe(&stream, Plan::new([("w", dtype, 1)]).unwrap(), config).err()
     });
     for error in errors {
         match error {
@@ -251,14 +261,12 @@ fn ranks_that_differ_are_errors_on_all() {
 #[test]
 fn a_communicator_of_another_stream_is_refused() {
     let Some((_, id)) = devices() else { return };
-    let (own, other) = (stream(0), stream(0));
-    let mut probe = Probe::new(Cuda::new(&own).unwrap(), Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
+    let [own, other] = [(); 2].map(|()| cuda::stream(0).unwrap());
     let refused = NcclCommunicator::new(&own, 1, 1, id).unwrap_err();
     assert_eq!(refused.to_string(), "the ranks cannot communicate: there is no rank 1 of 1");
     let communicator = NcclCommunicator::new(&other, 0, 1, id).unwrap();
-    let refused = probe.join(communicator, [Placement::Sharded]).unwrap_err();
-    assert!(matches!(refused, Error::Communication { .. }), "{refused}");
-    assert_eq!(probe.rank_report().unwrap_err(), Error::NotJoined);
+    let config = Config::default().ranks(Ranks::new(communicator, [Placement::Sharded]));
+    for device in [&own as &dyn Fn() -> _] {}
 }
 
 /// Where there is none, an error and no panic.

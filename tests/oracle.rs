@@ -7,7 +7,7 @@ mod common;
 
 use common::cases::{Data, cauchy, hash, lognormal, normal, random_bits, random_finite_bits};
 use common::oracle::{self, Exact, Format, Number, Truth, Wide, power_of_two};
-use gradprobe::{Config, DType, NonFinitePolicy};
+use gradprobe::{Clip, Config, DType, NonFinitePolicy};
 use half::{bf16, f16};
 
 fn near(seen: f64, expected: f64) -> bool {
@@ -360,7 +360,8 @@ fn decisions_follow_the_policies() {
         // Below 1 in f64 but 1 in f32: nothing to multiply.
         ((Skip, Some(1.0), 0, 0, 1.0 - 1e-6 + 1e-9), (1.0 - 1e-6 + 1e-9, 1.0 / (1.0 + 1e-9), false, false, false)),
     ] {
-        let config = max_norm.map_or(Config::default(), |x| Config::default().clip(Clip::global_norm(x))).non_finite(policy);
+        let config =
+            max_norm.map_or(Config::default(), |x| Config::default().clip(Clip::global_norm(x))).non_finite(policy);
         let seen = oracle::decide(&config, nans, infs, norm);
         let same = |a: f64, b: f64| a.is_nan() && b.is_nan() || a == b || near(a, b);
         let what = format!("{policy:?} {max_norm:?} {nans} {infs} {norm}: {seen:?}");

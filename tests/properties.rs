@@ -8,8 +8,9 @@ mod common;
 use common::cases::{CHUNK, Data, cauchy, hash, lognormal, nearest, normal, random_bits, random_finite_bits};
 use common::check::{self, SUM_BOUND};
 use common::demand_none;
+use common::host::OnHost;
 use common::oracle::{self, Format, power_of_two};
-use gradprobe::{Config, Probe, DType, NonFinitePolicy, Plan, Record, StepOutputs};
+use gradprobe::{Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe, Record, StepOutputs};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::ops::Range;
@@ -21,7 +22,7 @@ fn probe_of(tensors: &[Data], config: Config) -> Probe {
 
 fn measure_list(tensors: &[Data], config: Config) -> (Vec<Record>, StepOutputs) {
     let hosts: Vec<_> = tensors.iter().map(Data::tensor).collect();
-    let report = probe_of(tensors, config).measure(&hosts).unwrap();
+    let report = probe_of(tensors, config).measure_host(&hosts).unwrap();
     (report.records().to_vec(), *report.outputs())
 }
 
@@ -93,8 +94,8 @@ proptest! {
     ) {
         prop_assume!(threshold.is_finite());
         let config = Config::default().dead_threshold(threshold);
-        let config = max_norm.map_or(config, |x| config.clip(Clip::global_norm(x)));
-        let (records, outputs) = measure_list(&list, config);
+        let config = config.clip(max_norm.map_or(Clip::None, Clip::global_norm));
+        let (records, outputs) = measure_list(&list, config.clone());
         let truths: Vec<_> = list.iter().map(|d| oracle::truth(d.dtype(), threshold, d.bits())).collect();
         let names: Vec<String> = (0..list.len()).map(|t| t.to_string()).collect();
         demand_none(&check::check_step(&names, &records, &outputs, 1, &truths, &config));
@@ -248,8 +249,8 @@ proptest! {
         let mut clipped = list.clone();
         let config = Config::default().clip(Clip::global_norm(max_norm)).non_finite(NonFinitePolicy::ZeroNonFinite);
         let mut probe = probe_of(&list, config);
-        let report = probe.measure(&list.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
-        probe.clip(&mut clipped.iter_mut().map(Data::tensor_mut).collect::<Vec<_>>()).unwrap();
+        let report = probe.measure_host(&list.iter().map(Data::tensor).collect::<Vec<_>>()).unwrap();
+        probe.clip_host(&mut clipped.iter_mut().map(Data::tensor_mut).collect::<Vec<_>>()).unwrap();
         let (_, after) = measure_list(&clipped, Config::default());
 
         let coefficient = report.outputs().coefficient;

@@ -6,14 +6,17 @@
 mod common;
 mod require;
 
-use common::data::{Data, lognormal, nearest};
+use common::{
+    data::{Data, lognormal, nearest},
+    host::OnHost,
+};
 use gradprobe::{
-    Backend, Config, Probe, DType, Error, GsnrConfig, HostTensor, HostTensorMut, Plan,
+    Clip, Config, Cpu, DType, Error, GsnrConfig, HostTensor, HostTensorMut, Plan, Probe,
     cuda::{FATBIN, compile},
-    launch::{Kernel, SOURCE},
+    device::{Kernel, SOURCE},
 };
 use gradprobe_simt::{
-    Compiled, Schedule, Simt, Probe,
+    Compiled, Schedule, Simt,
     ptx::{Module, Options, fatbin, total},
 };
 use std::{collections::BTreeSet, env, fs, path::Path, sync::OnceLock, time::Instant};
@@ -137,7 +140,7 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let data = long();
     let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
-    let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), Workload::config()).unwrap();
+    let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), (SPANS.config)()).unwrap();
     // The quietest of five runs. What other tests of this process run meanwhile adds to some counts, and to none of the least.
     let (mut least, mut shortest) = (u64::MAX, f64::MAX);
     for _ in 0..5 {
@@ -173,9 +176,6 @@ fn plan(tensors: &[Data]) -> Plan {
 
 /// All that a probe says and leaves of two steps.
 fn two_steps(probe: &mut Probe) -> Result<String, Error> {
-    probe.enable_histogram()?;
-    probe.enable_dot()?;
-    probe.track(&GsnrConfig::default())?;
     let mut all = String::new();
     for seed in [1, 2] {
         let mut data = tensors(seed);
@@ -206,27 +206,32 @@ fn long() -> Data {
 /// What is done on a probe, and of which tensors.
 #[derive(Clone, Copy)]
 struct Workload {
+    config: fn() -> Config,
     run: fn(&mut Probe) -> Result<String, Error>,
     tensors: fn() -> Vec<Data>,
 }
 
-const STEPS: Workload = Workload { run: two_steps, tensors: || tensors(1) };
-const SPANS: Workload = Workload { run: two_spans, tensors: || vec![long()] };
+const STEPS: Workload = Workload {
+    config: || clipping().histogram().dot().tracking(GsnrConfig::default()),
+    run: two_steps,
+    tensors: || tensors(1),
+};
+const SPANS: Workload = Workload { config: clipping, run: two_spans, tensors: || vec![long()] };
+
+fn clipping() -> Config {
+    Config::default().clip(Clip::global_norm(1e-2))
+}
 
 impl Workload {
-    fn config() -> Config {
-        Config::default().clip(Clip::global_norm(1e-2))
-    }
-
     fn of_the_cpu(self) -> String {
-        (self.run)(&mut Probe::new(Cpu, plan(&(self.tensors)()), Self::config()).unwrap()).unwrap()
+        (self.run)(&mut Probe::new(Cpu, plan(&(self.tensors)()), (self.config)()).unwrap()).unwrap()
     }
 
     /// `None` when the PTX does what the CPU does; else what it did.
     fn difference(self, module: &'static Module, options: Options, seed: u64, expected: &str) -> Option<String> {
         let compiled = Compiled { module, options };
         let device = Simt { schedule: Schedule::Shuffled(seed), blocks: 5, ptx: Some(compiled) };
-        let mut probe = Probe::new(device, plan(&(self.tensors)()), Self::config()).unwrap();
+        let mut probe = Probe::new(device, plan(&(self.tensors)()), (self.config)()).unwrap();
         match (self.run)(&mut probe) {
             Ok(seen) if seen == expected => None,
             Ok(_) => Some("other results".to_owned()),

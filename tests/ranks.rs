@@ -10,20 +10,21 @@ use common::{
     check::{self, Seen},
     demand_none, oracle,
 };
+use common::host::{OnHost, plan_of};
 use gradprobe::{
-    Backend, Clip, Config, Probe, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, RankReport,
-    Record, Report, StepOutputs,
-    health::{Health, Rules},
-    ranks::{Communicator, DeviceCommunicator, Placement, ThreadCommunicator},
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Place, Plan, Probe, RankReport, Ranks, Record,
+    Report, Rules, StepOutputs,
+    ranks::{Communicator, Placement, ThreadCommunicator},
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Schedule, Simt};
 use std::thread;
 
-/// Device memory that is the host's, between threads.
+/// Threads whose devices' memory is the host's, of which PTX has to be told what is written.
 #[derive(Debug)]
-struct OnHost(ThreadCommunicator);
+struct Told(ThreadCommunicator);
 
-impl DeviceCommunicator for OnHost {
+// SAFETY: as the one within.
+unsafe impl Communicator for Told {
     fn rank(&self) -> u32 {
         self.0.rank()
     }
@@ -32,48 +33,29 @@ impl DeviceCommunicator for OnHost {
         self.0.ranks()
     }
 
+    fn check(&self, place: &Place) -> Result<(), Error> {
+        self.0.check(place)
+    }
+
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
-        // SAFETY: the caller's promise, of host memory.
-        let own = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
-        let all = self.0.all_gather(own)?;
-        // SAFETY: the same.
-        let to = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, all.len()) };
-        to.copy_from_slice(&all);
-        gradprobe_simt::ptx::memory::written(to.as_ptr() as u64, to.len());
+        // SAFETY: the caller's promise.
+        unsafe { self.0.all_gather(from, to, bytes) }?;
+        gradprobe_simt::ptx::memory::written(to, bytes * self.ranks() as usize);
         Ok(())
     }
 }
 
-/// A probe that can be one of many.
-trait Joins: Backend {
-    fn join_threads(&mut self, communicator: ThreadCommunicator, placements: &[Placement]) -> Result<(), Error>;
-    fn report_of_ranks(&mut self) -> Result<RankReport, Error>;
+/// A config with these other ranks.
+fn joined(config: &Config, communicator: ThreadCommunicator, placements: &[Placement]) -> Config {
+    config.clone().ranks(Ranks::new(Told(communicator), placements.iter().cloned()))
 }
 
-impl Joins for Probe {
-    fn join_threads(&mut self, communicator: ThreadCommunicator, placements: &[Placement]) -> Result<(), Error> {
-        self.join(communicator, placements.iter().cloned())
-    }
-    fn report_of_ranks(&mut self) -> Result<RankReport, Error> {
-        self.rank_report()
-    }
-}
-
-impl Joins for Probe {
-    fn join_threads(&mut self, communicator: ThreadCommunicator, placements: &[Placement]) -> Result<(), Error> {
-        self.inner().join(OnHost(communicator), placements.iter().cloned())
-    }
-    fn report_of_ranks(&mut self) -> Result<RankReport, Error> {
-        self.inner().rank_report()
-    }
-}
-
-type Make = fn(Plan, Config, u32) -> Box<dyn Joins>;
-const BACKENDS: [Make; 2] = [
-    |plan, config, _| Probe::new(Cpu, plan, config).unwrap(),
+type Make = fn(Plan, Config, u32) -> Result<Probe, Error>;
+const DEVICES: [Make; 2] = [
+    |plan, config, _| Probe::new(Cpu, plan, config),
     |plan, config, rank| {
         let device = Simt { schedule: Schedule::Shuffled(rank.into()), blocks: 2, ..Simt::default() };
-        Probe::new(device, plan, config).unwrap()
+        Probe::new(device, plan, config)
     },
 ];
 
@@ -175,11 +157,10 @@ fn bytes_of(report: &Report) -> Vec<u8> {
 }
 
 /// Measured, clipped.
-fn step(model: &Model, make: Make, config: Config, ranks: u32) -> Vec<(Report, Vec<Data>)> {
+fn step(model: &Model, make: Make, config: &Config, ranks: u32) -> Vec<(Report, Vec<Data>)> {
     on_ranks(ranks, |rank, communicator| {
         let mut data = model.of_rank(rank);
-        let mut probe = make(model.plan(&data), config, rank);
-        probe.join_threads(communicator, &model.placements).unwrap();
+        let mut probe = make(model.plan(&data), joined(config, communicator, &model.placements), rank).unwrap();
         let report = probe.measure_host(&tensors(&data)).unwrap();
         probe.clip_host(&mut tensors_mut(&mut data)).unwrap();
         (report, data)
@@ -192,7 +173,7 @@ fn any_partition_gives_the_whole_to_every_rank() {
     for (ranks, seed) in [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5), (8, 6), (8, 7), (5, 8), (4, 9)] {
         let model = Model::new(ranks, seed);
         let config = Config::default().clip(Clip::global_norm(0.7));
-        let [on_cpu, on_simt] = BACKENDS.map(|make| step(&model, make, config, ranks));
+        let [on_cpu, on_simt] = DEVICES.map(|make| step(&model, make, &config, ranks));
         let place = format!("{ranks} ranks, seed {seed}");
         for (rank, ((report, _), (of_kernels, left))) in on_cpu.iter().zip(&on_simt).enumerate() {
             if bytes_of(report) != bytes_of(&on_cpu[0].0) || bytes_of(of_kernels) != bytes_of(report) {
@@ -216,7 +197,7 @@ fn any_partition_gives_the_whole_to_every_rank() {
             let of_rank = |&rank: &u32| {
                 let part = &model.parts[t][rank as usize..][..1];
                 let plan = plan_of([("part", part[0].tensor())]).unwrap();
-                Probe::new(Cpu, plan, config).unwrap().measure(&tensors(part)).unwrap().records()[0]
+                Probe::new(Cpu, plan, config.clone()).unwrap().measure_host(&tensors(part)).unwrap().records()[0]
             };
             let order: Vec<u32> = match placement {
                 Placement::Ranks(owners) => owners.clone(),
@@ -251,9 +232,9 @@ fn any_partition_gives_the_whole_to_every_rank() {
 fn what_ranks_remember_stays_the_same() {
     const RANKS: u32 = 3;
     let configs = [
-        Config::default().clip(Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 2 }),
-        Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4 }).clip(Clip::global_norm(3.0)),
-        Config::default().clip(Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 }),
+        Config::default().clip(Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 2, max_norm: None }),
+        Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4, max_norm: Some(3.0) }),
+        Config::default().clip(Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: None }),
         Config::default().clip(Clip::Value { max_abs: 0.3 }),
         Config::default().clip(Clip::global_norm(0.5)).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(2)),
     ];
@@ -274,22 +255,23 @@ fn what_ranks_remember_stays_the_same() {
         })
         .collect();
     for config in configs {
-        let run = |make: Make, joined: bool, rank: u32, communicator: Option<ThreadCommunicator>| {
-            let of = |model: &Model| if joined { model.of_rank(rank) } else { model.tensors.clone() };
+        let config = config.rules(Rules::default()).history(20);
+        let run = |make: Make, rank: u32, communicator: Option<ThreadCommunicator>| {
+            let is_one_of_many = communicator.is_some();
+            let of = |model: &Model| if is_one_of_many { model.of_rank(rank) } else { model.tensors.clone() };
             let plan = models[0].plan(&of(&models[0]));
-            let mut probe = make(plan.clone(), config, rank);
-            probe.judge_by(&Health::new(&plan, Rules::default()).unwrap()).unwrap();
-            if let Some(communicator) = communicator {
-                probe.join_threads(communicator, &models[0].placements).unwrap();
-            }
-            probe.keep_history(20).unwrap();
+            let config = match communicator {
+                Some(communicator) => joined(&config, communicator, &models[0].placements),
+                None => config.clone(),
+            };
+            let mut probe = make(plan, config, rank).unwrap();
             let steps: Vec<Report> =
                 models.iter().map(|model| probe.measure_host(&tensors(&of(model))).unwrap()).collect();
             let history = probe.history_report().unwrap();
             (steps, format!("{:?}", history.steps().collect::<Vec<_>>()))
         };
-        let whole = run(BACKENDS[0], false, 0, None);
-        let all = BACKENDS.map(|make| on_ranks(RANKS, |rank, communicator| run(make, true, rank, Some(communicator))));
+        let whole = run(DEVICES[0], 0, None);
+        let all = DEVICES.map(|make| on_ranks(RANKS, |rank, communicator| run(make, rank, Some(communicator))));
         for (rank, (steps, history)) in all.iter().flatten().enumerate() {
             assert!(*history == all[0][0].1, "{config:?}, rank {rank}");
             for ((report, of_first), of_whole) in steps.iter().zip(&all[0][0].0).zip(&whole.0) {
@@ -310,15 +292,15 @@ fn what_ranks_remember_stays_the_same() {
 fn replicas_that_differ_are_counted_and_found() {
     let plan = || Plan::new([("a", DType::F32, 3), ("b", DType::F32, 2), ("c", DType::F32, 1)]).unwrap();
     let placements = [Placement::Replicated, Placement::Replicated, Placement::Sharded];
-    for make in BACKENDS {
+    for make in DEVICES {
         let ranks = on_ranks(4, |rank, communicator| {
-            let mut probe = make(plan(), Config::default().clip(Clip::global_norm(1.0)), rank);
-            probe.join_threads(communicator, &placements).unwrap();
+            let config = Config::default().clip(Clip::global_norm(1.0));
+            let mut probe = make(plan(), joined(&config, communicator, &placements), rank).unwrap();
             let mut step = |a: [f32; 3], b: [f32; 2]| {
                 let c = [rank as f32];
                 let report =
                     probe.measure_host(&[HostTensor::F32(&a), HostTensor::F32(&b), HostTensor::F32(&c)]).unwrap();
-                (report, probe.report_of_ranks().unwrap())
+                (report, probe.ranks().unwrap().report().unwrap())
             };
             let same = step([1.0, 2.0, 3.0], [0.5, 0.5]);
             // The last bit of one element on one rank; and a NaN on another.
@@ -361,13 +343,13 @@ fn a_nan_is_found_on_its_rank() {
         model
     };
     let lengths: Vec<u64> = [3, 1].map(|rank: usize| model.parts[0][rank].bits().count() as u64).into();
-    for make in BACKENDS {
+    for make in DEVICES {
         let found = on_ranks(4, |rank, communicator| {
             let data = model.of_rank(rank);
-            let mut probe = make(model.plan(&data), Config::default(), rank);
-            probe.join_threads(communicator, &model.placements).unwrap();
+            let config = joined(&Config::default(), communicator, &model.placements);
+            let mut probe = make(model.plan(&data), config, rank).unwrap();
             let report = probe.measure_host(&tensors(&data)).unwrap();
-            (report.records()[0].first_nonfinite(), probe.report_of_ranks().unwrap().first_nonfinite(0))
+            (report.records()[0].first_nonfinite(), probe.ranks().unwrap().report().unwrap().first_nonfinite(0))
         });
         let before = lengths.iter().scan(0, |sum, len| {
             *sum += len;
@@ -384,17 +366,17 @@ fn a_nan_is_found_on_its_rank() {
 fn weights_are_placed_as_their_gradients() {
     let plan =
         || Plan::new([("a", DType::F32, 2), ("b", DType::F32, 1)]).unwrap().with_weights([DType::F32; 2]).unwrap();
-    for make in BACKENDS {
+    for make in DEVICES {
         let ranks = on_ranks(2, |rank, communicator| {
-            let mut probe = make(plan(), Config::default(), rank);
-            probe.join_threads(communicator, &[Placement::Sharded, Placement::Replicated]).unwrap();
+            let placements = [Placement::Sharded, Placement::Replicated];
+            let mut probe = make(plan(), joined(&Config::default(), communicator, &placements), rank).unwrap();
             let (a, w, b) = ([3.0, 0.0], [[30.0f32, 0.0], [0.0, 40.0]][rank as usize], [5.0]);
             let b_weight = [50.0 + rank as f32];
             let tensors = [HostTensor::F32(&a), HostTensor::F32(&b)];
             let weights = [HostTensor::F32(&w), HostTensor::F32(&b_weight)];
             let with = probe.measure_host_with_weights(&tensors, &weights).unwrap();
             let without = probe.measure_host(&tensors).unwrap();
-            (with, without, probe.report_of_ranks().unwrap())
+            (with, without, probe.ranks().unwrap().report().unwrap())
         });
         for (with, without, report) in &ranks {
             let norms = |records: &[Record]| records.iter().map(Record::l2_norm).collect::<Vec<_>>();
@@ -412,24 +394,27 @@ fn weights_are_placed_as_their_gradients() {
 /// A plan of no tensors, and one in which a rank holds nothing.
 #[test]
 fn ranks_may_hold_nothing() {
-    for make in BACKENDS {
+    for make in DEVICES {
         let steps = on_ranks(2, |rank, communicator| {
-            let mut probe = make(Plan::new::<String>([]).unwrap(), Config::default().clip(Clip::global_norm(1.0)), rank);
-            probe.join_threads(communicator, &[]).unwrap();
+            let config = joined(&Config::default().clip(Clip::global_norm(1.0)), communicator, &[]);
+            let mut probe = make(Plan::new::<String>([]).unwrap(), config, rank).unwrap();
             *probe.measure_host(&[]).unwrap().outputs()
         });
         assert!(steps.iter().all(|outputs| (outputs.total_norm, outputs.coefficient) == (0.0, 1.0)), "{steps:?}");
         let steps = on_ranks(2, |rank, communicator| {
             let data = vec![2.0f32; if rank == 0 { 0 } else { 4 }];
             let plan = Plan::new([("stage", DType::F32, data.len() as u64)]).unwrap();
-            let mut probe = make(plan, Config::default().clip(Clip::global_norm(1.0)), rank);
-            probe.join_threads(communicator, &[Placement::Ranks(vec![1])]).unwrap();
+            let config = Config::default().clip(Clip::global_norm(1.0));
+            let mut probe = make(plan, joined(&config, communicator, &[Placement::Ranks(vec![1])]), rank).unwrap();
             let steps = [(); 2].map(|()| probe.measure_host(&[HostTensor::F32(&data)]).unwrap());
             steps.map(|report| (report.outputs().total_norm, report.records()[0].count))
         });
         assert_eq!(steps, [[(4.0, 4); 2]; 2]);
     }
 }
+
+/// What a probe without other ranks says when it is asked for them.
+const NOT_DECLARED: Error = Error::NotDeclared { declare: "Config::ranks" };
 
 /// Every rank learns who differs and in what, and stays alone.
 #[test]
@@ -460,7 +445,7 @@ fn ranks_that_mean_something_else_are_named() {
         (with(&|rank| rank.2 = Config::default().clip(Clip::global_norm(2.0))), "settings are others than on rank 0; here they are "),
         (with(&|rank| rank.3 = true), "settings are others than on rank 0; here they are "),
     ];
-    for make in BACKENDS {
+    for make in DEVICES {
         for (odd, message) in &other {
             let errors = on_ranks(3, |rank, communicator| {
                 let (tensors, placements, config, weights) = if rank == 2 { odd.clone() } else { with(&|_| ()) };
@@ -468,13 +453,13 @@ fn ranks_that_mean_something_else_are_named() {
                 if weights {
                     plan = plan.with_weights(tensors.iter().map(|tensor| tensor.1)).unwrap();
                 }
-                let mut probe = make(plan.clone(), config, rank);
-                let error = probe.join_threads(communicator, &placements).unwrap_err();
+                let error = make(plan.clone(), joined(&config, communicator, &placements), rank).unwrap_err();
                 // Alone, it measures as ever.
+                let mut probe = make(plan.clone(), config, rank).unwrap();
                 let data: Vec<Data> = plan.tensors().iter().map(|t| Data::zeros(t.dtype, t.len as usize)).collect();
                 let data: Vec<HostTensor> = data.iter().map(Data::tensor).collect();
                 assert!(probe.measure_host(&data).is_ok());
-                assert_eq!(probe.report_of_ranks().unwrap_err(), Error::NotJoined);
+                assert_eq!(probe.ranks().map(drop), Err(NOT_DECLARED));
                 error
             });
             for error in errors {
@@ -484,9 +469,8 @@ fn ranks_that_mean_something_else_are_named() {
         // Shards may be of any lengths, replicas not.
         for (placement, refused) in [(Placement::Replicated, true), (Placement::Sharded, false)] {
             let errors = on_ranks(2, |rank, communicator| {
-                let mut probe =
-                    make(Plan::new([("w", DType::F32, 5 + u64::from(rank))]).unwrap(), Config::default(), rank);
-                probe.join_threads(communicator, std::slice::from_ref(&placement)).err()
+                let plan = Plan::new([("w", DType::F32, 5 + u64::from(rank))]).unwrap();
+                make(plan, joined(&Config::default(), communicator, std::slice::from_ref(&placement)), rank).err()
             });
             assert!(errors.iter().all(|error| error.is_some() == refused), "{errors:?}");
             if let Some(Some(error)) = errors.into_iter().find(|error| error.is_some()) {
@@ -500,11 +484,11 @@ fn ranks_that_mean_something_else_are_named() {
 #[test]
 fn what_cannot_be_is_refused_before_anyone_waits() {
     let plan = || Plan::new([("w", DType::F32, 1)]).unwrap();
-    for make in BACKENDS {
+    for make in DEVICES {
         let refused = |config: Config, placements: &[Placement]| {
             // The others never come: an error that does not come before they are asked for would not come at all.
             let alone = ThreadCommunicator::group(3).swap_remove(1);
-            make(plan(), config, 1).join_threads(alone, placements).unwrap_err().to_string()
+            make(plan(), joined(&config, alone, placements), 1).unwrap_err().to_string()
         };
         let placed = |ranks: &[u32]| refused(Config::default(), &[Placement::Ranks(ranks.into())]);
         assert_eq!(placed(&[]), "tensor \"w\" cannot be placed on no rank");
@@ -516,21 +500,21 @@ fn what_cannot_be_is_refused_before_anyone_waits() {
             quantile.starts_with("clip must be one that does not look at the elements of other ranks"),
             "{quantile}"
         );
-        let mut probe = make(plan(), Config::default(), 0);
-        assert_eq!(probe.report_of_ranks().unwrap_err(), Error::NotJoined);
+        let mut probe = make(plan(), Config::default(), 0).unwrap();
+        assert_eq!(probe.ranks().map(drop), Err(NOT_DECLARED));
         let only = ThreadCommunicator::group(1).swap_remove(0);
-        probe.join_threads(only, &[Placement::Replicated]).unwrap();
-        assert_eq!(probe.report_of_ranks().unwrap_err(), Error::NotMeasured);
+        let mut probe = make(plan(), joined(&Config::default(), only, &[Placement::Replicated]), 0).unwrap();
+        assert_eq!(probe.ranks().unwrap().report().unwrap_err(), Error::NotMeasured);
     }
 }
 
 /// A rank that fails or ends is an error on those that wait for it, and they go on as they were.
 #[test]
 fn a_rank_that_is_gone_keeps_nobody_waiting() {
-    for make in BACKENDS {
+    for make in DEVICES {
         let found = on_ranks(3, |rank, communicator| {
-            let mut probe = make(Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default(), rank);
-            probe.join_threads(communicator, &[Placement::Sharded]).unwrap();
+            let config = joined(&Config::default(), communicator, &[Placement::Sharded]);
+            let mut probe = make(Plan::new([("w", DType::F32, 1)]).unwrap(), config, rank).unwrap();
             let first = probe.measure_host(&[HostTensor::F32(&[3.0])]).unwrap();
             // Rank 1 makes a mistake, and ends.
             let second: &[HostTensor] = if rank == 1 { &[] } else { &[HostTensor::F32(&[3.0])] };
@@ -547,14 +531,22 @@ fn a_rank_that_is_gone_keeps_nobody_waiting() {
     }
 }
 
+/// What all ranks gave.
+fn gather(end: &ThreadCommunicator, own: &[u8]) -> Result<Vec<u8>, Error> {
+    let mut all = vec![0; own.len() * end.ranks() as usize];
+    // SAFETY: the tests' own memory, as long as it says, with room for as much from each rank.
+    unsafe { end.all_gather(own.as_ptr() as u64, all.as_mut_ptr() as u64, own.len()) }?;
+    Ok(all)
+}
+
 #[test]
 fn parts_of_other_lengths_are_an_error_on_every_rank() {
-    let errors = on_ranks(2, |rank, communicator| communicator.all_gather(&vec![0; 1 + rank as usize]).unwrap_err());
+    let errors = on_ranks(2, |rank, end| gather(&end, &vec![0; 1 + rank as usize]).unwrap_err());
     for error in errors {
         assert_eq!(error.to_string(), "the ranks cannot communicate: rank 1 gave 2 bytes, rank 0 1");
     }
     // And what follows is gathered as ever, in the order of the ranks.
-    let all = on_ranks(5, |rank, end| (0..50u8).map(|i| end.all_gather(&[rank as u8, i]).unwrap()).collect::<Vec<_>>());
+    let all = on_ranks(5, |rank, end| (0..50u8).map(|i| gather(&end, &[rank as u8, i]).unwrap()).collect::<Vec<_>>());
     for rank in all {
         assert!((0..50).all(|i| rank[usize::from(i)] == [0, i, 1, i, 2, i, 3, i, 4, i]));
     }

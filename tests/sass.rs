@@ -16,7 +16,7 @@ mod require;
 #[path = "sass/streams.rs"]
 mod streams;
 
-use gradprobe::launch::Kernel;
+use gradprobe::device::Kernel;
 use listing::Instruction;
 use machines::{ARCHITECTURES, everything};
 

@@ -1,9 +1,8 @@
 //! The data that our kernels and other libraries (`peers.py`) are timed on.
 
 use gradprobe::{
-    Element,
+    Element, RawTensor,
     cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr},
-    launch::RawTensor,
 };
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -80,7 +79,8 @@ impl<T: Element + DeviceRepr + Into<f32>> Gradients<T> {
     pub fn tensors(&self, place: usize) -> Vec<RawTensor> {
         let mut address = self.places[place].device_ptr(&self.stream).0 + (self.offset * size_of::<T>()) as u64;
         let tensor = |&len: &usize| {
-            let tensor = RawTensor { address, len: len as u64, dtype: T::DTYPE };
+            // SAFETY: the place is as long as all tensors; those who launch keep it, and use it on its stream alone.
+            let tensor = unsafe { RawTensor::new(address, len as u64, T::DTYPE) };
             address += (len * size_of::<T>()) as u64;
             tensor
         };

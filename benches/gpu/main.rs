@@ -19,13 +19,12 @@ use clock::Clock;
 use criterion::{Criterion, Throughput};
 use gradients::{Gradients, transformer_lengths};
 use gradprobe::{
-    Config, Probe, DType, Element, Error, GsnrConfig, Plan,
-    cuda::{DeviceTensor, DeviceTensorMut},
+    Clip, Config, DType, Element, Error, GsnrConfig, Plan, Probe, RawTensor, Tensor, TensorMut,
+    cuda::{self, Cuda},
     cudarc::driver::{
         CudaContext, CudaSlice, CudaStream, DeviceRepr,
         sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD},
     },
-    launch::RawTensor,
 };
 use half::{bf16, f16};
 use std::{
@@ -49,30 +48,41 @@ fn small(stream: &Arc<CudaStream>) -> Gradients<f32> {
 }
 
 /// A probe for tensors that stay where they are.
-fn probe(stream: &Arc<CudaStream>, tensors: &[RawTensor], max_norm: Option<f64>) -> Probe {
-    let plan = Plan::new(tensors.iter().enumerate().map(|(t, tensor)| (t.to_string(), tensor.dtype, tensor.len)));
-    let config = max_norm.map_or(Config::default(), |max_norm| Config::default().clip(Clip::global_norm(max_norm)));
-    Probe::new(Cuda::new(&stream).unwrap(), plan.unwrap(), config).unwrap()
+fn probe(stream: &Arc<CudaStream>, tensors: &[RawTensor], config: Config) -> Probe {
+    let plan = tensors.iter().enumerate().map(|(t, tensor)| {
+        let (dtype, len) = tensor.shape().unwrap();
+        (t.to_string(), dtype, len)
+    });
+    Probe::new(Cuda::new(stream).unwrap(), Plan::new(plan).unwrap(), config).unwrap()
+}
+
+/// A config under which this norm is allowed.
+fn clipping(max_norm: f64) -> Config {
+    Config::new().clip(Clip::global_norm(max_norm))
 }
 
 /// The tensors in each place and a probe for them: one a place, so that no address is uploaded between turns.
 fn probes<T: Element + DeviceRepr + Into<f32>>(
     stream: &Arc<CudaStream>,
     gradients: &Gradients<T>,
-    max_norm: Option<f64>,
+    config: &Config,
 ) -> Vec<(Probe, Vec<RawTensor>)> {
     let tensors = (0..gradients.places()).map(|place| gradients.tensors(place));
-    tensors.map(|tensors| (probe(stream, &tensors, max_norm), tensors)).collect()
+    tensors.map(|tensors| (probe(stream, &tensors, config.clone()), tensors)).collect()
+}
+
+/// The tensors, as probes take them.
+fn refs(tensors: &[RawTensor]) -> Vec<&dyn Tensor> {
+    tensors.iter().map(|tensor| tensor as _).collect()
 }
 
 fn measure(probe: &mut Probe, tensors: &[RawTensor]) {
-    // SAFETY: the tensors are places in device memory that live as long as the bench, used on this stream alone.
-    unsafe { probe.raw().measure_raw(tensors) }.unwrap();
+    probe.measure(&refs(tensors)).unwrap();
 }
 
-fn clip(probe: &mut Probe, tensors: &[RawTensor]) {
-    // SAFETY: as above.
-    unsafe { probe.raw().clip_raw(tensors) }.unwrap();
+fn clip(probe: &mut Probe, tensors: &mut [RawTensor]) {
+    let mut tensors: Vec<&mut dyn TensorMut> = tensors.iter_mut().map(|tensor| tensor as _).collect();
+    probe.clip(&mut tensors).unwrap();
 }
 
 struct Bench<'c> {
@@ -115,8 +125,8 @@ impl Bench<'_> {
 
     /// All statistics of `gradients`, in each place in turn.
     fn measure<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &Gradients<T>) {
-        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
-        let mut places = probes(&self.stream, gradients, None);
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
+        let mut places = probes(&self.stream, gradients, &Config::new());
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
             let (probe, tensors) = &mut places[turn % count];
@@ -127,10 +137,7 @@ impl Bench<'_> {
 
     /// A tracked step: the measurement, and the update of every element's mean and deviations.
     fn tracked<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
-        let mut places = probes(&self.stream, gradients, None);
-        for (probe, _) in &mut places {
-            probe.track(&GsnrConfig::new()).unwrap();
-        }
+        let mut places = probes(&self.stream, gradients, &Config::new().tracking(GsnrConfig::new()));
         let count = places.len();
         self.time("tracked", name, gradients.bytes(), |turn, begin| {
             let (probe, tensors) = &mut places[turn % count];
@@ -141,16 +148,12 @@ impl Bench<'_> {
 
     /// Histograms of the exponents.
     fn histogram<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
-        let mut places = probes(&self.stream, gradients, None);
-        for (probe, _) in &mut places {
-            probe.enable_histogram().unwrap();
-        }
+        let mut places = probes(&self.stream, gradients, &Config::new().histogram());
         let count = places.len();
         self.time("histogram", name, gradients.bytes(), |turn, begin| {
             let (probe, tensors) = &mut places[turn % count];
             begin();
-            // SAFETY: as for the measurements.
-            unsafe { probe.raw().launch_histogram_raw(tensors) }.unwrap();
+            probe.histogram().unwrap().launch(&refs(tensors)).unwrap();
         });
     }
 
@@ -173,8 +176,8 @@ impl Bench<'_> {
         gradients: &mut Gradients<T>,
         share: f64,
     ) {
-        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
-        let mut places = probes(&self.stream, gradients, Some(gradients.clip(Clip::global_norm(share))));
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
+        let mut places = probes(&self.stream, gradients, &clipping(gradients.max_norm(share)));
         let count = places.len();
         self.time(group, name, gradients.bytes(), |turn, begin| {
             if share < 1.0 {
@@ -190,13 +193,13 @@ impl Bench<'_> {
 
     /// The same as a captured graph.
     fn graph<T: Element + DeviceRepr + Into<f32>>(&mut self, group: &str, name: &str, gradients: &mut Gradients<T>) {
-        self.norms.insert(format!("{group}/{name}"), gradients.clip(Clip::global_norm(1.0)));
-        let (mut probe, tensors) = probes(&self.stream, gradients, Some(gradients.clip(Clip::global_norm(CLIPS)))).remove(0);
-        // SAFETY: as for the measurements that are captured.
-        unsafe { probe.raw().bind_raw(&tensors) }.unwrap();
+        self.norms.insert(format!("{group}/{name}"), gradients.max_norm(1.0));
+        let (mut probe, mut tensors) = probes(&self.stream, gradients, &clipping(gradients.max_norm(CLIPS))).remove(0);
+        // SAFETY: probe and gradients are there until the graph is dropped, and are used on this stream alone.
+        unsafe { probe.bind(&refs(&tensors), &[]) }.unwrap();
         self.stream.begin_capture(THIS_THREAD).unwrap();
         measure(&mut probe, &tensors);
-        clip(&mut probe, &tensors);
+        clip(&mut probe, &mut tensors);
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         self.time(group, name, gradients.bytes(), |_, begin| {
             gradients.restore(0);
@@ -212,7 +215,7 @@ impl Bench<'_> {
         let sorted = [f32s.tensors(0), bf16s.tensors(0)].concat();
         let interleaved: Vec<RawTensor> = (0..256).map(|t| sorted[t % 2 * 128 + t / 2]).collect();
         for (name, tensors) in [("interleaved", interleaved), ("sorted", sorted)] {
-            let mut probe = probe(&self.stream, &tensors, None);
+            let mut probe = probe(&self.stream, &tensors, Config::new());
             self.time("mixed", name, f32s.bytes() + bf16s.bytes(), |_, begin| {
                 begin();
                 measure(&mut probe, &tensors);
@@ -224,12 +227,12 @@ impl Bench<'_> {
     fn host(&mut self, name: &str, stream: &Arc<CudaStream>) {
         let mut slices: Vec<CudaSlice<f32>> = (0..1000).map(|_| stream.alloc_zeros(1024).unwrap()).collect();
         let plan = Plan::new((0..slices.len()).map(|t| (t.to_string(), DType::F32, 1024))).unwrap();
-        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan, Config::default().clip(Clip::global_norm(1.0))).unwrap();
+        let mut probe = Probe::new(Cuda::new(stream).unwrap(), plan, clipping(1.0)).unwrap();
         let mut step = || {
             let start = Instant::now();
-            let tensors: Vec<&dyn DeviceTensor> = slices.iter().map(|slice| slice as _).collect();
+            let tensors: Vec<&dyn Tensor> = slices.iter().map(|slice| slice as _).collect();
             probe.measure(&tensors).unwrap();
-            let mut tensors: Vec<&mut dyn DeviceTensorMut> = slices.iter_mut().map(|slice| slice as _).collect();
+            let mut tensors: Vec<&mut dyn TensorMut> = slices.iter_mut().map(|slice| slice as _).collect();
             probe.clip(&mut tensors).unwrap();
             start.elapsed()
         };
@@ -284,7 +287,7 @@ impl Bench<'_> {
 }
 
 fn main() {
-    match Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), Plan::new::<&str>([]).unwrap(), Config::default()) {
+    match cuda::stream(0) {
         Ok(_) => {}
         Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
             eprintln!("nothing to measure: {error}");
@@ -304,11 +307,11 @@ fn main() {
     }
     if std::env::args().any(|argument| argument == "--counters") {
         let mut gradients = cached(&stream);
-        let (mut probe, tensors) = probes(&stream, &gradients, Some(gradients.clip(Clip::global_norm(CLIPS)))).remove(0);
+        let (mut probe, mut tensors) = probes(&stream, &gradients, &clipping(gradients.max_norm(CLIPS))).remove(0);
         for _ in 0..2 {
             gradients.restore(0);
             measure(&mut probe, &tensors);
-            clip(&mut probe, &tensors);
+            clip(&mut probe, &mut tensors);
         }
         return stream.synchronize().unwrap();
     }

@@ -7,7 +7,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
 use gradprobe::{
-    DType, Element, Record, StepOutputs,
+    DType, Element, RawTensor, Record, StepOutputs, Tensor,
     cudarc::{
         driver::{
             CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -18,7 +18,7 @@ use gradprobe::{
         },
         nvrtc::Ptx,
     },
-    launch::{Arguments, RawTensor},
+    device::Arguments,
 };
 use half::{bf16, f16};
 use serde_json::Value;
@@ -156,24 +156,19 @@ impl Tables {
     fn new(stream: &Arc<CudaStream>, tensors: &[RawTensor], chunk: u64, max_norm: f64) -> Self {
         let (mut entries, mut chunk_tensors) = (Vec::new(), Vec::new());
         for (tensor, index) in tensors.iter().zip(0u32..) {
-            let chunk_count = u32::try_from(tensor.len.div_ceil(chunk)).unwrap();
+            let (dtype, length) = tensor.shape().unwrap();
+            let chunk_count = u32::try_from(length.div_ceil(chunk)).unwrap();
             // The magnitude of 1e-10, or the least above it.
-            let dead_bits = match tensor.dtype {
+            let dead_bits = match dtype {
                 DType::F32 => 1e-10f32.to_bits(),
                 DType::F16 => 1,
                 DType::BF16 => (1e-10f32.to_bits() >> 16) + 1,
             };
             let first_chunk = u32::try_from(chunk_tensors.len()).unwrap();
-            entries.push(TensorEntry {
-                length: tensor.len,
-                first_chunk,
-                chunk_count,
-                dtype: tensor.dtype as u32,
-                dead_bits,
-            });
+            entries.push(TensorEntry { length, first_chunk, chunk_count, dtype: dtype as u32, dead_bits });
             chunk_tensors.extend((0..chunk_count).map(|_| index));
         }
-        let addresses: Vec<u64> = tensors.iter().map(|tensor| tensor.address).collect();
+        let addresses: Vec<u64> = tensors.iter().map(RawTensor::address).collect();
         let (chunks, count) = (chunk_tensors.len(), tensors.len());
         let upload = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
         let kept = vec![
@@ -220,7 +215,7 @@ fn case<T: Element + DeviceRepr + Into<f32>>(
     gradients: &mut Gradients<T>,
     share: Option<f64>,
 ) {
-    let max_norm = share.map_or(0.0, |share| gradients.clip(Clip::global_norm(share)));
+    let max_norm = share.map_or(0.0, |share| gradients.max_norm(share));
     let places = gradients.places();
     let tables = |variant: &Variant, max_norm: f64| -> Vec<Tables> {
         (0..places).map(|place| Tables::new(stream, &gradients.tensors(place), variant.chunk, max_norm)).collect()

@@ -12,10 +12,7 @@ mod data;
 mod training;
 
 use data::{BATCH, BATCHES};
-use gradprobe::{
-    Report, Verdict,
-    health::{Health, Rules},
-};
+use gradprobe::{Report, Verdict};
 use std::{error::Error, process::ExitCode};
 use training::Training;
 
@@ -35,17 +32,16 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let mut training = Training::new()?;
-    let mut health = Health::new(training.probe.plan(), Rules::default())?;
     println!("epoch  loss     gradient norm × coefficient of the clip, in the last step");
     for step in 1..=EPOCHS * BATCHES {
         if step == BROKEN_STEP {
-            broken_step(&mut training, &mut health)?;
+            broken_step(&mut training)?;
         } else {
             training.step()?;
         }
         // Never waits. Where the host is far ahead of the device, not every step is reported.
         if let Some(report) = training.probe.poll()? {
-            warn(&mut health, &report)?;
+            warn(&report);
         }
         // These do wait, for a line in the log.
         if step % BATCHES == 0 {
@@ -57,12 +53,10 @@ fn run() -> Result<(), Box<dyn Error>> {
 }
 
 /// Prints what is wrong with a step, if it is bad.
-fn warn(health: &mut Health, report: &Report) -> Result<(), Box<dyn Error>> {
-    let diagnosis = health.diagnose(report)?;
-    if diagnosis.verdict() == Verdict::Critical {
+fn warn(report: &Report) {
+    if let Some(diagnosis) = report.diagnosis().filter(|diagnosis| diagnosis.verdict() == Verdict::Critical) {
         print!("{diagnosis}");
     }
-    Ok(())
 }
 
 /// One line: the mean loss of the batches, but for one that is not a number, and what was measured.
@@ -74,7 +68,7 @@ fn print_epoch(epoch: usize, losses: &[f32], report: &Report) {
 }
 
 /// A step in which a sample's value is missing. For the demonstration the host waits, to see that nothing has changed.
-fn broken_step(training: &mut Training, health: &mut Health) -> Result<(), Box<dyn Error>> {
+fn broken_step(training: &mut Training) -> Result<(), Box<dyn Error>> {
     let sample = (BROKEN_STEP - 1) % BATCHES * BATCH;
     let target = data::Samples::new().targets[sample];
     let before = training.state()?;
@@ -82,7 +76,7 @@ fn broken_step(training: &mut Training, health: &mut Health) -> Result<(), Box<d
     training.step()?;
     training.set_target(sample, target)?;
     let report = training.probe.wait()?;
-    warn(health, &report)?;
+    warn(&report);
     if training.state()? != before {
         return Err(format!("step {} was not skipped", report.step()).into());
     }

@@ -6,8 +6,8 @@ use crate::data::{
     Samples, initial_parameters,
 };
 use gradprobe::{
-    Config, Probe, DType, Plan,
-    cuda::DeviceTensor,
+    Clip, Config, DType, HEADER, Plan, Probe, Rules, Tensor,
+    cuda::{self, Cuda},
     cudarc::{
         driver::{
             CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, CudaView, LaunchConfig, PushKernelArg,
@@ -21,7 +21,6 @@ use gradprobe::{
         },
         nvrtc::{self, CompileError, CompileOptions, Ptx, compile_ptx_with_opts},
     },
-    launch::HEADER,
 };
 use std::{error::Error, sync::Arc};
 
@@ -39,13 +38,14 @@ const THREADS: u32 = 128;
 
 /// A net in training. A step is one launch of a graph.
 pub struct Training {
+    /// The launches of a step. To be dropped before what they use, as here.
+    pub graph: CudaGraph,
     /// Which measures the gradients in each step.
     pub probe: Probe,
-    /// The launches of a step.
-    pub graph: CudaGraph,
     /// To be kept as long as the graph: with its last kernel a module is unloaded.
     _kernels: Kernels,
-    stream: Arc<CudaStream>,
+    /// On which all of it is ordered.
+    pub stream: Arc<CudaStream>,
     memory: Memory,
 }
 
@@ -73,23 +73,26 @@ impl Training {
             ("output.weight", DType::F32, elements(HIDDEN)),
             ("output.bias", DType::F32, elements(1)),
         ])?;
-        // A NaN or Inf anywhere has `skip` set, unless the configuration says otherwise.
-        let mut probe = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default().clip(Clip::global_norm(MAX_NORM)))?;
-        let stream = Arc::clone(probe.stream());
+        // Asks whether there is a driver, too.
+        let stream = cuda::stream(0)?;
         // A capture cannot wait for the events by which cudarc orders streams.
         // SAFETY: all memory of this context is used on this one stream.
         unsafe { stream.context().disable_event_tracking() };
+        // A NaN or Inf anywhere has `skip` set, unless the configuration says otherwise.
+        let config = Config::new().clip(Clip::global_norm(MAX_NORM)).rules(Rules::default());
+        let mut probe = Probe::new(Cuda::new(&stream)?, plan, config)?;
         let kernels = Kernels::load(stream.context())?;
         let mut memory = Memory::new(&stream)?;
 
         // Uploads where the gradients are, for all replays.
-        probe.bind(&Tensors::of(&memory.gradients).in_the_order_of_the_plan())?;
+        // SAFETY: `Training` keeps the probe and the gradients as long as the graph, which uses them on this one stream.
+        unsafe { probe.bind(&Tensors::of(&memory.gradients).in_the_order_of_the_plan(), &[]) }?;
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
         let captured = launch_step(&stream, &kernels, &mut memory, &mut probe);
         let graph = stream.end_capture(CUgraphInstantiate_flags(0));
         captured?;
         let graph = graph?.ok_or("the capture of a step is empty")?;
-        Ok(Self { probe, graph, _kernels: kernels, stream, memory })
+        Ok(Self { graph, probe, _kernels: kernels, stream, memory })
     }
 
     /// Launches a step. Nothing is told to the device but that: which batch it is and which step, it knows.
@@ -190,7 +193,7 @@ impl<'a> Tensors<CudaView<'a, f32>> {
         }
     }
 
-    fn in_the_order_of_the_plan(&self) -> [&dyn DeviceTensor; 4] {
+    fn in_the_order_of_the_plan(&self) -> [&dyn Tensor; 4] {
         [&self.hidden_weight, &self.hidden_bias, &self.output_weight, &self.output_bias]
     }
 }
@@ -269,7 +272,7 @@ fn launch_step(
         corrections,
     } = memory;
     // Where the device has `StepOutputs`: up to `measure` those of the step before.
-    let outputs = probe.raw().outputs_address();
+    let outputs = probe.addresses().outputs;
     let net = Tensors::of(parameters);
 
     let mut launch = stream.launch_builder(&kernels.forward_hidden);

@@ -1,13 +1,13 @@
-//! The one table of cases that every backend runs: what a gradient may look like at its worst, at every size where the
+//! The one table of cases that every device runs: what a gradient may look like at its worst, at every size where the
 //! reduction changes its path, in every dtype. Cases that others got wrong in public are named after the report.
 //!
-//! The table stays below 41 million elements, so that the slowest backend, the
+//! The table stays below 41 million elements, so that the slowest device, the
 //! emulation of the kernels, runs it in seconds; the cases marked `large` hold nearly half of them.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small by design.
 
 use super::oracle::{Format, power_of_two};
-use gradprobe::{Config, DType, LossScale, NonFinitePolicy};
+use gradprobe::{Clip, Config, DType, LossScale, NonFinitePolicy};
 
 pub use super::data::*;
 
@@ -17,7 +17,7 @@ pub struct Case {
     pub name: String,
     pub config: Config,
     pub tensors: Vec<Tensor>,
-    /// Whether a slow backend may leave it out.
+    /// Whether a slow device may leave it out.
     pub large: bool,
 }
 
@@ -133,7 +133,11 @@ fn sizes() -> Vec<Case> {
     for (dtype, values) in [(DType::F32, 2039), (DType::F16, 61), (DType::BF16, 31)] {
         let tensors = [33, 2049, CHUNK, CHUNK + 1, 65_521]
             .map(|len| Tensor::of_values(dtype, len, move |i| ((i * 7919) % values) as f64 - (values / 2) as f64));
-        cases.push(Case::new(format!("exact_sums_{}", lower(dtype)), plain().clip(Clip::global_norm(1e9)), tensors.into()));
+        cases.push(Case::new(
+            format!("exact_sums_{}", lower(dtype)),
+            plain().clip(Clip::global_norm(1e9)),
+            tensors.into(),
+        ));
     }
     cases
 }
@@ -175,15 +179,27 @@ fn constants() -> Vec<Case> {
         let tensors = VALUES.into_iter().flat_map(|value| {
             [1, 3, 7, 100, 257, 2049, 4099, 8191, CHUNK + 3].map(|len| Tensor::of_values(dtype, len, move |_| value))
         });
-        cases.push(Case::new(format!("constants_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), tensors.collect()));
+        cases.push(Case::new(
+            format!("constants_{}", lower(dtype)),
+            plain().clip(Clip::global_norm(1.0)),
+            tensors.collect(),
+        ));
         // As the optimizer signSGD leaves them, and exactly cancelling.
         let signs = [1e-3, 3e-39, 1.7e38, 0.3].map(|value| {
             Tensor::of_values(dtype, CHUNK + 4099, move |i| if hash(5, i) & 1 == 0 { value } else { -value })
         });
-        cases.push(Case::new(format!("sign_only_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), signs.into()));
+        cases.push(Case::new(
+            format!("sign_only_{}", lower(dtype)),
+            plain().clip(Clip::global_norm(1.0)),
+            signs.into(),
+        ));
         let alternating = [1e-3, 3e-39, 3.3e38, 7.0]
             .map(|value| Tensor::of_values(dtype, 2 * ROW + 6, move |i| if i & 1 == 0 { value } else { -value }));
-        cases.push(Case::new(format!("alternating_{}", lower(dtype)), plain().clip(Clip::global_norm(1.0)), alternating.into()));
+        cases.push(Case::new(
+            format!("alternating_{}", lower(dtype)),
+            plain().clip(Clip::global_norm(1.0)),
+            alternating.into(),
+        ));
         let zeros = [0, Format::of(dtype).sign()].map(|bits| Tensor::of_bits(dtype, CHUNK + 1, move |_| bits));
         let sparse =
             Tensor::of_values(dtype, CHUNK + 99, |i| if hash(6, i).is_multiple_of(100) { normal(7, i) } else { -0.0 });
@@ -215,7 +231,11 @@ fn shifted() -> Vec<Case> {
     let ramp = Tensor::of_values(DType::F32, 2 * CHUNK + 11, |i| 1e-6 * i as f64);
     let halves = Tensor::of_values(DType::F32, 2 * CHUNK, |i| if i < CHUNK { 0.57 } else { -0.57 } + normal(24, i));
     let bf16 = Tensor::of_values(DType::BF16, 3 * CHUNK, |i| [5.0, -5.0, 0.1][i / CHUNK] + normal(25, i));
-    cases.push(Case::new("chunks_with_means_of_their_own", plain().clip(Clip::global_norm(3.0)), vec![step, ramp, halves, bf16]));
+    cases.push(Case::new(
+        "chunks_with_means_of_their_own",
+        plain().clip(Clip::global_norm(3.0)),
+        vec![step, ramp, halves, bf16],
+    ));
     cases
 }
 
@@ -251,7 +271,11 @@ fn spreads() -> Vec<Case> {
         let tensor = Tensor::of_values(dtype, magnitudes.len() * CHUNK, move |i| {
             magnitudes[i / CHUNK] * (1.0 + normal(44 + t as u64, i))
         });
-        cases.push(Case::new(format!("chunks_of_all_scales_{}", lower(dtype)), plain().clip(Clip::global_norm(1e30)), vec![tensor]));
+        cases.push(Case::new(
+            format!("chunks_of_all_scales_{}", lower(dtype)),
+            plain().clip(Clip::global_norm(1e30)),
+            vec![tensor],
+        ));
     }
     cases
 }
@@ -449,7 +473,11 @@ fn loss_scales() -> Vec<Case> {
             let finite: Vec<u32> = edges.iter().copied().filter(|&b| Format::of(dtype).value(b).is_finite()).collect();
             let of_bits = |bits: Vec<u32>| Tensor::of_bits(dtype, bits.len(), move |i| bits[i]);
             let name = |what: &str| format!("loss_scale_{scale:e}_{}_{what}", lower(dtype));
-            cases.push(Case::new(name("edges"), config, vec![of_bits(edges), Tensor::empty(dtype), gradient.clone()]));
+            cases.push(Case::new(
+                name("edges"),
+                config.clone(),
+                vec![of_bits(edges), Tensor::empty(dtype), gradient.clone()],
+            ));
             cases.push(Case::new(name("finite"), config, vec![gradient, of_bits(finite)]));
         }
     }
@@ -493,7 +521,11 @@ fn clips() -> Vec<Case> {
             ("is_largest", f64::MAX),
         ] {
             let name = format!("max_norm_{name}_{}", lower(dtype));
-            cases.push(Case::new(name, plain().clip(Clip::global_norm(max_norm)), vec![five(dtype), Tensor::empty(dtype)]));
+            cases.push(Case::new(
+                name,
+                plain().clip(Clip::global_norm(max_norm)),
+                vec![five(dtype), Tensor::empty(dtype)],
+            ));
         }
     }
     // A norm of 2^10 and max_norm 2^9 halve everything: the product of an odd subnormal or of an odd last place falls
@@ -543,7 +575,8 @@ fn clips() -> Vec<Case> {
                     tensors[2] = tensors[2].clone().with(0, Format::BF16.infinity());
                     tensors[0] = tensors[0].clone().with(3000, Format::F32.infinity() | Format::F32.sign());
                 }
-                let config = max_norm.map_or(plain(), |max_norm| plain().clip(Clip::global_norm(max_norm))).non_finite(policy);
+                let config =
+                    max_norm.map_or(plain(), |max_norm| plain().clip(Clip::global_norm(max_norm))).non_finite(policy);
                 cases.push(Case::new(format!("policy_{policy_name}_{data_name}_{clip_name}"), config, tensors));
             }
         }
@@ -555,16 +588,32 @@ fn public_failures() -> Vec<Case> {
     let constant = |dtype, len, value: f64| Tensor::of_values(dtype, len, move |_| value);
     let all = |value: f64, len| DType::ALL.map(|dtype| constant(dtype, len, value)).into();
     vec![
-        Case::new("norm_1e20_is_finite_pytorch_46849", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F32, 1000, 1e20)]),
+        Case::new(
+            "norm_1e20_is_finite_pytorch_46849",
+            plain().clip(Clip::global_norm(1.0)),
+            vec![constant(DType::F32, 1000, 1e20)],
+        ),
         Case::new(
             "norm_within_range_is_not_inf_pytorch_193006",
             plain().clip(Clip::global_norm(1.0)),
             vec![constant(DType::F32, 1, 3.4e38), constant(DType::BF16, 1, -3.3e38)],
         ),
         Case::new("norm_beyond_f32_is_still_a_number", plain().clip(Clip::global_norm(1.0)), all(3.4e38, 5000)),
-        Case::new("norm_1e-30_does_not_vanish", plain().clip(Clip::global_norm(1e-31)), vec![constant(DType::F32, 1000, 1e-30)]),
-        Case::new("f16_clip_of_300_is_not_zero_burn_5699", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F16, 1, 300.0)]),
-        Case::new("f16_norm_beyond_f16_fairscale_263", plain().clip(Clip::global_norm(1.0)), vec![constant(DType::F16, 40_000, 6e4)]),
+        Case::new(
+            "norm_1e-30_does_not_vanish",
+            plain().clip(Clip::global_norm(1e-31)),
+            vec![constant(DType::F32, 1000, 1e-30)],
+        ),
+        Case::new(
+            "f16_clip_of_300_is_not_zero_burn_5699",
+            plain().clip(Clip::global_norm(1.0)),
+            vec![constant(DType::F16, 1, 300.0)],
+        ),
+        Case::new(
+            "f16_norm_beyond_f16_fairscale_263",
+            plain().clip(Clip::global_norm(1.0)),
+            vec![constant(DType::F16, 40_000, 6e4)],
+        ),
         Case::new(
             "std_is_finite_pytorch_180156",
             plain(),
@@ -609,8 +658,18 @@ fn large() -> Vec<Case> {
     biases.insert(500, gradient(DType::BF16, 1_500_000, 139));
     vec![
         Case::new("a_million_random_bits", policy(0), DType::ALL.map(long).into()).large(),
-        Case::new("129_chunks_f32", plain().clip(Clip::global_norm(1.0)), vec![gradient(DType::F32, 128 * CHUNK + 1, 131)]).large(),
-        Case::new("257_chunks_f16", plain().clip(Clip::global_norm(1.0)), vec![gradient(DType::F16, 256 * CHUNK + 1, 133)]).large(),
+        Case::new(
+            "129_chunks_f32",
+            plain().clip(Clip::global_norm(1.0)),
+            vec![gradient(DType::F32, 128 * CHUNK + 1, 131)],
+        )
+        .large(),
+        Case::new(
+            "257_chunks_f16",
+            plain().clip(Clip::global_norm(1.0)),
+            vec![gradient(DType::F16, 256 * CHUNK + 1, 133)],
+        )
+        .large(),
         Case::new("one_large_and_1000_biases", plain().clip(Clip::global_norm(1.0)), biases).large(),
     ]
 }

@@ -1,4 +1,4 @@
-//! What must hold of a report: the bounds of the contract against the oracle, and equality of bits between backends.
+//! What must hold of a report: the bounds of the contract against the oracle, and equality of bits between devices.
 //!
 //! A checker returns complaints, each naming the tensor, the field and both values; none means that all is well. They
 //! look at numbers through [`Seen`], so that a test can falsify any one of them and demand a complaint.

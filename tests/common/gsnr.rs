@@ -1,6 +1,6 @@
-//! Signal and noise across steps: what every backend's tests of it share. An oracle in f64 from the steps' elements, a
-//! checker with the contract's bounds, and the harness that runs the table of `gsnr_cases.rs` against anything that
-//! implements [`Backend`].
+//! Signal and noise across steps: what every device's tests of it share. An oracle in f64 from the steps' elements, a
+//! checker with the contract's bounds, and the harness that runs the table of `gsnr_cases.rs` against a [`Probe`] on
+//! any device.
 //!
 //! The oracle takes each element's differences from its first value, which f64 holds to 2^-53, and goes through them
 //! twice; so an element that never changes has a variance of exactly 0, and one that changes by a single unit in the
@@ -24,9 +24,10 @@ use super::{
     cases::Data,
     check::{Complaints, error, same_bytes},
     gsnr_cases::{Case, cases},
+    host::OnHost,
     oracle::{Format, power_of_two},
 };
-use gradprobe::{Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan};
+use gradprobe::{AdamStep, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -308,13 +309,13 @@ pub fn same_record(name: &str, seen: &GsnrRecord, expected: &GsnrRecord) -> Vec<
     complaints.list
 }
 
-/// Makes a probe for a plan.
-pub type Make<'a> = &'a mut dyn FnMut(Plan) -> Probe;
+/// Makes a probe for a plan, or says why it cannot be.
+pub type Make<'a> = &'a mut dyn FnMut(Plan, Config) -> Result<Probe, Error>;
 
-/// Runs the whole table on a backend and panics with what is wrong, case by case. What is demanded:
+/// Runs the whole table on a device and panics with what is wrong, case by case. What is demanded:
 ///
 /// * conformance: after every step, or after the last of many, the report is within the bounds of the truth;
-/// * bits: it equals that of [`Probe`] byte for byte, asked once or twice, with the elements where they are aligned
+/// * bits: it equals that of [`Cpu`] byte for byte, asked once or twice, with the elements where they are aligned
 ///   and with each tensor at another misalignment every step;
 /// * nothing around a tensor is written;
 /// * refusal: what cannot be tracked, and what is asked for too early, is an error and changes nothing.
@@ -332,25 +333,25 @@ pub fn run_case(case: &Case, make: Make<'_>, effort: &Effort) -> Vec<String> {
     let placings = if case.large { 1 } else { effort.offsets.min(2) };
     let mut complaints = Vec::new();
     for placing in 0..placings {
-        let found = run_steps(case, &data, placing, &mut *make(case.plan()));
+        let found = match make(case.plan(), Config::new().tracking(case.config())) {
+            Ok(mut probe) => run_steps(case, &data, placing, &mut probe),
+            Err(error) => vec![format!("the probe cannot be made: {error}")],
+        };
         complaints.extend(found.into_iter().map(|c| format!("{}: {c}", ["aligned", "misaligned"][placing])));
     }
     complaints
 }
 
 fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut Probe) -> Vec<String> {
-    let mut reference = Probe::new(Cpu, case.plan(), Config::default()).expect("a valid config");
-    reference.track(&case.config()).expect("a case can be tracked");
-    if let Err(error) = probe.track(&case.config()) {
-        return vec![format!("track: {error}")];
-    }
+    let config = Config::new().tracking(case.config());
+    let mut reference = Probe::new(Cpu, case.plan(), config).expect("a case can be tracked");
     let tracked = case.tracked();
     let names: Vec<&str> = tracked.iter().map(|&t| case.names[t].as_str()).collect();
     let mut complaints = Vec::new();
     for (step, tensors) in data.iter().enumerate() {
         let place = |(t, data)| Placed::new(data, placing * (1 + t + 3 * step) % OFFSETS);
         let placed: Vec<Placed> = tensors.iter().enumerate().map(place).collect();
-        reference.measure(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).expect("the reference measures");
+        reference.measure_host(&tensors.iter().map(Data::tensor).collect::<Vec<_>>()).expect("the reference measures");
         if let Err(error) = probe.measure_host(&placed.iter().map(Placed::tensor).collect::<Vec<_>>()) {
             complaints.push(format!("step {step}: {error}"));
             return complaints;
@@ -374,10 +375,9 @@ fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut Probe)
     complaints
 }
 
-/// The errors every backend owes to a caller who tracks or asks for what cannot be, and that they change nothing.
+/// The errors every device owes to a caller who tracks or asks for what cannot be, and that they change nothing.
 pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
     let plan = || Plan::new([("a.weight", DType::F32, 3), ("a.bias", DType::BF16, 2)]).expect("a valid plan");
-    let mut probe = make(plan());
     let mut complaints = Vec::new();
     let mut demand = |what: &str, holds: bool| {
         if !holds {
@@ -390,35 +390,42 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         probe.measure_host(&[HostTensor::F32(&weights), HostTensor::BF16(&biases)]).expect("a good step");
     };
     let few = |result: Result<GsnrReport, Error>, steps: u32| result.err() == Some(Error::TooFewSteps { steps });
-    let bad_configs = || {
-        [
-            (GsnrConfig::new().window(0), "window 0"),
-            (GsnrConfig::new().window(1), "window 1"),
-            (GsnrConfig::new().tensors(["a.*", "b.*"]), "a pattern that matches nothing"),
-            (GsnrConfig::new().tensors([""]), "an empty pattern"),
-        ]
-    };
+    let tracking = Error::NotDeclared { declare: "Config::tracking" };
 
-    demand("nothing is known before `track`", probe.gsnr_report().err() == Some(Error::NotTracked));
-    demand("nothing is reset before `track`", probe.reset_tracking() == Err(Error::NotTracked));
-    for (config, what) in bad_configs() {
-        let refused = probe.track(&config);
+    for (config, what) in [
+        (GsnrConfig::new().window(0), "window 0"),
+        (GsnrConfig::new().window(1), "window 1"),
+        (GsnrConfig::new().tensors(["a.*", "b.*"]), "a pattern that matches nothing"),
+        (GsnrConfig::new().tensors([""]), "an empty pattern"),
+    ] {
+        let refused = make(plan(), Config::new().tracking(config.clone())).err();
         let right = match what {
-            "window 0" | "window 1" => matches!(refused, Err(Error::InvalidConfig { option: "window", .. })),
-            "an empty pattern" => refused == Err(Error::NoSuchTensor { pattern: String::new() }),
-            _ => refused == Err(Error::NoSuchTensor { pattern: "b.*".to_owned() }),
+            "window 0" | "window 1" => matches!(refused, Some(Error::InvalidConfig { option: "window", .. })),
+            "an empty pattern" => refused == Some(Error::NoSuchTensor { pattern: String::new() }),
+            _ => refused == Some(Error::NoSuchTensor { pattern: "b.*".to_owned() }),
         };
-        demand(&format!("{what} is refused"), right && config.bytes(&plan()).err() == refused.err());
-        demand(&format!("{what} tracks nothing"), probe.gsnr_report().err() == Some(Error::NotTracked));
+        demand(&format!("{what} is refused"), right && config.bytes(&plan()).err() == refused);
+        let stated = Config::new().tracking(config).bytes(&plan()).err();
+        demand(&format!("{what} is refused by those who ask for its bytes"), stated == refused);
     }
-    step(&mut *probe, 7.0);
-    demand("a plain window is tracked", probe.track(&GsnrConfig::new().window(2)) == Ok(()));
-    demand("steps before `track` do not count", few(probe.gsnr_report(), 0));
-    demand("all tensors are tracked", probe.track(&GsnrConfig::new()) == Ok(()));
+    for (config, what) in [(Config::new(), "nothing"), (Config::new().moments(), "only moments")] {
+        let mut probe = make(plan(), config).expect("a valid config");
+        step(&mut probe, 1.0);
+        step(&mut probe, 2.0);
+        let declared = |known: Result<(), Error>| known == Err(tracking.clone());
+        demand(&format!("{what} declared, nothing is known"), declared(probe.gsnr_report().map(drop)));
+        demand(&format!("{what} declared, nothing is launched"), declared(probe.gsnr().and_then(|mut s| s.launch())));
+        demand(&format!("{what} declared, nothing is reset"), declared(probe.gsnr().and_then(|mut s| s.reset())));
+        demand(&format!("{what} declared, no records are anywhere"), probe.addresses().gsnr_records.is_none());
+    }
+
+    let mut windowed = make(plan(), Config::new().tracking(GsnrConfig::new().window(2))).expect("a plain window");
+    demand("no steps are too few for a window", few(windowed.gsnr_report(), 0));
+    let mut probe = make(plan(), Config::new().tracking(GsnrConfig::new())).expect("a valid config");
     demand("no steps are too few", few(probe.gsnr_report(), 0));
-    step(&mut *probe, 1.0);
+    step(&mut probe, 1.0);
     demand("one step is too few", few(probe.gsnr_report(), 1));
-    step(&mut *probe, 2.0);
+    step(&mut probe, 2.0);
     let two = probe.gsnr_report();
     demand("two steps are enough", two.is_ok());
 
@@ -431,22 +438,25 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         demand("a step that is not the plan's is refused", probe.measure_host(tensors).is_err());
         demand("a refused step changes nothing", same_report(&probe.gsnr_report(), &two).is_empty());
     }
-    for (config, what) in bad_configs() {
-        demand(&format!("{what} is still refused"), probe.track(&config).is_err());
-        demand(&format!("{what} leaves what was tracked"), same_report(&probe.gsnr_report(), &two).is_empty());
-    }
-    step(&mut *probe, 5.0);
+    let moments = probe
+        .gsnr()
+        .and_then(|mut signal| signal.of_moments(&AdamStep { step: 2, beta1: 0.9, beta2: 0.999 }, &[]).map(drop));
+    demand("moments are not declared", moments == Err(Error::NotDeclared { declare: "Config::moments" }));
+    demand("what is not declared changes nothing", same_report(&probe.gsnr_report(), &two).is_empty());
+    step(&mut probe, 5.0);
     demand("a third step is another result", !same_report(&probe.gsnr_report(), &two).is_empty());
 
-    demand("a reset is granted", probe.reset_tracking() == Ok(()));
+    demand("a reset is granted", probe.gsnr().and_then(|mut signal| signal.reset()) == Ok(()));
     demand("a reset forgets", few(probe.gsnr_report(), 0));
-    step(&mut *probe, 1.0);
-    step(&mut *probe, 2.0);
+    step(&mut probe, 1.0);
+    step(&mut probe, 2.0);
     demand("after a reset all is as at first", same_report(&probe.gsnr_report(), &two).is_empty());
-    demand("one tensor can be tracked instead", probe.track(&GsnrConfig::new().tensors(["*.bias"])) == Ok(()));
-    demand("to track again forgets", few(probe.gsnr_report(), 0));
-    step(&mut *probe, 1.0);
-    step(&mut *probe, 2.0);
+
+    let one = Config::new().tracking(GsnrConfig::new().tensors(["*.bias"]));
+    let mut probe = make(plan(), one).expect("one tensor can be tracked");
+    demand("of one tensor too, no steps are too few", few(probe.gsnr_report(), 0));
+    step(&mut probe, 1.0);
+    step(&mut probe, 2.0);
     let bias = probe.gsnr_report().is_ok_and(|report| {
         let names: Vec<&str> = report.tensors().map(|(name, _)| name).collect();
         names == ["a.bias"] && report.tensors().all(|(_, record)| record.steps == 2 && record.constant == 2)

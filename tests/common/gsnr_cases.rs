@@ -1,4 +1,4 @@
-//! The one table of cases of signal and noise across steps, which every backend runs: what the gradients of a few steps
+//! The one table of cases of signal and noise across steps, which every device runs: what the gradients of a few steps
 //! may look like at their worst.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // Small by design.
@@ -24,7 +24,7 @@ pub struct Case {
     pub window: usize,
     /// Patterns, and the names that they select; all where there is none.
     pub selected: Option<(Vec<&'static str>, Vec<&'static str>)>,
-    /// Whether a slow backend may leave it out.
+    /// Whether a slow device may leave it out.
     pub large: bool,
     tensors: Steps,
 }

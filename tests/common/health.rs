@@ -1,8 +1,12 @@
 //! Reports to diagnose: of a few elements, and of the models in `tests/data`.
 #![allow(dead_code)] // Each test file uses a part of this.
 
-use gradprobe::{Config, Probe, DType, FindingKind, HostTensor, Plan, Report, Severity, health::Diagnosis};
+#[path = "host.rs"]
+pub mod host;
+
+use gradprobe::{Config, Cpu, DType, Diagnosis, FindingKind, HostTensor, Plan, Probe, Report, Severity};
 use half::{bf16, f16};
+use host::{OnHost, plan_of};
 use safetensors::{Dtype, SafeTensors};
 use std::path::Path;
 
@@ -15,7 +19,7 @@ pub fn measure(tensors: &[(&str, &[f32])]) -> Report {
 pub fn measure_with(config: Config, tensors: &[(&str, &[f32])]) -> Report {
     let plan = Plan::new(tensors.iter().map(|(name, elements)| (*name, DType::F32, elements.len() as u64))).unwrap();
     let views: Vec<HostTensor> = tensors.iter().map(|(_, elements)| HostTensor::F32(elements)).collect();
-    Probe::new(Cpu, plan, config).unwrap().measure(&views).unwrap()
+    Probe::new(Cpu, plan, config).unwrap().measure_host(&views).unwrap()
 }
 
 /// The report of a file, its tensors in the natural order of their names.
@@ -58,7 +62,7 @@ pub fn golden(name: &str) -> Report {
         })
         .collect();
     let plan = plan_of(names.iter().copied().zip(views.iter().copied())).unwrap();
-    Probe::new(Cpu, plan, Config::default()).unwrap().measure(&views).unwrap()
+    Probe::new(Cpu, plan, Config::default()).unwrap().measure_host(&views).unwrap()
 }
 
 /// Kinds and severities, in the order of the findings.

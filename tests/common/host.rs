@@ -92,3 +92,10 @@ impl OnHost for Probe {
         self.samples()?.report()
     }
 }
+
+/// A plan for these tensors under these names.
+pub fn plan_of<'a, N: Into<String>>(
+    tensors: impl IntoIterator<Item = (N, HostTensor<'a>)>,
+) -> Result<gradprobe::Plan, Error> {
+    gradprobe::Plan::new(tensors.into_iter().map(|(name, tensor)| (name, tensor.dtype(), tensor.len() as u64)))
+}

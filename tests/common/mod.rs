@@ -1,7 +1,7 @@
-//! What every backend's tests share: one table of cases, one exact oracle, one set of checkers, and the harness here
-//! that runs the three against anything that implements [`Backend`].
+//! What every device's tests share: one table of cases, one exact oracle, one set of checkers, and the harness here
+//! that runs the three against a [`Probe`] on any device.
 //!
-//! A backend's test file is a call of [`run_all`] with a closure that makes its probe.
+//! A device's test file is a call of [`run_all`] with a closure that makes its probe.
 
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
@@ -10,12 +10,14 @@ pub mod check;
 pub mod data;
 pub mod gsnr;
 pub mod gsnr_cases;
+pub mod host;
 pub mod normal;
 pub mod oracle;
 
 use cases::{Case, Data};
-use gradprobe::{Backend, Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Report, StepOutputs};
+use gradprobe::{Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Report, StepOutputs};
 use half::{bf16, f16};
+use host::{OnHost, plan_of};
 use oracle::Truth;
 use rayon::prelude::*;
 
@@ -24,7 +26,7 @@ pub fn short() -> bool {
     std::env::var("GRADPROBE_SHORT").as_deref() == Ok("1")
 }
 
-/// How much of the table a backend can afford.
+/// How much of the table a device can afford.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
     /// Whether to run the cases marked `large`.
@@ -43,19 +45,19 @@ impl Effort {
     }
 }
 
-/// Runs the whole table of cases on a backend and panics with what is wrong, case by case.
+/// Runs the whole table of cases on a device and panics with what is wrong, case by case.
 ///
 /// `make` is called once a case, and gives a probe for this plan under this config. What is demanded of the probe:
 ///
 /// * conformance: its report is within the contract's bounds of the exact statistics, and what follows from the norm
 ///   (coefficient, flags) is exact;
-/// * bits: report and clipped tensors equal those of [`Probe`] byte for byte, at every misalignment, and again
+/// * bits: report and clipped tensors equal those of [`Cpu`] byte for byte, at every misalignment, and again
 ///   after a step of nothing but NaN, so that nothing of an earlier step stays behind;
 /// * clip: each element has the bits the oracle says, nothing around a tensor is written, and with a coefficient of 1
 ///   nothing at all;
 /// * refusal: tensors that are not those of the plan, and a clip before a measurement, are errors.
 ///
-/// Tensors lie at `16 · a + offset · size` bytes with guard bytes on both sides; a backend that copies them elsewhere
+/// Tensors lie at `16 · a + offset · size` bytes with guard bytes on both sides; a device to which they are copied
 /// should keep the address modulo 16, or the misalignments test nothing.
 pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) {
     let mut complaints = refuses_what_was_not_planned(make);
@@ -79,14 +81,14 @@ pub fn demand_none(complaints: &[String]) {
 /// [`run_all`] for one case; gives back what is wrong.
 pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) -> Vec<String> {
     let prepared = Prepared::new(case);
-    let reference = Reference::new(&prepared, case.config);
-    let mut probe = make(prepared.plan(), case.config);
+    let reference = Reference::new(&prepared, &case.config);
+    let mut probe = make(prepared.plan(), case.config.clone());
     let offsets = effort.offsets_of(case);
     let mut complaints = Vec::new();
     let mut step = 0;
     for offset in 0..offsets {
         step += 1;
-        match run_step(&mut *probe, &prepared, &reference, offset, step) {
+        match run_step(&mut probe, &prepared, &reference, offset, step) {
             Ok((report, found)) => {
                 complaints.extend(found.into_iter().map(|c| format!("at offset {offset}, {c}")));
                 if offset == 0 {
@@ -160,20 +162,20 @@ fn conformance(case: &Case, prepared: &Prepared, reference: &Reference, report: 
     complaints
 }
 
-/// What [`Probe`] makes of a case.
+/// What [`Cpu`] makes of a case.
 struct Reference {
     report: Report,
     clipped: Vec<Data>,
 }
 
 impl Reference {
-    fn new(prepared: &Prepared, config: Config) -> Self {
-        let mut probe = Probe::new(Cpu, prepared.plan(), config).expect("a case has a valid config");
+    fn new(prepared: &Prepared, config: &Config) -> Self {
+        let mut probe = Probe::new(Cpu, prepared.plan(), config.clone()).expect("a case has a valid config");
         let tensors: Vec<HostTensor<'_>> = prepared.data.iter().map(Data::tensor).collect();
-        let report = probe.measure(&tensors).expect("the reference measures");
+        let report = probe.measure_host(&tensors).expect("the reference measures");
         let mut clipped = prepared.data.clone();
         let mut tensors: Vec<HostTensorMut<'_>> = clipped.iter_mut().map(Data::tensor_mut).collect();
-        probe.clip(&mut tensors).expect("the reference clips");
+        probe.clip_host(&mut tensors).expect("the reference clips");
         Self { report, clipped }
     }
 }
@@ -219,7 +221,7 @@ pub fn clip_by_oracle(data: &[Data], outputs: &StepOutputs) -> Vec<Data> {
     data.par_iter().map(clip).collect()
 }
 
-/// The tensors, as backends take them.
+/// The tensors of a list.
 pub fn tensors(data: &[Data]) -> Vec<HostTensor<'_>> {
     data.iter().map(Data::tensor).collect()
 }
@@ -288,7 +290,7 @@ impl Placed {
     }
 }
 
-/// The errors every backend owes to a caller who gives it something else than was planned.
+/// The errors every device owes to a caller who gives it something else than was planned.
 pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Probe) -> Vec<String> {
     let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).expect("a valid plan");
     let mut probe = make(plan, Config::default().clip(Clip::global_norm(1.0)));

@@ -6,7 +6,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Exact by range.
 
-use gradprobe::{Config, DType, NonFinitePolicy};
+use gradprobe::{Clip, Config, DType, NonFinitePolicy};
 use std::cmp::Ordering;
 
 /// A binary floating-point format of IEEE 754's shape.
@@ -430,6 +430,17 @@ pub struct Decision {
     pub clipped: bool,
 }
 
+/// The norm that a config clips all tensors to, whatever else it does.
+fn max_norm(config: &Config) -> Option<f64> {
+    match config.clip {
+        Clip::GlobalNorm { max_norm } => Some(max_norm),
+        Clip::Percentile { max_norm, .. } | Clip::ZScore { max_norm, .. } | Clip::TensorEma { max_norm, .. } => {
+            max_norm
+        }
+        _ => None,
+    }
+}
+
 /// torch's rule under the chosen policy. Takes the finite norm as reported, so that what follows from it can be
 /// demanded to the bit.
 pub fn decide(config: &Config, nan_count: u64, inf_count: u64, finite_total_norm: f64) -> Decision {
@@ -438,7 +449,7 @@ pub fn decide(config: &Config, nan_count: u64, inf_count: u64, finite_total_norm
     let skip = found && config.non_finite == NonFinitePolicy::Skip;
     let zero_nonfinite = found && config.non_finite == NonFinitePolicy::ZeroNonFinite;
     let norm = if zero_nonfinite { finite_total_norm } else { total_norm };
-    let coefficient = match config.max_norm {
+    let coefficient = match max_norm(config) {
         _ if skip => 1.0,
         None => 1.0,
         Some(_) if norm.is_nan() => f64::NAN,

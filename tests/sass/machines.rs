@@ -5,7 +5,7 @@ use crate::{
     dump::{self, Usage, parse_usage, section},
     listing::Listing,
 };
-use gradprobe::launch::Kernel;
+use gradprobe::device::Kernel;
 use std::{fmt, ops::Range, sync::OnceLock};
 
 /// Threads of a block.

@@ -4,7 +4,7 @@ use crate::{
     listing::{Cost, Instruction, Listing, lies_in, loops_in},
     machines::{Code, all_of},
 };
-use gradprobe::{DType, launch::Kernel};
+use gradprobe::{DType, device::Kernel};
 use std::ops::Range;
 
 /// Elements of a lane's group: what one turn of a hot loop reads.

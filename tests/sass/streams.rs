@@ -5,7 +5,7 @@ use crate::{
     listing::{Instruction, loops_in},
     machines::{Code, all_of},
 };
-use gradprobe::{DType, launch::Kernel};
+use gradprobe::{DType, device::Kernel};
 use std::ops::Range;
 
 /// Asserts that a loop has as much in flight as the memory wants.

@@ -3,7 +3,7 @@
 
 use crate::{
     Outcome, context, die,
-    graph::{Capture, EXECUTABLES, GRAPHS, Graph, NODES, Work, refuse_in_any_capture},
+    graph::{Capture, EXECUTABLES, GRAPHS, Graph, NODES, Work, exchange_mode, refuse_in_any_capture},
     handles::Registry,
     memory::{self, Kind},
     stream::{EVENTS, Event, STREAMS, Stream, stream},
@@ -440,6 +440,13 @@ entry_points! {
             return Err(CUresult::CUDA_ERROR_ILLEGAL_STATE);
         }
         *capture = Some(Capture::begin(mode));
+        Ok(())
+    }
+
+    fn cuThreadExchangeStreamCaptureMode(mode: *mut CUstreamCaptureMode) {
+        // SAFETY: the caller's variable, which holds the mode to come.
+        let next = unsafe { *mode };
+        give!(mode, exchange_mode(next));
         Ok(())
     }
 

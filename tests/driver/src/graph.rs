@@ -11,6 +11,7 @@ use crate::{
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
 use gradprobe_ptx::{Options, memory::written};
 use std::{
+    cell::Cell,
     env,
     ffi::c_void,
     sync::{
@@ -139,15 +140,31 @@ impl Capture {
     }
 }
 
+thread_local! {
+    /// Which captures keep this thread from calls that are not safe beside them.
+    static MODE: Cell<CUstreamCaptureMode> = const { Cell::new(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL) };
+}
+
+/// Puts this thread into another mode, and gives the one it was in.
+pub fn exchange_mode(mode: CUstreamCaptureMode) -> CUstreamCaptureMode {
+    MODE.replace(mode)
+}
+
 /// For calls that are not allowed while a capture is going on, on whatever stream: on this thread, or in global mode
-/// anywhere.
+/// anywhere. A thread that has put itself into another mode heeds the former only, or none.
 pub fn refuse_in_any_capture() -> Outcome {
+    use CUstreamCaptureMode::{
+        CU_STREAM_CAPTURE_MODE_GLOBAL as GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED as RELAXED,
+        CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THREAD_LOCAL,
+    };
+    let mode = MODE.get();
     for stream in STREAMS.all() {
         if let Some(capture) = &mut *stream.capture() {
-            let forbidden = match capture.mode {
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL => true,
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL => capture.thread == thread::current().id(),
-                CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED => false,
+            let of_this_thread = capture.thread == thread::current().id();
+            let forbidden = match (mode, capture.mode) {
+                (RELAXED, _) | (_, RELAXED) => false,
+                (GLOBAL, GLOBAL) => true,
+                (THREAD_LOCAL, _) | (GLOBAL, THREAD_LOCAL) => of_this_thread,
             };
             if forbidden {
                 return Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
