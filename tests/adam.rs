@@ -1,16 +1,16 @@
-//! Signal and noise from Adam's moments: the CPU backend against two oracles in f64, known answers, the kernels on the
+//! Signal and noise from Adam's moments: the CPU against two oracles in f64, known answers, the kernels on the
 //! host bit for bit in every schedule, and what is refused.
 #![allow(unsafe_code, reason = "gives the probe bare addresses, good and bad")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // Small numbers.
 
 mod common;
 
-use common::normal::Normal;
+use common::{host::OnHost, normal::Normal};
 use gradprobe::{
-    AdamMoments, AdamStep, Backend, Config, Probe, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor,
-    Plan, launch::RawMoments,
+    Absent, AdamMoments, AdamStep, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan,
+    Probe, RawTensor, Tensor,
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Schedule, Simt};
 
 /// Moments as an optimizer keeps them, in f32, and the same in f64.
 #[derive(Clone)]
@@ -51,15 +51,9 @@ impl Optimizer {
         AdamMoments { exp_avg: &self.exp_avg, exp_avg_sq: &self.exp_avg_sq }
     }
 
-    fn raw(&self) -> RawMoments {
-        let [exp_avg, exp_avg_sq] = [&self.exp_avg, &self.exp_avg_sq].map(|moment| moment.as_ptr() as u64);
-        RawMoments { exp_avg, exp_avg_sq, len: self.exp_avg.len() as u64 }
-    }
-
     fn record(&self) -> GsnrRecord {
         let plan = Plan::new([("weight", DType::BF16, self.exp_avg.len() as u64)]).unwrap();
-        let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&self.at(), &[self.moments()]).unwrap();
-        records(&report)[0].1
+        records(&of_moments(&mut on_cpu(plan), &self.at(), &[self.moments()]).unwrap())[0].1
     }
 
     /// What the record of these moments should say, from the weights that the steps have in them.
@@ -116,6 +110,17 @@ impl Truth {
     fn below_one(&self) -> u64 {
         self.ratios.iter().filter(|&&r| r < 1.0).count() as u64
     }
+}
+
+/// No moments.
+const NONE: AdamMoments<'static> = AdamMoments { exp_avg: &Absent, exp_avg_sq: &Absent };
+
+fn on_cpu(plan: Plan) -> Probe {
+    Probe::new(Cpu, plan, Config::new().moments()).unwrap()
+}
+
+fn of_moments(probe: &mut Probe, step: &AdamStep, moments: &[AdamMoments<'_>]) -> Result<GsnrReport, Error> {
+    probe.gsnr()?.of_moments(step, moments)
 }
 
 fn records(report: &GsnrReport) -> Vec<(String, GsnrRecord)> {
@@ -201,13 +206,10 @@ fn known(beta1: f64, steps: u32, ratio: f64) -> Vec<GsnrRecord> {
         optimizer.update(|j| gradients[j]);
     }
     let plan = Plan::new((0..TENSORS).map(|t| (t.to_string(), DType::F32, ELEMENTS as u64))).unwrap();
-    let moments: Vec<AdamMoments<'_>> = optimizer
-        .exp_avg
-        .chunks(ELEMENTS)
-        .zip(optimizer.exp_avg_sq.chunks(ELEMENTS))
-        .map(|(exp_avg, exp_avg_sq)| AdamMoments { exp_avg, exp_avg_sq })
-        .collect();
-    let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&optimizer.at(), &moments).unwrap();
+    let parts: Vec<_> = optimizer.exp_avg.chunks(ELEMENTS).zip(optimizer.exp_avg_sq.chunks(ELEMENTS)).collect();
+    let moments: Vec<AdamMoments<'_>> =
+        parts.iter().map(|(exp_avg, exp_avg_sq)| AdamMoments { exp_avg, exp_avg_sq }).collect();
+    let report = of_moments(&mut on_cpu(plan), &optimizer.at(), &moments).unwrap();
     records(&report).into_iter().map(|(_, record)| record).collect()
 }
 
@@ -281,7 +283,7 @@ fn what_is_no_number_and_what_does_not_vary_is_counted_and_left_out() {
     near("sum of variances", seen.sum_variance, whole.sum_variance, 1e-12);
     near("mean", seen.mean().unwrap(), whole.mean().unwrap(), 1e-12);
     let plan = Plan::new([("weight", DType::F32, LENGTH as u64)]).unwrap();
-    let report = Probe::new(Cpu, plan, Config::default()).unwrap().adam_gsnr(&broken.at(), &[broken.moments()]).unwrap();
+    let report = of_moments(&mut on_cpu(plan), &broken.at(), &[broken.moments()]).unwrap();
     let table = report.to_string();
     assert!(table.contains("\nweight: 5 elements left out, whose moments are NaN or infinite\n"), "{table}");
     let scale = whole.sum_variance / whole.squared_gradient().unwrap();
@@ -331,17 +333,16 @@ fn bytes(report: &GsnrReport) -> Vec<(String, Vec<u8>)> {
 fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
     let tensors = tensors();
     let step = tensors[0].at();
-    let cpu = Probe::new(Cpu, plan_of(&tensors), Config::default()).unwrap();
+    let mut cpu = on_cpu(plan_of(&tensors));
     // All, and without the moments of some.
     for left_out in [0..0, 0..1, 3..6] {
         let given = |t: usize| !left_out.contains(&t);
-        let moments = |(t, of)| if given(t) { Optimizer::moments(of) } else { AdamMoments::default() };
-        let expected = cpu.adam_gsnr(&step, &tensors.iter().enumerate().map(moments).collect::<Vec<_>>()).unwrap();
+        let moments = |(t, of)| if given(t) { Optimizer::moments(of) } else { NONE };
+        let moments: Vec<AdamMoments<'_>> = tensors.iter().enumerate().map(moments).collect();
+        let expected = of_moments(&mut cpu, &step, &moments).unwrap();
         let names: Vec<&str> = expected.tensors().map(|(name, _)| name).collect();
         let with_moments: Vec<String> = (0..7).filter(|&t| given(t) && t != 1).map(|t| t.to_string()).collect();
         assert_eq!(names, with_moments);
-        let raw = |(t, of)| if given(t) { Optimizer::raw(of) } else { RawMoments::default() };
-        let raw: Vec<RawMoments> = tensors.iter().enumerate().map(raw).collect();
         for (schedule, blocks) in [
             (Schedule::Forward, 0),
             (Schedule::Reverse, 1),
@@ -349,24 +350,15 @@ fn the_kernels_have_the_bits_of_the_cpu_in_every_order_and_on_every_grid() {
             (Schedule::Shuffled(2), 1000),
             (Schedule::Shuffled(3), 64),
         ] {
-            let mut probe =
-                Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan_of(&tensors), Config::default())
-                    .unwrap();
-            let _lent = lend(&raw);
+            let device = Simt { schedule, blocks, ..Simt::default() };
+            let mut probe = Probe::new(device, plan_of(&tensors), Config::new().moments()).unwrap();
             // Twice: the bins must be empty again.
             for _ in 0..2 {
-                // SAFETY: the moments live, and the launch has run on return.
-                let seen = unsafe { probe.inner().adam_gsnr_raw(&step, &raw) }.unwrap();
+                let seen = of_moments(&mut probe, &step, &moments).unwrap();
                 assert!(bytes(&seen) == bytes(&expected), "{schedule:?}, {blocks} blocks:\n{seen}\nnot\n{expected}");
             }
         }
     }
-}
-
-/// Lets the kernels read these moments.
-fn lend(moments: &[RawMoments]) -> gradprobe_simt::ptx::memory::Lent {
-    let of = |raw: &RawMoments| [(raw.exp_avg, raw.len * 4, false), (raw.exp_avg_sq, raw.len * 4, false)];
-    gradprobe_simt::ptx::memory::lend(moments.iter().flat_map(of))
 }
 
 #[test]
@@ -378,37 +370,49 @@ fn moments_at_any_element_have_the_same_bits() {
         let shifted = |moment: &[f32], by: usize| [vec![f32::NAN; by], moment.to_vec(), vec![f32::NAN; 4]].concat();
         let (m, v) = (shifted(&optimizer.exp_avg, a), shifted(&optimizer.exp_avg_sq, b));
         let (m, v) = (&m[a..a + optimizer.exp_avg.len()], &v[b..b + optimizer.exp_avg.len()]);
-        let raw = RawMoments { exp_avg: m.as_ptr() as u64, exp_avg_sq: v.as_ptr() as u64, len: m.len() as u64 };
-        let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-        let _lent = lend(&[raw]);
-        // SAFETY: as above.
-        let seen = unsafe { probe.inner().adam_gsnr_raw(&optimizer.at(), &[raw]) }.unwrap();
-        assert_eq!(bytemuck::bytes_of(&records(&seen)[0].1), bytemuck::bytes_of(&expected));
+        for mut probe in [on_cpu(plan()), Probe::new(Simt::default(), plan(), Config::new().moments()).unwrap()] {
+            let moments = AdamMoments { exp_avg: &m, exp_avg_sq: &v };
+            let seen = of_moments(&mut probe, &optimizer.at(), &[moments]).unwrap();
+            assert_eq!(bytemuck::bytes_of(&records(&seen)[0].1), bytemuck::bytes_of(&expected), "{}", probe.device());
+        }
     }
 }
 
-/// Every bad step and list of moments of `tensors`, two of 32 elements, with what is to be said of it.
+/// Every bad step and list of moments of two tensors of 32 elements, with what is to be said of it.
 #[test]
 fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     let mut optimizer = Optimizer::new(0.9, 0.999, 32);
     (0..3).for_each(|step| optimizer.update(|j| gradients(3, step)[j]));
-    let (good, moments, raw) = (optimizer.at(), optimizer.moments(), optimizer.raw());
     let plan = || Plan::new([("first", DType::F32, 32), ("second", DType::F16, 32)]).unwrap();
-    let mut cpu = Probe::new(Cpu, plan(), Config::default()).unwrap();
-    let mut simt = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
+    let expected = bytes(&of_moments(&mut on_cpu(plan()), &optimizer.at(), &[optimizer.moments(); 2]).unwrap());
     // What is tracked beside must stay as it is.
+    let config = Config::new().moments().tracking(GsnrConfig::new());
+    let mut cpu = Probe::new(Cpu, plan(), config.clone()).unwrap();
+    let mut simt = Probe::new(Simt::default(), plan(), config).unwrap();
+    let tracked = refuses(&mut cpu, &optimizer, &expected);
+    assert!(refuses(&mut simt, &optimizer, &expected) == tracked);
+
+    let large = || Plan::new([("large", DType::F32, 1 << 32)]).unwrap();
+    for mut probe in [on_cpu(large()), Probe::new(Simt::default(), large(), Config::new().moments()).unwrap()] {
+        // SAFETY: refused before anything is read.
+        let moment = unsafe { RawTensor::new(optimizer.exp_avg.as_ptr() as u64, 1 << 32, DType::F32) };
+        let refused = of_moments(&mut probe, &optimizer.at(), &[AdamMoments { exp_avg: &moment, exp_avg_sq: &moment }]);
+        assert_eq!(refused.unwrap_err(), Error::TooLargeToTrack { name: "large".to_owned(), length: 1 << 32 });
+    }
+    let mut without = Probe::new(Cpu, plan(), Config::new().tracking(GsnrConfig::new())).unwrap();
+    let refused = of_moments(&mut without, &optimizer.at(), &[optimizer.moments(); 2]);
+    assert_eq!(refused.unwrap_err(), Error::NotDeclared { declare: "Config::moments" });
+}
+
+/// The test above for a probe, which tracks and whose record of the good moments is to be `expected`. Gives what it tracked.
+fn refuses(probe: &mut Probe, optimizer: &Optimizer, expected: &[(String, Vec<u8>)]) -> Vec<(String, Vec<u8>)> {
+    let (good, moments) = (optimizer.at(), optimizer.moments());
     let halves = [half::f16::ONE; 32];
     for step in 0..2 {
         let gradients = gradients(4, step);
-        for probe in [&mut cpu as &mut Probe, &mut simt] {
-            if step == 0 {
-                probe.track(&GsnrConfig::new()).unwrap();
-            }
-            probe.measure_host(&[HostTensor::F32(&gradients[..32]), HostTensor::F16(&halves)]).unwrap();
-        }
+        probe.measure_host(&[HostTensor::F32(&gradients[..32]), HostTensor::F16(&halves)]).unwrap();
     }
-    let tracked = bytes(&cpu.gsnr().unwrap());
-    let expected = bytes(&cpu.adam_gsnr(&good, &[moments; 2]).unwrap());
+    let tracked = bytes(&probe.gsnr_report().unwrap());
 
     let step = |step, beta1, beta2| AdamStep { step, beta1, beta2 };
     let option = |option, expected, value: &str| Error::InvalidConfig { option, expected, value: value.to_owned() };
@@ -426,85 +430,70 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
         (step(9, 0.9, inf), option("beta2", from, "inf")),
         (step(9, 0.9, f64::NAN), option("beta2", from, "NaN")),
     ] {
-        assert_eq!(cpu.adam_gsnr(&bad, &[moments; 2]).unwrap_err(), error, "{bad:?}");
-        // SAFETY: refused.
-        assert_eq!(unsafe { simt.inner().adam_gsnr_raw(&bad, &[raw; 2]) }.unwrap_err(), error, "{bad:?}");
+        assert_eq!(of_moments(probe, &bad, &[moments; 2]).unwrap_err(), error, "{bad:?}");
     }
-    assert!(cpu.adam_gsnr(&step(2, 0.9, 0.0), &[moments; 2]).is_ok(), "squares without a memory are allowed");
+    assert!(of_moments(probe, &step(2, 0.9, 0.0), &[moments; 2]).is_ok(), "squares without a memory are allowed");
 
-    let short =
-        |m: usize, v: usize| AdamMoments { exp_avg: &moments.exp_avg[..m], exp_avg_sq: &moments.exp_avg_sq[..v] };
-    for (m, v) in [(31, 31), (32, 0), (0, 32), (32, 31), (1, 32)] {
-        let error = Error::TensorMismatch {
-            name: "second".to_owned(),
-            planned: "32 elements".to_owned(),
-            given: format!("exp_avg with {m} and exp_avg_sq with {v}"),
-        };
-        assert_eq!(cpu.adam_gsnr(&good, &[moments, short(m, v)]).unwrap_err(), error);
-    }
-    let count = Error::TensorCount { planned: 2, given: 1 };
-    assert_eq!(cpu.adam_gsnr(&good, &[moments]).unwrap_err(), count);
     let name = || "second".to_owned();
-    let (m, v, len) = (raw.exp_avg, raw.exp_avg_sq, 32);
-    let end = u64::MAX - 63;
-    for (second, error) in [
-        (vec![], count),
-        (
-            vec![RawMoments { len: 31, ..raw }],
-            Error::TensorMismatch {
-                name: name(),
-                planned: "32 elements".to_owned(),
-                given: "exp_avg with 31 and exp_avg_sq with 31".to_owned(),
-            },
-        ),
-        (vec![RawMoments { exp_avg: 0, ..raw }], Error::NullPointer { name: name() }),
-        (vec![RawMoments { exp_avg_sq: 0, ..raw }], Error::NullPointer { name: name() }),
-        (
-            vec![RawMoments { exp_avg: m + 2, ..raw }],
-            Error::MisalignedPointer { name: name(), address: m + 2, size: 4 },
-        ),
-        (
-            vec![RawMoments { exp_avg_sq: v + 1, ..raw }],
-            Error::MisalignedPointer { name: name(), address: v + 1, size: 4 },
-        ),
-        (
-            vec![RawMoments { exp_avg_sq: end, ..raw }],
-            Error::AddressOverflow { name: name(), address: end, length: len },
-        ),
-    ] {
-        let all: Vec<RawMoments> = [raw].into_iter().chain(second).collect();
-        // SAFETY: refused before anything is read.
-        assert_eq!(unsafe { simt.inner().adam_gsnr_raw(&good, &all) }.unwrap_err(), error);
+    let mismatch = |given: &str| Error::TensorMismatch {
+        name: name(),
+        planned: "32 elements, moments of F32".to_owned(),
+        given: given.to_owned(),
+    };
+    let mut refuse = |exp_avg: &dyn Tensor, exp_avg_sq: &dyn Tensor, error: Error| {
+        let seen = of_moments(probe, &good, &[moments, AdamMoments { exp_avg, exp_avg_sq }]);
+        assert_eq!(seen.unwrap_err(), error);
+    };
+    for (m, v) in [(31, 31), (32, 0), (0, 32), (32, 31), (1, 32)] {
+        let error = mismatch(&format!("exp_avg with {m} of F32 and exp_avg_sq with {v} of F32"));
+        refuse(&&optimizer.exp_avg[..m], &&optimizer.exp_avg_sq[..v], error);
     }
-    let large = Plan::new([("large", DType::F32, 1 << 32)]).unwrap();
-    let mut probe = Probe::new(Simt::default(), large, Config::default()).unwrap();
+    refuse(&optimizer.exp_avg, &Absent, mismatch("exp_avg with 32 of F32 and exp_avg_sq with 0 of F32"));
+    refuse(&optimizer.exp_avg, &halves, mismatch("exp_avg with 32 of F32 and exp_avg_sq with 32 of F16"));
+    refuse(&halves, &halves, mismatch("exp_avg with 32 of F16 and exp_avg_sq with 32 of F16"));
     // SAFETY: refused before anything is read.
-    let refused = unsafe { probe.inner().adam_gsnr_raw(&good, &[RawMoments { len: 1 << 32, ..raw }]) };
-    assert_eq!(refused.unwrap_err(), Error::TooLargeToTrack { name: "large".to_owned(), length: 1 << 32 });
-
-    let _lent = lend(&[raw]);
-    // SAFETY: the moments live, and the launch has run on return.
-    let seen = unsafe { simt.inner().adam_gsnr_raw(&good, &[raw; 2]) }.unwrap();
-    assert!(bytes(&seen) == expected);
-    for probe in [&mut cpu as &mut Probe, &mut simt] {
-        assert!(bytes(&probe.gsnr_report().unwrap()) == tracked);
+    let raw = |address: u64| unsafe { RawTensor::new(address, 32, DType::F32) };
+    let [m, v] = [&optimizer.exp_avg, &optimizer.exp_avg_sq].map(|moment| moment.as_ptr() as u64);
+    let end = u64::MAX - 63;
+    for ([m, v], error) in [
+        ([0, v], Error::NullPointer { name: name() }),
+        ([m, 0], Error::NullPointer { name: name() }),
+        ([m + 2, v], Error::MisalignedPointer { name: name(), address: m + 2, size: 4 }),
+        ([m, v + 1], Error::MisalignedPointer { name: name(), address: v + 1, size: 4 }),
+        ([m, end], Error::AddressOverflow { name: name(), address: end, length: 32 }),
+    ] {
+        refuse(&raw(m), &raw(v), error);
     }
-    assert!(bytes(&cpu.adam_gsnr(&good, &[moments; 2]).unwrap()) == expected);
+    for few in [&[][..], &[moments], &[moments; 3]] {
+        let count = Error::TensorCount { planned: 2, given: few.len() };
+        assert_eq!(of_moments(probe, &good, few).unwrap_err(), count);
+    }
+
+    let exact = AdamMoments { exp_avg: &raw(m), exp_avg_sq: &raw(v) };
+    for good_moments in [exact, moments] {
+        assert!(bytes(&of_moments(probe, &good, &[good_moments; 2]).unwrap()) == expected);
+    }
+    assert!(bytes(&probe.gsnr_report().unwrap()) == tracked);
+    tracked
 }
 
 #[test]
 fn no_moments_at_all_give_a_report_without_records() {
     let plan = || Plan::new([("weight", DType::F32, 32)]).unwrap();
     let step = AdamStep { step: 2, beta1: 0.9, beta2: 0.999 };
-    let cpu = Probe::new(Cpu, plan(), Config::default()).unwrap();
-    let early = cpu.adam_gsnr(&AdamStep { step: 1, ..step }, &[AdamMoments::default()]);
-    assert_eq!(early.unwrap_err(), Error::TooFewSteps { steps: 1 });
-    let report = cpu.adam_gsnr(&step, &[AdamMoments::default()]).unwrap();
-    assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
-    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-    // SAFETY: there is nothing to read.
-    let report = unsafe { probe.inner().adam_gsnr_raw(&step, &[RawMoments::default()]) }.unwrap();
-    assert_eq!(report.tensors().len(), 0);
-    let empty = Probe::new(Cpu, Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
-    assert_eq!(empty.adam_gsnr(&step, &[]).unwrap().tensors().len(), 0);
+    let (empty, no_tensors) = (Vec::<f32>::new(), Plan::new::<&str>([]).unwrap());
+    for device in [0, 1] {
+        let make = |plan: Plan| match device {
+            0 => on_cpu(plan),
+            _ => Probe::new(Simt::default(), plan, Config::new().moments()).unwrap(),
+        };
+        let mut probe = make(plan());
+        for none in [NONE, AdamMoments { exp_avg: &empty, exp_avg_sq: &empty }] {
+            let early = of_moments(&mut probe, &AdamStep { step: 1, ..step }, &[none]);
+            assert_eq!(early.unwrap_err(), Error::TooFewSteps { steps: 1 });
+            let report = of_moments(&mut probe, &step, &[none]).unwrap();
+            assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
+        }
+        assert_eq!(of_moments(&mut make(no_tensors.clone()), &step, &[]).unwrap().tensors().len(), 0);
+    }
 }

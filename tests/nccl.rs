@@ -261,12 +261,23 @@ fn ranks_that_differ_are_errors_on_all() {
 #[test]
 fn a_communicator_of_another_stream_is_refused() {
     let Some((_, id)) = devices() else { return };
+    let one = || Plan::new([("w", DType::F32, 1)]).unwrap();
     let [own, other] = [(); 2].map(|()| cuda::stream(0).unwrap());
     let refused = NcclCommunicator::new(&own, 1, 1, id).unwrap_err();
     assert_eq!(refused.to_string(), "the ranks cannot communicate: there is no rank 1 of 1");
     let communicator = NcclCommunicator::new(&other, 0, 1, id).unwrap();
     let config = Config::default().ranks(Ranks::new(communicator, [Placement::Sharded]));
-    for device in [&own as &dyn Fn() -> _] {}
+    for refused in [probe(&own, one(), config.clone()), Probe::new(Cpu, one(), config)] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::Communication { .. }), "{error}");
+    }
+    let mut alone = probe(&own, one(), Config::default()).unwrap();
+    assert_eq!(alone.ranks().map(drop), Err(Error::NotDeclared { declare: "Config::ranks" }));
+    // And the other way round: threads exchange memory of the host.
+    let threads = ThreadCommunicator::group(1).remove(0);
+    let config = Config::default().ranks(Ranks::new(threads, [Placement::Sharded]));
+    let error = probe(&own, one(), config).unwrap_err();
+    assert!(matches!(error, Error::Communication { .. }), "{error}");
 }
 
 /// Where there is none, an error and no panic.

@@ -132,7 +132,7 @@ impl Run {
 
     /// Where its ranks end in the table; `None` where it needs none.
     pub(crate) fn end(&self) -> Option<usize> {
-        (self.count != Self::ALL).then_some((self.first + self.count) as usize)
+        (self.count != Self::ALL).then(|| (self.first + self.count) as usize)
     }
 }
 

@@ -9,30 +9,30 @@ fn histograms_and_dot_products_have_the_bits_of_the_cpu() {
     let (mut first, mut second) = (Tensors::of(1), Tensors::of(2));
     first.f16[7] = f16::NEG_INFINITY;
     second.bf16[LENGTHS[2] - 1] = bf16::NAN;
-    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
-    cpu.enable_histogram();
-    cpu.enable_dot();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
+    let config = Config::default().histogram().dot();
+    let mut cpu = cpu(config.clone());
     let [a, b] = [&first, &second].map(|tensors| OnDevice::new(&stream, tensors));
-    assert_eq!(probe.histogram(&a.slices()).map(drop), Err(Error::NotEnabled { what: "histogram" }));
-    assert_eq!(probe.dot(&a.slices(), &b.slices()).map(drop), Err(Error::NotEnabled { what: "dot" }));
-    probe.enable_histogram().unwrap();
-    probe.enable_dot().unwrap();
+    let mut without = probe(&stream, Config::default());
+    assert_eq!(without.histogram().map(drop), Err(Error::NotDeclared { declare: "Config::histogram" }));
+    assert_eq!(without.dot().map(drop), Err(Error::NotDeclared { declare: "Config::dot" }));
+    let mut probe = probe(&stream, config);
     // Twice each: nothing stays behind.
     for (tensors, place) in [(&first, &a), (&second, &b), (&first, &a)] {
-        let expected = cpu.histogram(&tensors.hosts()).unwrap();
-        assert!(probe.histogram(&place.slices()).unwrap().histograms() == expected.histograms());
-        let expected = cpu.dot(&tensors.hosts(), &second.hosts()).unwrap();
-        let seen = probe.dot(&place.slices(), &b.slices()).unwrap();
+        let expected = cpu.histogram_host(&tensors.hosts()).unwrap();
+        let seen = probe.histogram().unwrap().measure(&place.slices()).unwrap();
+        assert!(seen.histograms() == expected.histograms());
+        let expected = cpu.dot_host(&tensors.hosts(), &second.hosts()).unwrap();
+        let seen = probe.dot().unwrap().measure(&place.slices(), &b.slices()).unwrap();
         assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
     }
     // A second list of other types, as weights are beside gradients: the f32 tensor's elements begin all three.
     let parts = LENGTHS.map(|length| &second.f32[..length]);
-    let expected = cpu.dot(&first.hosts(), &parts.map(HostTensor::F32)).unwrap();
+    let expected = cpu.dot_host(&first.hosts(), &parts.map(HostTensor::F32)).unwrap();
     let views = LENGTHS.map(|length| b.f32.slice(..length));
-    let seen = probe.dot(&a.slices(), &[&views[0], &views[1], &views[2]]).unwrap();
+    let mut dot = probe.dot().unwrap();
+    let seen = dot.measure(&a.slices(), &[&views[0], &views[1], &views[2]]).unwrap();
     assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
-    let short = probe.dot(&a.slices(), &[&views[0], &views[1], &views[1]]).map(drop);
+    let short = dot.measure(&a.slices(), &[&views[0], &views[1], &views[1]]).map(drop);
     assert!(matches!(short, Err(Error::TensorMismatch { name, .. }) if name == "BF16"));
 }
 
@@ -41,33 +41,40 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let (mut gradients, weights) = (Tensors::of(1), Tensors::of(2));
-    let rule = AdaptiveClip::new([100_003, 400, 65_537]).clipping(0.1);
-    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
-    let [mut a, b] = [&gradients, &weights].map(|tensors| OnDevice::new(&stream, tensors));
-    assert_eq!(probe.adaptive_clip().map(drop), Err(Error::NotEnabled { what: "adaptive_clip" }));
-    cpu.enable_adaptive_clip(&rule).unwrap();
-    probe.enable_adaptive_clip(&rule).unwrap();
+    let config = Config::default().adaptive_clip(AdaptiveClip::new([100_003, 400, 65_537]).clipping(0.1));
+    let mut without = probe(&stream, Config::default());
+    assert_eq!(without.adaptive_clip().map(drop), Err(Error::NotDeclared { declare: "Config::adaptive_clip" }));
+    let mut cpu = cpu(config.clone());
+    let mut probe = probe(&stream, config);
+    let [mut a, b, weights_elsewhere] =
+        [&gradients, &weights, &weights].map(|tensors| OnDevice::new(&stream, tensors));
     probe.measure(&a.slices()).unwrap();
-    assert_eq!(probe.adaptive_clip().map(drop), Err(Error::NotMeasured));
-    cpu.measure(&gradients.hosts()).unwrap();
-    probe.clip_adaptively(&mut [&mut a.f32, &mut a.f16, &mut a.bf16], &b.slices()).unwrap();
-    let expected = cpu.clip_adaptively(&mut gradients.hosts_mut(), &weights.hosts()).unwrap();
+    assert_eq!(probe.adaptive_clip().unwrap().report().map(drop), Err(Error::NotMeasured));
+    cpu.measure_host(&gradients.hosts()).unwrap();
+    probe.adaptive_clip().unwrap().clip(&mut a.slices_mut(), &b.slices()).unwrap();
+    let expected = cpu.clip_adaptively_host(&mut gradients.hosts_mut(), &weights.hosts()).unwrap();
     assert!(expected.records().iter().any(|record| record.clipped > 0));
-    assert_eq!(probe.adaptive_clip().unwrap().records(), expected.records());
+    assert_eq!(probe.adaptive_clip().unwrap().report().unwrap().records(), expected.records());
     assert_eq!(a.get(), gradients);
 
     // In a graph, with the measurement whose flag it obeys.
     let (a_raw, b_raw) = (a.raw(), b.raw());
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&a_raw), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().measure_raw(&a_raw) }.unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().clip_adaptively_raw(&a_raw, &b_raw) }.unwrap();
-    // SAFETY: as above.
-    let moved = unsafe { probe.raw().clip_adaptively_raw(&a_raw, &[b_raw[0], b_raw[1], a_raw[0]]) };
+    probe.measure(&refs(&a_raw)).unwrap();
+    let clip = |probe: &mut Probe, weights: &[RawTensor; 3]| {
+        let mut tensors = a_raw;
+        let mut tensors = tensors.each_mut().map(|tensor| tensor as &mut dyn TensorMut);
+        probe.adaptive_clip().unwrap().clip(&mut tensors, &refs(weights))
+    };
+    clip(&mut probe, &b_raw).unwrap();
+    let mismatched = clip(&mut probe, &[b_raw[0], b_raw[1], a_raw[0]]);
+    let elsewhere = weights_elsewhere.raw();
+    let moved = clip(&mut probe, &elsewhere);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
-    assert!(matches!(moved, Err(Error::TensorMismatch { .. })));
+    assert!(matches!(mismatched, Err(Error::TensorMismatch { .. })));
+    assert_eq!(moved, Err(Error::AddressesChangedInCapture));
     for replay in 0..2 {
         let mut fresh = Tensors::of(3);
         if replay == 1 {
@@ -76,9 +83,9 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
         a.set(&fresh);
         graph.launch().unwrap();
         let before = fresh.clone();
-        cpu.measure(&fresh.hosts()).unwrap();
-        let expected = cpu.clip_adaptively(&mut fresh.hosts_mut(), &weights.hosts()).unwrap();
-        assert_eq!(probe.adaptive_clip().unwrap().records(), expected.records());
+        cpu.measure_host(&fresh.hosts()).unwrap();
+        let expected = cpu.clip_adaptively_host(&mut fresh.hosts_mut(), &weights.hosts()).unwrap();
+        assert_eq!(probe.adaptive_clip().unwrap().report().unwrap().records(), expected.records());
         let seen = a.get();
         if replay == 0 {
             assert_eq!(seen, fresh);
@@ -93,20 +100,16 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
 fn samples_are_those_of_the_cpu_also_in_a_graph() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let config = SampleConfig::new(1000, 3);
-    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
-    cpu.enable_samples(&config).unwrap();
-    probe.enable_samples(&config).unwrap();
+    let config = Config::default().samples(SampleConfig::new(1000, 3));
+    let mut cpu = cpu(config.clone());
+    let mut probe = probe(&stream, config);
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let addresses = place.raw();
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&addresses), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().sample_raw(&addresses) }.unwrap();
+    probe.measure(&refs(&addresses)).unwrap();
+    probe.samples().unwrap().take(&refs(&addresses)).unwrap();
     let refused = probe.sample_report().map(drop);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(refused, Err(Error::WaitInCapture));
@@ -118,15 +121,15 @@ fn samples_are_those_of_the_cpu_also_in_a_graph() {
         }
         place.set(&tensors);
         graph.launch().unwrap();
-        cpu.measure(&tensors.hosts()).unwrap();
-        cpu.sample(&tensors.hosts()).unwrap();
+        cpu.measure_host(&tensors.hosts()).unwrap();
+        cpu.sample_host(&tensors.hosts()).unwrap();
         assert_eq!(probe.sample_report().unwrap(), cpu.sample_report().unwrap());
     }
-    // And by the safe calls.
+    // And by slices.
     probe.measure(&place.slices()).unwrap();
-    probe.sample(&place.slices()).unwrap();
-    cpu.measure(&Tensors::of(4).hosts()).unwrap();
-    cpu.sample(&Tensors::of(4).hosts()).unwrap();
+    probe.samples().unwrap().take(&place.slices()).unwrap();
+    cpu.measure_host(&Tensors::of(4).hosts()).unwrap();
+    cpu.sample_host(&Tensors::of(4).hosts()).unwrap();
     assert_eq!(probe.sample_report().unwrap(), cpu.sample_report().unwrap());
 }
 
@@ -148,28 +151,29 @@ fn weights_beside_gradients_have_the_bits_of_the_cpu_also_in_a_graph() {
     for with_weights in [true, false, true] {
         let expected = if with_weights {
             probe.measure_with_weights(&a.slices(), &b.slices()).unwrap();
-            cpu.measure_with_weights(&gradients.hosts(), &weights.hosts()).unwrap()
+            cpu.measure_host_with_weights(&gradients.hosts(), &weights.hosts()).unwrap()
         } else {
             probe.measure(&a.slices()).unwrap();
-            cpu.measure(&gradients.hosts()).unwrap()
+            cpu.measure_host(&gradients.hosts()).unwrap()
         };
         assert_eq!(expected.weights().is_some(), with_weights);
         assert_same(&probe.wait().unwrap(), &expected);
     }
 
     let (a_raw, b_raw) = (a.raw(), b.raw());
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&a_raw), &refs(&b_raw)) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().measure_with_weights_raw(&a_raw, &b_raw) }.unwrap();
-    // SAFETY: as above.
-    let moved = unsafe { probe.raw().measure_with_weights_raw(&a_raw, &a_raw) };
+    probe.measure_with_weights(&refs(&a_raw), &refs(&b_raw)).unwrap();
+    let moved = probe.measure_with_weights(&refs(&a_raw), &refs(&a_raw));
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(moved, Err(Error::AddressesChangedInCapture));
     assert_eq!(nodes(&graph), TWO_KERNELS[..1]);
     // The weights move before the replay.
-    probe.bind_with_weights(&a.slices(), &a.slices()).unwrap();
+    // SAFETY: as above.
+    unsafe { probe.bind(&a.slices(), &a.slices()) }.unwrap();
     graph.launch().unwrap();
-    let expected = cpu.measure_with_weights(&gradients.hosts(), &gradients.hosts()).unwrap();
+    let expected = cpu.measure_host_with_weights(&gradients.hosts(), &gradients.hosts()).unwrap();
     assert_same(&probe.wait().unwrap(), &expected);
 }
 
@@ -177,42 +181,38 @@ fn weights_beside_gradients_have_the_bits_of_the_cpu_also_in_a_graph() {
 fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap();
+    let config = Config::default().histogram().dot();
+    let mut probe = probe(&stream, config.clone());
     let [mut a, b] = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
     let (a_raw, b_raw) = (a.raw(), b.raw());
-    probe.enable_histogram().unwrap();
-    probe.enable_dot().unwrap();
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().launch_dot_raw(&a_raw, &b_raw) }.unwrap();
+    let (a_refs, b_refs) = (refs(&a_raw), refs(&b_raw));
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&a_refs, &[]) }.unwrap();
+    // Where the second list is, the device is told by a launch.
+    probe.dot().unwrap().launch(&a_refs, &b_refs).unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().launch_histogram_raw(&a_raw) }.unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().launch_dot_raw(&a_raw, &b_raw) }.unwrap();
-    // SAFETY: as above.
-    let moved = unsafe { probe.raw().launch_dot_raw(&a_raw, &a_raw) };
-    // SAFETY: as above.
-    let waited = unsafe { probe.raw().histogram_raw(&a_raw) }.map(drop);
+    probe.histogram().unwrap().launch(&a_refs).unwrap();
+    probe.dot().unwrap().launch(&a_refs, &b_refs).unwrap();
+    let moved = probe.dot().unwrap().launch(&a_refs, &a_refs);
+    let waited = probe.histogram().unwrap().measure(&a_refs).map(drop);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!((moved, waited), (Err(Error::AddressesChangedInCapture), Err(Error::WaitInCapture)));
     let [kernel, memset] = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL, CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET];
     assert_eq!(nodes(&graph), [memset, kernel, kernel], "no copies, no allocations");
 
-    let mut cpu = Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap();
-    cpu.enable_histogram();
-    cpu.enable_dot();
+    let mut cpu = cpu(config);
     for seed in 5..8 {
         let tensors = Tensors::of(seed);
         a.set(&tensors);
         graph.launch().unwrap();
         stream.synchronize().unwrap();
         let (mut histograms, mut dots) = (vec![Histogram::default(); 3], vec![Dot::default(); 3]);
-        let addresses = (probe.raw().histograms_address().unwrap(), probe.raw().dots_address().unwrap());
+        let addresses = (probe.addresses().histograms.unwrap(), probe.addresses().dots.unwrap());
         // SAFETY: the probe has that many there, and the stream was waited for.
         unsafe { result::memcpy_dtoh_sync(&mut histograms, addresses.0) }.unwrap();
         // SAFETY: as above.
         unsafe { result::memcpy_dtoh_sync(&mut dots, addresses.1) }.unwrap();
-        assert!(histograms == cpu.histogram(&tensors.hosts()).unwrap().histograms());
-        assert_eq!(dots, cpu.dot(&tensors.hosts(), &Tensors::of(1).hosts()).unwrap().records());
+        assert!(histograms == cpu.histogram_host(&tensors.hosts()).unwrap().histograms());
+        assert_eq!(dots, cpu.dot_host(&tensors.hosts(), &Tensors::of(1).hosts()).unwrap().records());
     }
 }

@@ -7,20 +7,17 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let mut probe = probe(&stream, clipping());
     let mut places = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
     // Before the capture: to take an address makes cudarc wait for events, which a capture does not allow.
     let addresses = [0, 1].map(|place: usize| places[place].raw());
 
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().bind_raw(&addresses[0]) }.unwrap();
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&addresses[0]), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: as above.
-    let moved = unsafe { probe.raw().measure_raw(&addresses[1]) };
-    // SAFETY: as above.
-    unsafe { probe.raw().measure_raw(&addresses[0]) }.unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().clip_raw(&addresses[0]) }.unwrap();
+    let moved = probe.measure(&refs(&addresses[1]));
+    probe.measure(&refs(&addresses[0])).unwrap();
+    clip_at(&mut probe, &addresses[0]).unwrap();
     let polled = probe.poll();
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(moved, Err(Error::AddressesChangedInCapture));
@@ -32,7 +29,7 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
         let tensors = Tensors::of(10 + step as u64);
         places[place].set(&tensors);
         // SAFETY: as above.
-        unsafe { probe.raw().bind_raw(&addresses[place]) }.unwrap();
+        unsafe { probe.bind(&refs(&addresses[place]), &[]) }.unwrap();
         graph.launch().unwrap();
         let (report, clipped) = reference.step(tensors);
         assert_same_bits(&probe.wait().unwrap(), &report);
@@ -40,24 +37,77 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
     }
 }
 
+/// Nobody has said that what the graph would keep stays.
+#[test]
+fn nothing_is_captured_that_was_not_bound() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let config = clipping().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2);
+    let config = config.tracking(GsnrConfig::new()).adaptive_clip(AdaptiveClip::new(LENGTHS.map(|length| length as u64)));
+    let mut probe = probe(&stream, config);
+    let [place, weights] = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
+    let (addresses, weights) = (place.raw(), weights.raw());
+    let adaptive = |probe: &mut Probe| {
+        let mut tensors = addresses;
+        let mut tensors = tensors.each_mut().map(|tensor| tensor as &mut dyn TensorMut);
+        probe.adaptive_clip().unwrap().clip(&mut tensors, &refs(&weights))
+    };
+    type Call<'a> = (&'a str, &'a dyn Fn(&mut Probe) -> Result<(), Error>);
+    let calls: [Call; 9] = [
+        ("measure", &|probe| probe.measure(&refs(&addresses))),
+        ("clip", &|probe| clip_at(probe, &addresses)),
+        ("step", &|probe| {
+            let mut tensors = addresses;
+            probe.step(&mut tensors.each_mut().map(|tensor| tensor as &mut dyn TensorMut))
+        }),
+        ("histogram", &|probe| probe.histogram()?.launch(&refs(&addresses))),
+        ("dot", &|probe| probe.dot()?.launch(&refs(&addresses), &refs(&weights))),
+        ("samples", &|probe| probe.samples()?.take(&refs(&addresses))),
+        ("micro-batch", &|probe| probe.micro_batches()?.measure(&refs(&addresses))),
+        ("gsnr", &|probe| probe.gsnr()?.launch()),
+        ("adaptive clip", &adaptive),
+    ];
+    // Where the tensors are, the device knows.
+    for (what, call) in calls {
+        assert_eq!(call(&mut probe), Ok(()), "{what}");
+    }
+    let before = probe.wait().unwrap().step();
+    for (what, call) in calls {
+        stream.begin_capture(THIS_THREAD).unwrap();
+        let refused = call(&mut probe);
+        // The capture has survived it, with no kernel in it.
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+        assert_eq!(refused, Err(Error::NotBound), "{what}");
+        let kernel = CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL;
+        assert!(graph.is_none_or(|graph| !nodes(&graph).contains(&kernel)), "{what}");
+    }
+    assert_eq!(probe.wait().unwrap().step(), before);
+    // SAFETY: memory and probe live as long as the graphs, and are used on this stream only.
+    unsafe { probe.bind(&refs(&addresses), &[]) }.unwrap();
+    for (what, call) in calls {
+        stream.begin_capture(THIS_THREAD).unwrap();
+        let captured = call(&mut probe);
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+        assert_eq!(captured, Ok(()), "{what}");
+        assert!(!nodes(&graph).is_empty(), "{what}");
+    }
+}
+
 #[test]
 fn a_graph_tracks_what_it_finds_at_each_replay() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let (mut reference, config) = (Reference::new(clipping()), GsnrConfig::new().tensors(["F*", "BF16"]).window(5));
-    reference.0.track(&config).unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
-    probe.track(&config).unwrap();
+    let config = clipping().tracking(GsnrConfig::new().tensors(["F*", "BF16"]).window(5));
+    let mut reference = Reference::new(config.clone());
+    let mut probe = probe(&stream, config);
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let addresses = place.raw();
 
-    // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-    unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&addresses), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
-    // SAFETY: as above.
-    unsafe { probe.raw().clip_raw(&addresses) }.unwrap();
+    probe.measure(&refs(&addresses)).unwrap();
+    clip_at(&mut probe, &addresses).unwrap();
     let waited = probe.gsnr_report();
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(waited.err(), Some(Error::WaitInCapture));
@@ -70,13 +120,13 @@ fn a_graph_tracks_what_it_finds_at_each_replay() {
             tensors.bf16[60_000] = bf16::INFINITY;
         }
         if step == 9 {
-            probe.reset_tracking().unwrap();
-            reference.0.reset_tracking().unwrap();
+            probe.gsnr().unwrap().reset().unwrap();
+            reference.0.gsnr().unwrap().reset().unwrap();
         }
         place.set(&tensors);
         graph.launch().unwrap();
         let (report, clipped) = reference.step(tensors);
-        demand_none(&gsnr::same_report(&probe.gsnr_report(), &reference.0.gsnr()));
+        demand_none(&gsnr::same_report(&probe.gsnr_report(), &reference.0.gsnr_report()));
         assert_same_bits(&probe.wait().unwrap(), &report);
         assert!(place.get() == clipped, "step {step}");
     }
@@ -87,21 +137,17 @@ fn a_graph_tracks_what_it_finds_at_each_replay() {
 fn a_reduction_leaves_nothing_for_the_next() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let (mut cpu, mut probe) = (
-        Probe::new(Cpu, Tensors::plan(), Config::default()).unwrap(),
-        Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), Config::default()).unwrap(),
-    );
-    cpu.track(&GsnrConfig::new()).unwrap();
-    probe.track(&GsnrConfig::new()).unwrap();
+    let config = Config::default().tracking(GsnrConfig::new());
+    let (mut cpu, mut probe) = (cpu(config.clone()), probe(&stream, config));
     for seed in 0..4 {
         let tensors = Tensors::of(seed);
-        cpu.measure(&tensors.hosts()).unwrap();
+        cpu.measure_host(&tensors.hosts()).unwrap();
         probe.measure(&OnDevice::new(&stream, &tensors).slices()).unwrap();
     }
-    let expected = cpu.gsnr();
+    let expected = cpu.gsnr_report();
     for _ in 0..if short() { 3 } else { 300 } {
         // One that nobody reads.
-        probe.raw().launch_gsnr().unwrap();
+        probe.gsnr().unwrap().launch().unwrap();
         demand_none(&gsnr::same_report(&probe.gsnr_report(), &expected));
     }
 }
@@ -117,25 +163,18 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
         Clip::Value { max_abs: 0.3 },
         Clip::TensorNorm { max_norm: 30.0 },
         Clip::Quantile { quantile: 0.8 },
-        Clip::Percentile { percentile: 40.0, history: 4 },
-        Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3 },
-        Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2 },
+        Clip::Percentile { percentile: 40.0, history: 4, max_norm: None },
+        Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3, max_norm: None },
+        Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: None },
     ] {
-        let config = Config::default().clip(clip);
-        let mut reference = Reference::new(config);
-        reference.0.keep_history(3).unwrap();
-        let health = Health::new(&Tensors::plan(), Rules::default()).unwrap();
-        reference.0.judge_by(&health).unwrap();
-        let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), config).unwrap();
-        probe.keep_history(3).unwrap();
-        probe.judge_by(&health).unwrap();
-        // SAFETY: the memory lives as long as the graph, and is used on this stream only.
-        unsafe { probe.raw().bind_raw(&addresses) }.unwrap();
+        let config = Config::default().clip(clip.clone()).history(3).rules(Rules::default());
+        let mut reference = Reference::new(config.clone());
+        let mut probe = probe(&stream, config);
+        // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+        unsafe { probe.bind(&refs(&addresses), &[]) }.unwrap();
         stream.begin_capture(THIS_THREAD).unwrap();
-        // SAFETY: as above.
-        unsafe { probe.raw().measure_raw(&addresses) }.unwrap();
-        // SAFETY: as above.
-        unsafe { probe.raw().clip_raw(&addresses) }.unwrap();
+        probe.measure(&refs(&addresses)).unwrap();
+        clip_at(&mut probe, &addresses).unwrap();
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         // Only a quantile takes a launch of its own, and a memset before it.
         let histogram = [CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET, CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL];
@@ -147,13 +186,15 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
                 tensors.bf16[5] = bf16::INFINITY;
             }
             place.set(&tensors);
-            probe.tag(seed).unwrap();
-            reference.0.tag(seed).unwrap();
+            probe.history().unwrap().tag(seed).unwrap();
+            reference.0.history().unwrap().tag(seed).unwrap();
             graph.launch().unwrap();
             let (report, clipped) = reference.step(tensors);
             let seen = probe.wait().unwrap();
             assert_same_bits(&seen, &report);
             assert!(seen.health_words().is_some_and(|words| Some(words) == report.health_words()));
+            let found = |report: &Report| report.diagnosis().map(|diagnosis| diagnosis.findings().to_vec());
+            assert_eq!(found(&seen), found(&report));
             assert!(place.get() == clipped, "{clip:?}: clipped");
         }
         let bytes = |report: &HistoryReport| -> Vec<u8> {
@@ -175,14 +216,16 @@ fn the_safe_calls_can_be_captured_without_event_tracking() {
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let mut probe = probe(&stream, clipping());
     let mut place = OnDevice::new(&stream, &Tensors::of(0));
     let elsewhere = OnDevice::new(&stream, &Tensors::of(0));
-    probe.bind(&place.slices()).unwrap();
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&place.slices(), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
-    let moved = probe.bind(&elsewhere.slices());
+    // SAFETY: as above.
+    let moved = unsafe { probe.bind(&elsewhere.slices(), &[]) };
     probe.measure(&place.slices()).unwrap();
-    probe.clip(&mut [&mut place.f32, &mut place.f16, &mut place.bf16]).unwrap();
+    probe.clip(&mut place.slices_mut()).unwrap();
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert_eq!(moved, Err(Error::AddressesChangedInCapture));
     assert_eq!(nodes(&graph), TWO_KERNELS, "no copies, no allocations");

@@ -15,21 +15,22 @@ mod require;
 mod streams;
 mod tensors;
 
-use common::{Effort, demand_none, gsnr, run_all, short};
+use common::{Effort, demand_none, gsnr, host::OnHost, run_all, short};
 use gradprobe::{
-    AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Probe, Probe, DType, Dot, Element, Error,
-    GsnrConfig, GsnrReport, Histogram, HistoryReport, HistoryStep, HistoryTensor, HostTensor, HostTensorMut, LossScale,
-    Plan, Record, Report, SampleConfig, StepOutputs,
-    cuda::{DeviceMoments, DeviceTensor},
+    Absent, AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Cpu, DType, Dot, Element, Error, GsnrConfig, GsnrReport,
+    Histogram, HistoryReport, HostTensor, HostTensorMut, LossScale, Plan, Probe, RawTensor, Record, Report, Rules,
+    SampleConfig, StepOutputs, Tensor, TensorMut,
+    cuda::{self, Cuda},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
         sys::{
             self, CUcontext, CUdevice, CUgraphInstantiate_flags, CUgraphNodeType, CUresult,
-            CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD,
+            CUstreamCaptureMode::{
+                CU_STREAM_CAPTURE_MODE_GLOBAL as ALL_THREADS, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD,
+            },
         },
     },
-    health::{Health, Rules},
-    launch::{RawMoments, RawTensor},
+    history::{HistoryStep, HistoryTensor},
 };
 use half::{bf16, f16};
 use require::{pointless, skipped};
@@ -47,8 +48,7 @@ use std::{
 /// The first device, if there is one. A context object of the caller's own: cudarc keeps errors and its event tracking
 /// in it.
 fn device() -> Option<Arc<CudaContext>> {
-    let plan = Plan::new::<&str>([]).unwrap();
-    match Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default()) {
+    match cuda::stream(0) {
         Ok(_) => Some(CudaContext::new(0).unwrap()),
         Err(error @ (Error::DriverNotFound { .. } | Error::DeviceNotFound { .. })) => {
             skipped(require::GPU, &error.to_string());
@@ -138,17 +138,44 @@ impl OnDevice {
         tensors
     }
 
-    fn slices(&self) -> [&dyn DeviceTensor; 3] {
+    fn slices(&self) -> [&dyn Tensor; 3] {
         [&self.f32, &self.f16, &self.bf16]
     }
 
+    fn slices_mut(&mut self) -> [&mut dyn TensorMut; 3] {
+        [&mut self.f32, &mut self.f16, &mut self.bf16]
+    }
+
+    /// Their addresses, for tests that keep the memory as long as probes and graphs, and use it on its stream only.
     fn raw(&self) -> [RawTensor; 3] {
         [raw(&self.stream, &self.f32), raw(&self.stream, &self.f16), raw(&self.stream, &self.bf16)]
     }
 }
 
 fn raw<T: Element>(stream: &CudaStream, slice: &CudaSlice<T>) -> RawTensor {
-    RawTensor { address: slice.device_ptr(stream).0, len: slice.len() as u64, dtype: T::DTYPE }
+    // SAFETY: the slice has these elements, and the tests keep it and its order.
+    unsafe { RawTensor::new(slice.device_ptr(stream).0, slice.len() as u64, T::DTYPE) }
+}
+
+/// Bare addresses as probes take them.
+fn refs<const N: usize>(tensors: &[RawTensor; N]) -> [&dyn Tensor; N] {
+    tensors.each_ref().map(|tensor| tensor as &dyn Tensor)
+}
+
+/// Clips what lies at bare addresses.
+fn clip_at<const N: usize>(probe: &mut Probe, tensors: &[RawTensor; N]) -> Result<(), Error> {
+    let mut tensors = *tensors;
+    probe.clip(&mut tensors.each_mut().map(|tensor| tensor as &mut dyn TensorMut))
+}
+
+/// A probe of [`Tensors`].
+fn probe(stream: &Arc<CudaStream>, config: Config) -> Probe {
+    Probe::new(Cuda::new(stream).unwrap(), Tensors::plan(), config).unwrap()
+}
+
+/// The same on the CPU.
+fn cpu(config: Config) -> Probe {
+    Probe::new(Cpu, Tensors::plan(), config).unwrap()
 }
 
 /// The CPU's word on what a step should leave.
@@ -156,13 +183,13 @@ struct Reference(Probe);
 
 impl Reference {
     fn new(config: Config) -> Self {
-        Self(Probe::new(Cpu, Tensors::plan(), config).unwrap())
+        Self(cpu(config))
     }
 
     /// The report of the next step on these tensors, and the tensors after the clip.
     fn step(&mut self, mut tensors: Tensors) -> (Report, Tensors) {
-        let report = self.0.measure(&tensors.hosts()).unwrap();
-        self.0.clip(&mut tensors.hosts_mut()).unwrap();
+        let report = self.0.measure_host(&tensors.hosts()).unwrap();
+        self.0.clip_host(&mut tensors.hosts_mut()).unwrap();
         (report, tensors)
     }
 }

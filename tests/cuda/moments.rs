@@ -2,7 +2,6 @@
 
 use super::*;
 
-/// Beyond what 32 bits can count, in elements and in bytes.
 /// Of one tensor, as Adam might have them, after enough steps that nothing is 0.
 fn moments(seed: u64, len: usize) -> [Vec<f32>; 2] {
     let gradients = Tensors::of(seed).f32;
@@ -19,8 +18,7 @@ fn records(report: &GsnrReport) -> Vec<(&str, &[u8])> {
 fn signal_and_noise_from_the_moments_of_adam_have_the_bits_of_the_cpu() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
-    let cpu = Probe::new(Cpu, Tensors::plan(), clipping()).unwrap();
+    let (mut cpu, mut probe) = (cpu(clipping().moments()), probe(&stream, clipping().moments()));
     let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
     // Twice, with others each time: nothing is left of the first. The second tensor has none.
     for seed in 1..3 {
@@ -33,15 +31,18 @@ fn signal_and_noise_from_the_moments_of_adam_have_the_bits_of_the_cpu() {
             [on_device[0][0].slice(..LENGTHS[0]), on_device[0][1].slice(1..)],
             [on_device[1][0].slice(1..), on_device[1][1].slice(..LENGTHS[2])],
         ];
-        let of = |t: usize| DeviceMoments { exp_avg: &views[t][0], exp_avg_sq: &views[t][1] };
-        let seen =
-            probe.adam_gsnr(&step, &[of(0), DeviceMoments { exp_avg: &none, exp_avg_sq: &none }, of(1)]).unwrap();
+        let of = |t: usize| AdamMoments { exp_avg: &views[t][0], exp_avg_sq: &views[t][1] };
+        let without: AdamMoments = match seed {
+            1 => AdamMoments { exp_avg: &none, exp_avg_sq: &none },
+            _ => AdamMoments { exp_avg: &Absent, exp_avg_sq: &Absent },
+        };
+        let seen = probe.gsnr().unwrap().of_moments(&step, &[of(0), without, of(1)]).unwrap();
         let expected = [
-            AdamMoments { exp_avg: &first[0][..LENGTHS[0]], exp_avg_sq: &first[1][1..] },
-            AdamMoments::default(),
-            AdamMoments { exp_avg: &third[0][1..], exp_avg_sq: &third[1][..LENGTHS[2]] },
+            AdamMoments { exp_avg: &&first[0][..LENGTHS[0]], exp_avg_sq: &&first[1][1..] },
+            AdamMoments { exp_avg: &Absent, exp_avg_sq: &Absent },
+            AdamMoments { exp_avg: &&third[0][1..], exp_avg_sq: &&third[1][..LENGTHS[2]] },
         ];
-        let expected = cpu.adam_gsnr(&step, &expected).unwrap();
+        let expected = cpu.gsnr().unwrap().of_moments(&step, &expected).unwrap();
         assert!(records(&seen) == records(&expected), "the GPU's\n{seen}\nshould be the CPU's\n{expected}");
         assert_eq!(records(&seen).len(), 2);
     }
@@ -52,41 +53,47 @@ fn moments_that_cannot_be_right_are_refused() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let plan = || Plan::new([("first", DType::BF16, 32), ("second", DType::F32, 32)]).unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), Config::default()).unwrap();
+    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), Config::default().moments()).unwrap();
+    let mut gsnr = probe.gsnr().unwrap();
     let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
     let host = moments(1, 32);
     let [m, v] = host.each_ref().map(|moment| stream.clone_htod(moment).unwrap());
     let halves = stream.clone_htod(&vec![f16::ONE; 32]).unwrap();
-    let good = DeviceMoments { exp_avg: &m, exp_avg_sq: &v };
+    let good = AdamMoments { exp_avg: &m, exp_avg_sq: &v };
     let short = m.slice(..31);
     for (second, given) in [
-        (DeviceMoments { exp_avg: &halves, ..good }, "exp_avg with 32 of F16 and exp_avg_sq with 32 of F32"),
-        (DeviceMoments { exp_avg_sq: &halves, ..good }, "exp_avg with 32 of F32 and exp_avg_sq with 32 of F16"),
-        (DeviceMoments { exp_avg_sq: &short, ..good }, "exp_avg with 32 of F32 and exp_avg_sq with 31 of F32"),
+        (AdamMoments { exp_avg: &halves, ..good }, "exp_avg with 32 of F16 and exp_avg_sq with 32 of F32"),
+        (AdamMoments { exp_avg_sq: &halves, ..good }, "exp_avg with 32 of F32 and exp_avg_sq with 32 of F16"),
+        (AdamMoments { exp_avg_sq: &short, ..good }, "exp_avg with 32 of F32 and exp_avg_sq with 31 of F32"),
     ] {
         let planned = "32 elements, moments of F32".to_owned();
         let error = Error::TensorMismatch { name: "second".to_owned(), planned, given: given.to_owned() };
-        assert_eq!(probe.adam_gsnr(&step, &[good, second]).unwrap_err(), error);
+        assert_eq!(gsnr.of_moments(&step, &[good, second]).unwrap_err(), error);
     }
     for count in [1, 3] {
         let error = Error::TensorCount { planned: 2, given: count };
-        assert_eq!(probe.adam_gsnr(&step, &vec![good; count]).unwrap_err(), error);
+        assert_eq!(gsnr.of_moments(&step, &vec![good; count]).unwrap_err(), error);
     }
     let early = AdamStep { step: 1, ..step };
-    assert_eq!(probe.adam_gsnr(&early, &[good; 2]).unwrap_err(), Error::TooFewSteps { steps: 1 });
-    let raw = RawMoments { exp_avg: m.device_ptr(&stream).0, exp_avg_sq: v.device_ptr(&stream).0, len: 32 };
-    let odd = RawMoments { exp_avg_sq: raw.exp_avg_sq + 2, ..raw };
+    assert_eq!(gsnr.of_moments(&early, &[good; 2]).unwrap_err(), Error::TooFewSteps { steps: 1 });
+    let [m_raw, v_raw] = [raw(&stream, &m), raw(&stream, &v)];
+    let at_bare = AdamMoments { exp_avg: &m_raw, exp_avg_sq: &v_raw };
     // SAFETY: refused before anything is read.
-    let refused = unsafe { probe.raw().adam_gsnr_raw(&step, &[raw, odd]) };
-    let error = Error::MisalignedPointer { name: "second".to_owned(), address: odd.exp_avg_sq, size: 4 };
+    let odd = unsafe { RawTensor::new(v_raw.address() + 2, 32, DType::F32) };
+    let refused = gsnr.of_moments(&step, &[at_bare, AdamMoments { exp_avg_sq: &odd, ..at_bare }]);
+    let error = Error::MisalignedPointer { name: "second".to_owned(), address: odd.address(), size: 4 };
     assert_eq!(refused.unwrap_err(), error);
+    // SAFETY: as above.
+    let nowhere = unsafe { RawTensor::new(0, 32, DType::F32) };
+    let refused = gsnr.of_moments(&step, &[at_bare, AdamMoments { exp_avg: &nowhere, ..at_bare }]);
+    assert_eq!(refused.unwrap_err(), Error::NullPointer { name: "second".to_owned() });
     stream.begin_capture(THIS_THREAD).unwrap();
-    // SAFETY: the moments live.
-    let captured = unsafe { probe.raw().adam_gsnr_raw(&step, &[raw; 2]) };
+    let captured = gsnr.of_moments(&step, &[at_bare; 2]);
     stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
     assert_eq!(captured.unwrap_err(), Error::WaitInCapture);
 
     let expected = AdamMoments { exp_avg: &host[0], exp_avg_sq: &host[1] };
-    let expected = Probe::new(Cpu, plan(), Config::default()).unwrap().adam_gsnr(&step, &[expected; 2]).unwrap();
-    assert!(records(&probe.adam_gsnr(&step, &[good; 2]).unwrap()) == records(&expected));
+    let mut cpu = Probe::new(Cpu, plan(), Config::default().moments()).unwrap();
+    let expected = cpu.gsnr().unwrap().of_moments(&step, &[expected; 2]).unwrap();
+    assert!(records(&gsnr.of_moments(&step, &[good; 2]).unwrap()) == records(&expected));
 }

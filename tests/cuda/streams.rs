@@ -3,13 +3,13 @@
 use super::*;
 
 /// Holds a stream until it is opened, or for so long that something must have waited for the stream.
-struct Gate {
+pub struct Gate {
     open: AtomicBool,
     gave_up: AtomicBool,
 }
 
 impl Gate {
-    fn shut(stream: &CudaStream) -> Arc<Self> {
+    pub fn shut(stream: &CudaStream) -> Arc<Self> {
         unsafe extern "C" fn hold(gate: *mut c_void) {
             // SAFETY: it was made from an Arc below, and the driver calls this once.
             let gate = unsafe { Arc::from_raw(gate.cast_const().cast::<Gate>()) };
@@ -30,9 +30,22 @@ impl Gate {
     }
 
     /// Lets the stream go on, and says whether nothing has waited for it so far.
-    fn open(&self) -> bool {
+    pub fn open(&self) -> bool {
         self.open.store(true, Ordering::Release);
         !self.gave_up.load(Ordering::Acquire)
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// The same in a while, for what has to wait for the stream until then.
+    pub fn open_later(self: &Arc<Self>) -> thread::JoinHandle<bool> {
+        let gate = Arc::clone(self);
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(200));
+            gate.open()
+        })
     }
 }
 
@@ -56,14 +69,15 @@ fn polling_every_step_gives_every_report_in_order_and_never_waits() {
     }
     let stream = context.new_stream().unwrap();
     let mut reference = Reference::new(clipping());
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let mut probe = probe(&stream, clipping());
     assert!(probe.poll().unwrap().is_none(), "nothing was measured");
     assert!(matches!(probe.wait(), Err(Error::NotMeasured)));
 
     let steps: Vec<_> = (1..=6).map(Tensors::of).collect();
     let sources: Vec<_> = steps.iter().map(|tensors| OnDevice::new(&stream, tensors)).collect();
     let mut place = OnDevice::new(&stream, &steps[0]);
-    probe.bind(&place.slices()).unwrap();
+    // SAFETY: there are no graphs.
+    unsafe { probe.bind(&place.slices(), &[]) }.unwrap();
     stream.synchronize().unwrap();
 
     // The host runs six steps ahead of the device. Four reports can be on their way.
@@ -71,7 +85,7 @@ fn polling_every_step_gives_every_report_in_order_and_never_waits() {
     for source in &sources {
         place.copy(source);
         probe.measure(&place.slices()).unwrap();
-        probe.clip(&mut [&mut place.f32, &mut place.f16, &mut place.bf16]).unwrap();
+        probe.clip(&mut place.slices_mut()).unwrap();
         assert!(probe.poll().unwrap().is_none(), "a report of a step that has not run");
     }
     assert!(gate.open(), "something waited for the device");
@@ -110,7 +124,7 @@ fn a_step_whose_gradients_have_moved_does_not_wait() {
         return pointless("the tools GRADPROBE_SHORT is for may wait for launches");
     }
     let stream = context.new_stream().unwrap();
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let mut probe = probe(&stream, clipping());
     let places: Vec<_> = (0..5).map(|seed| OnDevice::new(&stream, &Tensors::of(seed))).collect();
     probe.measure(&places[0].slices()).unwrap();
     stream.synchronize().unwrap();
@@ -135,10 +149,11 @@ fn other_streams_wait_for_the_probe_and_it_waits_for_them() {
     }
     let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
     let mut reference = Reference::new(clipping());
-    let mut probe = Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), clipping()).unwrap();
+    let mut probe = probe(&stream, clipping());
     let sources = [1, 2].map(|seed| OnDevice::new(&other, &Tensors::of(seed)));
     let mut place = OnDevice::new(&other, &Tensors::of(0));
-    probe.bind(&place.slices()).unwrap();
+    // SAFETY: there are no graphs.
+    unsafe { probe.bind(&place.slices(), &[]) }.unwrap();
     other.synchronize().unwrap();
 
     // A write that has yet to run, a measurement of what it writes, and a write that must not come before that.
@@ -152,7 +167,113 @@ fn other_streams_wait_for_the_probe_and_it_waits_for_them() {
     // A read of what a clip has yet to write.
     let (report, clipped) = reference.step(Tensors::of(2));
     probe.measure(&place.slices()).unwrap();
-    probe.clip(&mut [&mut place.f32, &mut place.f16, &mut place.bf16]).unwrap();
+    probe.clip(&mut place.slices_mut()).unwrap();
     assert!(place.get() == clipped, "read after the clip");
     assert_same_bits(&probe.wait().unwrap(), &report);
+}
+
+/// Kernels that are queued need their module, and the memory of the probe.
+#[test]
+fn a_probe_is_dropped_when_what_it_has_launched_has_run() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    for polled in [false, true] {
+        let mut probe = probe(&stream, clipping());
+        let mut place = OnDevice::new(&stream, &Tensors::of(1));
+        stream.synchronize().unwrap();
+        let gate = Gate::shut(&stream);
+        probe.step(&mut place.slices_mut()).unwrap();
+        if polled {
+            // A report is on its way.
+            probe.poll().unwrap();
+        }
+        let opened = gate.open_later();
+        drop(probe);
+        assert!(gate.is_open(), "dropped while its kernels were queued");
+        assert!(opened.join().unwrap(), "the gate was shut for too long");
+        assert!(place.get() == Reference::new(clipping()).step(Tensors::of(1)).1);
+    }
+}
+
+/// So is one with other ranks, whose communicator cudarc would abort, and with it what is queued on it.
+#[cfg(feature = "nccl")]
+#[test]
+fn a_probe_with_other_ranks_is_dropped_when_what_it_has_launched_has_run() {
+    use gradprobe::{Ranks, cuda::NcclCommunicator, ranks::Placement};
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let id = match NcclCommunicator::unique_id() {
+        Ok(id) => id,
+        Err(error) => return pointless(&error.to_string()),
+    };
+    let communicator = NcclCommunicator::new(&stream, 0, 1, id).unwrap();
+    let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
+    let mut probe = probe(&stream, clipping().ranks(Ranks::new(communicator, placements)));
+    let mut place = OnDevice::new(&stream, &Tensors::of(1));
+    stream.synchronize().unwrap();
+    let gate = Gate::shut(&stream);
+    probe.step(&mut place.slices_mut()).unwrap();
+    let opened = gate.open_later();
+    drop(probe);
+    assert!(gate.is_open(), "dropped while its kernels were queued");
+    assert!(opened.join().unwrap(), "the gate was shut for too long");
+    assert!(place.get() == Reference::new(clipping()).step(Tensors::of(1)).1);
+}
+
+/// The driver refuses to tell of events, and to free page-locked memory, while any thread captures in global mode, and ends
+/// that capture: which is some other part of the program's.
+#[test]
+fn captures_of_other_streams_survive_what_a_probe_asks() {
+    let Some(context) = device() else { return };
+    let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let mut reference = Reference::new(clipping());
+    let mut probe = probe(&stream, clipping());
+    let addresses = OnDevice::new(&stream, &Tensors::of(1));
+    let place = addresses.raw();
+    let words = other.alloc_zeros::<u32>(4).unwrap();
+    let address = words.device_ptr(&other).0;
+    probe.measure(&refs(&place)).unwrap();
+    let expected = reference.step(Tensors::of(1)).0;
+    stream.synchronize().unwrap();
+    other.synchronize().unwrap();
+    for this_thread in [true, false] {
+        other.begin_capture(ALL_THREADS).unwrap();
+        // SAFETY: the words are there as long as the graph.
+        unsafe { result::memset_d8_async(address, 0, 16, other.cu_stream()) }.unwrap();
+        let mut ask = || {
+            probe.measure(&refs(&place)).unwrap();
+            stream.synchronize().unwrap();
+            let polled = next_report(&mut probe);
+            let waited = probe.wait().unwrap();
+            assert_eq!(polled.step(), waited.step());
+            waited
+        };
+        let seen = if this_thread {
+            ask()
+        } else {
+            thread::scope(|scope| scope.spawn(|| {
+                context.bind_to_thread().unwrap();
+                ask()
+            }).join().unwrap())
+        };
+        assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
+        let graph = other.end_capture(CUgraphInstantiate_flags(0)).expect("it is whole").expect("it has a node");
+        assert_eq!(nodes(&graph), [CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET]);
+    }
+    // Nor does the end of a probe break one.
+    other.begin_capture(ALL_THREADS).unwrap();
+    probe.measure(&refs(&place)).unwrap();
+    probe.poll().unwrap();
+    drop(probe);
+    assert!(other.end_capture(CUgraphInstantiate_flags(0)).is_ok());
+
+    // The driver means it: a thread that has not said that it knows better is refused, and the capture is lost.
+    let event = context.new_event(None).unwrap();
+    event.record(&stream).unwrap();
+    stream.synchronize().unwrap();
+    other.begin_capture(ALL_THREADS).unwrap();
+    // SAFETY: the event is alive.
+    let asked = unsafe { sys::cuEventQuery(event.cu_event()) };
+    assert_eq!(asked, CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    assert!(other.end_capture(CUgraphInstantiate_flags(0)).is_err());
 }
