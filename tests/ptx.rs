@@ -391,12 +391,16 @@ fn whatever_is_made_wrong_in_it_is_noticed() {
         let text = mutation.of(&ptx);
         let module: &'static Module =
             Box::leak(Box::new(Module::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", mutation.name))));
-        match mutation.by.difference(module, checked, 1, expected_of(mutation)) {
+        // The fence of a span comes so soon behind that of its last chunk that in some orders, of these about one in four, the
+        // one does the other's work. Whatever else is wrong any order shows.
+        let orders = if mutation.name == "fence of spans gone" { 1..=SEEDS } else { 1..=1 };
+        let mut found = orders.map(|seed| mutation.by.difference(module, checked, seed, expected_of(mutation)));
+        match found.find_map(|difference| difference) {
             Some(how) => println!("mutant: {}: {how}", mutation.name),
             None => missed.push(mutation.name),
         }
-        // What the memory shows to whoever looks at results alone, by one seed or another. The fence of a span comes so soon
-        // behind that of its last chunk that something is published between the two by rare chance only.
+        // What the memory shows to whoever looks at results alone, by one seed or another; between the two fences something is
+        // published by rare chance only.
         let words = ["release", "fence"];
         let is_of_order = words.iter().any(|word| mutation.name.contains(word)) && !mutation.name.contains("spans");
         let differs = |seed| mutation.by.difference(module, unchecked, seed, expected_of(mutation)).is_some();

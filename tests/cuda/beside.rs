@@ -46,8 +46,7 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
     assert_eq!(without.adaptive_clip().map(drop), Err(Error::NotDeclared { declare: "Config::adaptive_clip" }));
     let mut cpu = cpu(config.clone());
     let mut probe = probe(&stream, config);
-    let [mut a, b, weights_elsewhere] =
-        [&gradients, &weights, &weights].map(|tensors| OnDevice::new(&stream, tensors));
+    let [mut a, b, elsewhere] = [&gradients, &weights, &weights].map(|tensors| OnDevice::new(&stream, tensors));
     probe.measure(&a.slices()).unwrap();
     assert_eq!(probe.adaptive_clip().unwrap().report().map(drop), Err(Error::NotMeasured));
     cpu.measure_host(&gradients.hosts()).unwrap();
@@ -58,7 +57,7 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
     assert_eq!(a.get(), gradients);
 
     // In a graph, with the measurement whose flag it obeys.
-    let (a_raw, b_raw) = (a.raw(), b.raw());
+    let (a_raw, b_raw, elsewhere) = (a.raw(), b.raw(), elsewhere.raw());
     // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
     unsafe { probe.bind(&refs(&a_raw), &[]) }.unwrap();
     stream.begin_capture(THIS_THREAD).unwrap();
@@ -70,7 +69,6 @@ fn adaptive_clips_have_the_bits_of_the_cpu_also_in_a_graph() {
     };
     clip(&mut probe, &b_raw).unwrap();
     let mismatched = clip(&mut probe, &[b_raw[0], b_raw[1], a_raw[0]]);
-    let elsewhere = weights_elsewhere.raw();
     let moved = clip(&mut probe, &elsewhere);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     assert!(matches!(mismatched, Err(Error::TensorMismatch { .. })));

@@ -64,3 +64,18 @@ fn nothing_is_uploaded_during_a_capture() {
     assert!(refused.iter().all(|result| *result == Err(Error::UploadInCapture)), "{refused:?}");
     assert!(graph.is_none_or(|graph| nodes(&graph).is_empty()));
 }
+
+/// Its memory would be the graph's, and its tables would be uploaded at every replay.
+#[test]
+fn no_probe_is_made_during_a_capture_of_its_stream() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    stream.begin_capture(THIS_THREAD).unwrap();
+    let config = Config::default().history(2).histogram().dot().samples(SampleConfig::new(1, 2)).micro_batches(2);
+    let refused = [Config::default(), config.rules(Rules::default()).tracking(GsnrConfig::default())]
+        .map(|config| Probe::new(Cuda::new(&stream).unwrap(), Tensors::plan(), config).map(drop));
+    // The capture has survived them.
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+    assert!(refused.iter().all(|result| *result == Err(Error::UploadInCapture)), "{refused:?}");
+    assert!(graph.is_none_or(|graph| nodes(&graph).is_empty()));
+}
