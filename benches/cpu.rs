@@ -8,7 +8,7 @@
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradprobe::{
-    Config, Probe, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan,
+    Config, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan, Probe,
     health::{Health, Rules},
 };
 use half::{bf16, f16};

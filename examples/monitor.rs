@@ -9,7 +9,7 @@
 
 use clap::Parser;
 use gradprobe::{
-    Config, Probe, DType, Error, GsnrConfig, HostTensor, Plan, Verdict,
+    Config, DType, Error, GsnrConfig, HostTensor, Plan, Probe, Verdict,
     health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, charts::ChartFolder, live::Live},
 };

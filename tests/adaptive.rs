@@ -12,10 +12,10 @@ use common::{
     placed,
 };
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, Probe, DType, Error, HostTensor,
-    HostTensorMut, NonFinitePolicy, Plan, launch::RawTensor,
+    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, Error, HostTensor, HostTensorMut,
+    NonFinitePolicy, Plan, Probe, launch::RawTensor,
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Probe, Schedule, Simt};
 
 /// Elements of a tensor, of a unit of it, and the types of gradient and weight.
 const SHAPES: [(usize, usize, DType, DType); 12] = [
@@ -54,11 +54,7 @@ fn plan() -> Plan {
 }
 
 /// What a probe makes of the gradients, at misalignments of their own.
-fn run(
-    probe: &mut Probe,
-    [gradients, weights]: &[Vec<Data>; 2],
-    offset: usize,
-) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
+fn run(probe: &mut Probe, [gradients, weights]: &[Vec<Data>; 2], offset: usize) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
     let (mut gradients, weights) = (placed(gradients, offset, 1), placed(weights, offset, offset));
     probe.measure_host(&gradients.iter().map(Placed::tensor).collect::<Vec<_>>()).unwrap();
     let weights: Vec<HostTensor> = weights.iter().map(Placed::tensor).collect();
@@ -151,8 +147,7 @@ fn no_order_no_grid_and_no_place_changes_a_bit() {
     let expected = on_cpu(Config::default(), &clip(), &lists);
     let schedules = [Schedule::Forward, Schedule::Reverse].into_iter().chain((0..5).map(Schedule::Shuffled));
     for ((schedule, blocks), offset) in schedules.zip([0, 1, 2, 64, 5, 2000, 7]).zip([0, 8, 3, 1, 15, 2, 6]) {
-        let mut probe =
-            Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
+        let mut probe = Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
         probe.enable_adaptive_clip(&clip()).unwrap();
         for call in 0..2 {
             let (clipped, report) = run(&mut probe, &lists, offset + call);

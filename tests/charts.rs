@@ -4,7 +4,7 @@ mod entries;
 
 use entries::{deep, entries};
 use gradprobe::{
-    Config, Probe, Error, Plan,
+    Config, Error, Plan, Probe,
     write::{
         Entry, Sink,
         charts::{Chart, ChartFolder, Course},

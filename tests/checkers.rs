@@ -13,8 +13,8 @@ use common::gsnr_cases;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, Backend, Config, Probe, DType, DotReport, Error, GsnrConfig, GsnrRecord,
-    GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Record, Report,
+    AdaptiveClip, AdaptiveClipReport, Backend, Config, DType, DotReport, Error, GsnrConfig, GsnrRecord, GsnrReport,
+    HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, Record, Report,
     SampleConfig, SampleReport, StepOutputs, health::Health,
 };
 
@@ -278,7 +278,9 @@ fn no_bit_of_a_record_can_differ_unnoticed() {
 
 #[test]
 fn no_bit_of_the_scalars_can_differ_unnoticed() {
-    for config in [Config::default(), Config::default().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::Propagate)] {
+    for config in
+        [Config::default(), Config::default().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::Propagate)]
+    {
         let (_, outputs) = measured(&sample(config.max_norm.is_some()), config);
         assert_eq!(check::same_outputs(&outputs, &outputs), [""; 0]);
         for (bit, wrong) in flipped(outputs) {

@@ -6,7 +6,7 @@ mod common;
 
 use common::{golden, kinds, measure, named};
 use gradprobe::{
-    Config, Probe, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Report, Severity, Verdict,
+    Config, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Report, Severity, Verdict,
     health::{
         Diagnosis, Flow, FlowMeasure, FlowRule, Groups, Health, Limits, Preset, Rules, Statistic, TensorType,
         ThresholdRule, UnderflowRule, advice, backward_order, risen, table, top_contributors, verdict_of,

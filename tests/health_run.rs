@@ -6,7 +6,7 @@ mod common;
 
 use common::{golden, kinds, measure, measure_with, named};
 use gradprobe::{
-    Config, Probe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Severity, Verdict,
+    Config, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Severity, Verdict,
     health::{
         Baseline, Cadence, Comparison, Diagnosis, Health, Limits, NormChange, Preset, Rules, RunSummary, Statistic,
         ThresholdRule, backward_order, suggested_clip,
@@ -315,7 +315,9 @@ fn two_runs_compare_by_mean_and_deviation() {
 
 #[test]
 fn a_clip_is_suggested_by_a_percentile_of_the_clean_norms() {
-    let mut probe = Probe::new(Cpu, measure(&[("a", &[1.0])]).plan().clone(), Config::default().clip(Clip::global_norm(0.5))).unwrap();
+    let mut probe =
+        Probe::new(Cpu, measure(&[("a", &[1.0])]).plan().clone(), Config::default().clip(Clip::global_norm(0.5)))
+            .unwrap();
     probe.keep_history(8).unwrap();
     assert_eq!(suggested_clip(&probe.history_report().unwrap(), 95.0), Ok(None));
     for x in [3.0, 1.0, f32::NAN, 2.0] {

@@ -5,10 +5,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    Backend, Clip, Config, Probe, DType, Error, HistoryReport, HistoryStep, HistoryTensor, HostTensor,
-    NonFinitePolicy, Plan, StepOutputs,
+    Backend, Clip, Config, DType, Error, HistoryReport, HistoryStep, HistoryTensor, HostTensor, NonFinitePolicy, Plan,
+    Probe, StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Probe, Schedule, Simt};
 
 const LENGTHS: [usize; 3] = [33_000, 5, 0];
 

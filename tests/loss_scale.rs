@@ -7,10 +7,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    AdaptiveClip, Backend, Clip, Config, Probe, DType, Error, Format, GsnrConfig, HostTensor, HostTensorMut,
-    LossScale, NonFinitePolicy, Plan, Report, StepOutputs,
+    AdaptiveClip, Backend, Clip, Config, DType, Error, Format, GsnrConfig, HostTensor, HostTensorMut, LossScale,
+    NonFinitePolicy, Plan, Probe, Report, StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Probe, Schedule, Simt};
 
 const LENGTHS: [usize; 3] = [40_000, 9, 0];
 
@@ -81,8 +81,8 @@ fn a_power_of_two_changes_nothing_but_the_units() {
     for config in configs() {
         let mut plain = cpu(config);
         let mut probe = cpu(config.loss_scale(LossScale::fixed(1.0)));
-        let mut clipped_once = config.clip == Clip::GlobalNorm
-            || matches!(config.clip, Clip::TensorNorm { max_norm } if max_norm > 1.0);
+        let mut clipped_once =
+            config.clip == Clip::GlobalNorm || matches!(config.clip, Clip::TensorNorm { max_norm } if max_norm > 1.0);
         for seed in 0..20 {
             let (step, scale) = (step(seed), 2f32.powi((seed as i32 * 7) % 31 - 10));
             probe.set_loss_scale(scale).unwrap();
@@ -193,10 +193,9 @@ fn the_scale_adapts_as_torchs_does() {
     }
     // Where torch would go down to 0, and all gradients with it.
     let config = Config::default().loss_scale(LossScale::dynamic().initial(2.0 * f32::MIN_POSITIVE));
-    for mut probe in [
-        Probe::new(Cpu, plan(), config).unwrap() as Probe,
-        Probe::new(Simt::default(), plan(), config).unwrap(),
-    ] {
+    for mut probe in
+        [Probe::new(Cpu, plan(), config).unwrap() as Probe, Probe::new(Simt::default(), plan(), config).unwrap()]
+    {
         let mut next = || probe.measure_host(&[HostTensor::F32(&[f32::NAN; 3])]).unwrap().outputs().next_loss_scale;
         assert_eq!([next(), next()], [f32::MIN_POSITIVE; 2]);
     }
@@ -253,7 +252,8 @@ fn the_adaptive_clip_unscales() {
 #[test]
 fn a_scale_that_is_none_is_a_step_to_skip() {
     for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-        let config = Config::default().clip(Clip::global_norm(0.1)).non_finite(non_finite).loss_scale(LossScale::dynamic());
+        let config =
+            Config::default().clip(Clip::global_norm(0.1)).non_finite(non_finite).loss_scale(LossScale::dynamic());
         let mut probe = simt(Schedule::Shuffled(1), config);
         for bad in [0.0, -0.0, -1.0, f32::INFINITY, f32::NAN] {
             let place = probe.inner().loss_scale_address().unwrap() as *mut f32;
@@ -292,10 +292,9 @@ fn weights_stay_as_they_are() {
     let plan = || plan().with_weights([DType::F32; 3]).unwrap();
     let (gradients, weights) = (scaled(&step(1), 1024.0), step(2));
     let alone = cpu(Config::default().dead_threshold(0.01)).measure(&tensors(&weights)).unwrap();
-    for mut probe in [
-        Probe::new(Cpu, plan(), config).unwrap() as Probe,
-        Probe::new(Simt::default(), plan(), config).unwrap(),
-    ] {
+    for mut probe in
+        [Probe::new(Cpu, plan(), config).unwrap() as Probe, Probe::new(Simt::default(), plan(), config).unwrap()]
+    {
         let report = probe.measure_host_with_weights(&tensors(&gradients), &tensors(&weights)).unwrap();
         assert_eq!(report.weights().unwrap(), alone.records());
         let gradient = report.records()[0];

@@ -5,7 +5,7 @@
 mod require;
 
 use gradprobe::{
-    Config, Probe, DType, Error, Plan, cuda::compile, cudarc::driver::sys::is_culib_present, launch::Kernel,
+    Config, DType, Error, Plan, Probe, cuda::compile, cudarc::driver::sys::is_culib_present, launch::Kernel,
 };
 use require::{pointless, skipped};
 
@@ -16,7 +16,9 @@ fn a_missing_driver_is_an_error_that_says_where_it_was_looked_for() {
         return pointless("there is a CUDA driver");
     }
     let plan = Plan::new([("weight", DType::BF16, 1)]).unwrap();
-    let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default()) else { panic!("a probe without a driver") };
+    let Err(error) = Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, Config::default()) else {
+        panic!("a probe without a driver")
+    };
     let Error::DriverNotFound { searched, reason } = &error else { panic!("{error:?}") };
     let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so" };
     assert!(searched.contains(library) && !reason.is_empty(), "{error}");

@@ -6,10 +6,10 @@ mod common;
 
 use common::cases::normal;
 use gradprobe::{
-    Backend, Clip, Config, Probe, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan,
+    Backend, Clip, Config, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe,
     StepOutputs,
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Probe, Schedule, Simt};
 use half::bf16;
 
 /// Elements of the three tensors of a step: more than a chunk, a few, none.
@@ -130,8 +130,7 @@ fn the_kernels_decide_and_clip_as_the_cpu_does() {
             let config = config.non_finite(non_finite);
             let expected = on_cpu(config, &steps);
             for schedule in schedules {
-                let mut probe =
-                    Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
+                let mut probe = Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
                 for (s, (seen, expected)) in through(&mut probe, &steps).iter().zip(&expected).enumerate() {
                     let outputs = |step: &(StepOutputs, Step)| bytemuck::bytes_of(&step.0).to_vec();
                     assert_eq!(outputs(seen), outputs(expected), "{config:?}, {schedule:?}, step {s}");

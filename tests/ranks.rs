@@ -5,15 +5,15 @@
 
 mod common;
 
+use common::host::{OnHost, plan_of};
 use common::{
     cases::{Data, Tensor, lognormal, normal, random_bits},
     check::{self, Seen},
     demand_none, oracle,
 };
-use common::host::{OnHost, plan_of};
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Place, Plan, Probe, RankReport, Ranks, Record,
-    Report, Rules, StepOutputs,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Place, Plan, Probe, RankReport, Ranks,
+    Record, Report, Rules, StepOutputs,
     ranks::{Communicator, Placement, ThreadCommunicator},
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -442,7 +442,10 @@ fn ranks_that_mean_something_else_are_named() {
             }),
             "3 tensors are planned, on rank 0 there are 2",
         ),
-        (with(&|rank| rank.2 = Config::default().clip(Clip::global_norm(2.0))), "settings are others than on rank 0; here they are "),
+        (
+            with(&|rank| rank.2 = Config::default().clip(Clip::global_norm(2.0))),
+            "settings are others than on rank 0; here they are ",
+        ),
         (with(&|rank| rank.3 = true), "settings are others than on rank 0; here they are "),
     ];
     for make in DEVICES {

@@ -9,10 +9,10 @@ use common::{
     tensors,
 };
 use gradprobe::{
-    Backend, Config, Probe, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Report, Verdict,
+    Backend, Config, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Report, Verdict,
     health::{Health, Preset, Rules, Statistic, ThresholdRule, verdict_of},
 };
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe_simt::{Probe, Schedule, Simt};
 
 /// Rules on every statistic in both directions, with limits that steps of [`step`] lie on both sides of.
 fn every_rule() -> Rules {
@@ -93,12 +93,8 @@ fn a_run_is_judged_as_it_is_diagnosed() {
                 Probe::new(Cpu, plan(), config).unwrap(),
                 Probe::new(Simt::default(), plan(), config).unwrap(),
                 Box::new(
-                    Probe::new(
-                        Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() },
-                        plan(),
-                        config,
-                    )
-                    .unwrap(),
+                    Probe::new(Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() }, plan(), config)
+                        .unwrap(),
                 ),
             ];
             let mut united = 0;

@@ -8,10 +8,8 @@ use common::{
     cases::{Data, cases, others},
     demand_none, placed, short, tensors,
 };
-use gradprobe::{
-    Backend, Config, Probe, DType, Error, HostTensor, HostTensorMut, Plan, Record, Report, StepOutputs,
-};
-use gradprobe_simt::{Schedule, Simt, Probe};
+use gradprobe::{Backend, Config, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, Report, StepOutputs};
+use gradprobe_simt::{Probe, Schedule, Simt};
 use half::bf16;
 
 /// Both lists measured in one step, placed at misalignments of their own.
@@ -43,12 +41,8 @@ fn each_list_has_the_bits_it_has_alone() {
         let probes: [Probe; 2] = [
             Probe::new(Cpu, plan(), case.config).unwrap(),
             Box::new(
-                Probe::new(
-                    Simt { schedule: Schedule::Shuffled(3), blocks: 3, ..Simt::default() },
-                    plan(),
-                    case.config,
-                )
-                .unwrap(),
+                Probe::new(Simt { schedule: Schedule::Shuffled(3), blocks: 3, ..Simt::default() }, plan(), case.config)
+                    .unwrap(),
             ),
         ];
         for mut probe in probes {

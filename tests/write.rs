@@ -4,7 +4,7 @@ mod entries;
 
 use entries::{NAMES, entries};
 use gradprobe::{
-    Config, Probe, DType, Error, Histogram, HostTensor, Plan, Verdict,
+    Config, DType, Error, Histogram, HostTensor, Plan, Probe, Verdict,
     health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
 };

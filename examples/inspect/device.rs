@@ -1,7 +1,7 @@
 //! Opens the device on which the statistics are computed.
 
 use crate::options::Device;
-use gradprobe::{Backend, Config, Probe, Error, Plan};
+use gradprobe::{Backend, Config, Error, Plan, Probe};
 
 /// A probe on the device asked for. With none asked for: on the GPU, or on the CPU when there is no GPU; a GPU that
 /// is there and fails is an error, so that nobody takes the slow path without knowing.
@@ -39,7 +39,7 @@ fn simt(plan: Plan, config: Config) -> Result<Probe, Error> {
 #[cfg(feature = "cuda")]
 fn ptx(plan: Plan, config: Config) -> Result<Probe, Error> {
     use gradprobe::cuda::FATBIN;
-    use gradprobe_simt::{Compiled, Simt, Probe, ptx};
+    use gradprobe_simt::{Compiled, Probe, Simt, ptx};
 
     if FATBIN.is_empty() {
         return Err(Error::KernelLoad("the build found no nvcc, which makes the PTX".to_owned()));

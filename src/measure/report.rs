@@ -82,6 +82,12 @@ impl Report {
         &self.outputs
     }
 
+    /// Whether the optimizer should leave the step out: something was not finite, under
+    /// [`NonFinitePolicy::Skip`](crate::NonFinitePolicy::Skip), or the loss scale not usable.
+    pub fn skip(&self) -> bool {
+        self.outputs.skip != 0
+    }
+
     /// One record a tensor, in the plan's order.
     pub fn records(&self) -> &[Record] {
         &self.records

@@ -43,7 +43,8 @@ fn nothing_is_captured_that_was_not_bound() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let config = clipping().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2);
-    let config = config.tracking(GsnrConfig::new()).adaptive_clip(AdaptiveClip::new(LENGTHS.map(|length| length as u64)));
+    let config =
+        config.tracking(GsnrConfig::new()).adaptive_clip(AdaptiveClip::new(LENGTHS.map(|length| length as u64)));
     let mut probe = probe(&stream, config);
     let [place, weights] = [0, 1].map(|seed| OnDevice::new(&stream, &Tensors::of(seed)));
     let (addresses, weights) = (place.raw(), weights.raw());
@@ -167,7 +168,7 @@ fn policies_and_history_are_those_of_the_cpu_in_a_graph() {
         Clip::ZScore { smoothing: 0.9, threshold: 1.0, warmup: 3, max_norm: None },
         Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: None },
     ] {
-        let config = Config::default().clip(clip.clone()).history(3).rules(Rules::default());
+        let config = Config::default().clip(clip).history(3).rules(Rules::default());
         let mut reference = Reference::new(config.clone());
         let mut probe = probe(&stream, config);
         // SAFETY: memory and probe live as long as the graph, and are used on this stream only.

@@ -54,11 +54,7 @@ fn nothing_is_uploaded_during_a_capture() {
     let config = Config::default().loss_scale(LossScale::dynamic()).history(2).tracking(GsnrConfig::default());
     let mut probe = probe(&stream, config);
     stream.begin_capture(THIS_THREAD).unwrap();
-    let refused = [
-        probe.gsnr().unwrap().reset(),
-        probe.history().unwrap().tag(1),
-        probe.set_loss_scale(2.0),
-    ];
+    let refused = [probe.gsnr().unwrap().reset(), probe.history().unwrap().tag(1), probe.set_loss_scale(2.0)];
     // The capture has survived them all.
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
     assert!(refused.iter().all(|result| *result == Err(Error::UploadInCapture)), "{refused:?}");

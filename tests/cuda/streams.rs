@@ -242,7 +242,6 @@ fn captures_of_other_streams_survive_what_a_probe_asks() {
         unsafe { result::memset_d8_async(address, 0, 16, other.cu_stream()) }.unwrap();
         let mut ask = || {
             probe.measure(&refs(&place)).unwrap();
-            stream.synchronize().unwrap();
             let polled = next_report(&mut probe);
             let waited = probe.wait().unwrap();
             assert_eq!(polled.step(), waited.step());
@@ -251,10 +250,15 @@ fn captures_of_other_streams_survive_what_a_probe_asks() {
         let seen = if this_thread {
             ask()
         } else {
-            thread::scope(|scope| scope.spawn(|| {
-                context.bind_to_thread().unwrap();
-                ask()
-            }).join().unwrap())
+            thread::scope(|scope| {
+                scope
+                    .spawn(|| {
+                        context.bind_to_thread().unwrap();
+                        ask()
+                    })
+                    .join()
+                    .unwrap()
+            })
         };
         assert_eq!(bytemuck::cast_slice::<_, u8>(seen.records()), bytemuck::cast_slice::<_, u8>(expected.records()));
         let graph = other.end_capture(CUgraphInstantiate_flags(0)).expect("it is whole").expect("it has a node");

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
 use gradprobe::{
-    Config, Probe, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Severity, Verdict, write::Entry,
+    Config, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Severity, Verdict, write::Entry,
 };
 use std::ops::RangeInclusive;
 

@@ -11,8 +11,8 @@
 //! * fresh memory holds garbage, freed memory another, which is looked at before the memory is used again, as is a fence
 //!   behind each allocation;
 //! * what would be undefined – a copy outside of all allocations, a kernel that reads or writes what is freed, too short or
-//!   without a value, races, a graph whose kernels are unloaded, a handle that is gone, a call without a current context –
-//!   ends the process with a line that says so;
+//!   without a value, races, a graph whose kernels are unloaded, a communicator that is aborted before its work has run, a
+//!   handle that is gone, a call without a current context – ends the process with a line that says so;
 //! * so does, but only when the process ends, a context that ended before what was made in it.
 //!
 //! A function that is not here cannot be called: cudarc panics with its name.

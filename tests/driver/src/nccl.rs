@@ -9,7 +9,7 @@ use std::{
     ffi::{c_int, c_void},
     sync::{
         Arc, Barrier, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -25,12 +25,23 @@ pub struct Rank {
     group: Arc<Group>,
     rank: usize,
     ranks: usize,
+    /// Gatherings that have yet to run.
+    queued: AtomicUsize,
+    is_gone: AtomicBool,
 }
 
 static GROUPS: Mutex<BTreeMap<u64, Arc<Group>>> = Mutex::new(BTreeMap::new());
 static COMMUNICATORS: Registry<&'static Rank> = Registry::new("communicator");
 
 impl Rank {
+    /// A gathering is queued.
+    pub fn queue(&self) {
+        if self.is_gone.load(Ordering::SeqCst) {
+            die("a graph is launched after the communicator of one of its gatherings was aborted");
+        }
+        self.queued.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// Copies the bytes of all ranks, on this rank's stream.
     pub fn gather(&self, from: u64, to: u64, bytes: usize) {
         memory::demand_at_work("what a rank gives", from, bytes);
@@ -45,6 +56,7 @@ impl Rank {
             gradprobe_ptx::memory::written(to, bytes);
         }
         self.group.all.wait();
+        self.queued.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -95,7 +107,13 @@ entry_point! {
         }
         // No rank has a communicator before all have come.
         group.all.wait();
-        let rank: &'static Rank = Box::leak(Box::new(Rank { group, rank: index, ranks: count }));
+        let rank: &'static Rank = Box::leak(Box::new(Rank {
+            group,
+            rank: index,
+            ranks: count,
+            queued: AtomicUsize::new(0),
+            is_gone: AtomicBool::new(false),
+        }));
         // SAFETY: the caller's variable.
         unsafe { *communicator = COMMUNICATORS.insert(rank) };
         ncclResult_t::ncclSuccess
@@ -104,7 +122,11 @@ entry_point! {
 
 entry_point! {
     fn ncclCommAbort(communicator: ncclComm_t) {
-        COMMUNICATORS.remove(communicator);
+        let rank = *COMMUNICATORS.remove(communicator);
+        rank.is_gone.store(true, Ordering::SeqCst);
+        if rank.queued.load(Ordering::SeqCst) > 0 {
+            die("a communicator is aborted before what is queued on it has run");
+        }
         ncclResult_t::ncclSuccess
     }
 }

@@ -59,6 +59,9 @@ impl Stream {
         match &mut *self.capture() {
             Some(capture) => capture.add(work),
             None => {
+                if let Work::Gather { rank, .. } = work {
+                    rank.queue();
+                }
                 self.enqueue(move || work.run());
                 Ok(())
             }

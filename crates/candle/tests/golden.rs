@@ -3,7 +3,7 @@
 use candle_core::{Device, Var, backprop::GradStore, safetensors::load};
 use candle_nn::VarMap;
 use gradprobe::{
-    CpuProbe, HostTensor, Plan, Report,
+    Cpu, HostTensor, Plan, Probe, Report, Tensor,
     write::{Entry, json_line},
 };
 use gradprobe_candle::{CandleProbe, Config};
@@ -58,7 +58,9 @@ fn inspected(name: &str) -> Report {
     let views: Vec<HostTensor<'_>> = tensors.iter().map(|(_, elements)| elements.view()).collect();
     let specs = tensors.iter().zip(&views).map(|((name, _), view)| (name.as_str(), view.dtype(), view.len() as u64));
     let plan = Plan::new(specs).unwrap();
-    CpuProbe::new(plan, Config::default()).unwrap().measure(&views).unwrap()
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
+    probe.measure(&views.iter().map(|view| view as &dyn Tensor).collect::<Vec<_>>()).unwrap();
+    probe.wait().unwrap()
 }
 
 /// As candle has it, in a model of variables of the same names.
@@ -72,7 +74,7 @@ fn measured(name: &str) -> Report {
     }
     let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
     probe.measure(&gradients).unwrap();
-    probe.poll().unwrap().unwrap().report
+    probe.poll().unwrap().unwrap()
 }
 
 #[test]

@@ -4,8 +4,8 @@
 
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_nn::{Init, VarMap};
-use gradprobe::{HostTensor, Report};
-use gradprobe_candle::{CandleProbe, Measured};
+use gradprobe::{Cpu, HostTensor, Plan, Probe, Report};
+use gradprobe_candle::{CandleProbe, Config};
 
 /// Twelve layers, so that the order of names is seen to be that of the layers, and variables beside them, one of which no
 /// loss needs.
@@ -81,6 +81,26 @@ pub fn bytes(report: &Report) -> (Vec<u8>, &[u8]) {
 }
 
 /// The report of the step just measured.
-pub fn arrived(probe: &mut CandleProbe) -> Measured {
-    probe.wait().unwrap().expect("a step was measured")
+pub fn arrived(probe: &mut CandleProbe) -> Report {
+    probe.wait().unwrap()
+}
+
+/// The names of the variables that had no gradient.
+pub fn missing(report: &Report) -> Vec<&str> {
+    report.absent().collect()
+}
+
+/// What is the same to the bit when two reports are, of the tensors that one of them has.
+pub fn bytes_of_present(report: &Report) -> (Vec<u8>, Vec<u8>) {
+    let present = report.tensors().filter(|tensor| !tensor.is_absent()).map(|tensor| *tensor.record);
+    let records: Vec<gradprobe::Record> = present.collect();
+    (bytemuck::bytes_of(report.outputs()).to_vec(), bytemuck::cast_slice(&records).to_vec())
+}
+
+/// What a probe on the CPU says of these tensors.
+pub fn measured(plan: &Plan, config: Config, data: &[HostTensor<'_>]) -> Report {
+    let mut probe = Probe::new(Cpu, plan.clone(), config).unwrap();
+    let tensors: Vec<&dyn gradprobe::Tensor> = data.iter().map(|tensor| tensor as _).collect();
+    probe.measure(&tensors).unwrap();
+    probe.wait().unwrap()
 }

@@ -56,12 +56,6 @@ pub enum Error {
         /// How many variables there are.
         variables: usize,
     },
-    /// A gradient is missing that the last step had, or the other way round, and the clip policy remembers earlier steps.
-    #[error("variable {name:?} had a gradient in one step and none in another, which this clip policy cannot compare")]
-    MissingGradient {
-        /// The first variable for which that holds.
-        name: String,
-    },
     /// candle could not copy or give a tensor.
     #[error("variable {name:?}: {source}")]
     Candle {

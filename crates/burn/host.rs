@@ -6,7 +6,7 @@ use burn_core::{
     tensor::{DType, Tensor, TensorData},
 };
 use burn_optim::GradientsParams;
-use gradprobe::{CpuProbe, HostTensor, HostTensorMut, Report};
+use gradprobe::{HostTensorMut, Probe, Report, TensorMut};
 use half::{bf16, f16};
 use std::collections::HashMap;
 
@@ -43,18 +43,21 @@ impl Borrowed {
         }
     }
 
-    /// Measures, and clips if that is wanted.
+    /// Measures, and clips if that is wanted. `places` has for each parameter of the plan which of these is its gradient.
     ///
     /// # Errors
     /// [`Error::Read`], and the probe's.
-    pub fn measure(&mut self, probe: &mut CpuProbe, clip: bool) -> Result<Report, Error> {
-        let tensors = self.0.iter().map(elements).collect::<Result<Vec<_>, _>>()?;
-        let report = probe.measure(&tensors)?;
-        if clip && report.outputs().action != 0 {
-            let mut tensors = self.0.iter_mut().map(elements_mut).collect::<Result<Vec<_>, _>>()?;
-            probe.clip(&mut tensors)?;
+    pub fn measure(&mut self, probe: &mut Probe, places: &[Option<usize>], clip: bool) -> Result<Report, Error> {
+        let taken = self.0.iter_mut().map(elements_mut).collect::<Result<Vec<_>, _>>()?;
+        let mut taken: Vec<Option<HostTensorMut<'_>>> = taken.into_iter().map(Some).collect();
+        let planned = places.iter().map(|place| place.and_then(|place| taken[place].take()));
+        let mut planned: Vec<Option<HostTensorMut<'_>>> = planned.collect();
+        if clip {
+            probe.step(&mut planned.iter_mut().map(|tensor| tensor as &mut dyn TensorMut).collect::<Vec<_>>())?;
+        } else {
+            probe.measure(&planned.iter().map(|tensor| tensor as &dyn gradprobe::Tensor).collect::<Vec<_>>())?;
         }
-        Ok(report)
+        Ok(probe.wait()?)
     }
 
     /// Puts all gradients where they were.
@@ -67,17 +70,6 @@ impl Borrowed {
 
 fn unreadable(name: &str, reason: &impl ToString) -> Error {
     Error::Read { name: name.to_owned(), reason: reason.to_string() }
-}
-
-fn elements(taken: &Taken) -> Result<HostTensor<'_>, Error> {
-    let Taken { name, data, .. } = taken;
-    let elements = match data.dtype() {
-        DType::F32 => data.as_slice::<f32>().map(HostTensor::F32),
-        DType::F16 => data.as_slice::<f16>().map(HostTensor::F16),
-        DType::BF16 => data.as_slice::<bf16>().map(HostTensor::BF16),
-        dtype => return Err(Error::Dtype { name: name.clone(), dtype: format!("{dtype:?}") }),
-    };
-    elements.map_err(|error| unreadable(name, &error))
 }
 
 fn elements_mut(taken: &mut Taken) -> Result<HostTensorMut<'_>, Error> {

@@ -116,6 +116,15 @@ fn check_places(places: &[(&str, DeviceLocation)]) -> Result<(), Error> {
     }
 }
 
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Map(_) => "Map",
+            Self::List(_) => "List",
+        })
+    }
+}
+
 impl Source {
     /// The planned variables as they are now, with their gradients.
     ///

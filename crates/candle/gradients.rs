@@ -4,7 +4,7 @@ use crate::{
     Error,
     variables::{Found, Planned},
 };
-use candle_core::{Layout, StorageRef, Tensor, backprop::GradStore};
+use candle_core::{Layout, Tensor, backprop::GradStore};
 use std::{collections::HashSet, ops::Range, ptr};
 
 /// Gives every gradient that is strided, or in the memory of another gradient or of a variable, memory of its own, and
@@ -41,15 +41,6 @@ fn copied(name: &str, copy: candle_core::Result<Tensor>) -> Result<Tensor, Error
 fn memory_of(tensor: &Tensor) -> usize {
     let (storage, _) = tensor.storage_and_layout();
     ptr::from_ref(&*storage).addr()
-}
-
-/// Where each tensor is, with its storage locked against whoever writes. The tensors are contiguous.
-pub fn locked(tensors: &[Tensor]) -> Vec<(StorageRef<'_>, Range<usize>)> {
-    let lock = |tensor| {
-        let (storage, layout) = Tensor::storage_and_layout(tensor);
-        (storage, range(layout))
-    };
-    tensors.iter().map(lock).collect()
 }
 
 /// Where in its storage a contiguous tensor is.

@@ -8,8 +8,8 @@ use burn_core::{
 };
 use burn_nn::{Linear, LinearConfig};
 use burn_optim::{GradientsParams, SgdConfig};
-use gradprobe::{CpuProbe, DType, HostTensor, Plan, Record, Report};
-use gradprobe_burn::{BurnProbe, ClipPolicy, Config, Error, LossScale};
+use gradprobe::{Cpu, DType, HostTensor, Plan, Probe, Record, Report};
+use gradprobe_burn::{BurnProbe, Clip, Config, Error, LossScale};
 use half::{bf16, f16};
 
 /// Twelve layers, so that the order of names is seen to be that of the layers, and parameters beside them.
@@ -69,6 +69,23 @@ fn bytes(report: &Report) -> (Vec<u8>, &[u8]) {
     (bytemuck::bytes_of(report.outputs()).to_vec(), bytemuck::cast_slice(report.records()))
 }
 
+/// What a probe on the CPU says of these tensors.
+fn on_cpu(plan: &Plan, config: Config, tensors: &[HostTensor<'_>]) -> Report {
+    let mut probe = Probe::new(Cpu, plan.clone(), config).unwrap();
+    let tensors: Vec<&dyn gradprobe::Tensor> = tensors.iter().map(|tensor| tensor as _).collect();
+    probe.measure(&tensors).unwrap();
+    probe.wait().unwrap()
+}
+
+/// The records of what had a gradient.
+fn present(report: &Report) -> Vec<Record> {
+    report.tensors().filter(|tensor| !tensor.is_absent()).map(|tensor| *tensor.record).collect()
+}
+
+fn missing(report: &Report) -> Vec<&str> {
+    report.absent().collect()
+}
+
 #[test]
 fn the_report_has_the_bits_of_the_cpu_probe() {
     let model = model();
@@ -76,16 +93,17 @@ fn the_report_has_the_bits_of_the_cpu_probe() {
     let data = elements(&model, &gradients);
     let mut probe = BurnProbe::new(&model, Config::default()).unwrap();
     let measured = probe.measure(&model, &mut gradients).unwrap();
-    let names: Vec<&str> = measured.report.tensors().map(|tensor| tensor.name).collect();
+    let there = measured.tensors().filter(|tensor| !tensor.is_absent());
+    let names: Vec<&str> = there.map(|tensor| tensor.name).collect();
     let layers = (0..12).flat_map(|i| [format!("layers.{i}.weight"), format!("layers.{i}.bias")]);
     let expected: Vec<String> =
         ["embedding".to_owned()].into_iter().chain(layers).chain(["scale".to_owned()]).collect();
     assert_eq!(names, expected);
     let plan = Plan::new(names.iter().zip(&data).map(|(name, data)| (*name, DType::F32, data.len() as u64))).unwrap();
     let tensors: Vec<HostTensor<'_>> = data.iter().map(|data| HostTensor::F32(data)).collect();
-    let report = CpuProbe::new(plan, Config::default()).unwrap().measure(&tensors).unwrap();
+    let report = on_cpu(&plan, Config::default(), &tensors);
     assert!(report.outputs().total_norm > 0.0);
-    assert_eq!(bytes(&measured.report), bytes(&report));
+    assert_eq!((measured.outputs(), present(&measured)), (report.outputs(), report.records().to_vec()));
     assert_eq!(elements(&model, &gradients), data, "measuring changes nothing");
 }
 
@@ -95,9 +113,9 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
     let mut gradients = gradients(&model);
     let before = elements(&model, &gradients);
     let norm = before.iter().flatten().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
-    let mut probe = BurnProbe::new(&model, Config::default().max_norm(0.5)).unwrap();
-    let measured = probe.measure_and_clip(&model, &mut gradients).unwrap();
-    let outputs = measured.report.outputs();
+    let mut probe = BurnProbe::new(&model, Config::default().clip(Clip::global_norm(0.5))).unwrap();
+    let measured = probe.step(&model, &mut gradients).unwrap();
+    let outputs = measured.outputs();
     assert!((outputs.total_norm - norm).abs() < 5e-7 * norm, "{} {norm}", outputs.total_norm);
     #[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
     let coefficient = (0.5 / (outputs.total_norm + 1e-6)) as f32;
@@ -105,7 +123,7 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
     let clipped: Vec<Vec<f32>> = before.iter().map(|data| data.iter().map(|x| x * coefficient).collect()).collect();
     assert_eq!(elements(&model, &gradients), clipped);
     let again = probe.measure(&model, &mut gradients).unwrap();
-    assert!((again.report.outputs().total_norm - 0.5).abs() < 1e-5);
+    assert!((again.outputs().total_norm - 0.5).abs() < 1e-5);
     let scale = model.scale.val().to_data();
     let stepped = SgdConfig::new().init().step(0.1, model, gradients);
     assert_ne!(stepped.scale.val().to_data(), scale);
@@ -121,12 +139,12 @@ fn nothing_is_copied() {
     let mut gradients = GradientsParams::new();
     let tensor = Tensor::<1>::from_data(TensorData::new(buffer, [24]), (&Device::default(), BurnDType::F32));
     gradients.register(model.scale.id, tensor);
-    let mut probe = BurnProbe::new(&model, Config::default().max_norm(1.0)).unwrap();
+    let mut probe = BurnProbe::new(&model, Config::default().clip(Clip::global_norm(1.0))).unwrap();
     probe.measure(&model, &mut gradients).unwrap();
-    let measured = probe.measure_and_clip(&model, &mut gradients).unwrap();
+    let measured = probe.step(&model, &mut gradients).unwrap();
     let data = gradients.remove::<1>(model.scale.id).unwrap().into_data();
     let after = data.as_slice::<f32>().unwrap();
-    assert_eq!(after[23], values[23] * measured.report.outputs().coefficient);
+    assert_eq!(after[23], values[23] * measured.outputs().coefficient);
     assert_eq!(after.as_ptr() as usize, address);
 }
 
@@ -142,10 +160,11 @@ fn shared_and_strided_gradients_are_right() {
     rows[1] = f32::NAN; // Of [24, 50]; transposed, element [1, 0], the 24th.
     let embedding = Tensor::<2>::from_data(TensorData::new(rows, [24, 50]), &device).transpose();
     gradients.register(model.embedding.id, embedding);
-    let config = Config::default().max_norm(1.0).non_finite(gradprobe_burn::NonFinitePolicy::ZeroNonFinite);
+    let config =
+        Config::default().clip(Clip::global_norm(1.0)).non_finite(gradprobe_burn::NonFinitePolicy::ZeroNonFinite);
     let mut probe = BurnProbe::new(&model, config).unwrap();
-    let measured = probe.measure_and_clip(&model, &mut gradients).unwrap();
-    let records: Vec<&Record> = measured.report.records().iter().collect();
+    let measured = probe.step(&model, &mut gradients).unwrap();
+    let records = present(&measured);
     assert_eq!((records[0].first_nonfinite(), records[1].max_abs()), (Some(24), Some(3.0)));
     assert_eq!(held.to_data().as_slice::<f32>().unwrap(), [3.0; 24]);
     let clipped = gradients.get::<1>(model.scale.id).unwrap().to_data();
@@ -156,20 +175,18 @@ fn shared_and_strided_gradients_are_right() {
 fn a_missing_gradient_is_missing_and_not_zero() {
     let model = model();
     let mut probe = BurnProbe::new(&model, Config::default()).unwrap();
-    assert_eq!(probe.names().len(), 28);
+    assert_eq!(probe.probe().plan().tensors().len(), 28);
     let mut all = gradients(&model);
     let measured = probe.measure(&model, &mut all).unwrap();
-    assert_eq!(measured.missing, ["unused.weight", "unused.bias"]);
-    assert_eq!(measured.report.records().len(), 26);
-    assert!(measured.report.tensors().all(|tensor| !tensor.name.starts_with("unused")));
-    assert!(measured.to_string().ends_with("no gradient: unused.weight, unused.bias\n"));
-    // Another one goes missing, and comes back.
+    assert_eq!(missing(&measured), ["unused.weight", "unused.bias"]);
+    assert_eq!((measured.records().len(), present(&measured).len()), (28, 26));
+    // Another one goes missing, and comes back: steps go on.
     let gradient = all.remove::<1>(model.scale.id).unwrap();
     let measured = probe.measure(&model, &mut all).unwrap();
-    assert_eq!((measured.missing.len(), measured.report.step()), (3, 1));
+    assert_eq!((missing(&measured).len(), measured.step()), (3, 2));
     all.register(model.scale.id, gradient);
-    assert_eq!(probe.measure(&model, &mut all).unwrap().missing.len(), 2);
-    assert_eq!(probe.measure(&model, &mut all).unwrap().report.step(), 2);
+    assert_eq!(missing(&probe.measure(&model, &mut all).unwrap()).len(), 2);
+    assert_eq!(probe.measure(&model, &mut all).unwrap().step(), 4);
 }
 
 /// The loss scale is the trainer's, whatever the set of gradients.
@@ -184,30 +201,32 @@ fn another_set_of_gradients_goes_on_with_the_loss_scale() {
         if step == 2 {
             all.remove::<1>(model.scale.id).unwrap();
         }
-        let outputs = *probe.measure(&model, &mut all).unwrap().report.outputs();
+        let outputs = *probe.measure(&model, &mut all).unwrap().outputs();
         scales.push((outputs.loss_scale, outputs.next_loss_scale));
     }
     assert_eq!(scales, [(4.0, 8.0), (8.0, 16.0), (16.0, 32.0), (32.0, 64.0)]);
 }
 
 #[test]
-fn a_policy_that_remembers_refuses_another_set_of_gradients() {
+fn a_clip_that_looks_back_goes_on_with_another_set_of_gradients() {
     let model = model();
-    let policy = ClipPolicy::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 1 };
-    let mut probe = BurnProbe::new(&model, Config::default().clip(policy)).unwrap();
+    let clip = Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 1, max_norm: None };
+    let mut probe = BurnProbe::new(&model, Config::default().clip(clip).history(4)).unwrap();
     let mut all = gradients(&model);
-    probe.measure_and_clip(&model, &mut all).unwrap();
-    all.remove::<1>(model.scale.id).unwrap();
-    let before = elements(&model, &all);
-    let refused = probe.measure_and_clip(&model, &mut all).unwrap_err();
-    assert!(matches!(&refused, Error::MissingGradient { name } if name == "scale"), "{refused}");
-    assert_eq!(elements(&model, &all), before);
+    probe.step(&model, &mut all).unwrap();
+    let gradient = all.remove::<1>(model.scale.id).unwrap();
+    probe.step(&model, &mut all).unwrap();
+    // A hundred times what it was when it had one last.
+    all.register(model.scale.id, gradient * 100.0);
+    let report = probe.step(&model, &mut all).unwrap();
+    assert_eq!((report.step(), report.outputs().action), (3, gradprobe::StepOutputs::ACTION_SCALE_TENSORS));
+    assert_eq!(probe.probe().history().unwrap().report().unwrap().steps().len(), 3);
 }
 
 #[test]
 fn a_changed_model_is_an_error_that_names_the_parameter() {
     let model = model();
-    let mut probe = BurnProbe::new(&model, Config::default().max_norm(1e-3)).unwrap();
+    let mut probe = BurnProbe::new(&model, Config::default().clip(Clip::global_norm(1e-3))).unwrap();
     let without = Model { unused: None, ..model.clone() };
     let longer = Model { scale: parameter([25], BurnDType::F32), ..model.clone() };
     let halved = Model { scale: parameter([24], BurnDType::F16), ..model.clone() };
@@ -218,7 +237,7 @@ fn a_changed_model_is_an_error_that_names_the_parameter() {
     ] {
         let mut gradients = gradients(&model);
         let before = elements(&model, &gradients);
-        let refused = probe.measure_and_clip(&changed, &mut gradients).unwrap_err();
+        let refused = probe.step(&changed, &mut gradients).unwrap_err();
         assert!(matches!(&refused, Error::Changed { name: of, .. } if of == name), "{refused}");
         assert!(refused.to_string().contains(what), "{refused}");
         assert_eq!(elements(&model, &gradients), before, "nothing is clipped");
@@ -263,15 +282,15 @@ fn half_precision_is_measured_and_a_shared_parameter_once() {
     gradients.register(model.half.id, tensor);
     let tensor = Tensor::<2>::from_data(TensorData::new(brains.clone(), [3, 5]), (&device, BurnDType::BF16));
     gradients.register(model.brain.id, tensor);
-    let config = Config::default().max_norm(1.0);
-    let mut probe = BurnProbe::new(&model, config).unwrap();
-    let measured = probe.measure_and_clip(&model, &mut gradients).unwrap();
-    assert_eq!(measured.missing, [""; 0]);
+    let config = Config::default().clip(Clip::global_norm(1.0));
+    let mut probe = BurnProbe::new(&model, config.clone()).unwrap();
+    let measured = probe.step(&model, &mut gradients).unwrap();
+    assert_eq!(missing(&measured), [""; 0]);
     let plan = Plan::new([("half", DType::F16, 40), ("brain", DType::BF16, 15)]).unwrap();
     let tensors = [HostTensor::F16(&halves), HostTensor::BF16(&brains)];
-    let report = CpuProbe::new(plan.clone(), config).unwrap().measure(&tensors).unwrap();
-    assert_eq!(measured.report.plan(), &plan);
-    assert_eq!(bytes(&measured.report), bytes(&report));
+    let report = on_cpu(&plan, config, &tensors);
+    assert_eq!(measured.plan(), &plan);
+    assert_eq!(bytes(&measured), bytes(&report));
     let clipped = gradients.get::<1>(model.half.id).unwrap();
     assert_eq!(clipped.dtype(), BurnDType::F16);
     let clipped = clipped.to_data().as_slice::<f16>().unwrap()[39].to_f32();
@@ -292,5 +311,7 @@ fn another_dtype_is_refused_by_the_parameter_s_name() {
     // One that needs no gradient may be of any type.
     let frozen = Double { wide: model.wide.clone().set_require_grad(false), ..model };
     let probe = BurnProbe::new(&frozen, Config::default()).unwrap();
-    assert_eq!(probe.names().collect::<Vec<_>>(), ["fine"]);
+    let mut probe = probe;
+    assert_eq!(probe.probe().plan().tensors()[0].name, "fine");
+    assert_eq!(probe.probe().plan().tensors().len(), 1);
 }

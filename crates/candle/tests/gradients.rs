@@ -5,12 +5,15 @@ mod common;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
-use common::{arrived, bytes, counting, elements, floats, gradients, model, names, put, tensors, variable};
-use gradprobe::{
-    CpuProbe, DType as ProbeDType, FindingKind, HostTensor, NonFinitePolicy, Plan, Verdict,
-    health::{Health, Rules, backward_order},
+use common::{
+    arrived, bytes, bytes_of_present, counting, elements, floats, gradients, measured as on_cpu, missing, model, names,
+    put, tensors, variable,
 };
-use gradprobe_candle::{CandleProbe, Config, GsnrConfig, LossScale, Underlying};
+use gradprobe::{
+    Cpu, DType as ProbeDType, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Verdict,
+    health::{Rules, backward_order},
+};
+use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, LossScale};
 use half::{bf16, f16};
 
 /// Where in memory the first element of a gradient is.
@@ -33,10 +36,11 @@ fn the_report_has_the_bits_of_the_cpu_probe() {
     let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
     probe.measure(&gradients).unwrap();
     let measured = arrived(&mut probe);
-    assert_eq!(measured.report.tensors().map(|tensor| tensor.name).collect::<Vec<_>>(), names());
-    let report = CpuProbe::new(plan(&data), Config::default()).unwrap().measure(&tensors(&data)).unwrap();
+    let present = measured.tensors().filter(|tensor| !tensor.is_absent());
+    assert_eq!(present.map(|tensor| tensor.name).collect::<Vec<_>>(), names());
+    let report = on_cpu(&plan(&data), Config::default(), &tensors(&data));
     assert!(report.outputs().total_norm > 0.0);
-    assert_eq!(bytes(&measured.report), bytes(&report));
+    assert_eq!(bytes_of_present(&measured), bytes_of_present(&report));
     assert_eq!(elements(&map, &names(), &gradients), data, "measuring changes nothing");
 }
 
@@ -56,9 +60,9 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
         let mut gradients = gradients(&map);
         let before = elements(&map, &names(), &gradients);
         let (total, expected) = clip_of_torch(&before, max_norm);
-        let mut probe = CandleProbe::new(&map, Config::default().max_norm(max_norm.into())).unwrap();
-        probe.measure_and_clip(&mut gradients).unwrap();
-        let norm = arrived(&mut probe).report.outputs().total_norm;
+        let mut probe = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(max_norm.into()))).unwrap();
+        probe.step(&mut gradients).unwrap();
+        let norm = arrived(&mut probe).outputs().total_norm;
         assert!((norm / f64::from(total) - 1.0).abs() < 1e-6, "{norm} {total}");
         let clipped = elements(&map, &names(), &gradients);
         if max_norm > total {
@@ -68,16 +72,16 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
             let pairs = || clipped.iter().flatten().zip(expected.iter().flatten());
             assert!(pairs().all(|(a, b)| (a - b).abs() <= 4.0 * f32::EPSILON * b.abs()));
             probe.measure(&gradients).unwrap();
-            let norm = arrived(&mut probe).report.outputs().total_norm;
+            let norm = arrived(&mut probe).outputs().total_norm;
             assert!((norm - f64::from(max_norm)).abs() < 1e-5, "{norm}");
         }
     }
     let mut optimizer = AdamW::new(map.all_vars(), ParamsAdamW { lr: 1e-2, ..ParamsAdamW::default() }).unwrap();
-    let mut probe = CandleProbe::new(&map, Config::default().max_norm(1.0)).unwrap();
+    let mut probe = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(1.0))).unwrap();
     let losses = (0..20).map(|_| {
         let loss = common::loss(&map);
         let mut gradients = loss.backward().unwrap();
-        probe.measure_and_clip(&mut gradients).unwrap();
+        probe.step(&mut gradients).unwrap();
         optimizer.step(&gradients).unwrap();
         loss.to_scalar::<f32>().unwrap()
     });
@@ -91,9 +95,9 @@ fn nothing_is_copied() {
     let mut gradients = gradients(&map);
     let scale = variable(&map, "scale");
     let (before, values) = (address(&gradients, &scale), floats(gradients.get(&scale).unwrap()));
-    let mut probe = CandleProbe::new(&map, Config::default().max_norm(1e-3)).unwrap();
-    probe.measure_and_clip(&mut gradients).unwrap();
-    let coefficient = arrived(&mut probe).report.outputs().coefficient;
+    let mut probe = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(1e-3))).unwrap();
+    probe.step(&mut gradients).unwrap();
+    let coefficient = arrived(&mut probe).outputs().coefficient;
     assert!(coefficient < 0.1);
     let after = floats(gradients.get(&scale).unwrap());
     assert_eq!(after, values.iter().map(|x| x * coefficient).collect::<Vec<_>>());
@@ -123,22 +127,22 @@ fn a_strided_gradient_is_read_in_its_own_order_and_comes_back_contiguous() {
     // One element for all, and a part of something larger.
     let larger = Tensor::arange(0f32, 10.0, &Device::Cpu).unwrap();
     gradients.insert(&b, larger.narrow(0, 3, 4).unwrap());
-    let config = Config::default().max_norm(1.0).non_finite(NonFinitePolicy::ZeroNonFinite);
+    let config = Config::default().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::ZeroNonFinite);
     let mut probe = CandleProbe::new(&map, config).unwrap();
     probe.measure(&gradients).unwrap();
     assert!(!gradients.get(&v).unwrap().is_contiguous(), "measuring leaves it as it is");
     let first = arrived(&mut probe);
-    let names: Vec<_> = first.report.tensors().map(|tensor| tensor.name).collect();
+    let names: Vec<_> = first.tensors().map(|tensor| tensor.name).collect();
     assert_eq!(names, ["b", "v", "w"]);
-    let records = first.report.records();
+    let records = first.records();
     assert_eq!(
         (records[0].max_abs(), records[1].first_nonfinite(), records[2].max_abs()),
         (Some(6.0), Some(3), Some(12.0))
     );
-    probe.measure_and_clip(&mut gradients).unwrap();
+    probe.step(&mut gradients).unwrap();
     let second = arrived(&mut probe);
-    assert_eq!(second.report.records(), records);
-    let coefficient = second.report.outputs().coefficient;
+    assert_eq!(second.records(), records);
+    let coefficient = second.outputs().coefficient;
     let clipped = gradients.get(&v).unwrap();
     assert!(clipped.is_contiguous() && clipped.dims() == [4, 3]);
     assert_eq!(
@@ -161,9 +165,9 @@ fn memory_that_two_gradients_or_a_weight_share_is_scaled_once() {
     gradients.insert(&v, shared.reshape((4, 3)).unwrap());
     // The gradient of ‖b‖² / 2 is b itself.
     gradients.insert(&b, b.as_detached_tensor());
-    let mut probe = CandleProbe::new(&map, Config::default().max_norm(1.0)).unwrap();
-    probe.measure_and_clip(&mut gradients).unwrap();
-    let coefficient = arrived(&mut probe).report.outputs().coefficient;
+    let mut probe = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(1.0))).unwrap();
+    probe.step(&mut gradients).unwrap();
+    let coefficient = arrived(&mut probe).outputs().coefficient;
     assert!(coefficient < 0.1);
     let expected: Vec<f32> = (1..=12u8).map(|x| f32::from(x) * coefficient).collect();
     for variable in [&w, &v] {
@@ -184,18 +188,18 @@ fn half_precision_is_measured_and_clipped_as_it_is() {
     gradients.insert(&half, Tensor::from_vec(halves.clone(), 40, &Device::Cpu).unwrap());
     gradients.insert(&brain, Tensor::from_vec(brains.clone(), (3, 5), &Device::Cpu).unwrap());
     gradients.insert(&empty, empty.zeros_like().unwrap());
-    let config = Config::default().max_norm(1.0);
+    let config = Config::default().clip(Clip::global_norm(1.0));
     // Not in the order of the names, and one of them twice.
     let listed = [("half", &half), ("brain", &brain), ("empty", &empty), ("tied", &half)];
-    let mut probe = CandleProbe::of_variables(listed.map(|(name, of)| (name, of.clone())), config).unwrap();
-    probe.measure_and_clip(&mut gradients).unwrap();
+    let mut probe = CandleProbe::of_variables(listed.map(|(name, of)| (name, of.clone())), config.clone()).unwrap();
+    probe.step(&mut gradients).unwrap();
     let measured = arrived(&mut probe);
     let planned = [("half", ProbeDType::F16, 40), ("brain", ProbeDType::BF16, 15), ("empty", ProbeDType::F32, 0)];
     let plan = Plan::new(planned).unwrap();
     let tensors = [HostTensor::F16(&halves), HostTensor::BF16(&brains), HostTensor::F32(&[])];
-    let report = CpuProbe::new(plan.clone(), config).unwrap().measure(&tensors).unwrap();
-    assert_eq!(measured.report.plan(), &plan);
-    assert_eq!(bytes(&measured.report), bytes(&report));
+    let report = on_cpu(&plan, config, &tensors);
+    assert_eq!(measured.plan(), &plan);
+    assert_eq!(bytes(&measured), bytes(&report));
     let clipped = gradients.get(&half).unwrap();
     assert_eq!(clipped.dtype(), DType::F16);
     let last = floats(clipped)[39];
@@ -203,13 +207,10 @@ fn half_precision_is_measured_and_clipped_as_it_is() {
 }
 
 #[test]
-fn what_goes_beyond_a_step_is_that_of_the_cpu_probe() {
+fn what_goes_beyond_a_step_is_that_of_the_probe_on_the_cpu() {
     let map = model(&Device::Cpu);
-    let mut probe = CandleProbe::new(&map, Config::default()).unwrap().with_weights().unwrap();
-    probe.track(&GsnrConfig::default()).unwrap();
-    probe.keep_history(3).unwrap();
-    probe.enable_histogram().unwrap();
-    probe.diagnose_by(Rules::default()).unwrap();
+    let config = Config::default().tracking(GsnrConfig::default()).history(3).histogram().rules(Rules::default());
+    let mut probe = CandleProbe::new(&map, config.clone()).unwrap().with_weights().unwrap();
 
     let of_gradients = |index: u8| {
         let gradients = (common::loss(&map) * f64::from(index)).unwrap().backward().unwrap();
@@ -217,39 +218,44 @@ fn what_goes_beyond_a_step_is_that_of_the_cpu_probe() {
         (gradients, data)
     };
     let steps: Vec<_> = (1..=3).map(of_gradients).collect();
-    let weights: Vec<Vec<f32>> = names().iter().map(|name| floats(&variable(&map, name))).collect();
-    let plan = plan(&weights).with_weights(weights.iter().map(|_| ProbeDType::F32)).unwrap();
+    let plan = probe.plan().clone();
+    let weights: Vec<Vec<f32>> = plan.tensors().iter().map(|tensor| floats(&variable(&map, &tensor.name))).collect();
     let order = backward_order(&plan);
-    let mut health = Health::new(&plan, Rules::default()).unwrap().backward_order(order).unwrap();
-    let mut other = CpuProbe::new(plan, Config::default()).unwrap();
-    other.track(&GsnrConfig::default()).unwrap();
-    other.keep_history(3).unwrap();
-    other.enable_histogram();
-    other.judge_by(&health).unwrap();
+    let mut other = Probe::new(Cpu, plan.clone(), config.backward_order(order)).unwrap();
+    // In the plan's order, which has one tensor more than there are gradients.
+    fn given<'a>(plan: &Plan, data: &'a [Vec<f32>]) -> Vec<&'a dyn gradprobe::Tensor> {
+        let mut data = data.iter();
+        let of = |tensor: &gradprobe::TensorSpec| match tensor.name.as_str() {
+            "unused.weight" => &gradprobe::Absent as &dyn gradprobe::Tensor,
+            _ => data.next().unwrap(),
+        };
+        plan.tensors().iter().map(of).collect()
+    }
+    let weights: Vec<&dyn gradprobe::Tensor> = weights.iter().map(|weight| weight as _).collect();
     for (gradients, data) in &steps {
         probe.measure(gradients).unwrap();
-        // The probe starts over when it finds that one variable has no gradient: with everything it was told.
         let measured = probe.poll().unwrap().unwrap();
-        let report = other.measure_with_weights(&tensors(data), &tensors(&weights)).unwrap();
-        assert_eq!(bytes(&measured.report), bytes(&report));
-        assert_eq!(measured.report.weights(), report.weights());
-        assert_eq!(measured.report.health_words(), report.health_words());
-        let diagnosis = health.diagnose(&report).unwrap();
-        assert_eq!(measured.diagnosis.as_ref().unwrap().findings(), diagnosis.findings());
-        assert_eq!(measured.missing, ["unused.weight"]);
-        assert_eq!(measured.to_string(), format!("{report}no gradient: unused.weight\n{diagnosis}"));
-        assert!(probe.poll().unwrap().is_none() && probe.wait().unwrap().is_none());
+        other.measure_with_weights(&given(&plan, data), &weights).unwrap();
+        let report = other.wait().unwrap();
+        assert_eq!(bytes(&measured), bytes(&report));
+        assert_eq!(measured.weights(), report.weights());
+        assert_eq!(measured.health_words(), report.health_words());
+        assert_eq!(measured.diagnosis().unwrap().findings(), report.diagnosis().unwrap().findings());
+        assert_eq!(missing(&measured), ["unused.weight"]);
+        assert_eq!(measured.to_string(), report.to_string());
+        assert!(probe.poll().unwrap().is_none());
+        assert_eq!(bytes(&probe.wait().unwrap()), bytes(&report));
     }
     let (gradients, data) = &steps[2];
-    assert_eq!(probe.gsnr().unwrap().to_string(), other.gsnr().unwrap().to_string());
-    assert_eq!(probe.history().unwrap().steps().len(), 3);
-    assert_eq!(probe.histogram(gradients).unwrap().histograms(), other.histogram(&tensors(data)).unwrap().histograms());
-    let Underlying::Cpu(underlying) = probe.underlying() else { panic!("not on the CPU") };
-    assert_eq!(underlying.outputs().unwrap().step, 3);
+    let gsnr = probe.probe().gsnr().unwrap().report().unwrap();
+    assert_eq!(gsnr.to_string(), other.gsnr().unwrap().report().unwrap().to_string());
+    assert_eq!(probe.probe().history().unwrap().report().unwrap().steps().len(), 3);
+    let histogram = other.histogram().unwrap().measure(&given(&plan, data)).unwrap();
+    assert_eq!(probe.histogram(gradients).unwrap().histograms(), histogram.histograms());
 }
 
 #[test]
-fn four_reports_wait_for_who_does_not_ask() {
+fn who_does_not_ask_gets_the_last_report() {
     let (map, [w, ..]) = small();
     let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
     let mut gradients = GradStore::default();
@@ -257,8 +263,45 @@ fn four_reports_wait_for_who_does_not_ask() {
     for _ in 0..6 {
         probe.measure(&gradients).unwrap();
     }
-    let steps: Vec<u64> = std::iter::from_fn(|| probe.poll().unwrap()).map(|measured| measured.report.step()).collect();
-    assert_eq!(steps, [3, 4, 5, 6]);
+    let steps: Vec<u64> = std::iter::from_fn(|| probe.poll().unwrap()).map(|measured| measured.step()).collect();
+    assert_eq!(steps, [6]);
+}
+
+/// A gradient of an idle expert, say: nothing begins anew.
+#[test]
+fn a_gradient_that_comes_and_goes_changes_nothing_else() {
+    let (map, [w, v, b]) = small();
+    let clip = Clip::Percentile { percentile: 50.0, history: 8, max_norm: None };
+    let config = Config::default().clip(clip).history(8).tracking(GsnrConfig::default());
+    let mut probe = CandleProbe::new(&map, config).unwrap();
+    let mut clipped = Vec::new();
+    for step in 0..6 {
+        let mut gradients = GradStore::default();
+        for variable in [&w, &v, &b] {
+            gradients.insert(variable, counting(variable));
+        }
+        if step % 2 == 1 {
+            gradients.remove(&b).unwrap();
+        }
+        if step == 5 {
+            gradients.insert(&w, (counting(&w) * 100.0).unwrap());
+        }
+        probe.step(&mut gradients).unwrap();
+        let report = arrived(&mut probe);
+        assert_eq!(report.step(), step + 1);
+        assert_eq!(missing(&report), if step % 2 == 1 { &["b"][..] } else { &[] });
+        clipped.push(report.outputs().coefficient < 1.0);
+    }
+    assert!(clipped[5], "the last norm is far above the median of those before");
+    let history = probe.probe().history().unwrap().report().unwrap();
+    assert_eq!(history.steps().len(), 6);
+    let (of_b, of_v) = (history.tensor_norm(0), history.tensor_norm(1));
+    assert_eq!((of_b.steps, of_v.steps), (3, 6));
+    let gsnr = probe.probe().gsnr().unwrap().report().unwrap();
+    assert_eq!(
+        gsnr.tensors().map(|(name, record)| (name, record.steps)).collect::<Vec<_>>(),
+        [("b", 3), ("v", 6), ("w", 6)]
+    );
 }
 
 #[test]
@@ -270,9 +313,9 @@ fn a_nan_is_named_and_the_step_to_be_skipped() {
     elements[30] = f32::NAN;
     gradients.insert(&weight, Tensor::from_vec(elements, (24, 24), &Device::Cpu).unwrap());
     let before = common::elements(&map, &["scale".to_owned()], &gradients);
-    let mut probe = CandleProbe::new(&map, Config::default().max_norm(1.0)).unwrap();
-    probe.diagnose_by(Rules::default()).unwrap();
-    probe.measure_and_clip(&mut gradients).unwrap();
+    let config = Config::default().clip(Clip::global_norm(1.0)).rules(Rules::default());
+    let mut probe = CandleProbe::new(&map, config).unwrap();
+    probe.step(&mut gradients).unwrap();
     let measured = arrived(&mut probe);
     assert!(measured.skip());
     assert_eq!(
@@ -280,7 +323,7 @@ fn a_nan_is_named_and_the_step_to_be_skipped() {
         before,
         "a step to be skipped is not clipped"
     );
-    let diagnosis = measured.diagnosis.unwrap();
+    let diagnosis = measured.diagnosis().unwrap();
     assert_eq!(diagnosis.verdict(), Verdict::Critical);
     let nan = diagnosis.findings().iter().find(|finding| finding.kind == FindingKind::Nan).unwrap();
     assert_eq!(nan.tensor.as_deref(), Some("layers.7.weight"));
@@ -309,15 +352,15 @@ fn a_loss_scale_goes_on_with_another_set_of_gradients() {
         if step == 2 {
             gradients.remove(&variable(&map, &names()[0]));
         }
-        probe.measure_and_clip(&mut gradients).unwrap();
+        probe.step(&mut gradients).unwrap();
         let measured = arrived(&mut probe);
-        let outputs = measured.report.outputs();
+        let outputs = measured.outputs();
         seen.push((outputs.loss_scale, outputs.next_loss_scale));
         if step != 2 {
             assert_eq!(elements(&map, &names(), &gradients), elements(&map, &names(), &plain), "unscaled");
         }
         if step == 3 {
-            probe.set_loss_scale(2.0).unwrap();
+            probe.probe().set_loss_scale(2.0).unwrap();
             seen.push((0.0, 2.0));
         }
     }

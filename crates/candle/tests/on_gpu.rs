@@ -17,13 +17,13 @@ mod on_a_gpu {
     use super::{common, require};
     use candle_core::{DType, Device, Storage, Tensor, Var, backprop::GradStore};
     use candle_nn::{Optimizer, SGD, VarMap};
-    use common::{bytes, counting, elements, floats, gradients, model, names, put, variable};
-    use gradprobe::{CudaProbe, Plan};
-    use gradprobe_candle::{CandleProbe, Config, Error, GsnrConfig, Rules, Underlying};
+    use common::{bytes, counting, elements, floats, gradients, missing, model, names, put, variable};
+    use gradprobe::cuda;
+    use gradprobe_candle::{CandleProbe, Clip, Config, Error, GsnrConfig, Rules};
 
     /// The first GPU with a stream of its own, if there is one. candle panics where there is no driver.
     fn device() -> Option<Device> {
-        match CudaProbe::on_device(0, Plan::new::<&str>([]).unwrap(), Config::default()) {
+        match cuda::stream(0) {
             Ok(_) => Some(Device::new_cuda_with_stream(0).unwrap()),
             Err(error @ (gradprobe::Error::DriverNotFound { .. } | gradprobe::Error::DeviceNotFound { .. })) => {
                 require::skipped(require::GPU, &error.to_string());
@@ -66,40 +66,38 @@ mod on_a_gpu {
     fn the_report_and_the_clip_have_the_bits_of_the_cpu() {
         let Some(device) = device() else { return };
         let (near, map, moving) = moved(&device);
-        let config = Config::default().max_norm(0.5);
-        let mut probes = [&map, &near].map(|map| CandleProbe::new(map, config).unwrap().with_weights().unwrap());
-        for probe in &mut probes {
-            probe.track(&GsnrConfig::default()).unwrap();
-            probe.diagnose_by(Rules::default()).unwrap();
-        }
+        let config = Config::default().clip(Clip::global_norm(0.5));
+        let config = config.tracking(GsnrConfig::default()).rules(Rules::default());
+        let mut probes =
+            [&map, &near].map(|map| CandleProbe::new(map, config.clone()).unwrap().with_weights().unwrap());
         let [probe, other] = &mut probes;
         let scale = variable(&map, "scale");
         for step in 1..=3 {
             let mut expected = (common::loss(&near) * f64::from(step)).unwrap().backward().unwrap();
             let mut gradients = moving(&expected);
             let before = address(&gradients, &scale);
-            probe.measure_and_clip(&mut gradients).unwrap();
+            probe.step(&mut gradients).unwrap();
             assert_eq!(address(&gradients, &scale), before, "nothing is copied");
-            let measured = probe.wait().unwrap().unwrap();
-            other.measure_and_clip(&mut expected).unwrap();
-            let at_home = other.wait().unwrap().unwrap();
-            assert_eq!(bytes(&measured.report), bytes(&at_home.report));
-            assert_eq!(measured.report.weights(), at_home.report.weights());
+            let measured = probe.wait().unwrap();
+            other.step(&mut expected).unwrap();
+            let at_home = other.wait().unwrap();
+            assert_eq!(bytes(&measured), bytes(&at_home));
+            assert_eq!(measured.weights(), at_home.weights());
             assert_eq!(measured.to_string(), at_home.to_string());
-            assert_eq!(measured.missing, ["unused.weight"]);
-            assert!(probe.wait().unwrap().is_none() && measured.report.outputs().coefficient < 1.0);
+            assert_eq!(missing(&measured), ["unused.weight"]);
+            assert!(probe.poll().unwrap().is_none() && measured.outputs().coefficient < 1.0);
             assert_eq!(elements(&map, &names(), &gradients), elements(&near, &names(), &expected));
         }
-        assert_eq!(probe.gsnr().unwrap().to_string(), other.gsnr().unwrap().to_string());
-        assert!(matches!(probe.underlying(), Underlying::Cuda(_)));
+        let gsnr = |probe: &mut CandleProbe| probe.probe().gsnr().unwrap().report().unwrap().to_string();
+        assert_eq!(gsnr(probe), gsnr(other));
+        assert_eq!((probe.probe().device(), other.probe().device()), ("cuda", "cpu"));
     }
 
     #[test]
-    fn reports_come_by_polling_and_none_is_lost_when_what_is_missing_changes() {
+    fn reports_come_by_polling_and_go_on_when_what_is_missing_changes() {
         let Some(device) = device() else { return };
         let (near, map, moving) = moved(&device);
-        let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
-        probe.enable_histogram().unwrap();
+        let mut probe = CandleProbe::new(&map, Config::default().histogram()).unwrap();
         let mut gradients = moving(&gradients(&near));
         let mut steps = Vec::new();
         for step in 0..3 {
@@ -111,13 +109,11 @@ mod on_a_gpu {
             probe.histogram(&gradients).unwrap();
             device.synchronize().unwrap();
             while let Some(measured) = probe.poll().unwrap() {
-                steps.push((measured.missing.len(), measured.report.step()));
+                steps.push((missing(&measured).len(), measured.step()));
             }
         }
-        if let Some(measured) = probe.wait().unwrap() {
-            steps.push((measured.missing.len(), measured.report.step()));
-        }
-        assert_eq!(steps, [(1, 1), (1, 2), (2, 1)]);
+        assert_eq!(probe.wait().unwrap().step(), 3);
+        assert_eq!(steps, [(1, 1), (1, 2), (2, 3)]);
     }
 
     /// Of two variables and a gradient of a third kind of memory each: that of another gradient, and that of its variable.
@@ -127,14 +123,14 @@ mod on_a_gpu {
         let ones = |length: usize| Tensor::ones(length, DType::F32, &Device::Cpu).unwrap().to_device(&device).unwrap();
         let [w, v, b] = [12, 12, 4].map(|length| Var::from_tensor(&ones(length)).unwrap());
         let listed = [("w", w.clone()), ("v", v.clone()), ("b", b.clone())];
-        let mut probe = CandleProbe::of_variables(listed, Config::default().max_norm(1.0)).unwrap();
+        let mut probe = CandleProbe::of_variables(listed, Config::default().clip(Clip::global_norm(1.0))).unwrap();
         let mut gradients = GradStore::default();
         let shared = counting(&w);
         gradients.insert(&w, shared.clone());
         gradients.insert(&v, shared);
         gradients.insert(&b, b.as_detached_tensor());
-        probe.measure_and_clip(&mut gradients).unwrap();
-        let coefficient = probe.wait().unwrap().unwrap().report.outputs().coefficient;
+        probe.step(&mut gradients).unwrap();
+        let coefficient = probe.wait().unwrap().outputs().coefficient;
         let expected: Vec<f32> = (1..=12u8).map(|x| f32::from(x) * coefficient).collect();
         assert_eq!(floats(gradients.get(&w).unwrap()), expected);
         assert_eq!(floats(gradients.get(&v).unwrap()), expected);
@@ -149,14 +145,14 @@ mod on_a_gpu {
         }
         let device = Device::new_cuda(0).unwrap();
         let map = model(&device);
-        let mut probe = CandleProbe::new(&map, Config::default().max_norm(1.0)).unwrap();
+        let mut probe = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(1.0))).unwrap();
         let mut gradients = gradients(&map);
         let weight = variable(&map, "layers.0.weight");
         let transposed = gradients.get(&weight).unwrap().t().unwrap();
         let before = floats(&transposed.contiguous().unwrap());
         gradients.insert(&weight, transposed);
-        probe.measure_and_clip(&mut gradients).unwrap();
-        let coefficient = probe.wait().unwrap().unwrap().report.outputs().coefficient;
+        probe.step(&mut gradients).unwrap();
+        let coefficient = probe.wait().unwrap().outputs().coefficient;
         assert!(coefficient < 1.0);
         let expected: Vec<f32> = before.iter().map(|x| x * coefficient).collect();
         assert_eq!(floats(gradients.get(&weight).unwrap()), expected);
@@ -177,7 +173,7 @@ mod on_a_gpu {
         let mut probe = CandleProbe::of_variables([("near", near.clone())], Config::default()).unwrap();
         let mut gradients = GradStore::default();
         gradients.insert(&near, Tensor::ones(3, DType::F32, &Device::Cpu).unwrap());
-        let refused = probe.measure_and_clip(&mut gradients).unwrap_err();
+        let refused = probe.step(&mut gradients).unwrap_err();
         assert!(refused.to_string().ends_with("is [3] f32 on cuda:0, its gradient [3] f32 on cpu"), "{refused}");
     }
 }

@@ -4,17 +4,17 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_nn::VarMap;
-use common::{arrived, elements, gradients, model, names, put, variable};
-use gradprobe_candle::{CandleProbe, ClipPolicy, Config, Error, GsnrConfig};
+use common::{arrived, elements, gradients, missing, model, names, put, variable};
+use gradprobe_candle::{CandleProbe, Clip, Config, Error, GsnrConfig};
 
 fn probe(map: &VarMap) -> CandleProbe {
-    CandleProbe::new(map, Config::default().max_norm(1e-3)).unwrap()
+    CandleProbe::new(map, Config::default().clip(Clip::global_norm(1e-3))).unwrap()
 }
 
 /// What the probe says of these gradients, which it leaves alone.
 fn refused(probe: &mut CandleProbe, map: &VarMap, gradients: &mut GradStore) -> Error {
     let before = elements(map, &names(), gradients);
-    let refused = probe.measure_and_clip(gradients).unwrap_err();
+    let refused = probe.step(gradients).unwrap_err();
     assert_eq!(elements(map, &names(), gradients), before, "nothing is clipped");
     assert_eq!(probe.measure(gradients).unwrap_err().to_string(), refused.to_string());
     assert_eq!(probe.histogram(gradients).unwrap_err().to_string(), refused.to_string());
@@ -25,41 +25,32 @@ fn refused(probe: &mut CandleProbe, map: &VarMap, gradients: &mut GradStore) -> 
 fn a_missing_gradient_is_missing_and_not_zero() {
     let map = model(&Device::Cpu);
     let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
-    assert_eq!((probe.names().len(), probe.plan().tensors().len()), (27, 27));
+    assert_eq!(probe.plan().tensors().len(), 27);
     let mut all = gradients(&map);
     probe.measure(&all).unwrap();
     let measured = probe.poll().unwrap().unwrap();
-    assert_eq!((measured.missing.as_slice(), measured.report.records().len()), (&["unused.weight".to_owned()][..], 26));
-    assert!(measured.report.tensors().all(|tensor| tensor.name != "unused.weight"));
-    assert!(measured.to_string().ends_with("no gradient: unused.weight\n"));
-    // Another one goes missing, and comes back; what was not asked for yet is not lost.
+    assert_eq!((missing(&measured), measured.records().len()), (vec!["unused.weight"], 27));
+    let unused = measured.tensors().find(|tensor| tensor.name == "unused.weight").unwrap();
+    assert_eq!((unused.record.count, unused.remarks().as_str()), (0, "no gradient"));
+    // Another one goes missing, and comes back.
     let scale = variable(&map, "scale");
-    probe.measure(&all).unwrap();
-    let gradient = all.remove(&scale).unwrap();
-    probe.measure(&all).unwrap();
-    all.insert(&scale, gradient);
-    probe.measure(&all).unwrap();
-    probe.measure(&all).unwrap();
-    let measured: Vec<_> = std::iter::from_fn(|| probe.poll().unwrap()).collect();
-    let seen: Vec<_> = measured.iter().map(|measured| (measured.missing.len(), measured.report.step())).collect();
-    assert_eq!(seen, [(1, 2), (2, 1), (1, 1), (1, 2)]);
+    let mut seen = Vec::new();
+    for is_there in [true, false, true, true] {
+        let gradient = all.remove(&scale).unwrap();
+        if is_there {
+            all.insert(&scale, gradient.clone());
+        }
+        probe.measure(&all).unwrap();
+        let measured = probe.poll().unwrap().unwrap();
+        seen.push((missing(&measured).len(), measured.step()));
+        all.insert(&scale, gradient);
+    }
+    assert_eq!(seen, [(1, 2), (2, 3), (1, 4), (1, 5)]);
     // And those who wait get the last.
     all.remove(&scale).unwrap();
     probe.measure(&all).unwrap();
-    assert_eq!(arrived(&mut probe).missing, ["scale", "unused.weight"]);
+    assert_eq!(missing(&arrived(&mut probe)), ["scale", "unused.weight"]);
     assert!(probe.poll().unwrap().is_none());
-}
-
-#[test]
-fn a_policy_that_remembers_refuses_another_set_of_gradients() {
-    let map = model(&Device::Cpu);
-    let policy = ClipPolicy::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 1 };
-    let mut probe = CandleProbe::new(&map, Config::default().clip(policy)).unwrap();
-    let mut all = gradients(&map);
-    probe.measure_and_clip(&mut all).unwrap();
-    all.remove(&variable(&map, "scale")).unwrap();
-    let refused = refused(&mut probe, &map, &mut all);
-    assert!(matches!(&refused, Error::MissingGradient { name } if name == "scale"), "{refused}");
 }
 
 #[test]
@@ -98,11 +89,12 @@ fn a_variable_in_the_place_of_another_and_one_of_two_names_are_no_change() {
     let map = model(&Device::Cpu);
     put(&map, "tied", variable(&map, "scale"));
     let mut probe = CandleProbe::new(&map, Config::default()).unwrap();
-    assert_eq!(probe.names().filter(|name| ["tied", "scale"].contains(name)).collect::<Vec<_>>(), ["scale"]);
+    let names = probe.plan().tensors().iter().map(|tensor| tensor.name.as_str());
+    assert_eq!(names.filter(|name| ["tied", "scale"].contains(name)).collect::<Vec<_>>(), ["scale"]);
     put(&map, "scale", Var::ones(24, DType::F32, &Device::Cpu).unwrap());
     put(&map, "tied", variable(&map, "scale"));
     probe.measure(&gradients(&map)).unwrap();
-    assert_eq!(arrived(&mut probe).missing, ["unused.weight"]);
+    assert_eq!(missing(&arrived(&mut probe)), ["unused.weight"]);
 }
 
 #[test]
@@ -144,14 +136,14 @@ fn what_cannot_be_measured_is_refused_when_the_probe_is_made() {
         let rest = names().into_iter().map(|name| (name.clone(), variable(&map, &name)));
         let mut probe = CandleProbe::of_variables(rest, Config::default()).unwrap();
         probe.measure(&gradients(&map)).unwrap();
-        assert_eq!(arrived(&mut probe).missing, [""; 0]);
+        assert_eq!(missing(&arrived(&mut probe)), [""; 0]);
     }
 }
 
 #[test]
 fn the_probe_s_own_errors_pass_through() {
     let map = model(&Device::Cpu);
-    let refused = CandleProbe::new(&map, Config::default().max_norm(-1.0)).unwrap_err();
+    let refused = CandleProbe::new(&map, Config::default().clip(Clip::global_norm(-1.0))).unwrap_err();
     assert!(matches!(&refused, Error::Probe(gradprobe::Error::InvalidConfig { option: "max_norm", .. })), "{refused}");
     let twice = [("scale", variable(&map, "scale")), ("scale", variable(&map, "embedding"))];
     let refused = CandleProbe::of_variables(twice, Config::default()).unwrap_err();
@@ -160,13 +152,12 @@ fn the_probe_s_own_errors_pass_through() {
     let is = |error: Error, expected: gradprobe::Error| {
         assert!(matches!(&error, Error::Probe(error) if *error == expected), "{error}");
     };
-    is(probe.gsnr().unwrap_err(), gradprobe::Error::NotTracked);
-    is(probe.history().unwrap_err(), gradprobe::Error::NoHistory);
-    is(probe.histogram(&gradients(&map)).unwrap_err(), gradprobe::Error::NotEnabled { what: "histogram" });
+    let not_declared = |declare| gradprobe::Error::NotDeclared { declare };
+    is(probe.probe().history().map(drop).unwrap_err().into(), not_declared("Config::history"));
+    is(probe.histogram(&gradients(&map)).unwrap_err(), not_declared("Config::histogram"));
     let pattern = || "nowhere.*".to_owned();
-    is(
-        probe.track(&GsnrConfig::new().tensors([pattern()])).unwrap_err(),
-        gradprobe::Error::NoSuchTensor { pattern: pattern() },
-    );
-    assert!(probe.poll().unwrap().is_none() && probe.wait().unwrap().is_none());
+    let tracking = Config::default().tracking(GsnrConfig::new().tensors([pattern()]));
+    is(CandleProbe::new(&map, tracking).unwrap_err(), gradprobe::Error::NoSuchTensor { pattern: pattern() });
+    assert!(probe.poll().unwrap().is_none());
+    is(probe.wait().unwrap_err(), gradprobe::Error::NotMeasured);
 }

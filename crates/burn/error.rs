@@ -38,12 +38,6 @@ pub enum Error {
         /// How many.
         count: usize,
     },
-    /// A gradient is missing that the last step had, or the other way round, and the clip policy remembers earlier steps.
-    #[error("parameter {name:?} had a gradient in one step and none in another, which this clip policy cannot compare")]
-    MissingGradient {
-        /// The first parameter for which that holds.
-        name: String,
-    },
     /// burn could not give a gradient's elements.
     #[error("parameter {name:?}: its gradient cannot be read: {reason}")]
     Read {

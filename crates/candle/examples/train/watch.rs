@@ -4,11 +4,12 @@ use crate::{Result, options::Options};
 use candle_core::{Device, backprop::GradStore};
 use candle_nn::VarMap;
 use gradprobe::{
-    AccumulationNoise, GsnrReport, HistogramReport,
+    GsnrReport, HistogramReport,
+    gsnr::AccumulationNoise,
     health::Diagnosis,
     write::{Background, Entry, Finished, JsonLines, Sink, TensorBoard, charts::ChartFolder},
 };
-use gradprobe_candle::{CandleProbe, Config, Error, GsnrConfig, Measured, NonFinitePolicy, Rules};
+use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Report, Rules};
 use std::{
     fs, io,
     path::Path,
@@ -31,6 +32,8 @@ pub struct Watch {
     accumulation: Option<Accumulation>,
     writers: Background,
     steps: u64,
+    /// The last that was given.
+    given: u64,
     /// Of this step, until its report comes.
     histogram: Option<(u64, HistogramReport)>,
     time: Duration,
@@ -60,31 +63,33 @@ impl Watch {
     pub fn new(variables: &VarMap, options: &Options, device: &Device) -> Result<Self> {
         // On a GPU the word that a step is to be skipped comes after it: what is not finite is left out of it instead.
         let non_finite = if device.is_cuda() { NonFinitePolicy::ZeroNonFinite } else { NonFinitePolicy::Skip };
-        let config = Config::default().max_norm(MAX_NORM).non_finite(non_finite);
-        let mut probe = CandleProbe::new(variables, config)?.with_weights()?;
-        probe.track(&GsnrConfig::new().window(WINDOW))?;
-        probe.enable_histogram()?;
-        probe.diagnose_by(Rules::default().learning_rate(options.lr))?;
+        let config = Config::new()
+            .clip(Clip::global_norm(MAX_NORM))
+            .non_finite(non_finite)
+            .tracking(GsnrConfig::new().window(WINDOW))
+            .histogram()
+            .rules(Rules::default().learning_rate(options.lr));
+        let probe = CandleProbe::new(variables, config)?.with_weights()?;
         let accumulation = match options.accumulate {
             1 => None,
             micro_batches => {
-                let probe = CandleProbe::new(variables, Config::default())?;
+                let probe = CandleProbe::new(variables, Config::new())?;
                 let noise = AccumulationNoise::new(probe.plan().clone(), micro_batches)?.decay(DECAY)?;
                 Some(Accumulation { probe, noise, micro_batches })
             }
         };
         let writers = Background::new(sinks(&options.out, &probe)?, 256)?;
-        Ok(Self { probe, accumulation, writers, steps: 0, histogram: None, time: Duration::ZERO })
+        Ok(Self { probe, accumulation, writers, steps: 0, given: 0, histogram: None, time: Duration::ZERO })
     }
 
     /// The names of the variables, in their natural order.
     pub fn names(&self) -> Vec<String> {
-        self.probe.names().map(str::to_owned).collect()
+        self.probe.plan().tensors().iter().map(|tensor| tensor.name.clone()).collect()
     }
 
     /// Lets the diagnosis know the learning rate, by which it tells what is too large a gradient.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
-        Ok(self.probe.diagnose_by(Rules::default().learning_rate(learning_rate))?)
+        Ok(self.probe.probe().set_rules(Rules::default().learning_rate(learning_rate))?)
     }
 
     /// Looks at the sum of the first micro-batches of a step.
@@ -93,8 +98,8 @@ impl Watch {
         if let Some(Accumulation { probe, noise, micro_batches }) = &mut self.accumulation {
             probe.measure(gradients)?;
             while let Some(measured) = probe.poll()? {
-                let before = (measured.report.step() - 1) % u64::from(*micro_batches);
-                noise.add(1 + u32::try_from(before)?, &measured.report)?;
+                let before = (measured.step() - 1) % u64::from(*micro_batches);
+                noise.add(1 + u32::try_from(before)?, &measured)?;
             }
         }
         self.time += start.elapsed();
@@ -109,7 +114,7 @@ impl Watch {
         if self.steps.is_multiple_of(HISTOGRAMS) {
             self.histogram = Some((self.steps, self.probe.histogram(gradients)?));
         }
-        self.probe.measure_and_clip(gradients)?;
+        self.probe.step(gradients)?;
         let mut seen = Vec::new();
         while let Some(measured) = self.probe.poll()? {
             seen.push(self.seen(measured)?);
@@ -120,18 +125,20 @@ impl Watch {
 
     /// The report that is still on its way.
     pub fn rest(&mut self) -> Result<Vec<Seen>> {
-        self.probe.wait()?.map(|measured| self.seen(measured)).into_iter().collect()
+        let last = self.probe.wait()?;
+        if last.step() == self.given { Ok(Vec::new()) } else { Ok(vec![self.seen(last)?]) }
     }
 
-    fn seen(&mut self, measured: Measured) -> Result<Seen> {
-        let step = measured.report.step();
-        let gsnr = match self.probe.gsnr() {
+    fn seen(&mut self, measured: Report) -> Result<Seen> {
+        let step = measured.step();
+        self.given = step;
+        let gsnr = match self.probe.probe().gsnr()?.report() {
             Ok(gsnr) => Some(gsnr),
-            Err(Error::Probe(gradprobe::Error::TooFewSteps { .. })) => None,
+            Err(gradprobe::Error::TooFewSteps { .. }) => None,
             Err(error) => return Err(error.into()),
         };
-        let diagnosis = measured.diagnosis.ok_or("no rules were given")?;
-        let outputs = *measured.report.outputs();
+        let diagnosis = measured.diagnosis().ok_or("no rules were given")?.clone();
+        let outputs = *measured.outputs();
         let accumulated = self.accumulation.as_ref().map(|accumulation| accumulation.noise.total().noise_scale.value());
         let seen = Seen {
             step,
@@ -142,7 +149,7 @@ impl Watch {
             noise_scale: accumulated.unwrap_or_else(|| gsnr.as_ref().and_then(GsnrReport::noise_scale)),
             diagnosis,
         };
-        let mut entry = Entry::new(measured.report).with_diagnosis(&seen.diagnosis)?;
+        let mut entry = Entry::new(measured).with_diagnosis(&seen.diagnosis)?;
         if let Some(gsnr) = gsnr {
             entry = entry.with_gsnr(gsnr)?;
         }
