@@ -8,7 +8,7 @@
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradprobe::{
-    Config, DType, Element, GsnrConfig, HostTensor, HostTensorMut, Plan, Probe,
+    Clip, Config, Cpu, DType, Element, GsnrConfig, Plan, Probe, Tensor, TensorMut,
     health::{Health, Rules},
 };
 use half::{bf16, f16};
@@ -65,10 +65,7 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     criterion: &mut Criterion,
     name: &str,
     convert: impl Fn(f32) -> T + Sync,
-) where
-    for<'a> HostTensor<'a>: From<&'a [T]>,
-    for<'a> HostTensorMut<'a>: From<&'a mut [T]>,
-{
+) {
     let mut data: Vec<Vec<T>> =
         (0..TENSORS).into_par_iter().map(|seed| gradient(seed).into_iter().map(&convert).collect()).collect();
     let elements = TENSORS * ELEMENTS;
@@ -81,13 +78,21 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
 
     let plan = Plan::new((0..TENSORS).map(|t| (format!("layer.{t}"), T::DTYPE, ELEMENTS as u64))).unwrap();
     // A norm so small that every step clips; the data shrink only once, then the coefficient is near 1.
-    let mut probe = Probe::new(Cpu, plan, Config::default().clip(Clip::global_norm(0.1))).unwrap();
+    let config = Config::new().clip(Clip::global_norm(0.1)).histogram().dot();
+    let mut tracking = Probe::new(Cpu, plan.clone(), config.clone().tracking(GsnrConfig::new())).unwrap();
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
+    fn refs<T: Element>(data: &[Vec<T>]) -> Vec<&dyn Tensor> {
+        data.iter().map(|t| t as &dyn Tensor).collect()
+    }
 
     let mut group = criterion.benchmark_group("measure");
     group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
     group.bench_function(BenchmarkId::new(name, elements), |b| {
-        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
-        b.iter(|| black_box(probe.measure(black_box(&tensors)).unwrap()));
+        let tensors = refs(&data);
+        b.iter(|| {
+            probe.measure(black_box(&tensors)).unwrap();
+            black_box(probe.wait().unwrap())
+        });
     });
     group.finish();
 
@@ -98,37 +103,38 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
         b.iter(|| plain_update::<T, W>(black_box(&data), black_box(&mut states)));
     });
     drop(states);
-    probe.track(&GsnrConfig::new()).unwrap();
     group.bench_function(BenchmarkId::new(format!("{name}/step"), elements), |b| {
-        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
-        b.iter(|| black_box(probe.measure(black_box(&tensors)).unwrap()));
+        let tensors = refs(&data);
+        b.iter(|| {
+            tracking.measure(black_box(&tensors)).unwrap();
+            black_box(tracking.wait().unwrap())
+        });
     });
+    drop(tracking);
     group.finish();
 
     let mut group = criterion.benchmark_group("histogram");
     group.throughput(Throughput::BytesDecimal(bytes)).sample_size(20);
-    probe.enable_histogram();
     group.bench_function(BenchmarkId::new(name, elements), |b| {
-        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
-        b.iter(|| black_box(probe.histogram(black_box(&tensors)).unwrap()));
+        let tensors = refs(&data);
+        b.iter(|| black_box(probe.histogram().unwrap().measure(black_box(&tensors)).unwrap()));
     });
     group.finish();
 
     // The list with itself, reversed: as many bytes again.
     let mut group = criterion.benchmark_group("dot");
     group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
-    probe.enable_dot();
     group.bench_function(BenchmarkId::new(name, elements), |b| {
-        let tensors: Vec<HostTensor> = data.iter().map(|t| t.as_slice().into()).collect();
-        let others: Vec<HostTensor> = tensors.iter().rev().copied().collect();
-        b.iter(|| black_box(probe.dot(black_box(&tensors), black_box(&others)).unwrap()));
+        let tensors = refs(&data);
+        let others: Vec<&dyn Tensor> = tensors.iter().rev().copied().collect();
+        b.iter(|| black_box(probe.dot().unwrap().measure(black_box(&tensors), black_box(&others)).unwrap()));
     });
     group.finish();
 
     let mut group = criterion.benchmark_group("clip");
     group.throughput(Throughput::BytesDecimal(2 * bytes)).sample_size(20);
     group.bench_function(BenchmarkId::new(name, elements), |b| {
-        let mut tensors: Vec<HostTensorMut> = data.iter_mut().map(|t| t.as_mut_slice().into()).collect();
+        let mut tensors: Vec<&mut dyn TensorMut> = data.iter_mut().map(|t| t as _).collect();
         b.iter(|| probe.clip(black_box(&mut tensors)).unwrap());
     });
     group.finish();
@@ -142,7 +148,8 @@ fn diagnose(criterion: &mut Criterion) {
     for (name, value) in [("healthy", 1e-3), ("unhealthy", 1e3), ("nan", f32::NAN)] {
         let tensor = [value; 16];
         let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-        let report = probe.measure(&vec![HostTensor::F32(&tensor); plan.tensors().len()]).unwrap();
+        probe.measure(&vec![&tensor as &dyn Tensor; plan.tensors().len()]).unwrap();
+        let report = probe.wait().unwrap();
         let mut health = Health::new(&plan, Rules::default()).unwrap();
         group.bench_function(name, |b| b.iter(|| health.diagnose(black_box(&report)).unwrap()));
     }

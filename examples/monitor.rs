@@ -9,8 +9,8 @@
 
 use clap::Parser;
 use gradprobe::{
-    Config, DType, Error, GsnrConfig, HostTensor, Plan, Probe, Verdict,
-    health::{Health, Rules},
+    Clip, Config, Cpu, DType, Error, GsnrConfig, Plan, Probe, Tensor, Verdict,
+    health::Rules,
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, charts::ChartFolder, live::Live},
 };
 use std::{
@@ -52,10 +52,9 @@ fn run(options: &Options) -> Result<(), Error> {
             .map(|(what, len)| (format!("layers.{layer}.{what}"), DType::F32, len as u64))
     });
     let plan = Plan::new(tensors)?;
-    let mut health = Health::new(&plan, Rules::default())?;
-    let mut probe = Probe::new(Cpu, plan.clone(), Config::default().clip(Clip::global_norm(1.0)))?;
-    probe.track(&GsnrConfig::default())?;
-    probe.enable_histogram();
+    let config =
+        Config::new().clip(Clip::global_norm(1.0)).tracking(GsnrConfig::new()).histogram().rules(Rules::default());
+    let mut probe = Probe::new(Cpu, plan.clone(), config)?;
 
     // The first makes the folder; the others need it.
     let mut sinks: Vec<Box<dyn Sink>> = vec![
@@ -73,16 +72,21 @@ fn run(options: &Options) -> Result<(), Error> {
     for step in 1..=STEPS {
         let gradients: Vec<Vec<f32>> =
             plan.tensors().iter().enumerate().map(|(index, tensor)| gradient(step, index, tensor.len)).collect();
-        let gradients: Vec<HostTensor<'_>> = gradients.iter().map(|gradient| HostTensor::F32(gradient)).collect();
-        let report = probe.measure(&gradients)?;
-        let diagnosis = health.diagnose(&report)?;
-        if diagnosis.verdict() == Verdict::Critical && first_bad.is_none() {
-            first_bad = Some(diagnosis.clone());
+        let gradients: Vec<&dyn Tensor> = gradients.iter().map(|gradient| gradient as _).collect();
+        probe.measure(&gradients)?;
+        let report = probe.wait()?;
+        let diagnosis = report.diagnosis().cloned();
+        let mut entry = Entry::new(report);
+        if let Some(diagnosis) = diagnosis {
+            entry = entry.with_diagnosis(&diagnosis)?;
+            if diagnosis.verdict() == Verdict::Critical && first_bad.is_none() {
+                first_bad = Some(diagnosis);
+            }
         }
-        let mut entry = Entry::new(report).with_diagnosis(&diagnosis)?;
         // What costs more than a read is for every fifth step.
         if step % 5 == 0 {
-            entry = entry.with_histogram(probe.histogram(&gradients)?)?.with_gsnr(probe.gsnr_report()?)?;
+            entry =
+                entry.with_histogram(probe.histogram()?.measure(&gradients)?)?.with_gsnr(probe.gsnr()?.report()?)?;
         }
         writers.send(entry);
         if options.live {

@@ -2,9 +2,9 @@
 
 mod entries;
 
-use entries::{deep, entries};
+use entries::{deep, entries, host::OnHost};
 use gradprobe::{
-    Config, Error, Plan, Probe,
+    Config, Cpu, Error, Plan, Probe,
     write::{
         Entry, Sink,
         charts::{Chart, ChartFolder, Course},
@@ -187,7 +187,7 @@ fn a_thousand_tensors_are_readable() {
 fn pictures_of_nothing_say_so() {
     let mut probe =
         Probe::new(Cpu, Plan::new([] as [(&str, gradprobe::DType, u64); 0]).unwrap(), Config::default()).unwrap();
-    let entries = [Entry::new(probe.measure(&[]).unwrap())];
+    let entries = [Entry::new(probe.measure_host(&[]).unwrap())];
     for (name, _, pixels, texts) in drawn("nothing", &entries) {
         assert!(!pixels.is_blank());
         assert_eq!(texts.iter().any(|text| text == "nothing to show"), name != "norms", "{name}: {texts:?}");

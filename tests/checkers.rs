@@ -10,15 +10,15 @@ use common::cases::{Case, Data, cases, normal, random_bits};
 use common::check::{self, CONSTANT_VARIANCE_BOUND, SUM_BOUND, Seen, variance_bound};
 use common::gsnr::{self, BOUND, MEDIAN_BOUND};
 use common::gsnr_cases;
+use common::host::OnHost;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, Backend, Config, DType, DotReport, Error, GsnrConfig, GsnrRecord, GsnrReport,
-    HistogramReport, HistoryReport, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, Record, Report,
-    SampleConfig, SampleReport, StepOutputs, health::Health,
+    Clip, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, HostTensorMut, NonFinitePolicy,
+    Plan, Probe, Record, Report, StepOutputs,
 };
 
-/// What a perfect backend would say.
+/// What a perfect probe would say.
 fn perfect(truth: &Truth) -> Seen {
     let m = truth.finite_count() as f64;
     let fraction = |part: u64| (truth.count > 0).then(|| part as f64 / truth.count as f64);
@@ -248,7 +248,7 @@ fn bounds_of_the_variance_are_those_of_the_contract() {
 
 fn measured(values: &[f32], config: Config) -> (Record, StepOutputs) {
     let plan = Plan::new([("w", DType::F32, values.len() as u64)]).unwrap();
-    let report = Probe::new(Cpu, plan, config).unwrap().measure(&[HostTensor::F32(values)]).unwrap();
+    let report = Probe::new(Cpu, plan, config).unwrap().measure_host(&[HostTensor::F32(values)]).unwrap();
     (report.records()[0], *report.outputs())
 }
 
@@ -281,7 +281,7 @@ fn no_bit_of_the_scalars_can_differ_unnoticed() {
     for config in
         [Config::default(), Config::default().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::Propagate)]
     {
-        let (_, outputs) = measured(&sample(config.max_norm.is_some()), config);
+        let (_, outputs) = measured(&sample(config.clip != Clip::None), config.clone());
         assert_eq!(check::same_outputs(&outputs, &outputs), [""; 0]);
         for (bit, wrong) in flipped(outputs) {
             assert_eq!(check::same_outputs(&wrong, &outputs).len(), 1, "bit {bit}");
@@ -297,7 +297,7 @@ fn no_bit_of_the_scalars_can_be_wrong_unnoticed() {
         for nonfinite in [false, true] {
             let values = sample(nonfinite);
             let config = Config::default().clip(Clip::global_norm(0.7)).non_finite(policy);
-            let (_, outputs) = measured(&values, config);
+            let (_, outputs) = measured(&values, config.clone());
             let truths = [truth_of(&values)];
             assert_eq!(check::check_outputs(&outputs, 1, &truths, &config), [""; 0]);
             for (bit, wrong) in flipped(outputs) {
@@ -337,8 +337,8 @@ fn swapped_and_missing_tensors_are_noticed() {
     let (one, two) = (sample(false), sample(true));
     let truths = [truth_of(&one), truth_of(&two)];
     let plan = Plan::new(names.iter().map(|n| (n.as_str(), DType::F32, 1000))).unwrap();
-    let report = Probe::new(Cpu, plan, Config::default()).unwrap();
-    let report = { report }.measure(&[HostTensor::F32(&one), HostTensor::F32(&two)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
+    let report = probe.measure_host(&[HostTensor::F32(&one), HostTensor::F32(&two)]).unwrap();
     let (records, outputs) = (report.records().to_vec(), report.outputs());
     let check = |records: &[Record]| check::check_step(&names, records, outputs, 1, &truths, &Config::default());
     let same = |seen: &[Record]| check::same_step(&names, (seen, outputs), (&records, outputs));
@@ -393,7 +393,7 @@ fn a_written_guard_is_noticed_at_every_byte() {
     }
 }
 
-/// A backend with a fault: what it measures is falsified before, what it clips after.
+/// A probe with a fault: what it measures is falsified before, what it clips after.
 struct Faulty {
     probe: Probe,
     /// Changes what is read; is told the step and whether the first tensor lies at a multiple of 16 bytes.
@@ -403,86 +403,9 @@ struct Faulty {
     step: u64,
 }
 
-/// What a faulty backend does not change.
-macro_rules! tracks_as {
-    ($field:tt) => {
-        fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
-            self.$field.track(config)
-        }
-        fn reset_tracking(&mut self) -> Result<(), Error> {
-            self.$field.reset_tracking()
-        }
-        fn gsnr(&mut self) -> Result<GsnrReport, Error> {
-            self.$field.gsnr()
-        }
-    };
-}
-
-/// The same of the history, of histograms and of dot products.
-macro_rules! keeps_as {
-    ($field:tt) => {
-        fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
-            self.$field.set_loss_scale(scale)
-        }
-        fn enable_samples(&mut self, config: &SampleConfig) -> Result<(), Error> {
-            self.$field.enable_samples(config)
-        }
-        fn sample_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<(), Error> {
-            self.$field.sample(tensors)
-        }
-        fn samples(&mut self) -> Result<SampleReport, Error> {
-            self.$field.sample_report()
-        }
-        fn judge_by(&mut self, health: &Health) -> Result<(), Error> {
-            self.$field.judge_by(health)
-        }
-        fn enable_adaptive_clip(&mut self, clip: &AdaptiveClip) -> Result<(), Error> {
-            self.$field.enable_adaptive_clip(clip)
-        }
-        fn clip_adaptively_host(
-            &mut self,
-            tensors: &mut [HostTensorMut<'_>],
-            weights: &[HostTensor<'_>],
-        ) -> Result<AdaptiveClipReport, Error> {
-            self.$field.clip_adaptively(tensors, weights)
-        }
-        fn measure_host_with_weights(
-            &mut self,
-            tensors: &[HostTensor<'_>],
-            weights: &[HostTensor<'_>],
-        ) -> Result<Report, Error> {
-            self.$field.measure_with_weights(tensors, weights)
-        }
-        fn enable_histogram(&mut self) -> Result<(), Error> {
-            Backend::enable_histogram(&mut self.$field)
-        }
-        fn histogram_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<HistogramReport, Error> {
-            self.$field.histogram_host(tensors)
-        }
-        fn enable_dot(&mut self) -> Result<(), Error> {
-            Backend::enable_dot(&mut self.$field)
-        }
-        fn dot_host(&mut self, a: &[HostTensor<'_>], b: &[HostTensor<'_>]) -> Result<DotReport, Error> {
-            self.$field.dot_host(a, b)
-        }
-        fn keep_history(&mut self, steps: u32) -> Result<(), Error> {
-            self.$field.keep_history(steps)
-        }
-        fn tag(&mut self, tag: u64) -> Result<(), Error> {
-            self.$field.tag(tag)
-        }
-        fn history(&mut self) -> Result<HistoryReport, Error> {
-            self.$field.history_report()
-        }
-    };
-}
-
-impl Backend for Faulty {
-    tracks_as!(probe);
-    keeps_as!(probe);
-
-    fn name(&self) -> &'static str {
-        "faulty"
+impl OnHost for Faulty {
+    fn probe(&mut self) -> &mut Probe {
+        &mut self.probe
     }
 
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
@@ -490,12 +413,12 @@ impl Backend for Faulty {
         let aligned = tensors.first().is_none_or(|t| (t.as_bytes().as_ptr() as usize).is_multiple_of(16));
         self.step += 1;
         (self.read)(&mut data, self.step, aligned);
-        self.probe.measure(&data.iter().map(Data::tensor).collect::<Vec<_>>())
+        self.probe.measure_host(&data.iter().map(Data::tensor).collect::<Vec<_>>())
     }
 
     fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
         let before: Vec<Data> = tensors.iter().map(|t| Data::from(t.as_ref())).collect();
-        self.probe.clip(tensors)?;
+        self.probe.clip_host(tensors)?;
         (self.write)(tensors, &before);
         Ok(())
     }
@@ -507,9 +430,7 @@ fn complaints_of(
     read: fn(&mut Vec<Data>, u64, bool),
     write: fn(&mut [HostTensorMut<'_>], &[Data]),
 ) -> Vec<String> {
-    let mut make = |plan, config| -> Probe {
-        Box::new(Faulty { probe: Probe::new(Cpu, plan, config).unwrap(), read, write, step: 0 })
-    };
+    let mut make = |plan, config| Faulty { probe: Probe::new(Cpu, plan, config).unwrap(), read, write, step: 0 };
     run_case(case, &mut make, &Effort { large: false, offsets: 3 })
 }
 
@@ -610,20 +531,17 @@ fn the_harness_complains_of_faulty_clips() {
 #[test]
 fn the_harness_complains_of_wrong_refusals() {
     struct Careless(Probe);
-    impl Backend for Careless {
-        tracks_as!(0);
-        keeps_as!(0);
-
-        fn name(&self) -> &'static str {
-            "careless"
+    impl OnHost for Careless {
+        fn probe(&mut self) -> &mut Probe {
+            &mut self.0
         }
         fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
             // Takes the step for done before looking at what it was given.
-            let report = self.0.measure(tensors);
+            let report = self.0.measure_host(tensors);
             if report.is_err() {
                 let planned = self.0.plan().clone();
                 let zeros: Vec<Data> = planned.tensors().iter().map(|t| Data::zeros(t.dtype, t.len as usize)).collect();
-                self.0.measure(&zeros.iter().map(Data::tensor).collect::<Vec<_>>())?;
+                self.0.measure_host(&zeros.iter().map(Data::tensor).collect::<Vec<_>>())?;
             }
             report
         }
@@ -631,12 +549,12 @@ fn the_harness_complains_of_wrong_refusals() {
             Ok(())
         }
     }
-    let mut careless = |plan, config| -> Probe { Box::new(Careless(Probe::new(Cpu, plan, config).unwrap())) };
+    let mut careless = |plan, config| Careless(Probe::new(Cpu, plan, config).unwrap());
     let complaints = common::refuses_what_was_not_planned(&mut careless);
     for what in ["before any measurement", "not counted as a step", "clip of another length", "clip of too few"] {
         assert!(complaints.iter().any(|c| c.contains(what)), "{what}: {complaints:?}");
     }
-    let mut honest = |plan, config| -> Probe { Probe::new(Cpu, plan, config).unwrap() };
+    let mut honest = |plan, config| Probe::new(Cpu, plan, config).unwrap();
     assert_eq!(common::refuses_what_was_not_planned(&mut honest), [""; 0]);
 }
 
@@ -644,6 +562,11 @@ fn the_harness_complains_of_wrong_refusals() {
 #[should_panic(expected = "1 complaints:\n  w: wrong")]
 fn complaints_are_a_panic() {
     common::demand_none(&["w: wrong".to_owned()]);
+}
+
+fn max_norm_of(config: &Config) -> f64 {
+    let Clip::GlobalNorm { max_norm } = config.clip else { panic!("{:?} has no norm", config.clip) };
+    max_norm
 }
 
 /// The edges really are what their names say, so that the table cannot lose its point unnoticed.
@@ -690,7 +613,7 @@ fn the_table_is_what_it_says() {
     }
     for name in ["clip_over_the_whole_range_f32", "clip_over_the_whole_range_f16", "clip_over_the_whole_range_bf16"] {
         let case = case(name);
-        let coefficient = case.config.max_norm.unwrap() / oracle::finite_total_norm(&Prepared::new(&case).truths);
+        let coefficient = max_norm_of(&case.config) / oracle::finite_total_norm(&Prepared::new(&case).truths);
         assert!(coefficient > 1e-3 && coefficient < 1.0, "{name}: {coefficient}");
     }
 }
@@ -739,10 +662,10 @@ fn tracked_sample() -> (GsnrRecord, gsnr::Truth) {
         Data::of_bits(DType::F32, (0..200).map(|i| value(i).to_bits()))
     };
     let steps: Vec<Data> = (0..6).map(step).collect();
-    let mut probe = Probe::new(Cpu, Plan::new([("w", DType::F32, 200)]).unwrap(), Config::default()).unwrap();
-    probe.track(&GsnrConfig::new()).unwrap();
+    let plan = Plan::new([("w", DType::F32, 200)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::new().tracking(GsnrConfig::new())).unwrap();
     for step in &steps {
-        probe.measure(&[step.tensor()]).unwrap();
+        probe.measure_host(&[step.tensor()]).unwrap();
     }
     let record = *probe.gsnr_report().unwrap().tensors().next().unwrap().1;
     (record, gsnr::truth(&steps.iter().collect::<Vec<_>>(), 0))
@@ -793,7 +716,7 @@ fn a_wrong_noise_scale_is_noticed() {
     assert_eq!([None, Some(1.0)].map(|seen| complaints(seen, &noise)), [0, 1]);
 }
 
-/// A backend that tracks in some way wrongly.
+/// A probe that tracks in some way wrongly.
 struct Mistracking {
     inner: Probe,
     steps: usize,
@@ -815,24 +738,33 @@ enum TrackingFault {
     ForgetsWhatIsRead,
     /// A reset is granted and nothing more.
     DoesNotReset,
-    /// Tracking goes on where `track` is called again.
-    GoesOn,
 }
 
-impl Backend for Mistracking {
-    keeps_as!(inner);
+impl Mistracking {
+    fn new(plan: Plan, config: Config, fault: TrackingFault) -> Result<Self, Error> {
+        let config = match (fault, &config.tracking) {
+            (TrackingFault::ForgetsTheWindow | TrackingFault::TracksAll, Some(tracking)) => {
+                tracking.bytes(&plan)?;
+                config.tracking(GsnrConfig::new())
+            }
+            _ => config,
+        };
+        Ok(Self { inner: Probe::new(Cpu, plan, config)?, steps: 0, fault })
+    }
+}
 
-    fn name(&self) -> &'static str {
-        "mistracking"
+impl OnHost for Mistracking {
+    fn probe(&mut self) -> &mut Probe {
+        &mut self.inner
     }
 
     fn measure_host(&mut self, tensors: &[HostTensor<'_>]) -> Result<Report, Error> {
         self.steps += 1;
         if self.fault == TrackingFault::Repeats && self.steps.is_multiple_of(4) {
-            self.inner.measure(tensors)?;
+            self.inner.measure_host(tensors)?;
         }
         if self.fault != TrackingFault::MergesNan {
-            return self.inner.measure(tensors);
+            return self.inner.measure_host(tensors);
         }
         let zeroed = |tensor: &HostTensor<'_>| {
             let format = Format::of(tensor.dtype());
@@ -840,36 +772,21 @@ impl Backend for Mistracking {
             Data::of_bits(data.dtype(), data.bits().map(|bits| if format.value(bits).is_nan() { 0 } else { bits }))
         };
         let data: Vec<Data> = tensors.iter().map(zeroed).collect();
-        self.inner.measure(&data.iter().map(Data::tensor).collect::<Vec<_>>())
+        self.inner.measure_host(&data.iter().map(Data::tensor).collect::<Vec<_>>())
     }
 
-    fn clip_host(&mut self, tensors: &mut [HostTensorMut<'_>]) -> Result<(), Error> {
-        self.inner.clip(tensors)
-    }
-
-    fn track(&mut self, config: &GsnrConfig) -> Result<(), Error> {
-        let refused = config.bytes(self.inner.plan()).err();
-        let all = GsnrConfig::new();
-        let config = match self.fault {
-            TrackingFault::ForgetsTheWindow | TrackingFault::TracksAll if refused.is_none() => &all,
-            TrackingFault::GoesOn if refused.is_none() && self.inner.gsnr().is_ok() => return Ok(()),
-            _ => config,
-        };
-        self.inner.track(config)
-    }
-
-    fn reset_tracking(&mut self) -> Result<(), Error> {
+    fn gsnr_reset(&mut self) -> Result<(), Error> {
         if self.fault == TrackingFault::DoesNotReset {
-            self.inner.gsnr().map(drop)
+            self.inner.gsnr_report().map(drop)
         } else {
-            self.inner.reset_tracking()
+            self.inner.gsnr_reset()
         }
     }
 
-    fn gsnr(&mut self) -> Result<GsnrReport, Error> {
-        let report = self.inner.gsnr();
+    fn gsnr_report(&mut self) -> Result<GsnrReport, Error> {
+        let report = self.inner.gsnr_report();
         if self.fault == TrackingFault::ForgetsWhatIsRead && report.is_ok() {
-            self.inner.reset_tracking()?;
+            self.inner.gsnr_reset()?;
         }
         report
     }
@@ -878,9 +795,7 @@ impl Backend for Mistracking {
 #[test]
 fn the_harness_complains_of_faulty_tracking() {
     let complaints = |fault, name: Option<&str>| {
-        let mut make = |plan: Plan| -> Probe {
-            Box::new(Mistracking { inner: Probe::new(Cpu, plan, Config::default()).unwrap(), steps: 0, fault })
-        };
+        let mut make = |plan: Plan, config: Config| Mistracking::new(plan, config, fault);
         let Some(name) = name else { return gsnr::refuses_what_cannot_be_tracked(&mut make) };
         let case = gsnr_cases::cases().into_iter().find(|case| case.name == name).expect("a case of this name");
         gsnr::run_case(&case, &mut make, &Effort { large: false, offsets: 1 })
@@ -892,7 +807,6 @@ fn the_harness_complains_of_faulty_tracking() {
         (TrackingFault::TracksAll, Some("selected_by_end")),
         (TrackingFault::ForgetsWhatIsRead, Some("3_steps")),
         (TrackingFault::DoesNotReset, None),
-        (TrackingFault::GoesOn, None),
     ] {
         assert_eq!(complaints(TrackingFault::None, name), [""; 0]);
         assert!(!complaints(fault, name).is_empty(), "{fault:?}");

@@ -131,7 +131,7 @@ fn a_nan_before_a_thousand_steps_changes_nothing_but_the_count() {
     let steps: Vec<_> = (0..1000).map(step).collect();
     for window in [None, Some(300)] {
         let config = window.map_or(GsnrConfig::new(), |window| GsnrConfig::new().window(window));
-        for (name, make) in [("cpu", &mut cpu as gsnr::Make<'_>), ("simt", &mut simt(Simt::default()))] {
+        for (name, make) in [("cpu", &mut cpu as gsnr::Make<'_, Probe>), ("simt", &mut simt(Simt::default()))] {
             let mut probe = || make(plan_of(&steps[0]), Config::new().tracking(config.clone())).unwrap();
             let expected = records(&track(&mut probe(), &steps));
             let mut poisoned = vec![vec![steps[0][0].all_nan(), steps[500][1].clone()]];

@@ -4,9 +4,9 @@
 #[path = "common/health.rs"]
 mod common;
 
-use common::{golden, kinds, measure, named};
+use common::{golden, host::OnHost, kinds, measure, named};
 use gradprobe::{
-    Config, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Report, Severity, Verdict,
+    Config, Cpu, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Report, Severity, Verdict,
     health::{
         Diagnosis, Flow, FlowMeasure, FlowRule, Groups, Health, Limits, Preset, Rules, Statistic, TensorType,
         ThresholdRule, UnderflowRule, advice, backward_order, risen, table, top_contributors, verdict_of,
@@ -430,13 +430,12 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     // Eight steps of pure noise beside eight of a signal, in 4096 elements each.
     let noise = |seed: u64, i: u64| named(seed, i) - 0.5;
     let plan = Plan::new([("noise", DType::F32, 4096), ("signal", DType::F32, 4096)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-    probe.track(&GsnrConfig::new()).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::new().tracking(GsnrConfig::new())).unwrap();
     let mut health = Health::new(&plan, Rules::default()).unwrap();
     for step in 0..8 {
         let noise: Vec<f32> = (0..4096).map(|i| 1e-3 * noise(step, i)).collect();
         let signal: Vec<f32> = noise.iter().map(|x| x + 1e-3).collect();
-        health.diagnose(&probe.measure(&[HostTensor::F32(&noise), HostTensor::F32(&signal)]).unwrap()).unwrap();
+        health.diagnose(&probe.measure_host(&[HostTensor::F32(&noise), HostTensor::F32(&signal)]).unwrap()).unwrap();
     }
     let report = probe.gsnr_report().unwrap();
     let findings = health.diagnose_gsnr(&report);
@@ -450,9 +449,8 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     // A fifth of the elements is 2^-60 of the largest: beyond what f16 spans, not bf16.
     let elements: Vec<f32> = (0..100).map(|i| if i % 5 == 0 { 2f32.powi(-60) } else { 1.0 }).collect();
     let plan = Plan::new([("a", DType::F32, 100)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-    probe.enable_histogram();
-    let report = probe.histogram(&[HostTensor::F32(&elements)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::new().histogram()).unwrap();
+    let report = probe.histogram_host(&[HostTensor::F32(&elements)]).unwrap();
     let findings = Health::new(&plan, Rules::default()).unwrap().diagnose_histogram(&report);
     let [finding] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!((finding.kind, finding.value, finding.threshold), (FindingKind::Underflow, 0.2, 0.1));
@@ -461,8 +459,11 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
         "20 % of the elements that are not 0 become 0 in f16 at a loss scale of 2^13, limit 10 %"
     );
     let mut rules = Rules::default();
-    rules.underflow =
-        vec![UnderflowRule { format: gradprobe::Format::E4M3, scale: Some(0), above: Limits::new(0.0, 0.1) }];
+    rules.underflow = vec![UnderflowRule {
+        format: gradprobe::histogram::Format::E4M3,
+        scale: Some(0),
+        above: Limits::new(0.0, 0.1),
+    }];
     let findings = Health::new(&plan, rules).unwrap().diagnose_histogram(&report);
     assert_eq!((findings.len(), findings[0].severity), (1, CRITICAL));
 }

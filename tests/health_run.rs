@@ -4,9 +4,9 @@
 #[path = "common/health.rs"]
 mod common;
 
-use common::{golden, kinds, measure, measure_with, named};
+use common::{golden, host::OnHost, kinds, measure, measure_with, named};
 use gradprobe::{
-    Config, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Severity, Verdict,
+    Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Severity, Verdict,
     health::{
         Baseline, Cadence, Comparison, Diagnosis, Health, Limits, NormChange, Preset, Rules, RunSummary, Statistic,
         ThresholdRule, backward_order, suggested_clip,
@@ -29,7 +29,7 @@ impl Run {
     }
 
     fn step(&mut self, a: f32, b: f32) -> Diagnosis {
-        let report = self.probe.measure(&[HostTensor::F32(&[a]), HostTensor::F32(&[b])]).unwrap();
+        let report = self.probe.measure_host(&[HostTensor::F32(&[a]), HostTensor::F32(&[b])]).unwrap();
         self.health.diagnose(&report).unwrap()
     }
 }
@@ -220,10 +220,9 @@ fn healthy_steps_teach_limits_that_are_kept_as_text() {
 
     // From a run's own last steps.
     let plan = of(0.0, 0.0).plan().clone();
-    let mut probe = Probe::new(Cpu, plan.clone(), Config::default()).unwrap();
-    probe.keep_history(8).unwrap();
+    let mut probe = Probe::new(Cpu, plan.clone(), Config::new().history(8)).unwrap();
     for (a, b) in [(0.1, 3e-8), (0.3, 1e-8), (f32::NAN, 100.0), (0.2, 1e-8)] {
-        probe.measure(&[HostTensor::F32(&[a]), HostTensor::F32(&[b])]).unwrap();
+        probe.measure_host(&[HostTensor::F32(&[a]), HostTensor::F32(&[b])]).unwrap();
     }
     assert_eq!(Baseline::of_history(&probe.history_report().unwrap()), baseline);
 
@@ -306,22 +305,20 @@ fn two_runs_compare_by_mean_and_deviation() {
     let mixed = [measure(&[("b", &[1.0])]), measure(&[("d", &[1.0])])];
     assert_eq!(RunSummary::of_reports(&mixed), Err(Error::ReportOfAnotherPlan));
     let plan = measure(&[("a", &[1.0])]).plan().clone();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    probe.keep_history(4).unwrap();
-    let reports: Vec<_> = [1.0, 2.0, f32::INFINITY].map(|x| probe.measure(&[HostTensor::F32(&[x])]).unwrap()).into();
+    let mut probe = Probe::new(Cpu, plan, Config::new().history(4)).unwrap();
+    let reports: Vec<_> =
+        [1.0, 2.0, f32::INFINITY].map(|x| probe.measure_host(&[HostTensor::F32(&[x])]).unwrap()).into();
     let history = RunSummary::of_history(&probe.history_report().unwrap());
     assert_eq!(history, RunSummary::of_reports(&reports).unwrap());
 }
 
 #[test]
 fn a_clip_is_suggested_by_a_percentile_of_the_clean_norms() {
-    let mut probe =
-        Probe::new(Cpu, measure(&[("a", &[1.0])]).plan().clone(), Config::default().clip(Clip::global_norm(0.5)))
-            .unwrap();
-    probe.keep_history(8).unwrap();
+    let config = Config::new().clip(Clip::global_norm(0.5)).history(8);
+    let mut probe = Probe::new(Cpu, measure(&[("a", &[1.0])]).plan().clone(), config).unwrap();
     assert_eq!(suggested_clip(&probe.history_report().unwrap(), 95.0), Ok(None));
     for x in [3.0, 1.0, f32::NAN, 2.0] {
-        probe.measure(&[HostTensor::F32(&[x])]).unwrap();
+        probe.measure_host(&[HostTensor::F32(&[x])]).unwrap();
     }
     let history = probe.history_report().unwrap();
     let suggested = [0.0, 50.0, 75.0, 100.0].map(|percentile| suggested_clip(&history, percentile).unwrap());
@@ -349,7 +346,7 @@ fn words_findings_and_verdicts_agree_on_any_input() {
                 .map(|t| HostTensor::F32(if names[t] == "empty" { &[] } else { &elements[3 * t..3 * t + 3] }))
                 .collect();
             let norms: Vec<f64> = (0..names.len()).map(|t| f64::from(element(t)).abs()).collect();
-            let report = probe.measure(&views).unwrap().with_param_norms(&norms).unwrap();
+            let report = probe.measure_host(&views).unwrap().with_param_norms(&norms).unwrap();
             let diagnosis = health.diagnose(&report).unwrap();
             let of = |name: &str| {
                 diagnosis.findings().iter().filter(|f| f.tensor.as_deref() == Some(name)).collect::<Vec<_>>()

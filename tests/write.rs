@@ -2,9 +2,9 @@
 
 mod entries;
 
-use entries::{NAMES, entries};
+use entries::{NAMES, entries, host::OnHost};
 use gradprobe::{
-    Config, DType, Error, Histogram, HostTensor, Plan, Probe, Verdict,
+    Config, Cpu, DType, Error, Histogram, HostTensor, Plan, Probe, Verdict,
     health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
 };
@@ -106,7 +106,7 @@ fn json_reads_back_to_the_same_bits() {
 #[test]
 fn what_nobody_diagnosed_has_no_verdict() {
     let mut probe = Probe::new(Cpu, Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
-    let entry = Entry::new(probe.measure(&[HostTensor::F32(&[3.0])]).unwrap());
+    let entry = Entry::new(probe.measure_host(&[HostTensor::F32(&[3.0])]).unwrap());
     let read: Value = serde_json::from_str(&json_line(&entry)).unwrap();
     assert!(read["verdict"].is_null() && read["findings"].is_null() && read["noise_scale"].is_null());
     let absent = ["gsnr", "histogram"].map(|field| read.get(field)).into_iter();
@@ -306,7 +306,7 @@ fn a_full_disk_is_an_error_that_names_the_file() {
 #[test]
 fn what_belongs_to_other_tensors_is_refused() {
     let mut probe = Probe::new(Cpu, Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default()).unwrap();
-    let entry = Entry::new(probe.measure(&[HostTensor::F32(&[3.0])]).unwrap());
+    let entry = Entry::new(probe.measure_host(&[HostTensor::F32(&[3.0])]).unwrap());
     let other = entries(2).pop().unwrap();
     let refused = entry.clone().with_histogram(other.histogram().unwrap().clone()).unwrap_err();
     assert_eq!(refused.to_string(), "the histogram is of another plan or step than the report");

@@ -1,7 +1,8 @@
 //! Opens the device on which the statistics are computed.
 
 use crate::options::Device;
-use gradprobe::{Backend, Config, Error, Plan, Probe};
+use gradprobe::{Config, Cpu, Error, Plan, Probe};
+use gradprobe_simt::Simt;
 
 /// A probe on the device asked for. With none asked for: on the GPU, or on the CPU when there is no GPU; a GPU that
 /// is there and fails is an error, so that nobody takes the slow path without knowing.
@@ -11,7 +12,7 @@ pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Probe,
         Some(Device::Cuda) => cuda(plan, config),
         Some(Device::Simt) => simt(plan, config),
         Some(Device::Ptx) => ptx(plan, config),
-        None => match cuda(plan.clone(), config) {
+        None => match cuda(plan.clone(), config.clone()) {
             Err(Error::DriverNotFound { .. } | Error::DeviceNotFound { .. }) => cpu(plan, config),
             opened => opened,
         },
@@ -19,12 +20,13 @@ pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Probe,
 }
 
 fn cpu(plan: Plan, config: Config) -> Result<Probe, Error> {
-    Ok(Box::new(Probe::new(Cpu, plan, config)?))
+    Probe::new(Cpu, plan, config)
 }
 
 #[cfg(feature = "cuda")]
 fn cuda(plan: Plan, config: Config) -> Result<Probe, Error> {
-    Ok(Box::new(gradprobe::Probe::new(Cuda::new(&cuda::stream(0).unwrap()).unwrap(), plan, config)?))
+    use gradprobe::cuda::{self, Cuda};
+    Probe::new(Cuda::new(&cuda::stream(0)?)?, plan, config)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -33,13 +35,13 @@ fn cuda(_: Plan, _: Config) -> Result<Probe, Error> {
 }
 
 fn simt(plan: Plan, config: Config) -> Result<Probe, Error> {
-    Ok(Box::new(gradprobe_simt::Probe::new(Simt::default(), plan, config)?))
+    Probe::new(Simt::default(), plan, config)
 }
 
 #[cfg(feature = "cuda")]
 fn ptx(plan: Plan, config: Config) -> Result<Probe, Error> {
     use gradprobe::cuda::FATBIN;
-    use gradprobe_simt::{Compiled, Probe, Simt, ptx};
+    use gradprobe_simt::{Compiled, ptx};
 
     if FATBIN.is_empty() {
         return Err(Error::KernelLoad("the build found no nvcc, which makes the PTX".to_owned()));
@@ -48,7 +50,7 @@ fn ptx(plan: Plan, config: Config) -> Result<Probe, Error> {
     let module = ptx::Module::parse(&module).map_err(|error| Error::KernelLoad(error.to_string()))?;
     let compiled = Compiled { module: Box::leak(Box::new(module)), options: ptx::Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
-    Ok(Box::new(Probe::new(device, plan, config)?))
+    Probe::new(device, plan, config)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -46,7 +46,7 @@ impl Elements {
 fn zeros<T: Copy>(len: u64, zero: T) -> Result<Vec<T>, Error> {
     let len = usize::try_from(len).unwrap_or(usize::MAX);
     let mut elements = Vec::new();
-    let out_of_memory = |_| Error::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) };
+    let out_of_memory = |_| Error::OutOfMemory { bytes: (len as u64).saturating_mul(size_of::<T>() as u64) };
     elements.try_reserve_exact(len).map_err(out_of_memory)?;
     elements.resize(len, zero);
     Ok(elements)

@@ -25,7 +25,7 @@ use elements::Elements;
 use failure::Failure;
 use gradients::Gradients;
 use gradprobe::{
-    Finding, GsnrConfig, HostTensor, HostTensorMut, Verdict,
+    Finding, GsnrConfig, HostTensor, HostTensorMut, Tensor, TensorMut, Verdict,
     health::{self, Health},
 };
 use options::Options;
@@ -84,10 +84,13 @@ fn run(options: &Options) -> Result<(), Failure> {
     let bytes = plan.bytes();
     // The plan is sorted by name, which is no order of a model.
     let mut health = Health::new(&plan, options.rules())?.backward_order(health::backward_order(&plan))?;
-    let mut probe = device::open(options.device, plan, options.config())?;
+    let mut config = options.config();
     if files.len() > 1 {
-        probe.track(&GsnrConfig::new()).map_err(Failure::Tracking)?;
+        let tracking = GsnrConfig::new();
+        tracking.bytes(&plan).map_err(Failure::Tracking)?;
+        config = config.tracking(tracking);
     }
+    let mut probe = device::open(options.device, plan, config)?;
     let mut tensors = first.tensors.room()?;
     let copies = options.out.as_deref().map(|directory| Copies::prepare(directory, files, params)).transpose()?;
 
@@ -100,15 +103,17 @@ fn run(options: &Options) -> Result<(), Failure> {
         step.tensors.read(&mut tensors, |path| progress.reading(index + usize::from(params.is_some()), path))?;
         let failed = |error: gradprobe::Error| Failure::file(file, error);
         let views: Vec<HostTensor> = tensors.iter().map(Elements::view).collect();
+        let views: Vec<&dyn Tensor> = views.iter().map(|view| view as _).collect();
         let began = Instant::now();
-        let mut report = probe.measure_host(&views).map_err(failed)?;
+        let mut report = probe.measure(&views).and_then(|()| probe.wait()).map_err(failed)?;
         let time = began.elapsed();
         if let Some(norms) = &norms {
             report = report.with_param_norms(norms).map_err(failed)?;
         }
         if let Some(copies) = &copies {
             let mut views: Vec<HostTensorMut> = tensors.iter_mut().map(Elements::view_mut).collect();
-            probe.clip_host(&mut views).map_err(failed)?;
+            let mut views: Vec<&mut dyn TensorMut> = views.iter_mut().map(|view| view as _).collect();
+            probe.clip(&mut views).map_err(failed)?;
             copies.write(file, &step, &tensors)?;
         }
         let diagnosis = health.diagnose(&report)?;
@@ -122,7 +127,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         let name = one_line(&file.display().to_string());
         let diagnosis = if diagnosis.verdict() == Verdict::Healthy { String::new() } else { diagnosis.to_string() };
         let rate = units::rate(bytes, time);
-        let printed = print(&format!("{gap}{name}\n{report}{rate} on {}\n{diagnosis}", probe.name()));
+        let printed = print(&format!("{gap}{name}\n{report}{rate} on {}\n{diagnosis}", probe.device()));
         match printed {
             // Whoever stopped reading the tables still wants the copies.
             Err(failure) if failure.reader_left() && copies.is_some() => {}
@@ -130,12 +135,12 @@ fn run(options: &Options) -> Result<(), Failure> {
         }
     }
     progress.clear();
-    let gsnr = if files.len() > 1 { Some(probe.gsnr_report()?) } else { None };
+    let gsnr = if files.len() > 1 { Some(probe.gsnr()?.report()?) } else { None };
     let of_all = gsnr.as_ref().map_or_else(Vec::new, |gsnr| health.diagnose_gsnr(gsnr));
     let verdict = findings.iter().chain(&of_all).map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
     if options.json {
         findings.extend(of_all);
-        return print(&format!("{}\n", json::report(probe.name(), steps, gsnr.as_ref(), &findings, verdict)));
+        return print(&format!("{}\n", json::report(probe.device(), steps, gsnr.as_ref(), &findings, verdict)));
     }
     let across =
         gsnr.map_or_else(String::new, |gsnr| format!("\nsignal and noise across {} steps\n{gsnr}", files.len()));

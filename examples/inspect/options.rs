@@ -2,7 +2,7 @@
 
 use clap::{Parser, ValueEnum};
 use gradprobe::{
-    Config,
+    Clip, Config,
     health::{Preset, Rules},
 };
 use std::{path::PathBuf, str::FromStr};

@@ -1,7 +1,7 @@
 //! The weights whose gradients are inspected: of them, their norms are of interest.
 
 use crate::{device, elements::Elements, failure::Failure, header::Entry, options::Device, tensor_file::TensorFile};
-use gradprobe::{Config, HostTensor};
+use gradprobe::{Config, HostTensor, Tensor};
 use std::{collections::HashSet, path::Path};
 
 /// An open file with a weight for every gradient. What else it holds is left alone, of whatever dtype.
@@ -35,7 +35,9 @@ impl Weights {
         let mut elements = self.tensors.room()?;
         self.tensors.read(&mut elements, progress)?;
         let views: Vec<HostTensor> = elements.iter().map(Elements::view).collect();
-        let report = probe.measure_host(&views).map_err(|error| Failure::file(&self.tensors.path, error))?;
+        let views: Vec<&dyn Tensor> = views.iter().map(|view| view as _).collect();
+        let report = probe.measure(&views).and_then(|()| probe.wait());
+        let report = report.map_err(|error| Failure::file(&self.tensors.path, error))?;
         Ok(report.records().iter().map(|record| record.l2_norm()).collect())
     }
 }

@@ -130,6 +130,7 @@ impl Probe {
     /// whole probe, after which none of them are held; those of [`Config::ranks`], and the device's.
     pub fn new(device: impl Device + 'static, plan: Plan, config: Config) -> Result<Self, Error> {
         config.check()?;
+        outside_capture(&device, Error::UploadInCapture)?;
         if let Some(ranks) = &config.ranks {
             ranks.agree(&device, &plan, &config)?;
         }

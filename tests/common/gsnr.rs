@@ -310,7 +310,7 @@ pub fn same_record(name: &str, seen: &GsnrRecord, expected: &GsnrRecord) -> Vec<
 }
 
 /// Makes a probe for a plan, or says why it cannot be.
-pub type Make<'a> = &'a mut dyn FnMut(Plan, Config) -> Result<Probe, Error>;
+pub type Make<'a, P> = &'a mut dyn FnMut(Plan, Config) -> Result<P, Error>;
 
 /// Runs the whole table on a device and panics with what is wrong, case by case. What is demanded:
 ///
@@ -319,7 +319,7 @@ pub type Make<'a> = &'a mut dyn FnMut(Plan, Config) -> Result<Probe, Error>;
 ///   and with each tensor at another misalignment every step;
 /// * nothing around a tensor is written;
 /// * refusal: what cannot be tracked, and what is asked for too early, is an error and changes nothing.
-pub fn run_all(make: Make<'_>, effort: &Effort) {
+pub fn run_all<P: OnHost>(make: Make<'_, P>, effort: &Effort) {
     let mut complaints = refuses_what_cannot_be_tracked(make);
     for case in cases().iter().filter(|case| effort.large || !case.large) {
         complaints.extend(run_case(case, make, effort).into_iter().map(|c| format!("{}: {c}", case.name)));
@@ -328,7 +328,7 @@ pub fn run_all(make: Make<'_>, effort: &Effort) {
 }
 
 /// [`run_all`] for one case; gives back what is wrong.
-pub fn run_case(case: &Case, make: Make<'_>, effort: &Effort) -> Vec<String> {
+pub fn run_case<P: OnHost>(case: &Case, make: Make<'_, P>, effort: &Effort) -> Vec<String> {
     let data: Vec<Vec<Data>> = (0..case.steps).into_par_iter().map(|step| case.data(step)).collect();
     let placings = if case.large { 1 } else { effort.offsets.min(2) };
     let mut complaints = Vec::new();
@@ -342,7 +342,7 @@ pub fn run_case(case: &Case, make: Make<'_>, effort: &Effort) -> Vec<String> {
     complaints
 }
 
-fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut Probe) -> Vec<String> {
+fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut impl OnHost) -> Vec<String> {
     let config = Config::new().tracking(case.config());
     let mut reference = Probe::new(Cpu, case.plan(), config).expect("a case can be tracked");
     let tracked = case.tracked();
@@ -376,7 +376,7 @@ fn run_steps(case: &Case, data: &[Vec<Data>], placing: usize, probe: &mut Probe)
 }
 
 /// The errors every device owes to a caller who tracks or asks for what cannot be, and that they change nothing.
-pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
+pub fn refuses_what_cannot_be_tracked<P: OnHost>(make: Make<'_, P>) -> Vec<String> {
     let plan = || Plan::new([("a.weight", DType::F32, 3), ("a.bias", DType::BF16, 2)]).expect("a valid plan");
     let mut complaints = Vec::new();
     let mut demand = |what: &str, holds: bool| {
@@ -385,7 +385,7 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         }
     };
     let biases = [bf16::ONE, bf16::NEG_ONE];
-    let step = |probe: &mut Probe, turn: f32| {
+    let step = |probe: &mut P, turn: f32| {
         let weights = [turn, 1.0, 0.5 * turn * turn];
         probe.measure_host(&[HostTensor::F32(&weights), HostTensor::BF16(&biases)]).expect("a good step");
     };
@@ -414,9 +414,12 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         step(&mut probe, 2.0);
         let declared = |known: Result<(), Error>| known == Err(tracking.clone());
         demand(&format!("{what} declared, nothing is known"), declared(probe.gsnr_report().map(drop)));
-        demand(&format!("{what} declared, nothing is launched"), declared(probe.gsnr().and_then(|mut s| s.launch())));
-        demand(&format!("{what} declared, nothing is reset"), declared(probe.gsnr().and_then(|mut s| s.reset())));
-        demand(&format!("{what} declared, no records are anywhere"), probe.addresses().gsnr_records.is_none());
+        demand(
+            &format!("{what} declared, nothing is launched"),
+            declared(probe.probe().gsnr().and_then(|mut s| s.launch())),
+        );
+        demand(&format!("{what} declared, nothing is reset"), declared(probe.gsnr_reset()));
+        demand(&format!("{what} declared, no records are anywhere"), probe.probe().addresses().gsnr_records.is_none());
     }
 
     let mut windowed = make(plan(), Config::new().tracking(GsnrConfig::new().window(2))).expect("a plain window");
@@ -439,6 +442,7 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
         demand("a refused step changes nothing", same_report(&probe.gsnr_report(), &two).is_empty());
     }
     let moments = probe
+        .probe()
         .gsnr()
         .and_then(|mut signal| signal.of_moments(&AdamStep { step: 2, beta1: 0.9, beta2: 0.999 }, &[]).map(drop));
     demand("moments are not declared", moments == Err(Error::NotDeclared { declare: "Config::moments" }));
@@ -446,7 +450,7 @@ pub fn refuses_what_cannot_be_tracked(make: Make<'_>) -> Vec<String> {
     step(&mut probe, 5.0);
     demand("a third step is another result", !same_report(&probe.gsnr_report(), &two).is_empty());
 
-    demand("a reset is granted", probe.gsnr().and_then(|mut signal| signal.reset()) == Ok(()));
+    demand("a reset is granted", probe.gsnr_reset() == Ok(()));
     demand("a reset forgets", few(probe.gsnr_report(), 0));
     step(&mut probe, 1.0);
     step(&mut probe, 2.0);

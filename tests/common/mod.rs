@@ -59,7 +59,7 @@ impl Effort {
 ///
 /// Tensors lie at `16 · a + offset · size` bytes with guard bytes on both sides; a device to which they are copied
 /// should keep the address modulo 16, or the misalignments test nothing.
-pub fn run_all(make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) {
+pub fn run_all<P: OnHost>(make: &mut dyn FnMut(Plan, Config) -> P, effort: &Effort) {
     let mut complaints = refuses_what_was_not_planned(make);
     let (mut count, mut elements) = (0, 0);
     for case in cases::cases().iter().filter(|case| effort.large || !case.large) {
@@ -79,7 +79,7 @@ pub fn demand_none(complaints: &[String]) {
 }
 
 /// [`run_all`] for one case; gives back what is wrong.
-pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Probe, effort: &Effort) -> Vec<String> {
+pub fn run_case<P: OnHost>(case: &Case, make: &mut dyn FnMut(Plan, Config) -> P, effort: &Effort) -> Vec<String> {
     let prepared = Prepared::new(case);
     let reference = Reference::new(&prepared, &case.config);
     let mut probe = make(prepared.plan(), case.config.clone());
@@ -114,7 +114,7 @@ pub fn run_case(case: &Case, make: &mut dyn FnMut(Plan, Config) -> Probe, effort
 
 /// Measures and clips the tensors of a case, each at another misalignment, and compares all bytes with the reference.
 fn run_step(
-    probe: &mut Probe,
+    probe: &mut impl OnHost,
     prepared: &Prepared,
     reference: &Reference,
     offset: usize,
@@ -291,7 +291,7 @@ impl Placed {
 }
 
 /// The errors every device owes to a caller who gives it something else than was planned.
-pub fn refuses_what_was_not_planned(make: &mut dyn FnMut(Plan, Config) -> Probe) -> Vec<String> {
+pub fn refuses_what_was_not_planned<P: OnHost>(make: &mut dyn FnMut(Plan, Config) -> P) -> Vec<String> {
     let plan = Plan::new([("a", DType::F32, 3), ("b", DType::BF16, 2)]).expect("a valid plan");
     let mut probe = make(plan, Config::default().clip(Clip::global_norm(1.0)));
     let (mut three, mut four) = ([1.0f32; 3], [1.0f32; 4]);

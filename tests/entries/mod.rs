@@ -2,9 +2,14 @@
 
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
+#[path = "../common/host.rs"]
+pub mod host;
+
 use gradprobe::{
-    Config, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Severity, Verdict, write::Entry,
+    Clip, Config, Cpu, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Severity, Verdict,
+    write::Entry,
 };
+use host::OnHost;
 use std::ops::RangeInclusive;
 
 /// Names that break a format which does not escape them.
@@ -46,14 +51,14 @@ pub fn finding(step: u64, tensor: Option<&str>, severity: Severity, value: f64) 
 pub fn entries(steps: u64) -> Vec<Entry> {
     let lengths: Vec<u64> = tensors(1).iter().map(|tensor| tensor.len() as u64).collect();
     let plan = Plan::new(NAMES.into_iter().zip(lengths).map(|(name, length)| (name, DType::F32, length))).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default().clip(Clip::global_norm(1.0))).unwrap();
-    probe.enable_histogram();
-    probe.track(&GsnrConfig::default()).unwrap();
+    let config = Config::new().clip(Clip::global_norm(1.0)).histogram().tracking(GsnrConfig::new());
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
     (1..=steps)
         .map(|step| {
             let tensors = tensors(step);
             let tensors: Vec<HostTensor> = tensors.iter().map(|tensor| HostTensor::F32(tensor)).collect();
-            let report = probe.measure(&tensors).unwrap().with_param_norms(&[1.0, 0.0, 2.5, 3.0, 4.0, 5.0]).unwrap();
+            let report =
+                probe.measure_host(&tensors).unwrap().with_param_norms(&[1.0, 0.0, 2.5, 3.0, 4.0, 5.0]).unwrap();
             let findings = [
                 finding(step, Some(NAMES[2]), Severity::Critical, f64::INFINITY),
                 finding(step, Some(NAMES[1]), Severity::Warning, f64::NAN),
@@ -62,7 +67,7 @@ pub fn entries(steps: u64) -> Vec<Entry> {
             let (good, bad, worst) = (Verdict::Healthy, Verdict::Warning, Verdict::Critical);
             let verdicts = [good, bad, worst, if step < 4 { good } else { worst }, worst, good];
             let entry = Entry::new(report).with_findings(worst, verdicts, findings).unwrap();
-            let entry = entry.with_histogram(probe.histogram(&tensors).unwrap()).unwrap();
+            let entry = entry.with_histogram(probe.histogram_host(&tensors).unwrap()).unwrap();
             if step < 2 { entry } else { entry.with_gsnr(probe.gsnr_report().unwrap()).unwrap() }
         })
         .collect()
@@ -71,9 +76,7 @@ pub fn entries(steps: u64) -> Vec<Entry> {
 /// `layers` layers of one tensor each, which shrink with depth, over so many steps. In those of `bad` three tensors are.
 pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(usize) -> String) -> Vec<Entry> {
     let plan = Plan::new((0..layers).map(|layer| (name(layer), DType::F32, 64))).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    probe.enable_histogram();
-    probe.track(&GsnrConfig::default()).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::new().histogram().tracking(GsnrConfig::new())).unwrap();
     (1..=steps)
         .map(|step| {
             let wave = |layer: usize, i: usize| (i as f32 * 0.7 + step as f32 * 1.3 + layer as f32).sin();
@@ -91,10 +94,10 @@ pub fn deep(layers: usize, steps: u64, bad: RangeInclusive<u64>, name: impl Fn(u
                 verdicts[1] = Verdict::Critical;
             }
             let views: Vec<HostTensor> = tensors.iter().map(|tensor| HostTensor::F32(tensor)).collect();
-            let report = probe.measure(&views).unwrap();
+            let report = probe.measure_host(&views).unwrap();
             let verdict = verdicts.iter().copied().max().unwrap_or_default();
             let entry = Entry::new(report).with_findings(verdict, verdicts, []).unwrap();
-            let entry = entry.with_histogram(probe.histogram(&views).unwrap()).unwrap();
+            let entry = entry.with_histogram(probe.histogram_host(&views).unwrap()).unwrap();
             if step < 2 { entry } else { entry.with_gsnr(probe.gsnr_report().unwrap()).unwrap() }
         })
         .collect()

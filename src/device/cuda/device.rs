@@ -57,10 +57,12 @@ impl Cuda {
 /// A module must not be unloaded while its kernels are queued. The probe drops its device last.
 impl Drop for Cuda {
     fn drop(&mut self) {
+        let _relaxed = Relaxed::new();
         // Waiting would break a capture, and where it fails nothing is known: better left.
         if is_capturing(&self.stream) != Ok(false) || self.stream.synchronize().is_err() {
             mem::forget(mem::take(&mut self.kernels));
         }
+        self.kernels.clear();
     }
 }
 
@@ -85,10 +87,10 @@ impl Drop for Freed {
 
 /// Has this thread make calls that would break captures of other streams, which do not concern them: the driver refuses
 /// those to all threads while one captures in global mode.
-struct Relaxed(CUstreamCaptureMode);
+pub(super) struct Relaxed(CUstreamCaptureMode);
 
 impl Relaxed {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: a valid address; the mode is this thread's alone.
         let status = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };

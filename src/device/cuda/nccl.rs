@@ -1,6 +1,9 @@
 //! Ranks that exchange their records by NCCL, on the probe's stream.
 
-use super::driver::{failed, find};
+use super::{
+    device::Relaxed,
+    driver::{failed, find},
+};
 use crate::{Error, ranks::Communicator, tensor::Place};
 use cudarc::{
     driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop, sys::CUstreamCaptureStatus as Status},
@@ -46,6 +49,7 @@ unsafe impl Sync for NcclCommunicator {}
 /// cudarc aborts a communicator that it drops, and with it what is queued on it.
 impl Drop for NcclCommunicator {
     fn drop(&mut self) {
+        let _relaxed = Relaxed::new();
         let stream = self.0.stream();
         let waited = stream.capture_status().is_ok_and(|status| status == Status::CU_STREAM_CAPTURE_STATUS_NONE)
             && stream.synchronize().is_ok();
