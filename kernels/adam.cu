@@ -1,5 +1,5 @@
 // Adam: the records of GSNR from the two moments that an optimizer keeps of each gradient, with no state of our own.
-// src/adam.rs derives what is computed.
+// src/gsnr/adam.rs derives what is computed.
 #include "ratios.cuh"
 
 KERNEL(4) gradprobe_adam(Arguments a) {

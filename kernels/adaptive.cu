@@ -1,5 +1,5 @@
 // Adaptive clip: each unit of each tensor – a row of a weight, say – to a share of the norm of its weights, in place and
-// in one launch. src/adaptive.rs documents the rule.
+// in one launch. src/clip/adaptive/mod.rs documents the rule.
 //
 // A block takes units in turn. It adds up Σg² and Σw² of one in f64, lane by lane: element i belongs to lane
 // i / PACKET % LANES and to a sum of its own for each slot of a packet; slots and lanes then merge in pairs. Then it scales

@@ -1,4 +1,4 @@
-// What the host hands the kernels and what they hand back: src/launch.rs and src/outputs.rs hold the other side.
+// What the host hands the kernels and what they hand back: src/probe/arguments.rs and src/measure/outputs.rs hold the other side.
 #pragma once
 #include "dot.cuh"
 #include "gsnr.cuh"
@@ -15,7 +15,7 @@ struct TensorEntry {
     u32 dtype;
     u32 dead_bits; // the dead threshold as a magnitude of the tensor's dtype
 };
-static_assert(sizeof(TensorEntry) == 24, "src/launch.rs");
+static_assert(sizeof(TensorEntry) == 24, "src/probe/arguments.rs");
 
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
@@ -28,7 +28,7 @@ struct HistoryStep {
     StepOutputs outputs;
     u64 tag, reserved;
 };
-static_assert(sizeof(HistoryStep) == 112, "src/history.rs");
+static_assert(sizeof(HistoryStep) == 112, "src/history/mod.rs");
 
 constexpr u32 NO_ELEMENTS = 1u << 31; // in the flags of a tensor that is absent or has none
 struct HistoryTensor {
@@ -36,7 +36,7 @@ struct HistoryTensor {
     float max_abs, zero_fraction, dead_fraction;
     u32 flags;
 };
-static_assert(sizeof(HistoryTensor) == 24, "src/history.rs");
+static_assert(sizeof(HistoryTensor) == 24, "src/history/mod.rs");
 
 // What a clip policy keeps from step to step, before its history, averages or histogram.
 struct ClipState {
@@ -45,7 +45,7 @@ struct ClipState {
     float limit; // of elements that are clipped on their own
     u32 reserved;
 };
-static_assert(sizeof(ClipState) == 32, "src/policy.rs");
+static_assert(sizeof(ClipState) == 32, "src/clip/policy.rs");
 
 // The units of one tensor, and where its weights are.
 struct Units {
@@ -70,7 +70,7 @@ struct AdaptiveRecord {
     u32 reduction;
     u32 reserved;
 };
-static_assert(sizeof(AdaptiveRecord) == 24, "src/adaptive.rs");
+static_assert(sizeof(AdaptiveRecord) == 24, "src/clip/adaptive/mod.rs");
 
 // A rule by which one step decides its verdict words, and all of them.
 struct ThresholdRule {
@@ -91,7 +91,7 @@ struct SamplePlace {
     u64 index;
     u32 tensor, reserved;
 };
-static_assert(sizeof(SamplePlace) == 16, "src/samples.rs");
+static_assert(sizeof(SamplePlace) == 16, "src/samples/mod.rs");
 constexpr u64 SAMPLE_NONFINITE = 1ull << 63; // in the number of a step
 
 struct Samples {
@@ -100,7 +100,7 @@ struct Samples {
     float *ring;
     u32 count, steps;
 };
-static_assert(sizeof(Samples) == 32, "src/launch/samples.rs");
+static_assert(sizeof(Samples) == 32, "src/samples/room.rs");
 
 // The loss scale, and the rule it follows.
 struct LossScale {
@@ -111,7 +111,7 @@ struct LossScale {
     float dead_threshold;
     u32 reserved[2];
 };
-static_assert(sizeof(LossScale) == 32, "src/loss_scale.rs");
+static_assert(sizeof(LossScale) == 32, "src/clip/loss_scale.rs");
 
 // Which ranks hold the parts of a tensor: a run of the table of ranks behind all placements.
 struct Placement {
@@ -172,5 +172,5 @@ struct Arguments {
     u32 is_part;                // 1: measure leaves records, and the step for another launch to finish
     u32 reserved;
 };
-static_assert(sizeof(Arguments) == 344, "src/launch.rs");
+static_assert(sizeof(Arguments) == 344, "src/probe/arguments.rs");
 static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");

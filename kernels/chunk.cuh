@@ -1,4 +1,4 @@
-// One chunk: from elements to a record, by one block. src/cpu/chunk.rs does the same.
+// One chunk: from elements to a record, by one block. src/measure/chunk.rs does the same.
 //
 // A chunk is first read as though all were finite, of ordinary size and centred. Where that turns out wrong it is
 // read again, from a near cache: element by element, the bad ones left out, the rest scaled by a power of two, and

@@ -1,4 +1,4 @@
-// The record of two tensors' pairs of elements: src/dot.rs documents it, with the same layout and the same merge.
+// The record of two tensors' pairs of elements: src/dot/mod.rs documents it, with the same layout and the same merge.
 #pragma once
 #include "record.cuh"
 
@@ -7,8 +7,8 @@ struct Dot {
     double dot, a_squares, b_squares;
     u64 reserved;
 };
-static_assert(sizeof(Dot) == 48, "src/dot.rs");
-ASSERT_OFFSET(Dot, dot, 16, "src/dot.rs");
+static_assert(sizeof(Dot) == 48, "src/dot/mod.rs");
+ASSERT_OFFSET(Dot, dot, 16, "src/dot/mod.rs");
 
 DEVICE Dot merge(const Dot &x, const Dot &y) {
     return {x.count + y.count, x.nonfinite_count + y.nonfinite_count, x.dot + y.dot, x.a_squares + y.a_squares,
@@ -28,4 +28,4 @@ struct Other {
     u32 dtype;
     u32 reserved;
 };
-static_assert(sizeof(Other) == 16, "src/dot.rs");
+static_assert(sizeof(Other) == 16, "src/dot/mod.rs");

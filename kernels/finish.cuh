@@ -1,5 +1,5 @@
 // What the last blocks do: a tensor's record from its chunks', and the step's outputs from the records.
-// StepOutputs::finish in src/outputs.rs does the second on the host.
+// StepOutputs::finish in src/measure/outputs.rs does the second on the host.
 #pragma once
 #include "health.cuh"
 

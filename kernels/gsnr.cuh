@@ -1,4 +1,4 @@
-// What is kept of the tracked tensors across steps: src/gsnr.rs documents it, with the same layouts and the same
+// What is kept of the tracked tensors across steps: src/gsnr/mod.rs documents it, with the same layouts and the same
 // operations.
 #pragma once
 #include "record.cuh"
@@ -13,9 +13,9 @@ struct Track {
     u32 reserved;
     double norm_mean, norm_deviations;
 };
-static_assert(sizeof(Track) == 40, "src/gsnr.rs");
-ASSERT_OFFSET(Track, slot, 16, "src/gsnr.rs");
-ASSERT_OFFSET(Track, norm_mean, 24, "src/gsnr.rs");
+static_assert(sizeof(Track) == 40, "src/gsnr/mod.rs");
+ASSERT_OFFSET(Track, slot, 16, "src/gsnr/mod.rs");
+ASSERT_OFFSET(Track, norm_mean, 24, "src/gsnr/mod.rs");
 
 constexpr u32 BINS = 4096;
 constexpr u32 BIN_SHIFT = 19;
@@ -26,7 +26,7 @@ struct GsnrSums {
     double ratios, deviations, squared_means;
     u64 nonfinite;
 };
-static_assert(sizeof(GsnrSums) == 48, "src/gsnr.rs");
+static_assert(sizeof(GsnrSums) == 48, "src/gsnr/mod.rs");
 
 struct GsnrRecord {
     u32 steps, skipped;
@@ -35,7 +35,7 @@ struct GsnrRecord {
     double effective_steps, ratio_shift;
     u64 nonfinite;
 };
-static_assert(sizeof(GsnrRecord) == 104, "src/gsnr.rs");
+static_assert(sizeof(GsnrRecord) == 104, "src/gsnr/mod.rs");
 
 // What is known of an element: its squared mean, and what over Scaling::degrees is its variance.
 struct Spread {
@@ -49,14 +49,14 @@ DEVICE Scaling scaling_of(const Track &track) {
     return {(double)(track.steps - 1), (double)track.steps, 0.0};
 }
 
-// What is the same for all tensors at a step of Adam, before the table of their moments: src/adam.rs.
+// What is the same for all tensors at a step of Adam, before the table of their moments: src/gsnr/adam.rs.
 struct AdamStep {
     Scaling scaling;
     double mean_scale, square_scale; // by which the moments are freed of their start from 0
     u32 steps, reserved;
 };
-static_assert(sizeof(AdamStep) == 48, "src/adam.rs");
-ASSERT_OFFSET(AdamStep, steps, 40, "src/adam.rs");
+static_assert(sizeof(AdamStep) == 48, "src/gsnr/adam.rs");
+ASSERT_OFFSET(AdamStep, steps, 40, "src/gsnr/adam.rs");
 struct AdamMoments {
     const float *exp_avg, *exp_avg_sq;
 };

@@ -1,4 +1,4 @@
-// The last steps, kept in a ring on the device: src/history.rs documents it, with the same layouts.
+// The last steps, kept in a ring on the device: src/history/mod.rs documents it, with the same layouts.
 #pragma once
 #include "policy.cuh"
 

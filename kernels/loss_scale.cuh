@@ -1,4 +1,4 @@
-// The loss scale of mixed precision: src/loss_scale.rs documents it, with the same layout and the same operations.
+// The loss scale of mixed precision: src/clip/loss_scale.rs documents it, with the same layout and the same operations.
 //
 // Elements are measured as they are; what is made of a tensor's is unscaled once, in its record. So nothing is added to
 // what is done for an element, and no element is rounded.

@@ -1,4 +1,4 @@
-// How a step's clip is decided, by the block that finishes it: src/policy.rs documents the policies and has the same
+// How a step's clip is decided, by the block that finishes it: src/clip/policy.rs documents the policies and has the same
 // operations.
 #pragma once
 #include "block.cuh"

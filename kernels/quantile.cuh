@@ -1,4 +1,4 @@
-// The slots of a histogram, and a quantile of one: src/histogram.rs documents both, with the same operations.
+// The slots of a histogram, and a quantile of one: src/histogram/mod.rs documents both, with the same operations.
 #pragma once
 #include "elements.cuh"
 
@@ -7,7 +7,7 @@ constexpr u32 SLOT_SHIFT = 21;
 constexpr u32 INF_SLOT = 1020; // the upper bits of Inf
 constexpr u32 NAN_SLOT = 1021;
 constexpr u32 ZERO_SLOT = 1022;
-static_assert(INFINITY_BITS >> SLOT_SHIFT == INF_SLOT, "src/histogram.rs");
+static_assert(INFINITY_BITS >> SLOT_SHIFT == INF_SLOT, "src/histogram/mod.rs");
 
 // An estimate of the quantile of |x| over the finite elements, or 0 without any. By all threads, each of which counts
 // some bins; thread 0 gets it. A barrier must follow before `counts` is used again.

@@ -1,5 +1,5 @@
 // From two arrays of f32 that say what each element's mean and spread are to one record a tensor, whatever the arrays
-// hold. src/cpu/gsnr.rs does the same.
+// hold. src/gsnr/cpu.rs does the same.
 //
 // Every chunk is added up by one block, in f64, lane i taking the elements i, i + LANES and so on; chunks merge as those
 // of measure do. The ratios also fall into bins, for the median: integer counts, so that their order does not matter.

@@ -1,4 +1,4 @@
-// Sample: a few elements of the step's gradients as f32, into a ring of the last steps, in one launch. src/samples.rs says
+// Sample: a few elements of the step's gradients as f32, into a ring of the last steps, in one launch. src/samples/mod.rs says
 // which, and what is made of them.
 #include "chunk.cuh"
 

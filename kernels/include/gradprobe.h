@@ -1,8 +1,8 @@
 /* The structs that gradprobe leaves in device memory, for kernels and programs in C and C++: an optimizer's kernel reads
  * the step's coefficient from the one, a logger every tensor's statistics from the other.
  *
- * For C11, C++17, nvcc and NVRTC. src/outputs.rs and src/record.rs are the other side; tests/c_header.rs holds each field,
- * offset and constant here to those. Addresses come from `DeviceProbe::outputs_address()` and `records_address()`. */
+ * For C11, C++17, nvcc and NVRTC. src/measure/outputs.rs and src/measure/record.rs are the other side; tests/c_header.rs holds each field,
+ * offset and constant here to those. Addresses come from `Probe::addresses()`. */
 #ifndef GRADPROBE_H
 #define GRADPROBE_H
 
@@ -68,7 +68,7 @@ typedef struct gradprobe_step_outputs {
     gradprobe_u64 step;        /* steps measured by this probe, this one included */
     gradprobe_u64 nan_count;   /* NaN elements of all tensors */
     gradprobe_u64 inf_count;   /* infinite elements of all tensors */
-    gradprobe_u32 health;      /* verdict word by the rules of `judge_by`, 0 when all is well or there are none */
+    gradprobe_u32 health;      /* word by the rules of `Config::rules`, 0 when all is well or there are none */
     float loss_scale;          /* what the loss of this step was multiplied by, or 1 */
     float next_loss_scale;     /* and of the next */
     gradprobe_u32 differing_replicas; /* tensors and weights of which ranks hold other bits, though replicas */

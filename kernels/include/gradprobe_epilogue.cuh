@@ -67,7 +67,7 @@ GRADPROBE_DEVICE gradprobe_record empty_record() {
     return r;
 }
 
-// What both merges do alike: src/record.rs has the same sequence of operations, and the same bits.
+// What both merges do alike: src/measure/record.rs has the same sequence of operations, and the same bits.
 GRADPROBE_DEVICE gradprobe_record merge_moments(const gradprobe_record &a, const gradprobe_record &b) {
     gradprobe_record r;
     r.first_nonfinite_index = GRADPROBE_NONE;

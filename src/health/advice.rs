@@ -60,7 +60,7 @@ pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
         FindingKind::Clipped => &[
             "raise the clip to about the 95th or 99th percentile of the unclipped norms",
             "lower the learning rate in place of a tight clip, which acts as a cut of it",
-            "clip by a percentile or z-score of the last norms (`ClipPolicy`)",
+            "clip by a percentile or z-score of the last norms (`Clip`)",
         ],
     }
 }

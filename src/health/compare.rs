@@ -89,7 +89,7 @@ impl RunSummary {
 
 /// The norm that a clip could be set to: this percentile, from 0 to 100, of the total norms of the last steps, which are
 /// measured before the clip; 95 to 99 is usual. Steps that are not finite or skipped are left out, and `None` without any.
-/// [`ClipPolicy::Percentile`](crate::ClipPolicy::Percentile) does the same at every step.
+/// [`Clip::Percentile`](crate::Clip::Percentile) does the same at every step.
 ///
 /// # Errors
 /// [`Error::InvalidConfig`] for another percentile.

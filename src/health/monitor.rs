@@ -16,14 +16,14 @@ use std::collections::VecDeque;
 /// Diagnoses the steps of one run, in their order.
 ///
 /// ```
-/// use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, Verdict};
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, Verdict};
 /// use gradprobe::health::{Health, Rules};
 ///
 /// let plan = Plan::new([("0.weight", DType::F32, 3), ("1.weight", DType::F32, 2)])?;
 /// let mut health = Health::new(&plan, Rules::default())?;
-/// let mut probe = CpuProbe::new(plan, Config::default())?;
-/// let report = probe.measure(&[HostTensor::F32(&[1e-3, 2e-3, 1e-3]), HostTensor::F32(&[f32::NAN, 0.1])])?;
-/// let diagnosis = health.diagnose(&report)?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new())?;
+/// probe.measure(&[&[1e-3f32, 2e-3, 1e-3], &[f32::NAN, 0.1]])?;
+/// let diagnosis = health.diagnose(&probe.wait()?)?;
 /// assert_eq!(diagnosis.verdict(), Verdict::Critical);
 /// assert_eq!(diagnosis.frontier().unwrap().tensor, "1.weight");
 /// # Ok::<(), gradprobe::Error>(())

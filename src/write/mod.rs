@@ -6,15 +6,17 @@
 //! all of them.
 //!
 //! ```
-//! use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, write::{Background, Entry, Prometheus}};
+//! use gradprobe::{Config, Cpu, DType, Plan, Probe, write::{Background, Entry, Prometheus}};
 //!
 //! let folder = std::env::temp_dir();
 //! let plan = Plan::new([("weight", DType::F32, 3)])?;
-//! let mut probe = CpuProbe::new(plan, Config::default())?;
+//! let mut probe = Probe::new(Cpu, plan, Config::new())?;
 //! let mut writers = Background::new(vec![Box::new(Prometheus::create(folder.join("gradients.prom"))?)], 16)?;
 //! // every step, or every n-th:
-//! let report = probe.measure(&[HostTensor::F32(&[1.0, f32::NAN, 2.0])])?;
-//! writers.send(Entry::new(report));
+//! probe.measure(&[&[1.0, f32::NAN, 2.0]])?;
+//! if let Some(report) = probe.poll()? {
+//!     writers.send(Entry::new(report));
+//! }
 //! // at the end:
 //! let finished = writers.finish();
 //! assert_eq!((finished.error, finished.dropped), (None, 0));

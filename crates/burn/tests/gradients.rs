@@ -1,4 +1,4 @@
-//! The adapter on burn's CPU backend: the report has the bits of `CpuProbe`'s, the clip is torch's, nothing is copied, and
+//! The adapter on burn's CPU backend: the report has the bits of the probe on the CPU, the clip is torch's, nothing is copied, and
 //! what does not fit is named.
 
 use burn_core as burn;

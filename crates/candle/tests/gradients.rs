@@ -1,5 +1,5 @@
-//! The adapter on candle's CPU device: the report has the bits of `CpuProbe`'s, the clip is torch's, memory is that of
-//! the gradients, and what is asked for beyond a step is that of `CpuProbe` too.
+//! The adapter on candle's CPU device: the report has the bits of the probe on the CPU, the clip is torch's, memory is that of
+//! the gradients, and what is asked for beyond a step is that of the probe too.
 
 mod common;
 

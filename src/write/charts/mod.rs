@@ -6,9 +6,10 @@
 //! machine without fonts draws the same picture.
 //!
 //! ```
-//! # use gradprobe::{Config, CpuProbe, DType, HostTensor, Plan, write::{Entry, charts::Chart}};
-//! # let mut probe = CpuProbe::new(Plan::new([("weight", DType::F32, 2)])?, Config::default())?;
-//! # let entry = Entry::new(probe.measure(&[HostTensor::F32(&[1.0, 2.0])])?);
+//! # use gradprobe::{Config, Cpu, DType, Plan, Probe, write::{Entry, charts::Chart}};
+//! # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+//! # probe.measure(&[&[1.0f32, 2.0]])?;
+//! # let entry = Entry::new(probe.wait()?);
 //! let svg = Chart::overview(&entry).svg();
 //! assert!(svg.starts_with("<svg"));
 //! # Ok::<(), gradprobe::Error>(())
@@ -235,12 +236,13 @@ fn worst(entry: &Entry) -> String {
 #[cfg(all(test, not(feature = "png")))]
 mod tests {
     use super::*;
-    use crate::{Config, CpuProbe, Plan};
+    use crate::{Config, Cpu, Plan, Probe};
 
     #[test]
     fn a_png_without_its_feature_is_an_error_that_says_so() {
-        let mut probe = CpuProbe::new(Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
-        let chart = Chart::overview(&Entry::new(probe.measure(&[]).unwrap()));
+        let mut probe = Probe::new(Cpu, Plan::new::<&str>([]).unwrap(), Config::default()).unwrap();
+        probe.measure(&[]).unwrap();
+        let chart = Chart::overview(&Entry::new(probe.wait().unwrap()));
         let path = std::env::temp_dir().join("gradprobe-without-feature.PNG");
         let Err(Error::Drawing { reason }) = chart.save(&path) else { panic!("a PNG without resvg") };
         assert!(reason.contains("gradprobe-without-feature.PNG") && reason.ends_with("needs the feature `png`"));
