@@ -8,14 +8,15 @@ mod common;
 use common::{
     Placed,
     cases::{Data, Tensor, lognormal, nearest, normal},
+    host::OnHost,
     oracle::Format,
     placed,
 };
 use gradprobe::{
-    AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Backend, Config, DType, Error, HostTensor, HostTensorMut,
-    NonFinitePolicy, Plan, Probe, launch::RawTensor,
+    Absent, AdaptiveClip, AdaptiveClipReport, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy,
+    Plan, Probe, RawTensor, clip::AdaptiveRecord,
 };
-use gradprobe_simt::{Probe, Schedule, Simt};
+use gradprobe_simt::{Schedule, Simt};
 
 /// Elements of a tensor, of a unit of it, and the types of gradient and weight.
 const SHAPES: [(usize, usize, DType, DType); 12] = [
@@ -66,8 +67,7 @@ fn run(probe: &mut Probe, [gradients, weights]: &[Vec<Data>; 2], offset: usize) 
 
 /// The same with a probe made for it.
 fn on_cpu(config: Config, clip: &AdaptiveClip, lists: &[Vec<Data>; 2]) -> (Vec<Vec<u8>>, AdaptiveClipReport) {
-    let mut probe = Probe::new(Cpu, plan(), config).unwrap();
-    probe.enable_adaptive_clip(clip).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), config.adaptive_clip(clip.clone())).unwrap();
     run(&mut probe, lists, 0)
 }
 
@@ -147,8 +147,8 @@ fn no_order_no_grid_and_no_place_changes_a_bit() {
     let expected = on_cpu(Config::default(), &clip(), &lists);
     let schedules = [Schedule::Forward, Schedule::Reverse].into_iter().chain((0..5).map(Schedule::Shuffled));
     for ((schedule, blocks), offset) in schedules.zip([0, 1, 2, 64, 5, 2000, 7]).zip([0, 8, 3, 1, 15, 2, 6]) {
-        let mut probe = Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), Config::default()).unwrap();
-        probe.enable_adaptive_clip(&clip()).unwrap();
+        let config = Config::new().adaptive_clip(clip());
+        let mut probe = Probe::new(Simt { schedule, blocks, ..Simt::default() }, plan(), config).unwrap();
         for call in 0..2 {
             let (clipped, report) = run(&mut probe, &lists, offset + call);
             assert!(clipped == expected.0, "{schedule:?}, {blocks} blocks, call {call}");
@@ -171,10 +171,10 @@ fn what_is_not_finite_goes_by_the_policy() {
     edit(&mut lists[1][11], 0, f32::NAN);
     for policy in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
         let config = Config::default().non_finite(policy);
-        let (clipped, report) = on_cpu(config, &clip(), &lists);
+        let (clipped, report) = on_cpu(config.clone(), &clip(), &lists);
         for schedule in [Schedule::Forward, Schedule::Shuffled(9)] {
+            let config = config.clone().adaptive_clip(clip());
             let mut probe = Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
-            probe.enable_adaptive_clip(&clip()).unwrap();
             let seen = run(&mut probe, &lists, 5);
             assert!(seen.0 == clipped && seen.1.records() == report.records(), "{policy:?}");
         }
@@ -205,10 +205,11 @@ fn what_is_not_finite_goes_by_the_policy() {
 fn weights_of_zero_leave_room_for_a_gradient() {
     let (mut gradient, weight) = ([3.0f32, 4.0, 0.0, 1e-6], [0.0f32; 4]);
     let plan = Plan::new([("bias", DType::F32, 4)]).unwrap();
-    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
-    probe.enable_adaptive_clip(&AdaptiveClip::new([2]).clipping(0.1).epsilon(0.5)).unwrap();
-    probe.measure(&[HostTensor::F32(&gradient)]).unwrap();
-    let report = probe.clip_adaptively(&mut [HostTensorMut::F32(&mut gradient)], &[HostTensor::F32(&weight)]).unwrap();
+    let config = Config::new().adaptive_clip(AdaptiveClip::new([2]).clipping(0.1).epsilon(0.5));
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
+    probe.measure_host(&[HostTensor::F32(&gradient)]).unwrap();
+    let report =
+        probe.clip_adaptively_host(&mut [HostTensorMut::F32(&mut gradient)], &[HostTensor::F32(&weight)]).unwrap();
     assert!((gradient[0] - 0.03).abs() < 1e-8 && (gradient[1] - 0.04).abs() < 1e-8, "{gradient:?}");
     assert_eq!((gradient[2], gradient[3]), (0.0, 1e-6));
     assert_eq!((report.records()[0].clipped, report.clipped_fraction()), (1, Some(0.5)));
@@ -218,58 +219,83 @@ fn weights_of_zero_leave_room_for_a_gradient() {
 fn what_cannot_be_right_is_refused_and_changes_nothing() {
     let plan = || Plan::new([("a", DType::F32, 6), ("b", DType::F16, 4)]).unwrap();
     let (a, b) = (nearest_all(DType::F32, 6), nearest_all(DType::F16, 4));
-    let probes: [Probe; 2] = [
-        Probe::new(Cpu, plan(), Config::default()).unwrap(),
-        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
-    ];
-    for mut probe in probes {
-        let (mut x, mut y) = (a.clone(), b.clone());
-        let weights = [a.tensor(), b.tensor()];
-        let mut clip = |probe: &mut Probe, weights: &[HostTensor<'_>]| {
-            probe.clip_adaptively_host(&mut [x.tensor_mut(), y.tensor_mut()], weights).map(drop)
-        };
-        assert_eq!(clip(&mut *probe, &weights), Err(Error::NotEnabled { what: "adaptive_clip" }));
-        for (rule, expected) in [
-            (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1 }),
-            (AdaptiveClip::new([3, 3]), Error::UnitLength { name: "b".to_owned(), length: 4, unit: 3 }),
-        ] {
-            assert_eq!(probe.enable_adaptive_clip(&rule), Err(expected));
-        }
-        for (rule, wrong) in [
-            (AdaptiveClip::new([3, 4]).clipping(0.0), "clipping"),
-            (AdaptiveClip::new([3, 4]).clipping(f64::NAN), "clipping"),
-            (AdaptiveClip::new([3, 4]).epsilon(-1.0), "epsilon"),
-            (AdaptiveClip::new([3, 4]).epsilon(f64::INFINITY), "epsilon"),
-        ] {
-            let refused = probe.enable_adaptive_clip(&rule);
-            assert!(matches!(&refused, Err(Error::InvalidConfig { option, .. }) if *option == wrong), "{refused:?}");
-        }
-        probe.enable_adaptive_clip(&AdaptiveClip::new([3, 4])).unwrap();
-        assert_eq!(clip(&mut *probe, &weights), Err(Error::NotMeasured));
-        probe.measure_host(&weights).unwrap();
-        assert_eq!(clip(&mut *probe, &weights[..1]), Err(Error::TensorCount { planned: 2, given: 1 }));
-        let refused = clip(&mut *probe, &[weights[0], weights[0]]);
-        assert!(matches!(&refused, Err(Error::TensorMismatch { name, .. }) if name == "b"), "{refused:?}");
-        assert_eq!((x.bytes(), y.bytes()), (a.bytes(), b.bytes()));
+    fn devices(plan: Plan, config: Config) -> [Result<Probe, Error>; 2] {
+        [Probe::new(Cpu, plan.clone(), config.clone()), Probe::new(Simt::default(), plan, config)]
     }
+    for (rule, expected) in [
+        (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1 }),
+        (AdaptiveClip::new([3, 3]), Error::UnitLength { name: "b".to_owned(), length: 4, unit: 3 }),
+    ] {
+        for refused in devices(plan(), Config::new().adaptive_clip(rule)) {
+            assert_eq!(refused.err(), Some(expected.clone()));
+        }
+    }
+    for (rule, wrong) in [
+        (AdaptiveClip::new([3, 4]).clipping(0.0), "clipping"),
+        (AdaptiveClip::new([3, 4]).clipping(f64::NAN), "clipping"),
+        (AdaptiveClip::new([3, 4]).epsilon(-1.0), "epsilon"),
+        (AdaptiveClip::new([3, 4]).epsilon(f64::INFINITY), "epsilon"),
+    ] {
+        for refused in devices(plan(), Config::new().adaptive_clip(rule)) {
+            let refused = refused.err();
+            assert!(matches!(&refused, Some(Error::InvalidConfig { option, .. }) if *option == wrong), "{refused:?}");
+        }
+    }
+    let (mut x, mut y) = (a.clone(), b.clone());
+    let weights = [a.tensor(), b.tensor()];
+    let mut clip = |probe: &mut Probe, weights: &[HostTensor<'_>]| {
+        probe.clip_adaptively_host(&mut [x.tensor_mut(), y.tensor_mut()], weights).map(drop)
+    };
+    for probe in devices(plan(), Config::new()) {
+        let not_declared = Error::NotDeclared { declare: "Config::adaptive_clip" };
+        assert_eq!(clip(&mut probe.unwrap(), &weights), Err(not_declared));
+    }
+    for probe in devices(plan(), Config::new().adaptive_clip(AdaptiveClip::new([3, 4]))) {
+        let mut probe = probe.unwrap();
+        assert_eq!(clip(&mut probe, &weights), Err(Error::NotMeasured));
+        assert!(probe.adaptive_clip().unwrap().report().is_err_and(|error| error == Error::NotMeasured));
+        probe.measure_host(&weights).unwrap();
+        assert_eq!(clip(&mut probe, &weights[..1]), Err(Error::TensorCount { planned: 2, given: 1 }));
+        let refused = clip(&mut probe, &[weights[0], weights[0]]);
+        assert!(matches!(&refused, Err(Error::TensorMismatch { name, .. }) if name == "b"), "{refused:?}");
+    }
+    assert_eq!((x.bytes(), y.bytes()), (a.bytes(), b.bytes()));
 
     // Weights that share memory with a gradient, which only bare addresses can.
-    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-    probe.enable_adaptive_clip(&AdaptiveClip::new([3, 4])).unwrap();
-    let raw = |data: &Data| {
+    let config = Config::new().adaptive_clip(AdaptiveClip::new([3, 4]));
+    let mut probe = Probe::new(Simt::default(), plan(), config).unwrap();
+    let raw = |data: &Data, skipped: u64| {
         let tensor = data.tensor();
-        let address = tensor.as_bytes().as_ptr() as u64;
-        RawTensor { address, len: tensor.len() as u64, dtype: tensor.dtype() }
+        let address = tensor.as_bytes().as_ptr() as u64 + 4 * skipped;
+        // SAFETY: the elements live, and where they might be written the call is refused.
+        unsafe { RawTensor::new(address, tensor.len() as u64 - 2 * skipped, tensor.dtype()) }
     };
-    let gradients = [raw(&a), raw(&b)];
-    let elsewhere = [raw(&a.widened()), raw(&b.widened())];
-    let _lent = gradprobe_simt::lend(&gradients, false);
-    // SAFETY: the tensors live.
-    unsafe { probe.inner().measure_raw(&gradients) }.unwrap();
-    let shifted = RawTensor { address: gradients[0].address + 4, len: 4, dtype: DType::F32 };
-    // SAFETY: the launch is refused.
-    let refused = unsafe { probe.inner().clip_adaptively_raw(&gradients, &[elsewhere[0], shifted]) };
+    let (wide_a, wide_b) = (a.widened(), b.widened());
+    let [mut g_a, mut g_b] = [raw(&a, 0), raw(&b, 0)];
+    probe.measure(&[&g_a, &g_b]).unwrap();
+    let (elsewhere, shifted) = (raw(&wide_a, 0), raw(&a, 1));
+    let refused = probe.adaptive_clip().unwrap().clip(&mut [&mut g_a, &mut g_b], &[&elsewhere, &shifted]);
     assert_eq!(refused, Err(Error::Overlap { first: "a".to_owned(), second: "weight of b".to_owned() }));
+    drop(wide_b);
+}
+
+/// A gradient or a weight that is not given: its units are left as they are.
+#[test]
+fn what_is_absent_is_left_alone() {
+    let plan = || Plan::new([("a", DType::F32, 4), ("b", DType::F32, 4), ("c", DType::F32, 4)]).unwrap();
+    let config = Config::new().adaptive_clip(AdaptiveClip::new([2, 2, 2]));
+    let results = [Probe::new(Cpu, plan(), config.clone()), Probe::new(Simt::default(), plan(), config)].map(|probe| {
+        let mut probe = probe.unwrap();
+        let (mut a, mut c, weight) = ([1.0f32; 4], [1.0f32; 4], [0.5f32; 4]);
+        probe.measure(&[&a, &Absent, &c]).unwrap();
+        let mut room = probe.adaptive_clip().unwrap();
+        room.clip(&mut [&mut a, &mut Absent, &mut c], &[&weight, &weight, &Absent]).unwrap();
+        (a, c, room.report().unwrap().records().to_vec())
+    });
+    assert_eq!(results[0], results[1]);
+    let (a, c, records) = &results[0];
+    assert!(a[0] < 0.01 && *c == [1.0; 4], "{a:?} {c:?}");
+    assert_eq!(records.iter().map(|record| record.clipped).collect::<Vec<_>>(), [2, 0, 0]);
 }
 
 /// Some numbers.

@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::cases::normal;
+use common::{cases::normal, host::OnHost};
 use gradprobe::{
-    Backend, Clip, Config, DType, Error, HistoryReport, HistoryStep, HistoryTensor, HostTensor, NonFinitePolicy, Plan,
-    Probe, StepOutputs,
+    Absent, Clip, Config, Cpu, DType, Error, HistoryReport, HostTensor, NonFinitePolicy, Plan, Probe, StepOutputs,
+    Tensor,
+    history::{HistoryStep, HistoryTensor},
 };
-use gradprobe_simt::{Probe, Schedule, Simt};
+use gradprobe_simt::{Schedule, Simt};
 
 const LENGTHS: [usize; 3] = [33_000, 5, 0];
 
@@ -34,11 +35,10 @@ fn measure(probe: &mut Probe, number: u64) {
     probe.measure_host(&tensors).unwrap();
 }
 
-/// The history of 5 steps after `steps` of them, tagged with 100 + their number.
+/// The history after `steps` steps, tagged with 100 + their number.
 fn history(probe: &mut Probe, steps: u64) -> HistoryReport {
-    probe.keep_history(5).unwrap();
     for number in 1..=steps {
-        probe.tag(100 + number).unwrap();
+        probe.history().unwrap().tag(100 + number).unwrap();
         measure(probe, number);
     }
     probe.history_report().unwrap()
@@ -53,17 +53,17 @@ fn bytes(report: &HistoryReport) -> Vec<u8> {
 
 #[test]
 fn the_last_steps_are_kept_in_order_with_their_tags() {
-    let config = Config::default().clip(Clip::global_norm(0.1));
+    let config = Config::default().clip(Clip::global_norm(0.1)).history(5);
     for steps in [0, 1, 4, 5, 6, 13] {
-        let mut probe = Probe::new(Cpu, plan(), config).unwrap();
+        let mut probe = Probe::new(Cpu, plan(), config.clone()).unwrap();
         let report = history(&mut probe, steps);
         let kept: Vec<u64> = report.steps().map(|(step, _)| step.outputs.step).collect();
         assert_eq!(kept, (steps.saturating_sub(5) + 1..=steps).collect::<Vec<_>>());
         for (kept, tensors) in report.steps() {
-            let mut fresh = Probe::new(Cpu, plan(), config).unwrap();
+            let mut fresh = Probe::new(Cpu, plan(), config.clone()).unwrap();
             let data = step(kept.outputs.step);
             let views: Vec<HostTensor> = data.iter().map(|tensor| HostTensor::F32(tensor)).collect();
-            let expected = fresh.measure(&views).unwrap();
+            let expected = fresh.measure_host(&views).unwrap();
             let outputs = StepOutputs { step: kept.outputs.step, ..*expected.outputs() };
             assert_eq!(bytemuck::bytes_of(&kept.outputs), bytemuck::bytes_of(&outputs));
             assert_eq!(kept.tag, 100 + kept.outputs.step);
@@ -83,11 +83,12 @@ fn the_last_steps_are_kept_in_order_with_their_tags() {
 
 #[test]
 fn the_kernels_keep_the_same_bytes() {
-    let config = Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4 });
+    let config = Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4, max_norm: None }).history(5);
     for steps in [0, 3, 5, 17] {
-        let expected = bytes(&history(&mut Probe::new(Cpu, plan(), config).unwrap(), steps));
+        let expected = bytes(&history(&mut Probe::new(Cpu, plan(), config.clone()).unwrap(), steps));
         for schedule in [Schedule::Forward, Schedule::Reverse, Schedule::Shuffled(3)] {
-            let mut probe = Probe::new(Simt { schedule, blocks: 2, ..Simt::default() }, plan(), config).unwrap();
+            let mut probe =
+                Probe::new(Simt { schedule, blocks: 2, ..Simt::default() }, plan(), config.clone()).unwrap();
             assert!(bytes(&history(&mut probe, steps)) == expected, "{schedule:?} after {steps}");
         }
     }
@@ -95,7 +96,7 @@ fn the_kernels_keep_the_same_bytes() {
 
 #[test]
 fn statistics_leave_out_what_is_not_finite() {
-    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::global_norm(0.2))).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::global_norm(0.2)).history(5)).unwrap();
     let report = history(&mut probe, 13);
     // Of steps 9 to 13 the twelfth is not finite.
     let norm = |number: u64, t: usize| step(number)[t].iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
@@ -127,8 +128,8 @@ fn statistics_leave_out_what_is_not_finite() {
 #[test]
 fn a_step_that_is_not_finite_leaves_no_statistic_behind() {
     let run = |with: bool| {
-        let mut probe = Probe::new(Cpu, plan(), Config::default().non_finite(NonFinitePolicy::Propagate)).unwrap();
-        probe.keep_history(1001).unwrap();
+        let config = Config::new().non_finite(NonFinitePolicy::Propagate).history(1001);
+        let mut probe = Probe::new(Cpu, plan(), config).unwrap();
         if with {
             measure(&mut probe, 12);
         }
@@ -140,17 +141,38 @@ fn a_step_that_is_not_finite_leaves_no_statistic_behind() {
     assert_eq!(run(true), run(false));
 }
 
+/// What is not there in a step is no zero in any statistic.
+#[test]
+fn a_tensor_that_is_absent_is_left_out_of_its_statistics() {
+    let plan = || Plan::new([("a", DType::F32, 2), ("b", DType::F32, 2)]).unwrap();
+    let config = Config::new().history(8);
+    let mut probes =
+        [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()];
+    let reports = probes.each_mut().map(|probe| {
+        for number in 1..=6u8 {
+            let (x, y) = ([f32::from(number), 0.0], [3.0f32, 4.0]);
+            let b: &dyn Tensor = if number % 2 == 0 { &Absent } else { &y };
+            probe.measure(&[&x, b]).unwrap();
+        }
+        probe.history_report().unwrap()
+    });
+    assert_eq!(bytes(&reports[0]), bytes(&reports[1]));
+    let there: Vec<bool> = reports[0].steps().map(|(_, tensors)| tensors[1].has_elements()).collect();
+    assert_eq!(there, [true, false, true, false, true, false]);
+    let (a, b) = (reports[0].tensor_norm(0), reports[0].tensor_norm(1));
+    assert_eq!((a.steps, a.mean, b.steps, b.mean, b.cv), (6, 3.5, 3, 5.0, Some(0.0)));
+    assert_eq!(reports[0].persistence(1, |tensor| tensor.finite_l2_norm == 5.0), 3);
+}
+
 #[test]
 fn what_is_not_kept_is_an_error() {
-    let mut probe = Probe::new(Cpu, plan(), Config::default()).unwrap();
-    assert_eq!(probe.history_report().unwrap_err(), Error::NoHistory);
-    assert_eq!(probe.tag(1), Err(Error::NoHistory));
-    assert!(matches!(probe.keep_history(0), Err(Error::InvalidConfig { option: "steps", .. })));
-    probe.keep_history(2).unwrap();
-    measure(&mut probe, 1);
-    assert!(matches!(probe.keep_history(0), Err(Error::InvalidConfig { .. })));
-    assert_eq!(probe.history_report().unwrap().steps().len(), 1, "what was kept stays");
-    let mut simt = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-    assert_eq!(Backend::history(&mut simt).unwrap_err(), Error::NoHistory);
-    assert_eq!(Backend::tag(&mut simt, 1), Err(Error::NoHistory));
+    let not_declared = || Error::NotDeclared { declare: "Config::history" };
+    for mut probe in
+        [Probe::new(Cpu, plan(), Config::new()).unwrap(), Probe::new(Simt::default(), plan(), Config::new()).unwrap()]
+    {
+        assert_eq!(probe.history_report().unwrap_err(), not_declared());
+        assert_eq!(probe.history().and_then(|mut history| history.tag(1)), Err(not_declared()));
+    }
+    let refused = Probe::new(Cpu, plan(), Config::new().history(0)).map(drop);
+    assert!(matches!(refused, Err(Error::InvalidConfig { option: "steps", .. })), "{refused:?}");
 }

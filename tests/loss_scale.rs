@@ -5,12 +5,15 @@
 
 mod common;
 
-use common::cases::normal;
-use gradprobe::{
-    AdaptiveClip, Backend, Clip, Config, DType, Error, Format, GsnrConfig, HostTensor, HostTensorMut, LossScale,
-    NonFinitePolicy, Plan, Probe, Report, StepOutputs,
+use common::{
+    cases::normal,
+    host::{OnHost, loss_scale},
 };
-use gradprobe_simt::{Probe, Schedule, Simt};
+use gradprobe::{
+    AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, HostTensor, HostTensorMut, LossScale, NonFinitePolicy,
+    Plan, Probe, Report, StepOutputs, histogram::Format,
+};
+use gradprobe_simt::{Schedule, Simt};
 
 const LENGTHS: [usize; 3] = [40_000, 9, 0];
 
@@ -43,7 +46,7 @@ fn simt(schedule: Schedule, config: Config) -> Probe {
 }
 
 fn cpu(config: Config) -> Probe {
-    Probe::new(Cpu, plan(), config).unwrap()
+    Probe::new(Cpu, plan(), config.clone()).unwrap()
 }
 
 /// Measures and clips.
@@ -59,13 +62,13 @@ fn near(a: f64, b: f64) -> bool {
 }
 
 const POLICIES: [Clip; 8] = [
-    Clip::GlobalNorm,
+    Clip::None,
     Clip::Value { max_abs: 0.02 },
     Clip::TensorNorm { max_norm: 0.9 },
     Clip::Quantile { quantile: 0.9 },
-    Clip::Percentile { percentile: 40.0, history: 16 },
-    Clip::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 3 },
-    Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 3 },
+    Clip::Percentile { percentile: 40.0, history: 16, max_norm: None },
+    Clip::ZScore { smoothing: 0.9, threshold: 0.5, warmup: 3, max_norm: None },
+    Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 3, max_norm: None },
     Clip::TensorNorm { max_norm: 1e9 },
 ];
 
@@ -79,14 +82,14 @@ fn configs() -> Vec<Config> {
 #[test]
 fn a_power_of_two_changes_nothing_but_the_units() {
     for config in configs() {
-        let mut plain = cpu(config);
-        let mut probe = cpu(config.loss_scale(LossScale::fixed(1.0)));
+        let mut plain = cpu(config.clone());
+        let mut probe = cpu(config.clone().loss_scale(LossScale::fixed(1.0)));
         let mut clipped_once =
-            config.clip == Clip::GlobalNorm || matches!(config.clip, Clip::TensorNorm { max_norm } if max_norm > 1.0);
+            config.clip == Clip::None || matches!(config.clip, Clip::TensorNorm { max_norm } if max_norm > 1.0);
         for seed in 0..20 {
             let (step, scale) = (step(seed), 2f32.powi((seed as i32 * 7) % 31 - 10));
             probe.set_loss_scale(scale).unwrap();
-            assert_eq!(probe.loss_scale(), Some(scale));
+            assert_eq!(loss_scale(&probe), Some(scale));
             let (expected, unscaled) = one(&mut plain, &step);
             let (seen, left) = one(&mut probe, &scaled(&step, scale));
             let (outputs, expected) = (seen.outputs(), expected.outputs());
@@ -112,15 +115,12 @@ fn the_kernels_equal_the_cpu() {
     let rule = LossScale::dynamic().initial(768.0).growth_interval(2);
     for config in configs() {
         for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-            let config = config.non_finite(non_finite).loss_scale(rule);
+            let config = config.clone().non_finite(non_finite).loss_scale(rule);
+            let config = config.tracking(GsnrConfig::default()).history(4);
             for schedule in [Schedule::Forward, Schedule::Shuffled(1), Schedule::Shuffled(2)] {
-                let (mut probe, mut reference) = (simt(schedule, config), cpu(config));
-                for probe in [&mut probe as &mut Probe, &mut reference] {
-                    probe.track(&GsnrConfig::default()).unwrap();
-                    probe.keep_history(4).unwrap();
-                }
+                let (mut probe, mut reference) = (simt(schedule, config.clone()), cpu(config.clone()));
                 for seed in 0..12 {
-                    let mut step = scaled(&step(seed), reference.loss_scale().unwrap());
+                    let mut step = scaled(&step(seed), loss_scale(&reference).unwrap());
                     if seed % 5 == 3 {
                         step[(seed % 2) as usize][seed as usize % 9] =
                             if seed % 2 == 0 { f32::NAN } else { f32::INFINITY };
@@ -137,7 +137,7 @@ fn the_kernels_equal_the_cpu() {
                 }
                 let (seen, expected) = (probe.gsnr_report().unwrap(), reference.gsnr_report().unwrap());
                 assert_eq!(format!("{seen:?}"), format!("{expected:?}"), "{config:?}");
-                let (seen, expected) = (probe.history_report().unwrap(), Backend::history(&mut reference).unwrap());
+                let (seen, expected) = (probe.history_report().unwrap(), reference.history_report().unwrap());
                 assert_eq!(format!("{seen:?}"), format!("{expected:?}"), "{config:?}");
             }
         }
@@ -173,8 +173,8 @@ fn the_scale_adapts_as_torchs_does() {
         LossScale::dynamic().factors(1.5, 0.3).growth_interval(2).initial(0.1),
     ] {
         let config = Config::default().loss_scale(rule);
-        let mut cpu = Probe::new(Cpu, plan(), config).unwrap();
-        let mut simt = Probe::new(Simt::default(), plan(), config).unwrap();
+        let mut cpu = Probe::new(Cpu, plan(), config.clone()).unwrap();
+        let mut simt = Probe::new(Simt::default(), plan(), config.clone()).unwrap();
         let (mut scale, mut tracker) = (rule.initial, 0);
         for step in 0..60u32 {
             let found = step % 7 == 5 || step % 11 == 1;
@@ -189,12 +189,12 @@ fn the_scale_adapts_as_torchs_does() {
             }
             torchs_rule(&rule, found, &mut scale, &mut tracker);
         }
-        assert_eq!(cpu.loss_scale(), Some(scale));
+        assert_eq!((loss_scale(&cpu), loss_scale(&simt)), (Some(scale), Some(scale)));
     }
     // Where torch would go down to 0, and all gradients with it.
     let config = Config::default().loss_scale(LossScale::dynamic().initial(2.0 * f32::MIN_POSITIVE));
     for mut probe in
-        [Probe::new(Cpu, plan(), config).unwrap() as Probe, Probe::new(Simt::default(), plan(), config).unwrap()]
+        [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config.clone()).unwrap()]
     {
         let mut next = || probe.measure_host(&[HostTensor::F32(&[f32::NAN; 3])]).unwrap().outputs().next_loss_scale;
         assert_eq!([next(), next()], [f32::MIN_POSITIVE; 2]);
@@ -204,17 +204,15 @@ fn the_scale_adapts_as_torchs_does() {
 /// The state of tracked elements is in unscaled units: a scale that changes in between leaves no trace.
 #[test]
 fn a_changing_scale_does_not_disturb_what_is_tracked() {
-    let (mut plain, mut probe) = (cpu(Config::default()), cpu(Config::default().loss_scale(LossScale::fixed(1.0))));
-    for probe in [&mut plain, &mut probe] {
-        probe.track(&GsnrConfig::default()).unwrap();
-    }
+    let config = Config::new().tracking(GsnrConfig::new());
+    let (mut plain, mut probe) = (cpu(config.clone()), cpu(config.loss_scale(LossScale::fixed(1.0))));
     for seed in 0..8 {
         let (step, scale) = (step(seed), 2f32.powi(3 * seed as i32 - 4));
-        plain.measure(&tensors(&step)).unwrap();
+        plain.measure_host(&tensors(&step)).unwrap();
         probe.set_loss_scale(scale).unwrap();
-        probe.measure(&tensors(&scaled(&step, scale))).unwrap();
+        probe.measure_host(&tensors(&scaled(&step, scale))).unwrap();
     }
-    let (plain, probe) = (plain.gsnr().unwrap(), probe.gsnr_report().unwrap());
+    let (plain, probe) = (plain.gsnr_report().unwrap(), probe.gsnr_report().unwrap());
     for ((_, a), (_, b)) in plain.tensors().zip(probe.tensors()) {
         let exact =
             |r: &gradprobe::GsnrRecord| (r.defined, r.constant, r.sum_variance, r.sum_squared_mean, r.sum_ratio);
@@ -233,17 +231,16 @@ fn the_adaptive_clip_unscales() {
         if policy != NonFinitePolicy::Skip {
             gradients[0][150] = f32::NAN;
         }
-        let plain = Config::default().non_finite(policy);
-        let with_scale = plain.loss_scale(LossScale::fixed(scale));
+        let plain = Config::default().non_finite(policy).adaptive_clip(clip.clone());
+        let with_scale = plain.clone().loss_scale(LossScale::fixed(scale));
         let run = |probe: &mut Probe, mut gradients: Step| {
-            probe.enable_adaptive_clip(&clip).unwrap();
             probe.measure_host(&tensors(&gradients)).unwrap();
             let report = probe.clip_adaptively_host(&mut tensors_mut(&mut gradients), &tensors(&weights)).unwrap();
             (report.records().to_vec(), gradients.concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>())
         };
         let expected = run(&mut cpu(plain), gradients.clone());
         assert!(expected.0[0].clipped > 0 && expected.0[0].clipped < 400, "{:?}", expected.0);
-        assert!(run(&mut cpu(with_scale), scaled(&gradients, scale)) == expected, "{policy:?}");
+        assert!(run(&mut cpu(with_scale.clone()), scaled(&gradients, scale)) == expected, "{policy:?}");
         assert!(run(&mut simt(Schedule::Shuffled(5), with_scale), scaled(&gradients, scale)) == expected, "{policy:?}");
     }
 }
@@ -256,7 +253,7 @@ fn a_scale_that_is_none_is_a_step_to_skip() {
             Config::default().clip(Clip::global_norm(0.1)).non_finite(non_finite).loss_scale(LossScale::dynamic());
         let mut probe = simt(Schedule::Shuffled(1), config);
         for bad in [0.0, -0.0, -1.0, f32::INFINITY, f32::NAN] {
-            let place = probe.inner().loss_scale_address().unwrap() as *mut f32;
+            let place = probe.addresses().loss_scale.unwrap() as *mut f32;
             // SAFETY: the device's memory is the host's, and no kernel runs.
             unsafe { place.write(bad) };
             let mut step = step(3);
@@ -291,9 +288,9 @@ fn weights_stay_as_they_are() {
     let config = Config::default().loss_scale(LossScale::fixed(1024.0)).dead_threshold(0.01);
     let plan = || plan().with_weights([DType::F32; 3]).unwrap();
     let (gradients, weights) = (scaled(&step(1), 1024.0), step(2));
-    let alone = cpu(Config::default().dead_threshold(0.01)).measure(&tensors(&weights)).unwrap();
+    let alone = cpu(Config::default().dead_threshold(0.01)).measure_host(&tensors(&weights)).unwrap();
     for mut probe in
-        [Probe::new(Cpu, plan(), config).unwrap() as Probe, Probe::new(Simt::default(), plan(), config).unwrap()]
+        [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config.clone()).unwrap()]
     {
         let report = probe.measure_host_with_weights(&tensors(&gradients), &tensors(&weights)).unwrap();
         assert_eq!(report.weights().unwrap(), alone.records());
@@ -306,10 +303,9 @@ fn weights_stay_as_they_are() {
 /// What the histogram of scaled gradients recommends brings the largest of them where it leaves the margin.
 #[test]
 fn the_histogram_recommends_the_next_scale() {
-    let mut probe = cpu(Config::default());
-    probe.enable_histogram();
+    let mut probe = cpu(Config::new().histogram());
     let gradients = step(1);
-    let total = |step: &Step| probe.histogram(&tensors(step)).unwrap().total();
+    let mut total = |step: &Step| probe.histogram_host(&tensors(step)).unwrap().total();
     let from_plain = total(&gradients).recommended_loss_scale(1.0, Format::F16).unwrap();
     for scale in [1.0, 512.0, 2f32.powi(-20), 2f32.powi(40)] {
         let recommended = total(&scaled(&gradients, scale)).recommended_loss_scale(scale, Format::F16).unwrap();
@@ -328,7 +324,8 @@ fn the_histogram_recommends_the_next_scale() {
 fn what_is_no_scale_is_refused() {
     let refused = |rule: LossScale, option: &str| {
         let config = Config::default().loss_scale(rule);
-        for error in [Probe::new(Cpu, plan(), config).err(), Probe::new(Simt::default(), plan(), config).err()] {
+        for error in [Probe::new(Cpu, plan(), config.clone()).err(), Probe::new(Simt::default(), plan(), config).err()]
+        {
             assert!(matches!(&error, Some(Error::InvalidConfig { option: of, .. }) if *of == option), "{error:?}");
         }
     };
@@ -342,15 +339,15 @@ fn what_is_no_scale_is_refused() {
     refused(LossScale::dynamic().growth_interval(0), "growth_interval");
     let scaled = Config::default().loss_scale(LossScale::dynamic());
     for (config, scale, message) in [
-        (Config::default(), 2.0, "gradients are not scaled: make the probe with `Config::loss_scale`"),
-        (scaled, f32::NAN, "loss_scale must be finite and above 0, not NaN"),
+        (Config::default(), 2.0, "this probe was made without it: declare it with `Config::loss_scale`"),
+        (scaled.clone(), f32::NAN, "loss_scale must be finite and above 0, not NaN"),
         (scaled, 0.0, "loss_scale must be finite and above 0, not 0"),
     ] {
-        let mut probes = [Box::new(cpu(config)) as Probe, Probe::new(Simt::default(), plan(), config).unwrap()];
+        let mut probes = [cpu(config.clone()), Probe::new(Simt::default(), plan(), config.clone()).unwrap()];
         for probe in &mut probes {
             assert_eq!(probe.set_loss_scale(scale).unwrap_err().to_string(), message);
         }
     }
-    assert_eq!(cpu(Config::default()).loss_scale(), None);
-    assert_eq!(simt(Schedule::Forward, Config::default()).inner().loss_scale_address(), None);
+    assert_eq!(loss_scale(&cpu(Config::default())), None);
+    assert_eq!(simt(Schedule::Forward, Config::default()).addresses().loss_scale, None);
 }

@@ -4,12 +4,15 @@
 
 mod common;
 
-use common::cases::normal;
-use gradprobe::{
-    Backend, Clip, Config, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe,
-    StepOutputs,
+use common::{
+    cases::normal,
+    host::{OnHost, coefficients},
 };
-use gradprobe_simt::{Probe, Schedule, Simt};
+use gradprobe::{
+    Absent, Clip, Config, Cpu, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe,
+    StepOutputs, TensorMut,
+};
+use gradprobe_simt::{Schedule, Simt};
 use half::bf16;
 
 /// Elements of the three tensors of a step: more than a chunk, a few, none.
@@ -84,9 +87,20 @@ fn near(a: f64, b: f64) -> bool {
     (a / b - 1.0).abs() < 2e-6
 }
 
-const AUTO_CLIP: Clip = Clip::Percentile { percentile: 60.0, history: 16 };
-const Z_CLIP: Clip = Clip::ZScore { smoothing: 0.9, threshold: 2.5, warmup: 5 };
-const ADA_GC: Clip = Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 4 };
+const AUTO_CLIP: Clip = Clip::Percentile { percentile: 60.0, history: 16, max_norm: None };
+const Z_CLIP: Clip = Clip::ZScore { smoothing: 0.9, threshold: 2.5, warmup: 5, max_norm: None };
+const ADA_GC: Clip = Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 4, max_norm: None };
+
+/// The same, with the global norm capped.
+fn capped(mut clip: Clip, cap: f64) -> Clip {
+    match &mut clip {
+        Clip::Percentile { max_norm, .. } | Clip::ZScore { max_norm, .. } | Clip::TensorEma { max_norm, .. } => {
+            *max_norm = Some(cap);
+        }
+        _ => panic!("{clip:?} has no cap"),
+    }
+    clip
+}
 
 /// Every policy, with parameters under which it clips some steps of [`run`] and leaves others.
 fn configs() -> Vec<Config> {
@@ -96,13 +110,13 @@ fn configs() -> Vec<Config> {
         Clip::Quantile { quantile: 0.9 },
         Clip::Quantile { quantile: 0.013 },
         AUTO_CLIP,
-        Clip::Percentile { percentile: 0.0, history: 2 },
-        Clip::Percentile { percentile: 100.0, history: 1024 },
+        Clip::Percentile { percentile: 0.0, history: 2, max_norm: None },
+        Clip::Percentile { percentile: 100.0, history: 1024, max_norm: None },
         Z_CLIP,
         ADA_GC,
     ];
     let alone = policies.map(|policy| Config::default().clip(policy));
-    let capped = [AUTO_CLIP, Z_CLIP, ADA_GC].map(|policy| Config::default().clip(policy).clip(Clip::global_norm(1.5)));
+    let capped = [AUTO_CLIP, Z_CLIP, ADA_GC].map(|clip| Config::default().clip(capped(clip, 1.5)));
     alone.into_iter().chain(capped).collect()
 }
 
@@ -127,10 +141,11 @@ fn the_kernels_decide_and_clip_as_the_cpu_does() {
     let steps = with_nonfinite(run(30));
     for config in configs() {
         for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-            let config = config.non_finite(non_finite);
-            let expected = on_cpu(config, &steps);
+            let config = config.clone().non_finite(non_finite);
+            let expected = on_cpu(config.clone(), &steps);
             for schedule in schedules {
-                let mut probe = Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config).unwrap();
+                let mut probe =
+                    Probe::new(Simt { schedule, blocks: 3, ..Simt::default() }, plan(), config.clone()).unwrap();
                 for (s, (seen, expected)) in through(&mut probe, &steps).iter().zip(&expected).enumerate() {
                     let outputs = |step: &(StepOutputs, Step)| bytemuck::bytes_of(&step.0).to_vec();
                     assert_eq!(outputs(seen), outputs(expected), "{config:?}, {schedule:?}, step {s}");
@@ -154,10 +169,13 @@ fn steps_that_are_not_finite_leave_no_trace() {
     assert!(clean.len() < steps.len());
     for config in configs() {
         for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-            let config = config.non_finite(non_finite);
-            let all =
-                on_cpu(config, &steps).into_iter().zip(&steps).filter(|(_, step)| finite(step)).map(|(seen, _)| seen);
-            for ((seen, left), (expected, expected_left)) in all.zip(on_cpu(config, &clean)) {
+            let config = config.clone().non_finite(non_finite);
+            let all = on_cpu(config.clone(), &steps)
+                .into_iter()
+                .zip(&steps)
+                .filter(|(_, step)| finite(step))
+                .map(|(seen, _)| seen);
+            for ((seen, left), (expected, expected_left)) in all.zip(on_cpu(config.clone(), &clean)) {
                 assert_eq!(StepOutputs { step: 0, ..seen }, StepOutputs { step: 0, ..expected }, "{config:?}");
                 assert!(left == expected_left, "{config:?}");
             }
@@ -184,9 +202,9 @@ fn values_are_brought_between_the_limits() {
     let mut step = steps[0].clone();
     step.large[..3].copy_from_slice(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
     let clip = Config::default().clip(Clip::Value { max_abs: limit });
-    let propagated = &on_cpu(clip.non_finite(NonFinitePolicy::Propagate), &[step.clone()])[0].1;
+    let propagated = &on_cpu(clip.clone().non_finite(NonFinitePolicy::Propagate), &[step.clone()])[0].1;
     assert!(propagated.large[0].is_nan() && propagated.large[1..3] == [limit, -limit]);
-    let zeroed = &on_cpu(clip.non_finite(NonFinitePolicy::ZeroNonFinite), &[step.clone()])[0].1;
+    let zeroed = &on_cpu(clip.clone().non_finite(NonFinitePolicy::ZeroNonFinite), &[step.clone()])[0].1;
     assert_eq!(zeroed.large[..3], [0.0; 3]);
     assert!(on_cpu(clip, &[step.clone()])[0].1.large[3..] == step.large[3..], "skipped");
 }
@@ -237,8 +255,8 @@ fn tensors_are_clipped_by_their_own_norms() {
     let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::TensorNorm { max_norm: 2.0 })).unwrap();
     for step in &steps {
         let (outputs, clipped) = &through(&mut probe, std::slice::from_ref(step))[0];
-        for ((before, after), coefficient) in step.norms().into_iter().zip(clipped.norms()).zip(probe.coefficients()) {
-            assert!(near(f64::from(*coefficient), (2.0 / before).min(1.0)), "{before} {coefficient}");
+        for ((before, after), coefficient) in step.norms().into_iter().zip(clipped.norms()).zip(coefficients(&probe)) {
+            assert!(near(f64::from(coefficient), (2.0 / before).min(1.0)), "{before} {coefficient}");
             // bf16 rounds a clipped element by up to 2^-9.
             assert!((after / before.min(2.0) - 1.0).abs() < 2e-3, "{before} became {after}");
         }
@@ -254,7 +272,7 @@ fn auto_clip_clips_to_a_percentile_of_the_norms_so_far() {
     let steps = run(50);
     let norms: Vec<f64> = steps.iter().map(Step::norm).collect();
     for (percentile, history) in [(60.0, 16), (10.0, 1024), (0.0, 2), (100.0, 7), (33.3, 3)] {
-        let policy = Clip::Percentile { percentile, history };
+        let policy = Clip::Percentile { percentile, history, max_norm: None };
         let mut clipped = 0;
         for (s, (outputs, _)) in on_cpu(Config::default().clip(policy), &steps).iter().enumerate() {
             let mut known = norms[(s + 1).saturating_sub(history as usize)..=s].to_vec();
@@ -275,9 +293,9 @@ fn z_clip_follows_the_published_code() {
     let steps = run(60);
     let (alpha, threshold, warmup) = (0.9, 2.5, 5);
     for cap in [None, Some(1.5)] {
-        let config = cap.map_or(Config::default(), |cap| Config::default().clip(Clip::global_norm(cap))).clip(Z_CLIP);
+        let config = Config::default().clip(cap.map_or(Z_CLIP, |cap| capped(Z_CLIP, cap)));
         let (mut buffer, mut mean, mut variance, mut spikes) = (Vec::new(), 0.0, 0.0f64, 0);
-        for (step, (outputs, _)) in steps.iter().zip(on_cpu(config, &steps)) {
+        for (step, (outputs, _)) in steps.iter().zip(on_cpu(config.clone(), &steps)) {
             let norm = step.norm();
             let cap = cap.unwrap_or(f64::INFINITY);
             let mut limit = cap;
@@ -307,7 +325,7 @@ fn z_clip_follows_the_published_code() {
 fn ada_gc_follows_its_paper() {
     let steps = run(60);
     let (beta, relative, absolute, warmup) = (0.98, 1.05, 1.5, 4);
-    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(Clip::global_norm(absolute)).clip(ADA_GC)).unwrap();
+    let mut probe = Probe::new(Cpu, plan(), Config::default().clip(capped(ADA_GC, absolute))).unwrap();
     let (mut averages, mut clipped) = ([f64::INFINITY; 2], [0; 2]);
     for (s, step) in steps.iter().enumerate() {
         through(&mut probe, std::slice::from_ref(step));
@@ -322,7 +340,7 @@ fn ada_gc_follows_its_paper() {
             }
             averages[t] = average;
             clipped[t] += u32::from(h < 1.0);
-            let coefficient = f64::from(probe.coefficients()[t]);
+            let coefficient = f64::from(coefficients(&probe)[t]);
             assert!(near(coefficient, h), "step {s}, tensor {t}: {coefficient}, should be {h}");
         }
     }
@@ -340,7 +358,7 @@ fn ada_gc_does_not_freeze_a_tensor_whose_gradient_was_zero() {
 
 #[test]
 fn parameters_out_of_range_are_refused_by_name() {
-    let refused = |config: Config, expected: &str| match Probe::new(Cpu, plan(), config) {
+    let refused = |config: Config, expected: &str| match Probe::new(Cpu, plan(), config.clone()) {
         Err(Error::InvalidConfig { option, .. }) => assert_eq!(option, expected, "{config:?}"),
         other => panic!("{config:?}: {other:?}"),
     };
@@ -348,25 +366,58 @@ fn parameters_out_of_range_are_refused_by_name() {
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         refused(with(Clip::Value { max_abs: bad as f32 }), "max_abs");
         refused(with(Clip::TensorNorm { max_norm: bad }), "max_norm");
-        refused(with(Clip::ZScore { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
-        refused(with(Clip::TensorEma { smoothing: 0.9, threshold: bad, warmup: 2 }), "threshold");
+        refused(with(Clip::ZScore { smoothing: 0.9, threshold: bad, warmup: 2, max_norm: None }), "threshold");
+        refused(with(Clip::TensorEma { smoothing: 0.9, threshold: bad, warmup: 2, max_norm: None }), "threshold");
     }
     for bad in [-0.1, 1.0, f64::NAN] {
-        refused(with(Clip::ZScore { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
-        refused(with(Clip::TensorEma { smoothing: bad, threshold: 2.0, warmup: 2 }), "smoothing");
+        refused(with(Clip::ZScore { smoothing: bad, threshold: 2.0, warmup: 2, max_norm: None }), "smoothing");
+        refused(with(Clip::TensorEma { smoothing: bad, threshold: 2.0, warmup: 2, max_norm: None }), "smoothing");
     }
     for bad in [-0.1, 100.1, f64::NAN] {
-        refused(with(Clip::Percentile { percentile: bad, history: 2 }), "percentile");
+        refused(with(Clip::Percentile { percentile: bad, history: 2, max_norm: None }), "percentile");
     }
     for bad in [0.0, -0.1, 1.1, f64::NAN] {
         refused(with(Clip::Quantile { quantile: bad }), "quantile");
     }
     for history in [0, 1, 1025] {
-        refused(with(Clip::Percentile { percentile: 1.0, history }), "history");
+        refused(with(Clip::Percentile { percentile: 1.0, history, max_norm: None }), "history");
     }
-    refused(with(Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 1 }), "warmup");
-    refused(with(Clip::TensorEma { smoothing: 0.9, threshold: 2.0, warmup: 0 }), "warmup");
-    refused(with(Clip::Value { max_abs: 1.0 }).clip(Clip::global_norm(1.0)), "max_norm");
-    refused(with(Clip::TensorNorm { max_norm: 1.0 }).clip(Clip::global_norm(1.0)), "max_norm");
-    refused(with(Clip::Quantile { quantile: 0.9 }).clip(Clip::global_norm(1.0)), "max_norm");
+    refused(with(Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 1, max_norm: None }), "warmup");
+    refused(with(Clip::TensorEma { smoothing: 0.9, threshold: 2.0, warmup: 0, max_norm: None }), "warmup");
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(with(Clip::global_norm(bad)), "max_norm");
+        for clip in [AUTO_CLIP, Z_CLIP, ADA_GC] {
+            refused(with(capped(clip, bad)), "max_norm");
+        }
+    }
+}
+
+/// A tensor that is absent for a step is clipped as though the step had not been, and the others as though it were not there.
+#[test]
+fn what_is_absent_is_not_learnt_from() {
+    let steps = run(24);
+    for clip in [Clip::global_norm(1.5), Clip::TensorNorm { max_norm: 2.0 }, AUTO_CLIP, Z_CLIP, ADA_GC] {
+        let config = Config::new().clip(clip);
+        let mut probes =
+            [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()];
+        let mut before = 1.0;
+        for (s, step) in steps.iter().enumerate() {
+            let seen = probes.each_mut().map(|probe| {
+                let mut step = step.clone();
+                let (mut absent, [mut large, mut small, mut none]) = (Absent, step.tensors_mut());
+                let small: &mut dyn TensorMut = if s % 3 == 1 { &mut absent } else { &mut small };
+                probe.step(&mut [&mut large, small, &mut none]).unwrap();
+                let report = probe.wait().unwrap();
+                (bytemuck::bytes_of(report.outputs()).to_vec(), report.outputs().total_norm, coefficients(probe), step)
+            });
+            assert_eq!(seen[0].0, seen[1].0, "{clip:?}, step {s}");
+            assert!(seen[0].3 == seen[1].3 && seen[0].2 == seen[1].2, "{clip:?}, step {s}");
+            if s % 3 == 1 {
+                assert!(near(seen[0].1, step.norms()[0]), "{clip:?}, step {s}");
+                assert!(seen[0].3.small == step.small, "what is absent is not written");
+                assert_eq!(seen[0].2[1], if matches!(clip, Clip::TensorEma { .. }) && s < 4 { before } else { 1.0 });
+            }
+            before = seen[0].2[1];
+        }
+    }
 }

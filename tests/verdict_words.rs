@@ -6,13 +6,14 @@ mod common;
 
 use common::{
     cases::{Data, Tensor, cases, lognormal, normal, random_bits, uniform},
+    host::OnHost,
     tensors,
 };
 use gradprobe::{
-    Backend, Config, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Report, Verdict,
+    Absent, Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Report, Verdict,
     health::{Health, Preset, Rules, Statistic, ThresholdRule, verdict_of},
 };
-use gradprobe_simt::{Probe, Schedule, Simt};
+use gradprobe_simt::{Schedule, Simt};
 
 /// Rules on every statistic in both directions, with limits that steps of [`step`] lie on both sides of.
 fn every_rule() -> Rules {
@@ -70,10 +71,11 @@ fn plan() -> Plan {
     plan.with_weights(LENGTHS.map(|_| DType::F32)).unwrap()
 }
 
-/// Compares what a report says with a diagnosis of it. Returns the word of the step.
+/// Compares what a report says with a diagnosis of it, and with that of its probe. Returns the word of the step.
 #[track_caller]
 fn assert_words(report: &Report, health: &mut Health) -> u32 {
     let diagnosis = health.diagnose(report).unwrap();
+    assert_eq!(report.diagnosis().unwrap().to_string(), diagnosis.to_string(), "step {}", report.step());
     assert_eq!(report.health_words(), Some(diagnosis.tensor_words()), "step {}: {diagnosis}", report.step());
     assert_eq!(report.outputs().health, diagnosis.step_word(), "step {}: {diagnosis}", report.step());
     assert!(verdict_of(diagnosis.step_word()) <= diagnosis.verdict());
@@ -87,19 +89,16 @@ fn a_run_is_judged_as_it_is_diagnosed() {
     let presets = Preset::ALL.map(|preset| Rules::preset(preset).learning_rate(0.1));
     for rules in presets.into_iter().chain([every_rule()]) {
         for non_finite in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
-            let config = Config::default().clip(Clip::global_norm(1.0)).non_finite(non_finite);
+            let config = Config::default().clip(Clip::global_norm(1.0)).non_finite(non_finite).rules(rules.clone());
+            let shuffled = Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() };
             let health = Health::new(&plan(), rules.clone()).unwrap();
             let probes: [Probe; 3] = [
-                Probe::new(Cpu, plan(), config).unwrap(),
-                Probe::new(Simt::default(), plan(), config).unwrap(),
-                Box::new(
-                    Probe::new(Simt { schedule: Schedule::Shuffled(5), blocks: 2, ..Simt::default() }, plan(), config)
-                        .unwrap(),
-                ),
+                Probe::new(Cpu, plan(), config.clone()).unwrap(),
+                Probe::new(Simt::default(), plan(), config.clone()).unwrap(),
+                Probe::new(shuffled, plan(), config).unwrap(),
             ];
             let mut united = 0;
             for mut probe in probes {
-                probe.judge_by(&health).unwrap();
                 let mut health = health.clone();
                 for number in 0..16 {
                     let data = step(number);
@@ -129,17 +128,17 @@ fn every_case_is_judged_as_it_is_diagnosed() {
     for case in cases().iter().filter(|case| !case.large) {
         let prepared = common::Prepared::new(case);
         let mut reports = Vec::new();
+        let rules = [Statistic::Norm, Statistic::Rms, Statistic::MaxAbs, Statistic::Spread];
+        let rules = rules.into_iter().fold(Rules::default(), |rules, statistic| {
+            rules.with(ThresholdRule::above(statistic, FindingKind::Exploding, 1e-3, 1e3))
+        });
+        let config = case.config.clone().rules(rules.clone());
         let probes: [Probe; 2] = [
-            Probe::new(Cpu, prepared.plan(), case.config).unwrap(),
-            Probe::new(Simt::default(), prepared.plan(), case.config).unwrap(),
+            Probe::new(Cpu, prepared.plan(), config.clone()).unwrap(),
+            Probe::new(Simt::default(), prepared.plan(), config).unwrap(),
         ];
         for mut probe in probes {
-            let rules = [Statistic::Norm, Statistic::Rms, Statistic::MaxAbs, Statistic::Spread];
-            let rules = rules.into_iter().fold(Rules::default(), |rules, statistic| {
-                rules.with(ThresholdRule::above(statistic, FindingKind::Exploding, 1e-3, 1e3))
-            });
-            let mut health = Health::new(&prepared.plan(), rules).unwrap();
-            probe.judge_by(&health).unwrap();
+            let mut health = Health::new(&prepared.plan(), rules.clone()).unwrap();
             for _ in 0..2 {
                 let report = probe.measure_host(&tensors(&prepared.data)).unwrap();
                 assert_words(&report, &mut health);
@@ -154,33 +153,22 @@ fn every_case_is_judged_as_it_is_diagnosed() {
 }
 
 #[test]
-fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
+fn without_rules_there_are_no_words_and_new_limits_keep_what_is_remembered() {
     let plan = || Plan::new([("a", DType::F32, 2)]).unwrap();
-    let probes: [Probe; 2] = [
-        Probe::new(Cpu, plan(), Config::default()).unwrap(),
-        Probe::new(Simt::default(), plan(), Config::default()).unwrap(),
-    ];
     let rules =
         Rules::preset(Preset::Doctor).with(ThresholdRule::above(Statistic::Change, FindingKind::Unstable, 2.0, 100.0));
-    let health = Health::new(&plan(), rules).unwrap();
-    let other = Health::new(&Plan::new([("b", DType::F32, 2)]).unwrap(), Rules::default()).unwrap();
-    for mut probe in probes {
-        let judge = |probe: &mut Probe, x: f32| {
-            let report = probe.measure_host(&[HostTensor::F32(&[x, 0.0])]).unwrap();
-            (report.outputs().health, report.health_words().map(<[u32]>::to_vec))
-        };
-        assert_eq!(judge(&mut *probe, 1e9), (0, None));
-        assert_eq!(probe.judge_by(&other), Err(Error::ReportOfAnotherPlan));
-        assert_eq!(judge(&mut *probe, 1e9), (0, None));
-        probe.judge_by(&health).unwrap();
-        let (exploding, unstable) = (1 << FindingKind::Exploding as u32, 1 << FindingKind::Unstable as u32);
-        assert_eq!(judge(&mut *probe, 1e9), (exploding, Some(vec![exploding])));
-        assert_eq!(verdict_of(exploding), Verdict::Warning);
-        assert_eq!(judge(&mut *probe, 1.0).0, 0);
-        assert_eq!(judge(&mut *probe, 3.0).0, unstable);
-        probe.judge_by(&health).unwrap();
-        assert_eq!(judge(&mut *probe, 9.0).0, 0, "what was before is forgotten");
-        assert_eq!(judge(&mut *probe, 1e4).0, unstable << 16);
+    let devices = |config: Config| -> [Probe; 2] {
+        [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config).unwrap()]
+    };
+    let judge = |probe: &mut Probe, x: f32| {
+        let report = probe.measure_host(&[HostTensor::F32(&[x, 0.0])]).unwrap();
+        (report.outputs().health, report.health_words().map(<[u32]>::to_vec))
+    };
+    for mut probe in devices(Config::new()) {
+        assert_eq!(judge(&mut probe, 1e9), (0, None));
+        assert!(probe.wait().unwrap().diagnosis().is_none());
+        assert_eq!(probe.set_rules(rules.clone()), Err(Error::NotDeclared { declare: "Config::rules" }));
+        assert_eq!(judge(&mut probe, 1e9), (0, None));
     }
     let many = (0..32).fold(Rules::default(), |rules, n| {
         let kind = FindingKind::ALL[n % 14];
@@ -189,10 +177,49 @@ fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
             .with(ThresholdRule::above(statistic, kind, 1e300, 1e300))
             .with(ThresholdRule::below(statistic, kind, 1e-300, 1e-300))
     });
-    let many = Health::new(&plan(), many).unwrap();
-    assert!(many.rules().thresholds().len() > 63);
-    let refused = Probe::new(Cpu, plan(), Config::default()).unwrap().judge_by(&many);
+    assert!(many.thresholds().len() > 63);
+    let refused = Probe::new(Cpu, plan(), Config::new().rules(many.clone())).map(drop);
     assert!(matches!(refused, Err(Error::InvalidConfig { option: "rules", .. })), "{refused:?}");
+    for mut probe in devices(Config::new().rules(rules.clone())) {
+        let (exploding, unstable) = (1 << FindingKind::Exploding as u32, 1 << FindingKind::Unstable as u32);
+        assert_eq!(judge(&mut probe, 1e9), (exploding, Some(vec![exploding])));
+        assert_eq!(verdict_of(exploding), Verdict::Warning);
+        assert_eq!(judge(&mut probe, 1.0).0, 0);
+        assert_eq!(judge(&mut probe, 3.0).0, unstable);
+        let refused = probe.set_rules(many.clone());
+        assert!(matches!(refused, Err(Error::InvalidConfig { option: "rules", .. })), "{refused:?}");
+        assert_eq!(judge(&mut probe, 9.0).0, unstable, "what is refused changes nothing");
+        let higher = ThresholdRule::above(Statistic::Change, FindingKind::Unstable, 5.0, 100.0);
+        probe.set_rules(Rules::preset(Preset::Doctor).with(higher)).unwrap();
+        assert_eq!(judge(&mut probe, 36.0).0, 0, "four times as much");
+        assert_eq!(judge(&mut probe, 216.0).0, unstable, "six times, and the norm before is known");
+    }
+}
+
+/// It raises nothing, and the norm that it had is what it is compared with when it comes again.
+#[test]
+fn a_tensor_that_is_absent_is_not_judged() {
+    let plan = || Plan::new([("a", DType::F32, 1), ("b", DType::F32, 1)]).unwrap();
+    let rules = [
+        ThresholdRule::above(Statistic::Change, FindingKind::Unstable, 5.0, 100.0),
+        ThresholdRule::below(Statistic::Norm, FindingKind::Vanishing, 1e-3, 1e-6),
+    ];
+    let rules = rules.into_iter().fold(Rules::default(), Rules::with);
+    let mut health = Health::new(&plan(), rules.clone()).unwrap();
+    let config = Config::new().rules(rules);
+    for mut probe in
+        [Probe::new(Cpu, plan(), config.clone()).unwrap(), Probe::new(Simt::default(), plan(), config.clone()).unwrap()]
+    {
+        health.reset();
+        let unstable = 1 << FindingKind::Unstable as u32;
+        for (b, word) in [(Some(1.0f32), 0), (None, 0), (None, 0), (Some(2.0), 0), (None, 0), (Some(20.0), unstable)] {
+            let b = b.map(|b| [b]);
+            probe.measure(&[&[1.0f32], if b.is_some() { &b as _ } else { &Absent as _ }]).unwrap();
+            let report = probe.wait().unwrap();
+            assert_words(&report, &mut health);
+            assert_eq!(report.health_words(), Some(&[0, word][..]), "{b:?}");
+        }
+    }
 }
 
 /// What any bits at all come to.
@@ -200,8 +227,7 @@ fn without_rules_there_are_no_words_and_new_rules_begin_anew() {
 fn random_bits_are_judged_as_they_are_diagnosed() {
     let plan = || Plan::new([("a", DType::F16, 300), ("b", DType::BF16, 300)]).unwrap();
     let mut health = Health::new(&plan(), Rules::default()).unwrap();
-    let mut probe = Probe::new(Simt::default(), plan(), Config::default()).unwrap();
-    probe.judge_by(&health).unwrap();
+    let mut probe = Probe::new(Simt::default(), plan(), Config::new().rules(Rules::default())).unwrap();
     for seed in 0..50 {
         // A few are NaN or Inf in half of the steps.
         let bits = |dtype: DType, mask: u32| {

@@ -5,7 +5,7 @@ mod host;
 mod parameters;
 
 pub use error::Error;
-pub use gradprobe::{Clip, Config, LossScale, NonFinitePolicy, Report};
+pub use gradprobe::{Clip, Config, GsnrConfig, LossScale, NonFinitePolicy, Report, Rules};
 
 use burn_core::module::Module;
 use burn_optim::GradientsParams;

@@ -77,11 +77,13 @@ impl CandleProbe {
     /// # Errors
     /// Those of [`Probe::new`].
     pub fn with_weights(self) -> Result<Self, Error> {
-        let plan = self.probe.plan().clone();
+        let Self { source, planned, config, probe, exchanges } = self;
+        let plan = probe.plan().clone();
+        // First, so that there is never the memory of two.
+        drop(probe);
         let dtypes: Vec<_> = plan.tensors().iter().map(|tensor| tensor.dtype).collect();
-        let device = variables::device(&self.planned)?;
-        let probe = probe_of(&self.source, device, plan.with_weights(dtypes)?, self.config.clone())?;
-        Ok(Self { probe, ..self })
+        let probe = probe_of(&source, variables::device(&planned)?, plan.with_weights(dtypes)?, config.clone())?;
+        Ok(Self { source, planned, config, probe, exchanges })
     }
 
     /// The probe, for its reports and all that is declared in its [`Config`]: signal and noise, history, samples, other
@@ -119,8 +121,8 @@ impl CandleProbe {
         Ok(with_views_mut(&tensors, &self.exchanges, |tensors| self.probe.clip(tensors))?)
     }
 
-    /// The oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits: of gradients on the CPU that
-    /// is the step's own, on a GPU this step's or one of the last few. When nobody asks, four are kept.
+    /// The oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits: asked every step, it gives of
+    /// gradients on the CPU the step's own, on a GPU this step's or one of the last few. Who does not ask gets the last.
     ///
     /// # Errors
     /// The device's.

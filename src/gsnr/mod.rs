@@ -238,7 +238,7 @@ pub(crate) struct Scaling {
 /// Below 2e-23 these vanish, and the element counts as one that does not vary; otherwise an element counts as such only
 /// if all its steps are equal. A mean that cancels to less than 2^-22 of the elements is rounding.
 ///
-/// From Adam's moments ([`AdamStep`](crate::gsnr::AdamStep)) mean_j² and var_j are estimates, and
+/// From Adam's moments ([`AdamStep`]) mean_j² and var_j are estimates, and
 /// r_j = mean_j² / var_j − 1 / [`effective_steps`](Self::effective_steps): already freed of what the noise adds to it,
 /// and below 0 where that is all there is.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -267,7 +267,7 @@ pub struct GsnrRecord {
     /// Sum of its squared deviations.
     pub norm_deviations: f64,
     /// Equal steps that the means are worth: an element's variance over this is left in its mean. k of tracked steps; of
-    /// Adam's moments, which forget, the 1/c of [`AdamStep`](crate::gsnr::AdamStep). 0 below two steps.
+    /// Adam's moments, which forget, the 1/c of [`AdamStep`]. 0 below two steps.
     pub effective_steps: f64,
     /// What was taken off each ratio: 1 / `effective_steps` of Adam's moments, 0 of tracked steps.
     pub ratio_shift: f64,
@@ -456,7 +456,7 @@ mod tests {
 
     #[test]
     fn a_plan_without_tensors_has_a_report_without_records() {
-        let plan = Arc::new(Plan::new([] as [(&str, crate::DType, u64); 0]).unwrap());
+        let plan = Plan::new([] as [(&str, crate::DType, u64); 0]).unwrap();
         let report = GsnrReport::new(plan, Vec::new()).unwrap();
         assert_eq!((report.tensors().len(), report.noise_scale()), (0, None));
     }

@@ -1,6 +1,7 @@
 //! A probe on any device, for tensors that lie on the host: each call waits for what it gives.
 
 #![allow(dead_code)] // Each test file uses a part of this.
+#![allow(unsafe_code, reason = "reads results where a kernel would")]
 
 use gradprobe::{
     AdaptiveClipReport, DotReport, Error, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Probe,
@@ -82,6 +83,19 @@ impl OnHost for Probe {
     fn probe(&mut self) -> &mut Probe {
         self
     }
+}
+
+/// The coefficients of the tensors, which a probe on the host leaves for optimizers.
+pub fn coefficients(probe: &Probe) -> Vec<f32> {
+    let (address, count) = (probe.addresses().coefficients, probe.plan().tensors().len());
+    // SAFETY: the probe has so many there, and runs nothing meanwhile.
+    unsafe { std::slice::from_raw_parts(address as *const f32, count) }.to_vec()
+}
+
+/// Where a probe on the host has the loss scale of the next step.
+pub fn loss_scale(probe: &Probe) -> Option<f32> {
+    // SAFETY: as above.
+    probe.addresses().loss_scale.map(|address| unsafe { *(address as *const f32) })
 }
 
 /// A plan for these tensors under these names.

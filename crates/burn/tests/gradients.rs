@@ -1,5 +1,5 @@
-//! The adapter on burn's CPU backend: the report has the bits of the probe on the CPU, the clip is torch's, nothing is copied, and
-//! what does not fit is named.
+//! The adapter on burn's CPU backend: the report has the bits of the probe on the CPU, the clip is torch's, nothing is
+//! copied, and what does not fit is named.
 
 use burn_core as burn;
 use burn_core::{
@@ -214,6 +214,7 @@ fn a_clip_that_looks_back_goes_on_with_another_set_of_gradients() {
     let mut probe = BurnProbe::new(&model, Config::default().clip(clip).history(4)).unwrap();
     let mut all = gradients(&model);
     probe.step(&model, &mut all).unwrap();
+    let addresses = probe.probe().addresses();
     let gradient = all.remove::<1>(model.scale.id).unwrap();
     probe.step(&model, &mut all).unwrap();
     // A hundred times what it was when it had one last.
@@ -221,6 +222,7 @@ fn a_clip_that_looks_back_goes_on_with_another_set_of_gradients() {
     let report = probe.step(&model, &mut all).unwrap();
     assert_eq!((report.step(), report.outputs().action), (3, gradprobe::StepOutputs::ACTION_SCALE_TENSORS));
     assert_eq!(probe.probe().history().unwrap().report().unwrap().steps().len(), 3);
+    assert_eq!(probe.probe().addresses(), addresses, "it is the same memory");
 }
 
 #[test]
@@ -261,6 +263,8 @@ fn gradients_that_do_not_belong_are_errors() {
     short.register(model.scale.id, Tensor::<1>::ones([23], &Device::default()));
     let refused = probe.measure(&model, &mut short).unwrap_err();
     assert_eq!(refused.to_string(), "parameter \"scale\" is [24] F32, its gradient [23] F32");
+    let refused = probe.measure(&model, &mut GradientsParams::new()).unwrap_err();
+    assert!(matches!(refused, Error::Probe(gradprobe::Error::AllAbsent)), "{refused}");
 }
 
 #[derive(Module, Debug)]

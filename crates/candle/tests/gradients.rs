@@ -1,5 +1,7 @@
-//! The adapter on candle's CPU device: the report has the bits of the probe on the CPU, the clip is torch's, memory is that of
-//! the gradients, and what is asked for beyond a step is that of the probe too.
+//! The adapter on candle's CPU device: the report has the bits of the probe on the CPU, the clip is torch's, memory is
+//! that of the gradients, and what is asked for beyond a step is that of the probe too.
+
+#![allow(unsafe_code, reason = "an allocator that counts")]
 
 mod common;
 
@@ -15,6 +17,10 @@ use gradprobe::{
 };
 use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, LossScale};
 use half::{bf16, f16};
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+};
 
 /// Where in memory the first element of a gradient is.
 fn address(gradients: &GradStore, variable: &Var) -> usize {
@@ -267,13 +273,44 @@ fn who_does_not_ask_gets_the_last_report() {
     assert_eq!(steps, [6]);
 }
 
+/// Counts the bytes that each thread allocates.
+struct Counted;
+
+thread_local! {
+    static ALLOCATED: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator, unchanged; the count is no memory of its own.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.with(|bytes| bytes.set(bytes.get() + layout.size() as u64));
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(address, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTED: Counted = Counted;
+
+/// Bytes that this thread has allocated so far.
+fn allocated() -> u64 {
+    ALLOCATED.with(Cell::get)
+}
+
 /// A gradient of an idle expert, say: nothing begins anew.
 #[test]
 fn a_gradient_that_comes_and_goes_changes_nothing_else() {
     let (map, [w, v, b]) = small();
     let clip = Clip::Percentile { percentile: 50.0, history: 8, max_norm: None };
     let config = Config::default().clip(clip).history(8).tracking(GsnrConfig::default());
-    let mut probe = CandleProbe::new(&map, config).unwrap();
+    let mut probe = CandleProbe::new(&map, config.clone()).unwrap();
+    let own = config.bytes(probe.plan()).unwrap();
+    let addresses = probe.probe().addresses();
     let mut clipped = Vec::new();
     for step in 0..6 {
         let mut gradients = GradStore::default();
@@ -286,12 +323,16 @@ fn a_gradient_that_comes_and_goes_changes_nothing_else() {
         if step == 5 {
             gradients.insert(&w, (counting(&w) * 100.0).unwrap());
         }
+        let before = allocated();
         probe.step(&mut gradients).unwrap();
+        let of_step = allocated() - before;
+        println!("{step}: {of_step} of {own}");
         let report = arrived(&mut probe);
         assert_eq!(report.step(), step + 1);
         assert_eq!(missing(&report), if step % 2 == 1 { &["b"][..] } else { &[] });
         clipped.push(report.outputs().coefficient < 1.0);
     }
+    assert_eq!(probe.probe().addresses(), addresses, "it is the same memory");
     assert!(clipped[5], "the last norm is far above the median of those before");
     let history = probe.probe().history().unwrap().report().unwrap();
     assert_eq!(history.steps().len(), 6);

@@ -98,6 +98,7 @@ mod on_a_gpu {
         let Some(device) = device() else { return };
         let (near, map, moving) = moved(&device);
         let mut probe = CandleProbe::new(&map, Config::default().histogram()).unwrap();
+        let addresses = probe.probe().addresses();
         let mut gradients = moving(&gradients(&near));
         let mut steps = Vec::new();
         for step in 0..3 {
@@ -114,6 +115,7 @@ mod on_a_gpu {
         }
         assert_eq!(probe.wait().unwrap().step(), 3);
         assert_eq!(steps, [(1, 1), (1, 2), (2, 3)]);
+        assert_eq!(probe.probe().addresses(), addresses, "it is the same memory");
     }
 
     /// Of two variables and a gradient of a third kind of memory each: that of another gradient, and that of its variable.
