@@ -1,5 +1,5 @@
 // What differs between nvcc, NVRTC and the host emulation. No toolkit header is included anywhere: the few intrinsics
-// the kernels use are built into both CUDA compilers, and kernels/host/simt.hpp supplies them on the host.
+// the kernels use are built into both CUDA compilers, and crates/simt/simt.hpp supplies them on the host.
 //
 // Arithmetic is written with plain operators and explicit fma: every compiler is told not to contract (-fmad=false,
 // -ffp-contract=off), to keep subnormals and to divide and take roots exactly, so an operator is one IEEE operation.

@@ -1,4 +1,4 @@
-//! Which calls of the CUDA driver a step makes, one by one, as the host driver in `tests/driver` counts them: no more
+//! Which calls of the CUDA driver a step makes, one by one, as the host driver in `crates/driver` counts them: no more
 //! launches and copies than are promised, no allocation, nothing that waits. Skipped on any other driver.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code, reason = "calls functions of the host driver, and holds a stream by a host function")]

@@ -13,7 +13,7 @@ use gradprobe_simt::{Entry, Schedule, launch};
 const THREADS: usize = 128;
 const DEAD_THRESHOLD: f32 = 1e-10;
 
-/// Kernels of kernels/host/epilogue.cu, on the host and by name.
+/// Kernels of crates/simt/epilogue.cu, on the host and by name.
 type Named = (Entry, &'static str);
 const EPILOGUE: Named = (Entry::EPILOGUE, "gradprobe_simt_epilogue");
 const EPILOGUE_TILES: Named = (Entry::EPILOGUE_TILES, "gradprobe_simt_epilogue_tiles");
@@ -21,7 +21,7 @@ const EPILOGUE_MERGE: Named = (Entry::EPILOGUE_MERGE, "gradprobe_simt_epilogue_m
 
 /// Runs one of them, by the C++ compiler or as PTX.
 fn run_kernel((entry, name): Named, blocks: u32, arguments: &Arguments, schedule: Schedule) {
-    match users::kernels("kernels/host/epilogue.cu") {
+    match users::kernels("crates/simt/epilogue.cu") {
         Some(ptx) => users::launch(ptx, name, blocks, schedule, &[bytemuck::bytes_of(arguments)]),
         // SAFETY: the tests give kernels what they expect, with addresses of vectors as long as they take them.
         None => unsafe { launch(entry, blocks, arguments, schedule) }.unwrap(),

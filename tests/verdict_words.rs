@@ -212,9 +212,9 @@ fn a_tensor_that_is_absent_is_not_judged() {
     {
         health.reset();
         let unstable = 1 << FindingKind::Unstable as u32;
-        for (b, word) in [(Some(1.0f32), 0), (None, 0), (None, 0), (Some(2.0), 0), (None, 0), (Some(20.0), unstable)] {
+        for (b, word) in [(Some(0.01f32), 0), (None, 0), (None, 0), (Some(0.02), 0), (None, 0), (Some(0.2), unstable)] {
             let b = b.map(|b| [b]);
-            probe.measure(&[&[1.0f32], if b.is_some() { &b as _ } else { &Absent as _ }]).unwrap();
+            probe.measure(&[&[0.01f32], if b.is_some() { &b as _ } else { &Absent as _ }]).unwrap();
             let report = probe.wait().unwrap();
             assert_words(&report, &mut health);
             assert_eq!(report.health_words(), Some(&[0, word][..]), "{b:?}");

@@ -1,6 +1,6 @@
 /* What a program with candle's CUDA backend is linked to beside the driver, for a machine without CUDA. candle makes a
    handle of cuBLAS and a generator of cuRAND with each device; whatever else of these libraries, of NVRTC and of the driver
-   candle knows, its tests on the driver in tests/driver do not call, and a call ends the program. */
+   candle knows, its tests on the driver in crates/driver do not call, and a call ends the program. */
 
 int cublasCreate_v2(void **handle) { *handle = (void *)1; return 0; }
 int cublasSetStream_v2(void *handle, void *stream) { return 0; }

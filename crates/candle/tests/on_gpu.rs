@@ -139,7 +139,7 @@ mod on_a_gpu {
         assert_eq!((floats(gradients.get(&b).unwrap()), floats(&b)), (vec![coefficient; 4], vec![1.0; 4]));
     }
 
-    /// Needs candle's kernels and the default stream, which the driver in `tests/driver` has not.
+    /// Needs candle's kernels and the default stream, which the driver in `crates/driver` has not.
     #[test]
     fn with_kernels_a_strided_gradient_is_clipped_and_a_step_can_follow() {
         if device().is_none() {

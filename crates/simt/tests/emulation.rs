@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "launches kernels with addresses")]
 
 use bytemuck::Zeroable;
-use gradprobe::launch::{Arguments, Kernel};
+use gradprobe::device::{Arguments, Kernel};
 use gradprobe_simt::{Entry, Schedule, UserKernel, launch, launch_user};
 
 const THREADS: usize = Kernel::THREADS as usize;

@@ -394,8 +394,9 @@ impl Inputs {
 /// What all groups write.
 type Outputs = Vec<Vec<u64>>;
 
-fn kernels() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+/// A file beside this one.
+fn beside(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
 fn must_succeed(command: &mut Command) {
@@ -409,13 +410,7 @@ fn by_ptx(nvcc: &Path, architecture: &str, folder: &Path, inputs: &[Inputs]) -> 
     let file = folder.join(format!("{architecture}.ptx"));
     let mut command = Command::new(nvcc);
     command.args(["-ptx", "-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]);
-    must_succeed(
-        command
-            .arg(format!("-arch={architecture}"))
-            .arg("-o")
-            .arg(&file)
-            .arg(kernels().join("host/tests/intrinsics.cu")),
-    );
+    must_succeed(command.arg(format!("-arch={architecture}")).arg("-o").arg(&file).arg(beside("intrinsics.cu")));
     let module = Module::parse(&fs::read_to_string(&file).unwrap()).unwrap();
     let run = |(group, inputs): (&Group, &Inputs)| {
         inputs.run(group, |from, to| {
@@ -439,7 +434,7 @@ fn by_emulation(header: &str, optimisation: &str, folder: &Path, inputs: &[Input
     let mut command = Command::new(env::var_os("CXX").unwrap_or_else(|| "c++".into()));
     command.args(["-shared", "-fPIC", "-std=c++17", optimisation, "-ffp-contract=off", "-fno-fast-math"]);
     command.arg("-Wno-unknown-pragmas").arg("-I").arg(folder);
-    must_succeed(command.arg("-o").arg(&file).arg(kernels().join("host/tests/intrinsics.cpp")));
+    must_succeed(command.arg("-o").arg(&file).arg(beside("intrinsics.cpp")));
     // SAFETY: has nothing that runs when it is loaded.
     let library = unsafe { Library::new(&file) }.unwrap();
     let address = |name: &str| {

@@ -2,7 +2,7 @@
 // rows of inputs. intrinsics.rs compares what the C++ compiler makes of this by simt.hpp with the PTX that nvcc makes.
 //
 // A thread has a row of IN words and writes its row of OUT words, both in the order in which intrinsics.rs names them.
-#include "../../spec.cuh"
+#include "../../../kernels/spec.cuh"
 
 constexpr u32 IN = 4;
 

@@ -2,16 +2,16 @@
 // write, with an epilogue of statistics.
 #define GRADPROBE_SIMT
 #include <algorithm>
-#include "../measure.cu"
-#include "../clip.cu"
-#include "../update.cu"
-#include "../gsnr.cu"
-#include "../histogram.cu"
-#include "../dot.cu"
-#include "../adaptive.cu"
-#include "../sample.cu"
-#include "../adam.cu"
-#include "../merge.cu"
+#include "../../kernels/measure.cu"
+#include "../../kernels/clip.cu"
+#include "../../kernels/update.cu"
+#include "../../kernels/gsnr.cu"
+#include "../../kernels/histogram.cu"
+#include "../../kernels/dot.cu"
+#include "../../kernels/adaptive.cu"
+#include "../../kernels/sample.cu"
+#include "../../kernels/adam.cu"
+#include "../../kernels/merge.cu"
 #include "epilogue.cu"
 
 thread_local SimtState gradprobe_simt_state;

@@ -1,6 +1,6 @@
 // Kernels such as users write, with statistics in their epilogue: for the tests, on the host and by nvcc.
-#include "../arguments.cuh"
-#include "../include/gradprobe_epilogue.cuh"
+#include "../../kernels/arguments.cuh"
+#include "../../kernels/include/gradprobe_epilogue.cuh"
 
 // A user's kernel: writes the negated `means`, `window` of them, to `deviations`, and its statistics to `records`, a slot a
 // block. Blocks have runs of the buffer, or every gridDim-th tile of LANES elements.

@@ -4,12 +4,13 @@
 use std::{env, path::Path, process::Command};
 
 fn main() {
-    println!("cargo::rerun-if-changed=..");
+    println!("cargo::rerun-if-changed=../../kernels");
+    println!("cargo::rerun-if-changed=.");
     println!("cargo::rerun-if-changed=../../examples/adamw/adamw.cu");
     println!("cargo::rerun-if-env-changed=GRADPROBE_SANITIZE");
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").files(["simt.cpp", "adamw.cpp"]).opt_level(2);
-    build.includes([".", "..", "../include"]);
+    build.includes([".", "../../kernels", "../../kernels/include"]);
     // One IEEE operation for each operator, as nvcc is told; x86-64 and aarch64 have no excess precision.
     build.flag("-ffp-contract=off").flag("-fno-fast-math").flag("-Wno-unknown-pragmas");
     if env::var("GRADPROBE_SANITIZE").is_ok_and(|value| value == "1") {

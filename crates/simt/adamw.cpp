@@ -2,8 +2,8 @@
 // own. Each is described, so that it can be found by its name and called with parameters that are only bytes, as the
 // driver gets them.
 #define GRADPROBE_SIMT
-#include "../platform.cuh"
-#include "../spec.cuh"
+#include "../../kernels/platform.cuh"
+#include "../../kernels/spec.cuh"
 #include <utility>
 
 #define __global__

@@ -1,0 +1,393 @@
+//! What a probe is declared with is all that it has: what was not declared is refused and changes nothing, what was is the
+//! memory that was stated, and all of it works where there is nothing to measure. On the CPU and in the kernels on the
+//! host.
+#![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
+
+mod common;
+
+use common::host::OnHost;
+use gradprobe::{
+    Absent, AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, Histogram, LossScale,
+    Place, Plan, Probe, Ranks, Rules, SampleConfig, Tensor, TensorMut,
+    device::{Arguments, Buffer, Device, Kernel, Read},
+    history::{HistoryStep, HistoryTensor},
+    ranks::{Placement, ThreadCommunicator},
+};
+use gradprobe_simt::{Schedule, Simt};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+/// A step of [`plan`].
+const FIRST: [f32; 6] = [1.0, -2.0, 3.0, 0.0, 0.5, 9.0];
+const SECOND: [f32; 4] = [2.0, 4.0, -4.0, 0.25];
+
+fn plan() -> Plan {
+    Plan::new([("first", DType::F32, 6), ("second", DType::F32, 4)]).unwrap()
+}
+
+/// A probe on the CPU, and two on the kernels.
+fn probes(plan: &Plan, config: &Config) -> [Probe; 3] {
+    let shuffled = Simt { schedule: Schedule::Shuffled(3), blocks: 2, ..Simt::default() };
+    [
+        Probe::new(Cpu, plan.clone(), config.clone()).unwrap(),
+        Probe::new(Simt::default(), plan.clone(), config.clone()).unwrap(),
+        Probe::new(shuffled, plan.clone(), config.clone()).unwrap(),
+    ]
+}
+
+/// Of a group of one.
+fn one_rank(placements: impl IntoIterator<Item = Placement>) -> Ranks {
+    Ranks::new(ThreadCommunicator::group(1).remove(0), placements)
+}
+
+/// Each feature alone, for a plan whose tensors have these numbers of elements, by its name.
+fn features(lengths: &[u64]) -> Vec<(&'static str, Config)> {
+    let config = Config::new;
+    vec![
+        ("loss scale", config().loss_scale(LossScale::dynamic())),
+        ("history", config().history(5)),
+        ("tracking", config().tracking(GsnrConfig::new())),
+        ("moments", config().moments()),
+        ("histogram", config().histogram()),
+        ("dot", config().dot()),
+        ("samples", config().samples(SampleConfig::new(9, 4))),
+        ("adaptive clip", config().adaptive_clip(AdaptiveClip::new(lengths.iter().copied()))),
+        ("micro-batches", config().micro_batches(3)),
+        ("ranks", config().ranks(one_rank(lengths.iter().map(|_| Placement::Replicated)))),
+        ("rules", config().rules(Rules::default())),
+    ]
+}
+
+/// All of them at once.
+fn everything(lengths: &[u64], clip: Clip) -> Config {
+    let features = features(lengths).into_iter().map(|(_, config)| config);
+    let mut all = features.fold(Config::new().clip(clip), |all, one| Config {
+        loss_scale: all.loss_scale.or(one.loss_scale),
+        history: all.history.or(one.history),
+        tracking: all.tracking.or(one.tracking),
+        moments: all.moments || one.moments,
+        histogram: all.histogram || one.histogram,
+        dot: all.dot || one.dot,
+        samples: all.samples.or(one.samples),
+        adaptive_clip: all.adaptive_clip.or(one.adaptive_clip),
+        micro_batches: all.micro_batches.or(one.micro_batches),
+        ranks: all.ranks.or(one.ranks),
+        rules: all.rules.or(one.rules),
+        ..all
+    });
+    if matches!(clip, Clip::Quantile { .. }) {
+        // No histogram of all ranks together is made.
+        all.ranks = None;
+    }
+    all
+}
+
+const CLIPS: [Clip; 8] = [
+    Clip::None,
+    Clip::global_norm(1.0),
+    Clip::Value { max_abs: 1.0 },
+    Clip::Quantile { quantile: 0.9 },
+    Clip::TensorNorm { max_norm: 1.0 },
+    Clip::Percentile { percentile: 50.0, history: 4, max_norm: Some(1.0) },
+    Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 2, max_norm: None },
+    Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: Some(1.0) },
+];
+
+/// Everything that a probe can be asked for, and the call that declares it.
+fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {
+    let (first, second, unchanged) = (&FIRST, &SECOND, [FIRST[0]; 6]);
+    let gradients: [&dyn Tensor; 2] = [first, second];
+    let (mut to_clip, mut beside) = (unchanged, SECOND);
+    let step = AdamStep { step: 5, beta1: 0.9, beta2: 0.99 };
+    let moments = || gradients.map(|tensor| AdamMoments { exp_avg: tensor, exp_avg_sq: tensor });
+    let results = vec![
+        ("Config::loss_scale", probe.set_loss_scale(2.0)),
+        ("Config::rules", probe.set_rules(Rules::default())),
+        ("Config::history", probe.history().and_then(|mut history| history.tag(7))),
+        ("Config::history", probe.history().and_then(|mut history| history.report().map(drop))),
+        ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.launch())),
+        ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.report().map(drop))),
+        ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.reset())),
+        // Where neither is declared, the room is not there, and names what most want of it.
+        (
+            "Config::moments",
+            match probe.gsnr() {
+                Ok(mut gsnr) => gsnr.of_moments(&step, &moments()).map(drop),
+                Err(Error::NotDeclared { declare: "Config::tracking" }) => {
+                    Err(Error::NotDeclared { declare: "Config::moments" })
+                }
+                Err(other) => Err(other),
+            },
+        ),
+        ("Config::histogram", probe.histogram().and_then(|mut histogram| histogram.launch(&gradients))),
+        ("Config::histogram", probe.histogram().and_then(|mut histogram| histogram.measure(&gradients).map(drop))),
+        ("Config::dot", probe.dot().and_then(|mut dot| dot.launch(&gradients, &gradients))),
+        ("Config::dot", probe.dot().and_then(|mut dot| dot.measure(&gradients, &gradients).map(drop))),
+        ("Config::samples", probe.samples().and_then(|mut samples| samples.take(&gradients))),
+        ("Config::samples", probe.samples().and_then(|mut samples| samples.report().map(drop))),
+        ("Config::micro_batches", probe.micro_batches().and_then(|mut room| room.measure(&gradients))),
+        ("Config::micro_batches", probe.micro_batches().and_then(|mut room| room.report().map(drop))),
+        (
+            "Config::adaptive_clip",
+            probe.adaptive_clip().and_then(|mut room| room.clip(&mut [&mut to_clip, &mut beside], &gradients)),
+        ),
+        ("Config::adaptive_clip", probe.adaptive_clip().and_then(|mut room| room.report().map(drop))),
+        ("Config::ranks", probe.ranks().and_then(|mut ranks| ranks.report().map(drop))),
+        ("Plan::with_weights", probe.measure_with_weights(&gradients, &gradients)),
+    ];
+    if probe.adaptive_clip().is_err() {
+        assert_eq!((to_clip, beside), (unchanged, SECOND), "what was refused changes no gradient");
+    }
+    results
+}
+
+/// What is known after a step, to the bit.
+fn bits_of_a_step(probe: &mut Probe) -> Vec<u8> {
+    let (mut first, mut second) = (FIRST, SECOND);
+    probe.step(&mut [&mut first, &mut second]).unwrap();
+    let report = probe.wait().unwrap();
+    let changed = first.iter().chain(&second).flat_map(|x| x.to_bits().to_le_bytes());
+    [bytemuck::bytes_of(report.outputs()), bytemuck::cast_slice(report.records())]
+        .concat()
+        .into_iter()
+        .chain(changed)
+        .collect()
+}
+
+#[test]
+fn what_was_not_declared_is_refused_by_the_call_that_declares_it_and_changes_nothing() {
+    let config = Config::new().clip(Clip::global_norm(1.0));
+    for (mut probe, mut undisturbed) in probes(&plan(), &config).into_iter().zip(probes(&plan(), &config)) {
+        // Before the first step, and after it.
+        for step in 1..3 {
+            let addresses = probe.addresses();
+            for (declare, result) in requests(&mut probe) {
+                assert_eq!(result, Err(Error::NotDeclared { declare }), "{}, before step {step}", probe.device());
+            }
+            assert_eq!(probe.addresses(), addresses);
+            assert_eq!(probe.wait().map(|report| report.step()).ok(), (step > 1).then(|| step - 1));
+            assert!(bits_of_a_step(&mut probe) == bits_of_a_step(&mut undisturbed), "step {step}");
+        }
+        let a = probe.addresses();
+        let optional = [a.loss_scale, a.health_words, a.gsnr_records, a.histograms, a.dots, a.adaptive_records];
+        assert_eq!(optional, [None; 6]);
+        assert!(a.outputs != 0 && a.records != 0 && a.coefficients != 0);
+    }
+    // A room that is there is no other room.
+    for (name, config) in features(&[3, 2]) {
+        for mut probe in probes(&plan(), &config) {
+            bits_of_a_step(&mut probe);
+            let refused: Vec<_> = requests(&mut probe)
+                .into_iter()
+                .filter(|(declare, result)| *result == Err(Error::NotDeclared { declare }))
+                .map(|(declare, _)| declare)
+                .collect();
+            let declared = match name {
+                "adaptive clip" | "micro-batches" | "loss scale" => name.replace([' ', '-'], "_"),
+                _ => name.to_owned(),
+            };
+            let declared = format!("Config::{declared}");
+            let others =
+                requests(&mut probe).into_iter().map(|(declare, _)| declare).filter(|other| *other != declared);
+            assert_eq!(refused, others.collect::<Vec<_>>(), "{name} on {}", probe.device());
+        }
+    }
+}
+
+/// The CPU, with a count of the bytes that it is asked for.
+#[derive(Clone, Default)]
+struct Counting(Arc<AtomicU64>);
+
+// SAFETY: all that it does is done by one that keeps the promise.
+unsafe impl Device for Counting {
+    fn name(&self) -> &'static str {
+        Cpu.name()
+    }
+    fn place(&self) -> Place {
+        Cpu.place()
+    }
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
+        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+        Cpu.allocate(bytes)
+    }
+    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
+        Cpu.upload(bytes, to)
+    }
+    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
+        Cpu.clear(buffer)
+    }
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
+        Cpu.read(bytes)
+    }
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { Cpu.launch(kernel, blocks, arguments) }
+    }
+    fn resident_blocks(&self, kernel: Kernel) -> u32 {
+        Cpu.resident_blocks(kernel)
+    }
+    fn is_capturing(&self) -> Result<bool, Error> {
+        Cpu.is_capturing()
+    }
+}
+
+/// Lengths of a plan with tensors of no chunk, one and several.
+const LENGTHS: [u64; 4] = [100_000, 0, 7, 32_768];
+
+fn plan_of_lengths(lengths: &[u64]) -> Plan {
+    Plan::new(lengths.iter().enumerate().map(|(t, &len)| (t.to_string(), DType::BF16, len))).unwrap()
+}
+
+#[test]
+fn what_is_stated_is_what_is_allocated() {
+    for lengths in [&[][..], &[0], &[1], &LENGTHS] {
+        let plan = plan_of_lengths(lengths);
+        let with_weights = plan.clone().with_weights(lengths.iter().map(|_| DType::F32)).unwrap();
+        let alone = features(lengths);
+        let all = CLIPS.map(|clip| ("everything", everything(lengths, clip)));
+        let clips = CLIPS.map(|clip| ("a clip", Config::new().clip(clip)));
+        for (name, config) in alone.into_iter().chain(all).chain(clips) {
+            for plan in [&plan, &with_weights] {
+                let device = Counting::default();
+                let mut probe = Probe::new(device.clone(), plan.clone(), config.clone()).unwrap();
+                let made = device.0.load(Ordering::Relaxed);
+                // Ranks find out whether they mean the same before anything is made, in memory that is given back.
+                let stated = config.bytes(plan).unwrap();
+                let agreed = made - stated;
+                let expected = if config.ranks.is_some() { 1..4096 } else { 0..1 };
+                assert!(expected.contains(&agreed), "{name}: {stated} bytes stated, {made} allocated");
+                // And that is all, whatever the probe is asked for.
+                let elements: Vec<Vec<half::bf16>> =
+                    lengths.iter().map(|&len| vec![half::bf16::ONE; usize::try_from(len).unwrap()]).collect();
+                let tensors: Vec<&dyn Tensor> = elements.iter().map(|tensor| tensor as &dyn Tensor).collect();
+                for _ in 0..2 {
+                    probe.measure(&tensors).unwrap();
+                    probe.poll().unwrap();
+                    probe.histogram().and_then(|mut room| room.measure(&tensors)).ok();
+                    probe.dot().and_then(|mut room| room.measure(&tensors, &tensors)).ok();
+                    probe.micro_batches().and_then(|mut room| room.measure(&tensors)).ok();
+                    probe.wait().unwrap();
+                }
+                assert_eq!(device.0.load(Ordering::Relaxed), made, "{name}");
+            }
+        }
+    }
+}
+
+/// The sizes that [`Config`]'s methods name, and what a table has besides.
+#[test]
+fn features_take_what_is_documented() {
+    let plan = plan_of_lengths(&LENGTHS);
+    let bytes = |config: &Config, plan: &Plan| config.bytes(plan).unwrap();
+    let (tensors, chunks) = (LENGTHS.len() as u64, 4 + 1 + 1);
+    let table = 32;
+    for (name, config) in features(&LENGTHS) {
+        let expected = match name {
+            // The state, in 32 bytes.
+            "loss scale" => 32,
+            // And the tag of the next.
+            "history" => 5 * (112 + 24 * tensors) + 8,
+            "tracking" => GsnrConfig::new().bytes(&plan).unwrap(),
+            // And what is the same for all tensors.
+            "moments" => tensors * ((16 << 10) + 120) + 48,
+            "histogram" => tensors * (8 << 10),
+            "dot" => 48 * chunks + 64 * tensors,
+            // Values, numbers of steps, places.
+            "samples" => 4 * 9 * 4 + 8 * 4 + 16 * 9 + table,
+            "adaptive clip" => 56 * tensors + 32 + table,
+            "micro-batches" => 80 * 3 * tensors,
+            // Those of the one rank, gathered from its own; for each tensor the placement.
+            "ranks" => 2 * 80 * tensors,
+            // And the norm of the last step.
+            "rules" => 2048 + 12 * tensors + 8,
+            other => panic!("{other}"),
+        };
+        let seen = bytes(&config, &plan) - bytes(&Config::new(), &plan);
+        let beyond = if name == "ranks" { 0..=16 * tensors + 64 } else { 0..=0 };
+        assert!(
+            seen.checked_sub(expected).is_some_and(|more| beyond.contains(&more)),
+            "{name}: {seen}, not {expected}"
+        );
+    }
+    assert_eq!(Histogram::bytes(&plan), tensors * (8 << 10));
+    assert_eq!((size_of::<HistoryStep>(), size_of::<HistoryTensor>()), (112, 24));
+}
+
+/// Nothing at all to measure: every feature works, and says so.
+#[test]
+fn a_plan_without_elements_works_with_everything_declared() {
+    for clip in CLIPS {
+        for lengths in [&[][..], &[0, 0]] {
+            let plan = plan_of_lengths(lengths);
+            let plan = plan.with_weights(lengths.iter().map(|_| DType::F32)).unwrap();
+            let config = everything(lengths, clip);
+            for mut probe in probes(&plan, &config) {
+                let device = probe.device();
+                let what = format!("{clip:?}, {} tensors, {device}", lengths.len());
+                for step in 1..4 {
+                    use_all(&mut probe, lengths.len(), step, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Everything that a probe can be asked for, in a step of `count` tensors without elements.
+fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
+    let none: [half::bf16; 0] = [];
+    let no_weight: [f32; 0] = [];
+    let tensors: Vec<&dyn Tensor> = (0..count).map(|t| if t == 0 { &none as &dyn Tensor } else { &Absent }).collect();
+    let weights: Vec<&dyn Tensor> = vec![&no_weight; count];
+    let moments: Vec<AdamMoments> =
+        weights.iter().map(|&weight| AdamMoments { exp_avg: weight, exp_avg_sq: weight }).collect();
+
+    probe.history().unwrap().tag(step).unwrap();
+    let mut room = probe.micro_batches().unwrap();
+    room.measure(&tensors).unwrap();
+    assert_eq!(room.report().unwrap().merged().len(), count, "{what}");
+    probe.measure_with_weights(&tensors, &weights).unwrap();
+    let report = probe.poll().unwrap().unwrap_or_else(|| panic!("{what}: no report"));
+    let outputs = report.outputs();
+    assert_eq!((outputs.step, outputs.total_norm, outputs.found_inf, outputs.skip), (step, 0.0, 0.0, 0), "{what}");
+    assert_eq!((outputs.coefficient_f64, outputs.verdict, outputs.health), (1.0, 0, 0), "{what}");
+    assert_eq!((report.records().len(), report.weights().unwrap().len()), (count, count));
+    assert_eq!((report.absent().count(), report.health_words().unwrap()), (0, &vec![0; count][..]));
+    assert!(report.diagnosis().unwrap().findings().is_empty(), "{what}: {report}");
+
+    let mut lists = [none; 4];
+    let mut changed: Vec<&mut dyn TensorMut> =
+        lists.iter_mut().take(count).map(|tensor| tensor as &mut dyn TensorMut).collect();
+    probe.clip(&mut changed).unwrap();
+    let mut adaptive = probe.adaptive_clip().unwrap();
+    adaptive.clip(&mut changed, &weights).unwrap();
+    let adaptive = adaptive.report().unwrap();
+    assert_eq!((adaptive.records().len(), adaptive.clipped_fraction()), (count, None), "{what}");
+    let histogram = probe.histogram().unwrap().measure(&tensors).unwrap();
+    assert_eq!((histogram.histograms().len(), histogram.total()), (count, Histogram::default()), "{what}");
+    let dot = probe.dot().unwrap().measure(&tensors, &weights).unwrap();
+    assert_eq!((dot.records().len(), dot.total().cosine()), (count, None), "{what}");
+    probe.samples().unwrap().take(&tensors).unwrap();
+    let samples = probe.sample_report().unwrap();
+    assert_eq!((samples.places().len(), samples.mean_correlation()), (0, None), "{what}");
+    // Of tensors without elements the steps are counted too.
+    match (count, probe.gsnr_report()) {
+        (0, Ok(report)) => assert_eq!(report.tensors().len(), 0, "{what}"),
+        (_, Ok(report)) => assert!(step > 1 && report.tensors().all(|(_, record)| record.defined == 0), "{what}"),
+        (_, Err(error)) => {
+            assert_eq!((count > 0, error), (true, Error::TooFewSteps { steps: 1 }), "{what} in step {step}")
+        }
+    }
+    let adam = AdamStep { step: 5, beta1: 0.9, beta2: 0.99 };
+    assert_eq!(probe.gsnr().unwrap().of_moments(&adam, &moments).unwrap().tensors().len(), 0, "{what}");
+    let history = probe.history_report().unwrap();
+    assert_eq!((history.steps().len() as u64, history.total_norm().mean), (step, 0.0), "{what}");
+    assert!(history.steps().all(|(step, _)| step.tag == step.outputs.step), "{what}");
+    if let Ok(mut ranks) = probe.ranks() {
+        assert_eq!(ranks.report().unwrap().records(0).len(), count, "{what}");
+    }
+    probe.set_loss_scale(8.0).unwrap();
+    probe.set_rules(Rules::default()).unwrap();
+    probe.step(&mut changed).unwrap_or_else(|error| panic!("{what}: {error}"));
+}
