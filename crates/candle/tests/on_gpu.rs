@@ -113,7 +113,12 @@ mod on_a_gpu {
                 steps.push((missing(&measured).len(), measured.step()));
             }
         }
-        assert_eq!(probe.wait().unwrap().step(), 3);
+        // The copy that the last call began may still be on its way.
+        let last = probe.wait().unwrap();
+        let last = (missing(&last).len(), last.step());
+        if steps.last() != Some(&last) {
+            steps.push(last);
+        }
         assert_eq!(steps, [(1, 1), (1, 2), (2, 3)]);
         assert_eq!(probe.probe().addresses(), addresses, "it is the same memory");
     }
