@@ -39,7 +39,7 @@ pub mod samples;
 mod spec;
 #[doc = include_str!("statistics.md")]
 pub mod statistics {}
-mod tensor;
+pub mod tensor;
 pub mod write;
 
 pub use clip::{AdaptiveClip, AdaptiveClipReport, Clip, LossScale};
@@ -52,17 +52,16 @@ pub use device::cuda;
 pub use dot::{Dot, DotReport};
 pub use dtype::{DType, Element};
 pub use error::Error;
-pub use gsnr::{AdamMoments, AdamStep, GsnrConfig, GsnrRecord, GsnrReport};
+pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
 pub use health::{Diagnosis, Finding, FindingKind, Rules, Severity, Verdict};
 pub use histogram::{Histogram, HistogramReport};
 pub use history::HistoryReport;
 pub use measure::{Record, Report, StepOutputs, TensorReport};
-pub use micro_batches::MicroBatchReport;
 pub use plan::{Plan, TensorSpec};
 pub use probe::{Addresses, Probe, Room};
 pub use ranks::{RankReport, Ranks};
 pub use samples::{SampleConfig, SampleReport};
-pub use tensor::{Absent, HostTensor, HostTensorMut, Lent, Place, RawTensor, Tensor, TensorMut};
+pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
 
 /// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
 /// compile, in place of the line that includes it. NVRTC would look for it in a folder.

@@ -7,8 +7,8 @@ mod common;
 
 use common::{host::OnHost, normal::Normal};
 use gradprobe::{
-    Absent, AdamMoments, AdamStep, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan,
-    Probe, RawTensor, Tensor,
+    Absent, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe, RawTensor, Tensor,
+    gsnr::AdamMoments, gsnr::AdamStep,
 };
 use gradprobe_simt::{Schedule, Simt};
 

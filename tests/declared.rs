@@ -7,11 +7,14 @@ mod common;
 
 use common::host::OnHost;
 use gradprobe::{
-    Absent, AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, Histogram, LossScale,
-    Place, Plan, Probe, Ranks, Rules, SampleConfig, Tensor, TensorMut,
+    Absent, AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, Histogram, LossScale, Plan, Probe, Ranks, Rules,
+    SampleConfig, Tensor, TensorMut,
     device::{Arguments, Buffer, Device, Kernel, Read},
+    gsnr::AdamMoments,
+    gsnr::AdamStep,
     history::{HistoryStep, HistoryTensor},
     ranks::{Placement, ThreadCommunicator},
+    tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
 use std::sync::{

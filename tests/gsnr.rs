@@ -17,8 +17,9 @@ use common::{
     short,
 };
 use gradprobe::{
-    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Place, Plan, Probe,
+    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan, Probe,
     device::{Arguments, Buffer, Device, Kernel, Read},
+    tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
 use rayon::prelude::*;

@@ -12,9 +12,10 @@ use common::{
     demand_none, oracle,
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Place, Plan, Probe, RankReport, Ranks,
-    Record, Report, Rules, StepOutputs,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Probe, RankReport, Ranks, Record,
+    Report, Rules, StepOutputs,
     ranks::{Communicator, Placement, ThreadCommunicator},
+    tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
 use std::thread;

@@ -147,7 +147,7 @@ impl Bench<'_> {
     }
 
     /// Histograms of the exponents.
-    fn histogram<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
+    fn counts<T: Element + DeviceRepr + Into<f32>>(&mut self, name: &str, gradients: &Gradients<T>) {
         let mut places = probes(&self.stream, gradients, &Config::new().histogram());
         let count = places.len();
         self.time("histogram", name, gradients.bytes(), |turn, begin| {
@@ -267,12 +267,12 @@ impl Bench<'_> {
             // A gradient of 1 GiB, whose state is 2 GiB in f32 and 4 GiB in bf16.
             let gradients = Gradients::new(&stream, vec![1 << 28], 2, 0, |x| x);
             self.tracked("f32", &gradients);
-            self.histogram("f32", &gradients);
+            self.counts("f32", &gradients);
         }
         {
             let gradients = Gradients::new(&stream, vec![1 << 29], 2, 0, bf16::from_f32);
             self.tracked("bf16", &gradients);
-            self.histogram("bf16", &gradients);
+            self.counts("bf16", &gradients);
         }
         self.mixed();
         self.measure("cached", "measure", &cached(&stream));

@@ -11,7 +11,7 @@ pub use gradprobe::{Clip, Config, GsnrConfig, LossScale, NonFinitePolicy, Report
 
 use candle_core::{Device, Tensor, TensorId, Var, backprop::GradStore};
 use candle_nn::VarMap;
-use gradprobe::{Cpu, HistogramReport, Plan, Probe, health};
+use gradprobe::{Cpu, Plan, Probe, health};
 use memory::{Exchange, with_views, with_views_mut};
 use std::collections::HashSet;
 use variables::{Found, Planned, Source};
@@ -72,7 +72,7 @@ impl CandleProbe {
     }
 
     /// With the weights measured too, in the same pass, which gives reports their norms and the ratio of each gradient to
-    /// its weight. Before the first step.
+    /// its weight. Before the first step: it makes the probe anew, which with [`Config::ranks`] is a collective call.
     ///
     /// # Errors
     /// Those of [`Probe::new`].
@@ -138,14 +138,26 @@ impl CandleProbe {
         Ok(self.probe.wait()?)
     }
 
-    /// The histograms of these gradients, those of the last step or others of the same variables. Waits, on a GPU.
+    /// Gives the probe and these gradients, those of the last step or others of the same variables, in the plan's order, to
+    /// what measures them otherwise: histograms, samples, micro-batches, dot products.
+    ///
+    /// ```
+    /// # fn of(probe: &mut gradprobe_candle::CandleProbe, gradients: &candle_core::backprop::GradStore)
+    /// #     -> Result<gradprobe::HistogramReport, gradprobe_candle::Error> {
+    /// probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`gradprobe::Error::NotDeclared`] without [`Config::histogram`], and those of [`measure`](Self::measure).
-    pub fn histogram(&mut self, gradients: &GradStore) -> Result<HistogramReport, Error> {
+    /// Those of `does`, and of [`measure`](Self::measure).
+    pub fn lend<R>(
+        &mut self,
+        gradients: &GradStore,
+        does: impl FnOnce(&mut Probe, &[&dyn gradprobe::Tensor]) -> Result<R, gradprobe::Error>,
+    ) -> Result<R, Error> {
         let found = self.source.find(&self.planned, gradients)?;
         let tensors = self.in_order(&found, |found| found.gradient.as_ref())?;
-        Ok(with_views(&tensors, |tensors| self.probe.histogram()?.measure(tensors))?)
+        Ok(with_views(&tensors, |tensors| does(&mut self.probe, tensors))?)
     }
 
     fn measure_tensors(&mut self, found: &[Found], gradients: &[Option<Tensor>]) -> Result<(), Error> {

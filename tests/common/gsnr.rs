@@ -27,7 +27,9 @@ use super::{
     host::OnHost,
     oracle::{Format, power_of_two},
 };
-use gradprobe::{AdamStep, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe};
+use gradprobe::{
+    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe, gsnr::AdamStep,
+};
 use half::bf16;
 use rayon::prelude::*;
 

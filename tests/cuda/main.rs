@@ -17,9 +17,9 @@ mod tensors;
 
 use common::{Effort, demand_none, gsnr, host::OnHost, run_all, short};
 use gradprobe::{
-    Absent, AdamMoments, AdamStep, AdaptiveClip, Clip, Config, Cpu, DType, Dot, Element, Error, GsnrConfig, GsnrReport,
-    Histogram, HistoryReport, HostTensor, HostTensorMut, LossScale, Plan, Probe, RawTensor, Record, Report, Rules,
-    SampleConfig, StepOutputs, Tensor, TensorMut,
+    Absent, AdaptiveClip, Clip, Config, Cpu, DType, Dot, Element, Error, GsnrConfig, GsnrReport, Histogram,
+    HistoryReport, HostTensor, HostTensorMut, LossScale, Plan, Probe, RawTensor, Record, Report, Rules, SampleConfig,
+    StepOutputs, Tensor, TensorMut,
     cuda::{self, Cuda},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -30,6 +30,7 @@ use gradprobe::{
             },
         },
     },
+    gsnr::{AdamMoments, AdamStep},
     history::{HistoryStep, HistoryTensor},
 };
 use half::{bf16, f16};

@@ -17,7 +17,8 @@ fn refused(probe: &mut CandleProbe, map: &VarMap, gradients: &mut GradStore) -> 
     let refused = probe.step(gradients).unwrap_err();
     assert_eq!(elements(map, &names(), gradients), before, "nothing is clipped");
     assert_eq!(probe.measure(gradients).unwrap_err().to_string(), refused.to_string());
-    assert_eq!(probe.histogram(gradients).unwrap_err().to_string(), refused.to_string());
+    let lent = probe.lend(gradients, |_, _| -> Result<(), gradprobe::Error> { panic!("nothing is lent") });
+    assert_eq!(lent.unwrap_err().to_string(), refused.to_string());
     refused
 }
 
@@ -154,7 +155,8 @@ fn the_probe_s_own_errors_pass_through() {
     };
     let not_declared = |declare| gradprobe::Error::NotDeclared { declare };
     is(probe.probe().history().map(drop).unwrap_err().into(), not_declared("Config::history"));
-    is(probe.histogram(&gradients(&map)).unwrap_err(), not_declared("Config::histogram"));
+    let histogram = probe.lend(&gradients(&map), |probe, tensors| probe.histogram()?.measure(tensors));
+    is(histogram.unwrap_err(), not_declared("Config::histogram"));
     let pattern = || "nowhere.*".to_owned();
     let tracking = Config::default().tracking(GsnrConfig::new().tensors([pattern()]));
     is(CandleProbe::new(&map, tracking).unwrap_err(), gradprobe::Error::NoSuchTensor { pattern: pattern() });

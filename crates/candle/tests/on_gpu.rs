@@ -107,7 +107,7 @@ mod on_a_gpu {
             }
             probe.measure(&gradients).unwrap();
             // Waits, so that the report is there.
-            probe.histogram(&gradients).unwrap();
+            probe.lend(&gradients, |probe, tensors| probe.histogram()?.measure(tensors)).unwrap();
             device.synchronize().unwrap();
             while let Some(measured) = probe.poll().unwrap() {
                 steps.push((missing(&measured).len(), measured.step()));

@@ -11,8 +11,9 @@
 mod block;
 
 use gradprobe::{
-    Error, Place,
+    Error,
     device::{Arguments, Buffer, Device, HostMemory, HostRead, Kernel, Read},
+    tensor::Place,
 };
 use gradprobe_ptx::{Module, Options, memory::Lent};
 use std::{any::Any, env, fs, sync::OnceLock};

@@ -112,7 +112,8 @@ impl Watch {
         self.steps += 1;
         // A read of its own, and in the pictures one column of many.
         if self.steps.is_multiple_of(HISTOGRAMS) {
-            self.histogram = Some((self.steps, self.probe.histogram(gradients)?));
+            self.histogram =
+                Some((self.steps, self.probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))?));
         }
         self.probe.step(gradients)?;
         let mut seen = Vec::new();
