@@ -5,6 +5,7 @@
 
 #![allow(dead_code)] // Each test file is a crate of its own and uses a part of this.
 
+pub mod absent;
 pub mod cases;
 pub mod check;
 pub mod data;
