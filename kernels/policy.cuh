@@ -169,9 +169,12 @@ DEVICE void decide_clip(Clip &clip, u64 *counts, const Arguments &a) {
             double norm = sqrt(sum_squares((double)finite_count(r), r.mean_or_zero, r.sum_squared_deviations));
             if (!all_finite) norm = propagate(r.nan_count, r.inf_count, norm);
             double *averages = (double *)(state + 1);
-            double coefficient = a.clip & CLIP_TENSOR_NORM
-                                     ? torch_rule(threshold, norm)
-                                     : average_coefficient(clip, averages[i], norm, global, warm, threshold, smoothing);
+            double coefficient = 1.0;
+            if (a.clip & CLIP_TENSOR_NORM) {
+                coefficient = torch_rule(threshold, norm);
+            } else if (r.count > 0) {
+                coefficient = average_coefficient(clip, averages[i], norm, global, warm, threshold, smoothing);
+            }
             a.coefficients[i] = narrow(coefficient / clip.divisor);
             if (narrow(coefficient) != 1.0f) atomicAdd(&clip.clips_parts, 1u);
         }

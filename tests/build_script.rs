@@ -135,7 +135,7 @@ fn the_source_is_one_file_whether_there_is_nvcc_or_not() {
         assert_eq!(compiled.source.matches(kernel).count(), 1, "{kernel}");
     }
     assert!(!compiled.source.contains("#include \""), "an include was left");
-    assert_eq!(compiled.source.matches("struct Record {").count(), 1, "each header once");
+    assert_eq!(compiled.source.matches("typedef struct gradprobe_record {").count(), 1, "each header once");
 }
 
 #[test]

@@ -183,9 +183,65 @@ fn what_was_not_declared_is_refused_by_the_call_that_declares_it_and_changes_not
     }
 }
 
-/// The CPU, with a count of the bytes that it is asked for.
+/// The CPU, with a count of the bytes that it is asked for and of those that it has not got back; at some point it has no
+/// more.
 #[derive(Clone, Default)]
-struct Counting(Arc<AtomicU64>);
+struct Counting {
+    given: Arc<AtomicU64>,
+    held: Arc<AtomicU64>,
+    /// Calls for memory before one that fails.
+    left: Option<Arc<AtomicU64>>,
+}
+
+impl Counting {
+    fn failing_after(calls: u64) -> Self {
+        Self { left: Some(Arc::new(AtomicU64::new(calls))), ..Self::default() }
+    }
+
+    fn given(&self) -> u64 {
+        self.given.load(Ordering::Relaxed)
+    }
+
+    fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Memory for a buffer or a read, as far as there is any.
+    fn hold(&self, bytes: usize) -> Result<Held, Error> {
+        let bytes = bytes as u64;
+        if self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) == 0) {
+            return Err(Error::OutOfMemory { bytes });
+        }
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        Ok(Held { bytes, of: Arc::clone(&self.held) })
+    }
+}
+
+/// Bytes that are given back when it is dropped.
+struct Held {
+    bytes: u64,
+    of: Arc<AtomicU64>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.of.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+struct HeldRead(Box<dyn Read>, #[expect(dead_code, reason = "its drop is what counts")] Held);
+
+impl Read for HeldRead {
+    fn start(&mut self, from: &Buffer) -> Result<(), Error> {
+        self.0.start(from)
+    }
+    fn is_complete(&self) -> Result<bool, Error> {
+        self.0.is_complete()
+    }
+    fn wait(&self) -> Result<&[u8], Error> {
+        self.0.wait()
+    }
+}
 
 // SAFETY: all that it does is done by one that keeps the promise.
 unsafe impl Device for Counting {
@@ -196,8 +252,12 @@ unsafe impl Device for Counting {
         Cpu.place()
     }
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
-        Cpu.allocate(bytes)
+        let held = self.hold(bytes)?;
+        self.given.fetch_add(bytes as u64, Ordering::Relaxed);
+        let buffer = Cpu.allocate(bytes)?;
+        let address = buffer.address();
+        // SAFETY: the memory is there until its owner is dropped.
+        Ok(unsafe { Buffer::new(address, bytes, (buffer, held)) })
     }
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
         Cpu.upload(bytes, to)
@@ -206,7 +266,8 @@ unsafe impl Device for Counting {
         Cpu.clear(buffer)
     }
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
-        Cpu.read(bytes)
+        let held = self.hold(bytes)?;
+        Ok(Box::new(HeldRead(Cpu.read(bytes)?, held)))
     }
     unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
@@ -239,7 +300,7 @@ fn what_is_stated_is_what_is_allocated() {
             for plan in [&plan, &with_weights] {
                 let device = Counting::default();
                 let mut probe = Probe::new(device.clone(), plan.clone(), config.clone()).unwrap();
-                let made = device.0.load(Ordering::Relaxed);
+                let made = device.given();
                 // Ranks find out whether they mean the same before anything is made, in memory that is given back.
                 let stated = config.bytes(plan).unwrap();
                 let agreed = made - stated;
@@ -257,8 +318,81 @@ fn what_is_stated_is_what_is_allocated() {
                     probe.micro_batches().and_then(|mut room| room.measure(&tensors)).ok();
                     probe.wait().unwrap();
                 }
-                assert_eq!(device.0.load(Ordering::Relaxed), made, "{name}");
+                assert_eq!(device.given(), made, "{name}");
+                drop(probe);
+                assert_eq!(device.held(), 0, "{name}");
             }
+        }
+    }
+}
+
+/// Whichever of its calls for memory fails, and whatever it was for.
+#[test]
+fn a_probe_without_its_memory_says_how_much_it_needs_and_holds_none() {
+    let plan = plan_of_lengths(&LENGTHS).with_weights([DType::F32; LENGTHS.len()]).unwrap();
+    let alone = FEATURES.map(|(name, declare)| (name, declare(Config::new(), &LENGTHS)));
+    let all = CLIPS.map(|clip| ("everything", everything(&LENGTHS, clip)));
+    for (name, config) in alone.into_iter().chain(all) {
+        let bytes = config.bytes(&plan).unwrap();
+        let mut calls = 0;
+        loop {
+            let device = Counting::failing_after(calls);
+            let made = Probe::new(device.clone(), plan.clone(), config.clone()).map(drop);
+            assert_eq!(device.held(), 0, "{name}: held after {calls} calls");
+            match made {
+                Err(error) => assert_eq!(error, Error::OutOfMemory { bytes }, "{name}: after {calls} calls"),
+                Ok(()) => break,
+            }
+            calls += 1;
+        }
+        // Seven buffers of the step, the results of it, and the reads under way.
+        assert!(calls >= if name == "everything" { 35 } else { 12 }, "{name}: {calls}");
+    }
+}
+
+/// What cannot be is said in one way, by whoever is asked, before any memory is taken and any other rank is waited for.
+#[test]
+fn a_declaration_that_contradicts_itself_is_one_clear_error() {
+    let placed = |placement| one_rank([placement, Placement::Replicated]);
+    let (quantile, value) = (Clip::Quantile { quantile: 0.5 }, Clip::Value { max_abs: -1.0 });
+    let cases = [
+        (Config::new().backward_order(vec![1, 0]), "backward_order must be given beside `Config::rules`, not an order"),
+        (
+            Config::new().rules(Rules::default()).backward_order(vec![1, 1]),
+            "backward_order must be every tensor's place in the plan, once, not 2 places",
+        ),
+        (Config::new().history(0), "history must be at least 1, not 0"),
+        (Config::new().micro_batches(0), "micro_batches must be at least 1, not 0"),
+        (Config::new().samples(SampleConfig::new(0, 4)), "elements must be from 1 to 65536, not 0"),
+        (Config::new().samples(SampleConfig::new(4, 1)), "steps must be at least 2, not 1"),
+        (Config::new().clip(value), "max_abs must be finite and above 0, not -1"),
+        (
+            Config::new().clip(quantile).ranks(placed(Placement::Sharded)),
+            "clip must be one that does not look at the elements of other ranks, not Quantile { quantile: 0.5 }",
+        ),
+        (Config::new().ranks(placed(Placement::Ranks(vec![1]))), "tensor \"first\" cannot be placed on rank 1 of 1"),
+        (Config::new().ranks(one_rank([])), "the plan has 2 tensors, the step gave 0"),
+        (Config::new().adaptive_clip(AdaptiveClip::new([3])), "the plan has 2 tensors, the step gave 1"),
+        (
+            Config::new().adaptive_clip(AdaptiveClip::new([3, 3])),
+            "tensor \"second\": 4 elements do not fall into units of 3",
+        ),
+        (Config::new().tracking(GsnrConfig::new().tensors(["third"])), "no tensor's name matches \"third\""),
+    ];
+    for (config, message) in cases {
+        assert_eq!(config.bytes(&plan()).unwrap_err().to_string(), message);
+        let refused = Probe::new(Simt::default(), plan(), config.clone()).map(drop);
+        assert_eq!(refused.unwrap_err().to_string(), message);
+        // With all that is declared besides, as far as it is no part of what is wrong.
+        let device = Counting::default();
+        let refused = Probe::new(device.clone(), plan(), config.clone().histogram().dot().moments()).map(drop);
+        assert_eq!(refused.unwrap_err().to_string(), message);
+        assert_eq!((device.given(), device.held()), (0, 0), "{message}");
+        if config.ranks.is_none() {
+            // Two others never come.
+            let alone = ThreadCommunicator::group(3).swap_remove(1);
+            let config = config.ranks(Ranks::new(alone, [Placement::Replicated, Placement::Replicated]));
+            assert_eq!(Probe::new(Cpu, plan(), config).map(drop).unwrap_err().to_string(), message);
         }
     }
 }

@@ -174,5 +174,5 @@ fn what_is_not_kept_is_an_error() {
         assert_eq!(probe.history().and_then(|mut history| history.tag(1)), Err(not_declared()));
     }
     let refused = Probe::new(Cpu, plan(), Config::new().history(0)).map(drop);
-    assert!(matches!(refused, Err(Error::InvalidConfig { option: "steps", .. })), "{refused:?}");
+    assert!(matches!(refused, Err(Error::InvalidConfig { option: "history", .. })), "{refused:?}");
 }

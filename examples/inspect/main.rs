@@ -25,7 +25,7 @@ use elements::Elements;
 use failure::Failure;
 use gradients::Gradients;
 use gradprobe::{
-    Finding, GsnrConfig, HostTensor, HostTensorMut, Tensor, TensorMut, Verdict,
+    Error, Finding, GsnrConfig, HostTensor, HostTensorMut, Tensor, TensorMut, Verdict,
     health::{self, Health},
 };
 use options::Options;
@@ -86,11 +86,15 @@ fn run(options: &Options) -> Result<(), Failure> {
     let mut health = Health::new(&plan, options.rules())?.backward_order(health::backward_order(&plan))?;
     let mut config = options.config();
     if files.len() > 1 {
-        let tracking = GsnrConfig::new();
-        tracking.bytes(&plan).map_err(Failure::Tracking)?;
-        config = config.tracking(tracking);
+        config = config.tracking(GsnrConfig::new());
     }
-    let mut probe = device::open(options.device, plan, config)?;
+    let elements: u64 = plan.tensors().iter().map(|tensor| tensor.len).sum();
+    let mut probe = device::open(options.device, plan, config).map_err(|error| match error {
+        Error::TooLargeToTrack { .. } => Failure::Tracking(error),
+        // What is kept of each element, 4 bytes in each of two places, is nearly all that a probe takes.
+        Error::OutOfMemory { .. } if files.len() > 1 => Failure::Tracking(Error::OutOfMemory { bytes: 4 * elements }),
+        other => Failure::Probe(other),
+    })?;
     let mut tensors = first.tensors.room()?;
     let copies = options.out.as_deref().map(|directory| Copies::prepare(directory, files, params)).transpose()?;
 
@@ -101,7 +105,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         let mut step = Gradients::open(file)?;
         step.require_same(&first)?;
         step.tensors.read(&mut tensors, |path| progress.reading(index + usize::from(params.is_some()), path))?;
-        let failed = |error: gradprobe::Error| Failure::file(file, error);
+        let failed = |error: Error| Failure::file(file, error);
         let views: Vec<HostTensor> = tensors.iter().map(Elements::view).collect();
         let views: Vec<&dyn Tensor> = views.iter().map(|view| view as _).collect();
         let began = Instant::now();

@@ -407,7 +407,12 @@ impl ClipState<'_> {
             let norm = tensor_norm(record, step);
             // A tensor that has never had a gradient has no average to be measured by.
             let known = *average > 0.0;
-            let coefficient = if warm || !known { global } else { rule(threshold * *average, norm) };
+            let coefficient = match (record.count, warm || !known) {
+                // Nothing to clip.
+                (0, _) => 1.0,
+                (_, true) => global,
+                (_, false) => rule(threshold * *average, norm),
+            };
             let clipped = coefficient * norm;
             if step.finite && clipped > 0.0 {
                 *average = if !known || warm && clipped < *average {

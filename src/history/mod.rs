@@ -78,7 +78,7 @@ impl HistoryTensor {
 /// [`Error::InvalidConfig`] for none.
 pub(crate) fn bytes(steps: u32, tensors: usize) -> Result<usize, Error> {
     if steps == 0 {
-        return Err(Error::InvalidConfig { option: "steps", expected: "at least 1", value: "0".to_owned() });
+        return Err(Error::InvalidConfig { option: "history", expected: "at least 1", value: "0".to_owned() });
     }
     let of_a_step = size_of::<HistoryStep>() + tensors * size_of::<HistoryTensor>();
     (steps as usize).checked_mul(of_a_step).ok_or(Error::OutOfMemory { bytes: u64::MAX })

@@ -129,13 +129,12 @@ impl Probe {
     /// [`Error::InvalidConfig`] and its like for a declaration that cannot be; [`Error::OutOfMemory`], with the bytes of the
     /// whole probe, after which none of them are held; those of [`Config::ranks`], and the device's.
     pub fn new(device: impl Device + 'static, plan: Plan, config: Config) -> Result<Self, Error> {
-        config.check()?;
+        // What cannot be is refused before other ranks are waited for.
+        let bytes = config.bytes(&plan)?;
         outside_capture(&device, Error::UploadInCapture)?;
-        if let Some(ranks) = &config.ranks {
-            ranks.agree(&device, &plan, &config)?;
-        }
-        Self::build(Box::new(device), plan.clone(), config.clone()).map_err(|error| match error {
-            Error::OutOfMemory { .. } => Error::OutOfMemory { bytes: config.bytes(&plan).unwrap_or(u64::MAX) },
+        let agreed = config.ranks.as_ref().map_or(Ok(()), |ranks| ranks.agree(&device, &plan, &config));
+        agreed.and_then(|()| Self::build(Box::new(device), plan, config)).map_err(|error| match error {
+            Error::OutOfMemory { .. } => Error::OutOfMemory { bytes },
             other => other,
         })
     }
