@@ -4,7 +4,7 @@ mod entries;
 
 use entries::{NAMES, entries, host::OnHost};
 use gradprobe::{
-    Config, Cpu, DType, Error, Histogram, HostTensor, Plan, Probe, Verdict,
+    Absent, Config, Cpu, DType, Error, Histogram, HostTensor, Plan, Probe, Tensor, Verdict,
     health::{Health, Rules},
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
 };
@@ -112,6 +112,26 @@ fn what_nobody_diagnosed_has_no_verdict() {
     let absent = ["gsnr", "histogram"].map(|field| read.get(field)).into_iter();
     assert!(absent.chain(["verdict", "ratio"].map(|field| read["tensors"][0].get(field))).all(|field| field.is_none()));
     assert!(!prometheus_text(&entry).contains("verdict") && prometheus_text(&entry).contains("total_norm 3e0\n"));
+}
+
+#[test]
+fn a_tensor_without_a_gradient_is_marked_and_no_other_is() {
+    let plan = Plan::new([("missing", DType::F32, 2), ("zero", DType::F32, 2), ("empty", DType::F32, 0)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::default()).unwrap();
+    let (zero, empty) = ([0f32; 2], [0f32; 0]);
+    let mut marks = |first: &dyn Tensor| {
+        probe.measure(&[first, &zero, &empty]).unwrap();
+        let line = json_line(&Entry::new(probe.wait().unwrap()));
+        let read: Value = serde_json::from_str(&line).unwrap();
+        let tensors = read["tensors"].as_array().unwrap();
+        assert_eq!(["missing", "zero", "empty"], [0, 1, 2].map(|index| tensors[index]["name"].as_str().unwrap()));
+        let marks: Vec<Option<bool>> =
+            tensors.iter().map(|tensor| tensor.get("absent").map(|mark| mark.as_bool().unwrap())).collect();
+        (tensors[0]["count"].as_u64().unwrap(), marks)
+    };
+    assert_eq!(marks(&Absent), (0, vec![Some(true), None, None]));
+    assert_eq!(marks(&None::<Vec<f32>>), (0, vec![Some(true), None, None]));
+    assert_eq!(marks(&[3f32, 4.0]), (2, vec![None; 3]));
 }
 
 /// Runs a sink over entries, twice from opening to the end, as before and after a restart.

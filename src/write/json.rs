@@ -28,14 +28,14 @@ impl Sink for JsonLines {
 }
 
 /// One step as JSON without a line break:
-/// `{"step", "total_norm", "finite_total_norm", "clip_coefficient", "skip", "tensors": [{"name", "dtype", "count",
-/// "nan_count", "inf_count", "zero_count", "dead_count", "l2_norm", "finite_l2_norm", "max_abs", "min_nonzero_abs",
-/// "mean", "mean_abs", "variance", "first_nonfinite", "param_norm"?, "ratio"?, "verdict"?}], "gsnr"?, "noise_scale",
-/// "histogram"?, "findings", "verdict"}`.
+/// `{"step", "total_norm", "finite_total_norm", "clip_coefficient", "skip", "tensors": [{"name", "dtype", "absent"?,
+/// "count", "nan_count", "inf_count", "zero_count", "dead_count", "l2_norm", "finite_l2_norm", "max_abs",
+/// "min_nonzero_abs", "mean", "mean_abs", "variance", "first_nonfinite", "param_norm"?, "ratio"?, "verdict"?}], "gsnr"?,
+/// "noise_scale", "histogram"?, "findings", "verdict"}`.
 ///
-/// What does not exist is null. A number that JSON cannot hold is the string "nan", "inf" or "-inf". Numbers print so
-/// that reading them back gives the same bits. The bins of a histogram are pairs of the smallest magnitude in the bin
-/// and the count, of bins that have any.
+/// `absent` is there, and true, for a tensor that has no gradient in this step. What does not exist is null. A number that
+/// JSON cannot hold is the string "nan", "inf" or "-inf". Numbers print so that reading them back gives the same bits. The
+/// bins of a histogram are pairs of the smallest magnitude in the bin and the count, of bins that have any.
 #[expect(clippy::missing_panics_doc, reason = "the types below have nothing that serde_json refuses")]
 pub fn json_line(entry: &Entry) -> String {
     serde_json::to_string(&Step::new(entry)).expect("strings, numbers and lists of them")
@@ -77,6 +77,8 @@ struct Step<'a> {
 struct Tensor<'a> {
     name: &'a str,
     dtype: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    absent: bool,
     count: u64,
     nan_count: u64,
     inf_count: u64,
@@ -161,6 +163,7 @@ impl<'a> Tensor<'a> {
         Self {
             name: report.name,
             dtype: report.dtype.name(),
+            absent: report.is_absent(),
             count: record.count,
             nan_count: record.nan_count,
             inf_count: record.inf_count,

@@ -14,6 +14,7 @@
 //!     if let Some(report) = probe.poll()? {
 //!         println!("{report}"); // of this step or an earlier one; never waits
 //!     }
+//!     // the optimizer's step: it reads `skip` at `probe.addresses().outputs`, or asks `probe.wait()?.skip()` before
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
