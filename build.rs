@@ -28,19 +28,12 @@ fn main() {
     let source = out.join("gradprobe.cu");
     let mut text = String::from("// All of kernels/ in one file, made by build.rs.\n");
     let mut seen = Vec::new();
-    for kernel in [
-        "measure.cu",
-        "clip.cu",
-        "update.cu",
-        "gsnr.cu",
-        "adam.cu",
-        "histogram.cu",
-        "dot.cu",
-        "adaptive.cu",
-        "sample.cu",
-        "merge.cu",
-    ] {
-        flatten(&Path::new("kernels").join(kernel), &mut seen, &mut text);
+    println!("cargo::rerun-if-changed=kernels");
+    let files = fs::read_dir("kernels").expect("kernels/ can be read");
+    let mut files: Vec<PathBuf> = files.map(|file| file.expect("kernels/ can be read").path()).collect();
+    files.sort();
+    for kernel in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "cu")) {
+        flatten(kernel, &mut seen, &mut text);
     }
     fs::write(&source, &text).expect("OUT_DIR can be written");
 

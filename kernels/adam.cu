@@ -2,10 +2,17 @@
 // src/gsnr/adam.rs derives what is computed.
 #include "ratios.cuh"
 
-KERNEL(4) gradprobe_adam(Arguments a) {
+struct AdamArguments : Common {
+    AdamStep step;
+    const AdamMoments *moments; // of the tensors
+    GsnrRecord *gsnr_records;
+    u32 *bins; // BINS a tensor; 0 between launches
+};
+static_assert(sizeof(AdamArguments) == 144, "src/gsnr/moments.rs");
+
+KERNEL(4) gradprobe_adam(AdamArguments a) {
     SHARED(GsnrScratch, scratch);
-    const AdamStep &step = *a.adam;
-    const AdamMoments *moments = (const AdamMoments *)(a.adam + 1);
+    const AdamStep &step = a.step;
     GsnrRecord known = {};
     known.steps = step.steps;
     double mean_scale = step.mean_scale, square_scale = step.square_scale;
@@ -15,8 +22,9 @@ KERNEL(4) gradprobe_adam(Arguments a) {
     };
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];
-        AdamMoments of = moments[tensor];
+        AdamMoments of = a.moments[tensor];
         if (!of.exp_avg) continue; // given none
-        reduce(scratch, a, index, tensor, tensor, of.exp_avg, of.exp_avg_sq, element, step.scaling, known);
+        reduce(scratch, a, index, tensor, a.bins + (u64)tensor * BINS, a.gsnr_records, of.exp_avg, of.exp_avg_sq, element,
+               step.scaling, known);
     }
 }

@@ -85,11 +85,38 @@ DEVICE Squares squares_of(u32 dtype, u64 address, u64 length) {
     return lane;
 }
 
+// The units of one tensor, and where its weights are.
+struct Units {
+    u64 address, length; // elements of a unit
+    u64 first;
+    u32 dtype;
+    u32 reserved;
+};
+static_assert(sizeof(Units) == 32, "src/clip/adaptive/room.rs");
+
+// What an adaptive clip did to a tensor.
+struct AdaptiveRecord {
+    u64 clipped, nonfinite;
+    u32 reduction;
+    u32 reserved;
+};
+static_assert(sizeof(AdaptiveRecord) == 24, "src/clip/adaptive/mod.rs");
+
+struct AdaptiveArguments : Common {
+    double clipping, epsilon;
+    u64 unit_count;
+    const Units *units; // of each tensor, and one entry more with the number of all
+    AdaptiveRecord *adaptive_records; // of the tensors
+    u32 policy;
+    u32 reserved;
+};
+static_assert(sizeof(AdaptiveArguments) == 120, "src/clip/adaptive/room.rs");
+
 // A unit's coefficient, by the thread that knows its sums.
-DEVICE float unit_coefficient(const UnitSums &sums, const AdaptiveRule &rule, u32 policy, double divisor) {
-    if (sums.nonfinite > 0 && policy != POLICY_ZERO_NONFINITE) return bits_to_float(0x7fc00000u);
+DEVICE float unit_coefficient(const UnitSums &sums, const AdaptiveArguments &a, double divisor) {
+    if (sums.nonfinite > 0 && a.policy != POLICY_ZERO_NONFINITE) return bits_to_float(0x7fc00000u);
     double weight = sqrt(sums.weight), norm = sqrt(sums.gradient) / divisor;
-    double limit = rule.clipping * (weight > rule.epsilon ? weight : rule.epsilon);
+    double limit = a.clipping * (weight > a.epsilon ? weight : a.epsilon);
     return norm > limit ? (float)(limit / norm) : 1.0f;
 }
 
@@ -101,14 +128,13 @@ DEVICE void count_unit(AdaptiveRecord &record, const UnitSums &sums, float coeff
     }
 }
 
-KERNEL(6) gradprobe_adaptive(Arguments a) {
+KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
     SHARED(UnitScratch, scratch);
     if (a.outputs->skip) return;
-    const AdaptiveRule &rule = *a.adaptive;
-    const Units *all = rule.units;
+    const Units *all = a.units;
     double divisor = divisor_of(a.outputs->loss_scale);
     u32 tensor = 0;
-    for (u64 unit = blockIdx.x; unit < rule.unit_count; unit += gridDim.x) {
+    for (u64 unit = blockIdx.x; unit < a.unit_count; unit += gridDim.x) {
         while (unit >= all[tensor + 1].first) tensor++;
         const Units &units = all[tensor];
         if (!a.addresses[tensor] || !units.address) continue; // absent
@@ -127,7 +153,7 @@ KERNEL(6) gradprobe_adaptive(Arguments a) {
                                                        x.nonfinite + y.nonfinite};
                                    });
         if (threadIdx.x == 0) {
-            float coefficient = unit_coefficient(sums, rule, a.policy, divisor);
+            float coefficient = unit_coefficient(sums, a, divisor);
             count_unit(a.adaptive_records[tensor], sums, coefficient);
             scratch.coefficient = narrow((double)coefficient / divisor);
             scratch.nonfinite = sums.nonfinite > 0;

@@ -1,6 +1,5 @@
 // What the host hands the kernels and what they hand back: src/probe/arguments.rs and src/measure/outputs.rs hold the other side.
 #pragma once
-#include "dot.cuh"
 #include "gsnr.cuh"
 
 constexpr u32 DTYPE_F32 = 0;
@@ -47,31 +46,6 @@ struct ClipState {
 };
 static_assert(sizeof(ClipState) == 32, "src/clip/policy.rs");
 
-// The units of one tensor, and where its weights are.
-struct Units {
-    u64 address, length; // elements of a unit
-    u64 first;
-    u32 dtype;
-    u32 reserved;
-};
-static_assert(sizeof(Units) == 32, "src/clip/adaptive/room.rs");
-
-// The rule of the adaptive clip.
-struct AdaptiveRule {
-    double clipping, epsilon;
-    u64 unit_count;
-    const Units *units; // of each tensor, and one entry more with the number of all
-};
-static_assert(sizeof(AdaptiveRule) == 32, "src/clip/adaptive/room.rs");
-
-// What an adaptive clip did to a tensor.
-struct AdaptiveRecord {
-    u64 clipped, nonfinite;
-    u32 reduction;
-    u32 reserved;
-};
-static_assert(sizeof(AdaptiveRecord) == 24, "src/clip/adaptive/mod.rs");
-
 // A rule by which one step decides its verdict words, and all of them.
 struct ThresholdRule {
     u32 statistic, kind, flags, reserved;
@@ -86,22 +60,6 @@ struct HealthRules {
 };
 static_assert(sizeof(HealthRules) == 2048, "src/health/judge.rs");
 
-// Elements to be sampled, and the ring they go to: numbers of the steps, and their values.
-struct SamplePlace {
-    u64 index;
-    u32 tensor, reserved;
-};
-static_assert(sizeof(SamplePlace) == 16, "src/samples/mod.rs");
-constexpr u64 SAMPLE_NONFINITE = 1ull << 63; // in the number of a step
-
-struct Samples {
-    const SamplePlace *places;
-    u64 *numbers;
-    float *ring;
-    u32 count, steps;
-};
-static_assert(sizeof(Samples) == 32, "src/samples/room.rs");
-
 // The loss scale, and the rule it follows.
 struct LossScale {
     float scale;
@@ -113,64 +71,44 @@ struct LossScale {
 };
 static_assert(sizeof(LossScale) == 32, "src/clip/loss_scale.rs");
 
-// Which ranks hold the parts of a tensor: a run of the table of ranks behind all placements.
-struct Placement {
-    u32 first, count;
-};
-static_assert(sizeof(Placement) == 8, "src/ranks/mod.rs");
-constexpr u32 REPLICATED = 0;         // in `count`: all of it on each
-constexpr u32 EVERYWHERE = 0xffffffffu; // a part on each, in their order
-
-struct Arguments {
-    const u64 *addresses;       // of the tensors' elements; 0 of one that is absent
+// What all kernels are given: the tensors, how they are cut, and workspace. Behind it each kernel has what only it needs,
+// declared in its own file.
+struct Common {
+    const u64 *addresses; // of the tensors' elements; 0 of one that is absent
     const TensorEntry *tensors;
-    const u32 *chunk_tensors;   // the tensor of each chunk
-    void *chunk_parts;          // a slot a chunk for what it adds up to: a Record, in gradprobe_gsnr a GsnrSums
-    Record *records;            // of the tensors; those of empty ones are set by the host, once
+    const u32 *chunk_tensors; // the tensor of each chunk
+    void *chunk_parts;        // a slot a chunk for what it adds up to: a Record, or GsnrSums
+    Record *records;          // of the tensors; those of empty ones are set by the host, once
     StepOutputs *outputs;
-    u32 *chunks_done;           // counters, 0 between launches: per chunk, of which the first of a span is used
-    u32 *tensors_done;          // one more, and per tensor
-    double max_norm;            // 0: no clip
+    u32 *chunks_done;  // counters, 0 between launches: per chunk, of which the first of a span is used
+    u32 *tensors_done; // one more, and per tensor
     u32 chunk_count;
     u32 tensor_count;
-    u32 busy_tensors;           // that have elements, of those this launch measures
-    u32 weights;                // 1: measure them too; their tables and records are behind those of the tensors
+};
+static_assert(sizeof(Common) == 72, "src/probe/arguments.rs");
+static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");
+
+// Of gradprobe_measure: what is measured, and how the step is finished.
+struct StepArguments : Common {
+    u32 busy_tensors; // that have elements, of those this launch measures
+    u32 weights;      // 1: measure them too; their tables and records are behind those of the tensors
     u32 policy;
-    u32 window;                 // steps after which tracking starts anew; 0: never
-    u32 clip;                   // policy, and its parameters
-    u32 clip_steps;
+    u32 is_part;     // 1: leave records, and the step for another launch to finish
+    double max_norm; // 0: no clip
     double clip_threshold, clip_smoothing;
+    u32 clip; // policy, and its parameters
+    u32 clip_steps;
     ClipState *clip_state;
-    float *coefficients;        // of the tensors, under a policy that has them
-    u32 history_steps;
-    u32 one_histogram;          // of all tensors, at histograms
-    HistoryStep *history;       // rings of the last steps; null when none are kept
+    float *coefficients;   // of the tensors, under a policy that has them
+    LossScale *loss_scale; // null when gradients are not scaled
+    HistoryStep *history;  // rings of the last steps; null when none are kept
     HistoryTensor *history_tensors;
-    const u64 *tag;             // of the batch
-    Track *tracks;              // of the tensors; null when none is tracked, as all below
-    float *means;               // of the tracked elements
-    float *deviations;
-    GsnrRecord *gsnr_records;
-    u32 *gsnr_bins;             // BINS a tracked tensor; 0 between launches
-    u64 *histograms;            // SLOTS a tensor; null when there are none
-    const Other *others;        // the second list of a dot; null, as the two below, when there is none
-    Dot *chunk_dots;
-    Dot *dots;                  // of the tensors; those of empty ones are cleared by the host, once
+    const u64 *tag; // of the batch
     const HealthRules *health_rules; // and behind them the exemptions of the tensors; null when there are none
-    double *last_norms;         // of the last clean step, and behind it of its tensors
-    u32 *health_words;          // of the tensors
-    const AdaptiveRule *adaptive; // null when there is none
-    AdaptiveRecord *adaptive_records; // of the tensors
-    const Samples *samples;     // null when nothing is sampled
-    const AdamStep *adam;       // and behind it the moments of the tensors; null but for the kernel of that name
-    LossScale *loss_scale;      // null when gradients are not scaled
-    const Record *lists;        // of all ranks, a list of records each; null when there is one rank
-    const Placement *placements; // of the tensors, and behind them ranks
-    u32 *differing;             // replicas that differ; 0 between launches
-    u32 list_count;             // ranks
-    u32 list_length;            // records of a rank
-    u32 is_part;                // 1: measure leaves records, and the step for another launch to finish
+    double *last_norms;              // of the last clean step, and behind it of its tensors
+    u32 *health_words;               // of the tensors
+    u32 *differing;                  // replicas that differ, 0 between launches; null when there is one rank
+    u32 history_steps;
     u32 reserved;
 };
-static_assert(sizeof(Arguments) == 344, "src/probe/arguments.rs");
-static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Record a chunk");
+static_assert(sizeof(StepArguments) == 208, "src/probe/arguments.rs");

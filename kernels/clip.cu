@@ -7,7 +7,13 @@
 // Reads and writes each element once when it clips: 2·n·size bytes.
 #include "clipping.cuh"
 
-KERNEL(8) gradprobe_clip(Arguments a) {
+struct ClipArguments : Common {
+    const ClipState *clip_state;
+    const float *coefficients; // of the tensors, under a policy that has them
+};
+static_assert(sizeof(ClipArguments) == 88, "src/clip/cpu.rs");
+
+KERNEL(8) gradprobe_clip(ClipArguments a) {
     u32 action = a.outputs->action;
     if (action == 0) return;
     Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & GRADPROBE_ACTION_ZERO_NONFINITE) != 0};

@@ -9,6 +9,35 @@
 #include "finish.cuh"
 #include "parts.cuh"
 
+// The record of two tensors' pairs of elements: src/dot/mod.rs documents it, with the same layout and the same merge.
+struct Dot {
+    u64 count, nonfinite_count;
+    double dot, a_squares, b_squares;
+    u64 reserved;
+};
+static_assert(sizeof(Dot) == 48, "src/dot/mod.rs");
+ASSERT_OFFSET(Dot, dot, 16, "src/dot/mod.rs");
+
+DEVICE Dot merge(const Dot &x, const Dot &y) {
+    return {x.count + y.count, x.nonfinite_count + y.nonfinite_count, x.dot + y.dot, x.a_squares + y.a_squares,
+            x.b_squares + y.b_squares, 0};
+}
+
+// A record that another block has written in this launch.
+DEVICE Dot load_record(const Dot *from) {
+    const u64 *words = (const u64 *)from;
+    LongPair counts = load_fresh(words), sums = load_fresh(words + 2), rest = load_fresh(words + 4);
+    return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), 0};
+}
+
+// One tensor of the second list.
+struct Other {
+    u64 address;
+    u32 dtype;
+    u32 reserved;
+};
+static_assert(sizeof(Other) == 16, "src/dot/mod.rs");
+
 struct DotScratch {
     Dot runs[LANES];
     u32 last;
@@ -67,7 +96,14 @@ template <typename A> DEVICE Dot dot_lane_with(const Chunk &a, const Chunk &b) {
     return lane;
 }
 
-KERNEL(4) gradprobe_dot(Arguments a) {
+struct DotArguments : Common {
+    const Other *others; // the second list
+    Dot *chunk_dots;
+    Dot *dots; // of the tensors; those of empty ones are cleared by the host, once
+};
+static_assert(sizeof(DotArguments) == 96, "src/dot/room.rs");
+
+KERNEL(4) gradprobe_dot(DotArguments a) {
     SHARED(DotScratch, scratch);
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];

@@ -163,7 +163,7 @@ struct Chunk {
     u32 dead_bits;
 };
 
-DEVICE Chunk chunk_of(const Arguments &a, u32 index, u32 tensor) {
+DEVICE Chunk chunk_of(const Common &a, u32 index, u32 tensor) {
     const TensorEntry &entry = a.tensors[tensor];
     u64 first = (u64)(index - entry.first_chunk) * CHUNK;
     u64 rest = entry.length - first, address = a.addresses[tensor];

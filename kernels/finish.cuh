@@ -49,7 +49,7 @@ template <typename R> DEVICE void merge_records(R *runs, const R *records, u32 s
 // answer, which the compiler kept in a register through every path and asked for again, at the cost of a quarter of the
 // loads that measure has in flight. `parts` has a slot a chunk.
 template <typename R, typename Done>
-DEVICE void merge_chunk(R *runs, u32 &last, const Arguments &a, const R &part, u32 index, u32 tensor, R *parts, R *to,
+DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 index, u32 tensor, R *parts, R *to,
                         const Done &done) {
     u32 first = a.tensors[tensor].first_chunk, chunks = a.tensors[tensor].chunk_count;
     u32 spans = (chunks + SPAN - 1) / SPAN, span_first = index - (index - first) % SPAN;
@@ -66,7 +66,7 @@ DEVICE void merge_chunk(R *runs, u32 &last, const Arguments &a, const R &part, u
     done();
 }
 
-DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
+DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     auto item = [&](u64 tensor) {
         const u64 *words = (const u64 *)(a.records + tensor);
         LongPair counts = load_fresh(words), more = load_fresh(words + 2), moments = load_fresh(words + 6);
@@ -116,7 +116,7 @@ DEVICE void finish_step(FinishScratch &scratch, const Arguments &a) {
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     o.loss_scale = o.next_loss_scale = scale;
-    if (a.lists) {
+    if (a.differing) {
         o.differing_replicas = load_fresh(a.differing);
         o.verdict |= o.differing_replicas > 0 ? GRADPROBE_VERDICT_REPLICAS : 0;
         *a.differing = 0;

@@ -12,7 +12,16 @@ DEVICE GsnrRecord record_of(const Track &track) {
     return r;
 }
 
-KERNEL(4) gradprobe_gsnr(Arguments a) {
+struct GsnrArguments : Common {
+    const Track *tracks; // of the tensors
+    const float *means;  // of the tracked elements
+    const float *deviations;
+    GsnrRecord *gsnr_records;
+    u32 *bins; // BINS a tracked tensor; 0 between launches
+};
+static_assert(sizeof(GsnrArguments) == 112, "src/gsnr/room.rs");
+
+KERNEL(4) gradprobe_gsnr(GsnrArguments a) {
     SHARED(GsnrScratch, scratch);
     // Tensors with nothing to add up have no chunk that would bring them here. Without a second step there is no
     // variance, and nothing is defined.
@@ -30,7 +39,7 @@ KERNEL(4) gradprobe_gsnr(Arguments a) {
         u32 tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
         if (track.offset == UNTRACKED || track.steps < 2) continue;
-        reduce(scratch, a, index, tensor, track.slot, a.means + track.offset, a.deviations + track.offset, element,
-               scaling_of(track), record_of(track));
+        reduce(scratch, a, index, tensor, a.bins + (u64)track.slot * BINS, a.gsnr_records, a.means + track.offset,
+               a.deviations + track.offset, element, scaling_of(track), record_of(track));
     }
 }

@@ -74,7 +74,7 @@ DEVICE u32 tensor_word(const HealthRules &rules, const Record &r, double norm, d
 
 // Writes the words of the tensors and, of a step that is finite, keeps their norms. By all threads, between barriers;
 // `step` is cleared before.
-DEVICE void judge_tensors(StepHealth &step, const Arguments &a, bool finite) {
+DEVICE void judge_tensors(StepHealth &step, const StepArguments &a, bool finite) {
     const u32 *exempt = (const u32 *)(a.health_rules + 1);
     double *last_norms = a.last_norms + 1;
     for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
@@ -100,7 +100,7 @@ DEVICE void judge_tensors(StepHealth &step, const Arguments &a, bool finite) {
 }
 
 // The word of the step; one thread, after the barrier.
-DEVICE u32 judge_step(const StepHealth &step, const Arguments &a, double total, bool finite) {
+DEVICE u32 judge_step(const StepHealth &step, const StepArguments &a, double total, bool finite) {
     const HealthRules &rules = *a.health_rules;
     double last_total = *a.last_norms, largest = bits_to_double(step.largest), smallest = bits_to_double(step.smallest);
     if (finite) *a.last_norms = total;

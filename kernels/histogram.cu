@@ -51,7 +51,14 @@ template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Ch
     return nonzeros;
 }
 
-KERNEL(8) gradprobe_histogram(Arguments a) {
+struct HistogramArguments : Common {
+    u64 *histograms;   // SLOTS a tensor
+    u32 one_histogram; // 1: of all tensors
+    u32 reserved;
+};
+static_assert(sizeof(HistogramArguments) == 88, "src/histogram/room.rs");
+
+KERNEL(8) gradprobe_histogram(HistogramArguments a) {
     SHARED(HistogramScratch, scratch);
     scratch.clear();
     BARRIER();

@@ -3,7 +3,7 @@
 #include "policy.cuh"
 
 // Writes the lines of the tensors; all threads.
-DEVICE void keep_tensors(const Arguments &a) {
+DEVICE void keep_tensors(const StepArguments &a) {
     HistoryTensor *line = a.history_tensors + a.outputs->step % a.history_steps * a.tensor_count;
     for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
         Record r = load_record(a.records + i);
@@ -21,6 +21,6 @@ DEVICE void keep_tensors(const Arguments &a) {
 }
 
 // Writes the line of a step that is finished; one thread.
-DEVICE void keep_step(const Arguments &a, const StepOutputs &outputs) {
+DEVICE void keep_step(const StepArguments &a, const StepOutputs &outputs) {
     a.history[(outputs.step - 1) % a.history_steps] = {outputs, *a.tag, 0};
 }

@@ -14,17 +14,17 @@ struct MeasureScratch {
 };
 
 // The i-th chunk to be measured. Weights come first, so that gradients are what L2 holds when the clip begins.
-DEVICE u32 chunk_at(const Arguments &a, u32 i) {
+DEVICE u32 chunk_at(const StepArguments &a, u32 i) {
     return a.weights == 0 ? i : i < a.chunk_count ? i + a.chunk_count : i - a.chunk_count;
 }
 
 // A chunk of the gradients or weights. These are scaled by nothing.
-DEVICE Chunk chunk_to_measure(const Arguments &a, u32 index, u32 tensor) {
+DEVICE Chunk chunk_to_measure(const StepArguments &a, u32 index, u32 tensor) {
     Chunk chunk = chunk_of(a, index, tensor);
     return a.loss_scale && tensor < a.tensor_count ? with_scaled_threshold(chunk, *a.loss_scale) : chunk;
 }
 
-KERNEL(4) gradprobe_measure(Arguments a) {
+KERNEL(4) gradprobe_measure(StepArguments a) {
     SHARED(MeasureScratch, scratch);
     u32 chunks = a.chunk_count << a.weights;
     bool finished = chunks == 0 && blockIdx.x == 0;

@@ -7,8 +7,24 @@
 // Reads 80 bytes for each tensor and rank.
 #include "finish.cuh"
 
+// Which ranks hold the parts of a tensor: a run of the table of ranks behind all placements.
+struct Placement {
+    u32 first, count;
+};
+static_assert(sizeof(Placement) == 8, "src/ranks/mod.rs");
+constexpr u32 REPLICATED = 0;           // in `count`: all of it on each
+constexpr u32 EVERYWHERE = 0xffffffffu; // a part on each, in their order
+
+struct MergeArguments : StepArguments {
+    const Record *lists;         // of all ranks, a list of records each
+    const Placement *placements; // of the tensors, and behind them ranks
+    u32 list_count;              // ranks
+    u32 list_length;             // records of a rank
+};
+static_assert(sizeof(MergeArguments) == 232, "src/ranks/room.rs");
+
 // The record of the item at `index` of each list.
-DEVICE Record merged(const Arguments &a, const Placement &placement, u32 index) {
+DEVICE Record merged(const MergeArguments &a, const Placement &placement, u32 index) {
     auto of = [&](u32 rank) { return load_record(a.lists + (u64)rank * a.list_length + index); };
     if (placement.count == REPLICATED) {
         Record all = of(0);
@@ -33,7 +49,7 @@ DEVICE Record merged(const Arguments &a, const Placement &placement, u32 index) 
 }
 
 // At eight blocks to a multiprocessor ptxas put 24 to 32 bytes a thread into local memory.
-KERNEL(4) gradprobe_merge(Arguments a) {
+KERNEL(4) gradprobe_merge(MergeArguments a) {
     SHARED(FinishScratch, scratch);
     u32 items = a.tensor_count << a.weights;
     for (u32 i = blockIdx.x * LANES + threadIdx.x; i < items; i += gridDim.x * LANES) {

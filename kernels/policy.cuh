@@ -126,7 +126,7 @@ DEVICE double average_coefficient(const Clip &clip, double &average, double norm
 
 // Decides the clip of a step whose norm and flags are in `clip`, and learns from it. By all threads, between barriers;
 // `counts` has a number a lane.
-DEVICE void decide_clip(Clip &clip, u64 *counts, const Arguments &a) {
+DEVICE void decide_clip(Clip &clip, u64 *counts, const StepArguments &a) {
     u32 t = threadIdx.x;
     ClipState *state = a.clip_state;
     double threshold = a.clip_threshold, smoothing = a.clip_smoothing;

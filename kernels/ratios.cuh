@@ -99,21 +99,20 @@ DEVICE GsnrRecord with_sums(GsnrRecord record, u64 elements, const Scaling &scal
 }
 
 // Reduces a chunk, and with the last one of its tensor the tensor: `known` is then completed and stored. The arrays
-// begin with the tensor; its bins are those of `slot`.
+// and bins begin with the tensor.
 template <typename Source>
-DEVICE void reduce(GsnrScratch &scratch, const Arguments &a, u32 index, u32 tensor, u32 slot, const float *means,
-                   const float *spreads, const Source &element, const Scaling &scaling, const GsnrRecord &known) {
+DEVICE void reduce(GsnrScratch &scratch, const Common &a, u32 index, u32 tensor, u32 *bins, GsnrRecord *records,
+                   const float *means, const float *spreads, const Source &element, const Scaling &scaling,
+                   const GsnrRecord &known) {
     const TensorEntry &entry = a.tensors[tensor];
     u64 first = (u64)(index - entry.first_chunk) * CHUNK, rest = entry.length - first;
-    u32 length = rest < CHUNK ? (u32)rest : CHUNK, *bins = a.gsnr_bins + (u64)slot * BINS;
+    u32 length = rest < CHUNK ? (u32)rest : CHUNK;
     GsnrSums sums = reduce_chunk(scratch, means + first, spreads + first, length, element, scaling, bins);
     BARRIER(); // all have added to the bins, and what thread 0 says below holds for them
     GsnrSums *parts = (GsnrSums *)a.chunk_parts;
     merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, parts, &scratch.sums, [&] {
         double median = take_median(scratch, bins);
-        if (threadIdx.x == 0) {
-            a.gsnr_records[tensor] = with_sums(known, entry.length, scaling, scratch.sums, median);
-        }
+        if (threadIdx.x == 0) records[tensor] = with_sums(known, entry.length, scaling, scratch.sums, median);
         BARRIER(); // the bins have been read
     });
 }

@@ -58,10 +58,19 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
     }
 }
 
-// Whether a tensor has no gradient in this step, which is then no step of it.
-DEVICE bool is_absent(const Arguments &a, u32 tensor) { return !a.addresses[tensor] && a.tensors[tensor].length > 0; }
+struct UpdateArguments : Common {
+    Track *tracks; // of the tensors
+    float *means;  // of the tracked elements
+    float *deviations;
+    u32 window; // steps after which tracking starts anew; 0: never
+    u32 reserved;
+};
+static_assert(sizeof(UpdateArguments) == 104, "src/gsnr/room.rs");
 
-KERNEL(8) gradprobe_update(Arguments a) {
+// Whether a tensor has no gradient in this step, which is then no step of it.
+DEVICE bool is_absent(const UpdateArguments &a, u32 tensor) { return !a.addresses[tensor] && a.tensors[tensor].length > 0; }
+
+KERNEL(8) gradprobe_update(UpdateArguments a) {
     SHARED(u32, last);
     float unscale = (float)(1.0 / divisor_of(a.outputs->loss_scale));
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {

@@ -1,11 +1,6 @@
 //! What a probe is told once: everything.
 
-use crate::{
-    Error, GsnrConfig, LossScale, SampleConfig,
-    clip::{AdaptiveClip, Clip},
-    health::Rules,
-    ranks::Ranks,
-};
+use crate::{Error, clip::Clip, features::Features};
 
 /// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +13,17 @@ pub enum NonFinitePolicy {
     Propagate = 1,
     /// Non-finite elements become 0 and the clip uses the norm of the finite ones.
     ZeroNonFinite = 2,
+}
+
+impl NonFinitePolicy {
+    /// The policy of this number.
+    pub(crate) fn of(code: u32) -> Self {
+        match code {
+            0 => Self::Skip,
+            1 => Self::Propagate,
+            _ => Self::ZeroNonFinite,
+        }
+    }
 }
 
 /// Everything that a probe does, declared when it is made. [`Config::bytes`] says what that takes on the device.
@@ -35,28 +41,8 @@ pub struct Config {
     pub clip: Clip,
     /// What a NaN or Inf does to the clip.
     pub non_finite: NonFinitePolicy,
-    /// What the loss is multiplied by before `backward`; nothing by default.
-    pub loss_scale: Option<LossScale>,
-    /// Steps that are kept on the device.
-    pub history: Option<u32>,
-    /// Tensors that are tracked across steps.
-    pub tracking: Option<GsnrConfig>,
-    /// Whether moments of Adam's are reduced.
-    pub moments: bool,
-    /// Whether elements are counted by their magnitudes.
-    pub histogram: bool,
-    /// Whether dot products are taken.
-    pub dot: bool,
-    /// Elements that are kept of each step.
-    pub samples: Option<SampleConfig>,
-    /// The clip of each unit by the norm of its weights.
-    pub adaptive_clip: Option<AdaptiveClip>,
-    /// Micro-batches of an accumulation that are measured before they are added up.
-    pub micro_batches: Option<u32>,
-    /// The other ranks, and where elements are.
-    pub ranks: Option<Ranks>,
-    /// By which each step is diagnosed.
-    pub rules: Option<Rules>,
+    /// What else it does; nothing by default.
+    pub features: Features,
     /// In which a backward pass reaches the tensors.
     pub backward_order: Option<Vec<usize>>,
 }
@@ -67,17 +53,7 @@ impl Default for Config {
             dead_threshold: 1e-10,
             clip: Clip::None,
             non_finite: NonFinitePolicy::Skip,
-            loss_scale: None,
-            history: None,
-            tracking: None,
-            moments: false,
-            histogram: false,
-            dot: false,
-            samples: None,
-            adaptive_clip: None,
-            micro_batches: None,
-            ranks: None,
-            rules: None,
+            features: Features::default(),
             backward_order: None,
         }
     }
@@ -107,75 +83,6 @@ impl Config {
         Self { non_finite, ..self }
     }
 
-    /// With gradients of a loss that is multiplied by this scale.
-    #[must_use]
-    pub fn loss_scale(self, loss_scale: LossScale) -> Self {
-        Self { loss_scale: Some(loss_scale), ..self }
-    }
-
-    /// With the last steps kept on the device, at least 1: 112 bytes a step and 24 a step and tensor.
-    #[must_use]
-    pub fn history(self, steps: u32) -> Self {
-        Self { history: Some(steps), ..self }
-    }
-
-    /// With mean and variance of every element of these tensors kept across steps: [`GsnrConfig::bytes`].
-    #[must_use]
-    pub fn tracking(self, tensors: GsnrConfig) -> Self {
-        Self { tracking: Some(tensors), ..self }
-    }
-
-    /// With the moments of Adam's that a trainer has reduced to signal and noise: 16 KiB and 120 bytes a tensor.
-    #[must_use]
-    pub fn moments(self) -> Self {
-        Self { moments: true, ..self }
-    }
-
-    /// With histograms of the magnitudes: 8 KiB a tensor.
-    #[must_use]
-    pub fn histogram(self) -> Self {
-        Self { histogram: true, ..self }
-    }
-
-    /// With dot products of two lists of tensors: 48 bytes a chunk of 32 Ki elements and 64 a tensor.
-    #[must_use]
-    pub fn dot(self) -> Self {
-        Self { dot: true, ..self }
-    }
-
-    /// With a few elements kept of each step.
-    #[must_use]
-    pub fn samples(self, samples: SampleConfig) -> Self {
-        Self { samples: Some(samples), ..self }
-    }
-
-    /// With units of tensors clipped by the norms of their weights: 56 bytes a tensor.
-    #[must_use]
-    pub fn adaptive_clip(self, clip: AdaptiveClip) -> Self {
-        Self { adaptive_clip: Some(clip), ..self }
-    }
-
-    /// With so many micro-batches of an accumulation measured on their own, at least 1: 80 bytes a micro-batch and tensor.
-    #[must_use]
-    pub fn micro_batches(self, count: u32) -> Self {
-        Self { micro_batches: Some(count), ..self }
-    }
-
-    /// With every measurement gathered from all ranks and merged before the step is decided, as [`ranks`](crate::ranks)
-    /// describes: 80 bytes a tensor and rank, twice that in a plan with weights.
-    #[must_use]
-    pub fn ranks(self, ranks: Ranks) -> Self {
-        Self { ranks: Some(ranks), ..self }
-    }
-
-    /// With each step diagnosed by these rules, where its report is read, and judged by those of them that are thresholds on
-    /// the device: one word for the step, [`StepOutputs::health`](crate::StepOutputs::health), and one a tensor. 2 KiB and 12
-    /// bytes a tensor.
-    #[must_use]
-    pub fn rules(self, rules: Rules) -> Self {
-        Self { rules: Some(rules), ..self }
-    }
-
     /// With the tensors' places in the plan in the order in which a backward pass reaches them, for the diagnosis; without
     /// it, the reverse of the plan's. [`backward_order`](crate::health::backward_order) reads one from the names.
     #[must_use]
@@ -190,11 +97,11 @@ impl Config {
             let value = self.dead_threshold.to_string();
             return Err(Error::InvalidConfig { option: "dead_threshold", expected: "finite and not negative", value });
         }
-        if self.backward_order.is_some() && self.rules.is_none() {
+        if self.backward_order.is_some() && self.features.rules.is_none() {
             let (expected, value) = ("given beside `Config::rules`", "an order".to_owned());
             return Err(Error::InvalidConfig { option: "backward_order", expected, value });
         }
-        self.loss_scale.map_or(Ok(()), |loss_scale| loss_scale.check())?;
+        self.features.loss_scale.map_or(Ok(()), |loss_scale| loss_scale.check())?;
         self.clip.check()
     }
 }

@@ -26,6 +26,7 @@ pub mod device;
 pub mod dot;
 mod dtype;
 mod error;
+mod features;
 pub mod gsnr;
 pub mod health;
 pub mod histogram;

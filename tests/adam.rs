@@ -120,7 +120,7 @@ fn on_cpu(plan: Plan) -> Probe {
 }
 
 fn of_moments(probe: &mut Probe, step: &AdamStep, moments: &[AdamMoments<'_>]) -> Result<GsnrReport, Error> {
-    probe.gsnr()?.of_moments(step, moments)
+    probe.moments()?.report(step, moments)
 }
 
 fn records(report: &GsnrReport) -> Vec<(String, GsnrRecord)> {

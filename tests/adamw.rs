@@ -12,7 +12,7 @@ mod users;
 use common::{Bounded, Parameter, Settings, correction, exact, loss_and_gradient};
 use data::{BATCH, BATCHES, DECAYED, HIDDEN, HIDDEN_BIAS, INPUTS, OUTPUT_BIAS, OUTPUT_WEIGHT, PARAMETERS, Samples};
 use gradprobe::StepOutputs;
-use gradprobe_simt::{Schedule, UserKernel, launch_user, ptx::memory};
+use gradprobe_simt::{Entry, Schedule, launch, ptx::memory};
 use std::{cell::RefCell, path::Path};
 
 const SOURCE: &str = include_str!("../examples/adamw/adamw.cu");
@@ -24,15 +24,17 @@ const SETTINGS: Settings = Settings { learning_rate: 0.01, beta1: 0.9, beta2: 0.
 /// Runs a kernel; addresses and numbers alike are words.
 #[track_caller]
 fn run(name: &str, blocks: u32, schedule: Schedule, parameters: &[u64]) {
-    let kernel = UserKernel::find(name).expect(name);
+    let kernel = Entry::find(name).expect(name);
+    assert_eq!(parameters.len(), kernel.parameter_bytes().len(), "{name}");
+    let words: Vec<[u8; 8]> = parameters.iter().map(|word| word.to_le_bytes()).collect();
+    let parameters = words.iter().zip(kernel.parameter_bytes()).map(|(word, &bytes)| &word[..bytes as usize]);
+    let parameters: Vec<&[u8]> = parameters.collect();
     if let Some(ptx) = users::kernels("examples/adamw/adamw.cu") {
         let _lent = memory::lend(NAMED.with_borrow(Clone::clone));
-        let words: Vec<[u8; 8]> = parameters.iter().map(|word| word.to_le_bytes()).collect();
-        let bytes = words.iter().zip(kernel.parameter_bytes()).map(|(word, &bytes)| &word[..bytes as usize]);
-        return users::launch(ptx, name, blocks, schedule, &bytes.collect::<Vec<_>>());
+        return users::launch(ptx, name, blocks, schedule, &parameters);
     }
     // SAFETY: each test gives the kernel what it has in adamw.cu, with addresses of vectors as long as it takes them.
-    unsafe { launch_user(kernel, blocks, parameters, schedule) }.unwrap();
+    unsafe { launch(kernel, blocks, &parameters, schedule) }.unwrap();
 }
 
 thread_local! {

@@ -742,7 +742,7 @@ enum TrackingFault {
 
 impl Mistracking {
     fn new(plan: Plan, config: Config, fault: TrackingFault) -> Result<Self, Error> {
-        let config = match (fault, &config.tracking) {
+        let config = match (fault, &config.features.tracking) {
             (TrackingFault::ForgetsTheWindow | TrackingFault::TracksAll, Some(tracking)) => {
                 tracking.bytes(&plan)?;
                 config.tracking(GsnrConfig::new())

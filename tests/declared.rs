@@ -9,7 +9,7 @@ use common::host::OnHost;
 use gradprobe::{
     Absent, AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, Histogram, LossScale, Plan, Probe, Ranks, Rules,
     SampleConfig, Tensor, TensorMut,
-    device::{Arguments, Buffer, Device, Kernel, Read},
+    device::{Buffer, Device, Kernel, Read},
     gsnr::AdamMoments,
     gsnr::AdamStep,
     history::{HistoryStep, HistoryTensor},
@@ -96,17 +96,7 @@ fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {
         ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.launch())),
         ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.report().map(drop))),
         ("Config::tracking", probe.gsnr().and_then(|mut gsnr| gsnr.reset())),
-        // Where neither is declared, the room is not there, and names what most want of it.
-        (
-            "Config::moments",
-            match probe.gsnr() {
-                Ok(mut gsnr) => gsnr.of_moments(&step, &moments()).map(drop),
-                Err(Error::NotDeclared { declare: "Config::tracking" }) => {
-                    Err(Error::NotDeclared { declare: "Config::moments" })
-                }
-                Err(other) => Err(other),
-            },
-        ),
+        ("Config::moments", probe.moments().and_then(|mut room| room.report(&step, &moments()).map(drop))),
         ("Config::histogram", probe.histogram().and_then(|mut histogram| histogram.launch(&gradients))),
         ("Config::histogram", probe.histogram().and_then(|mut histogram| histogram.measure(&gradients).map(drop))),
         ("Config::dot", probe.dot().and_then(|mut dot| dot.launch(&gradients, &gradients))),
@@ -157,8 +147,7 @@ fn what_was_not_declared_is_refused_by_the_call_that_declares_it_and_changes_not
             assert!(bits_of_a_step(&mut probe) == bits_of_a_step(&mut undisturbed), "step {step}");
         }
         let a = probe.addresses();
-        let optional = [a.loss_scale, a.health_words, a.gsnr_records, a.histograms, a.dots, a.adaptive_records];
-        assert_eq!(optional, [None; 6]);
+        assert_eq!([a.loss_scale, a.health_words], [None; 2]);
         assert!(a.outputs != 0 && a.records != 0 && a.coefficients != 0);
     }
     // A room that is there is no other room.
@@ -269,7 +258,7 @@ unsafe impl Device for Counting {
         let held = self.hold(bytes)?;
         Ok(Box::new(HeldRead(Cpu.read(bytes)?, held)))
     }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
         unsafe { Cpu.launch(kernel, blocks, arguments) }
     }
@@ -304,7 +293,7 @@ fn what_is_stated_is_what_is_allocated() {
                 // Ranks find out whether they mean the same before anything is made, in memory that is given back.
                 let stated = config.bytes(plan).unwrap();
                 let agreed = made - stated;
-                let expected = if config.ranks.is_some() { 1..4096 } else { 0..1 };
+                let expected = if config.features.ranks.is_some() { 1..4096 } else { 0..1 };
                 assert!(expected.contains(&agreed), "{name}: {stated} bytes stated, {made} allocated");
                 // And that is all, whatever the probe is asked for.
                 let elements: Vec<Vec<half::bf16>> =
@@ -388,7 +377,7 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
         let refused = Probe::new(device.clone(), plan(), config.clone().histogram().dot().moments()).map(drop);
         assert_eq!(refused.unwrap_err().to_string(), message);
         assert_eq!((device.given(), device.held()), (0, 0), "{message}");
-        if config.ranks.is_none() {
+        if config.features.ranks.is_none() {
             // Two others never come.
             let alone = ThreadCommunicator::group(3).swap_remove(1);
             let config = config.ranks(Ranks::new(alone, [Placement::Replicated, Placement::Replicated]));
@@ -505,7 +494,7 @@ fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
         }
     }
     let adam = AdamStep { step: 5, beta1: 0.9, beta2: 0.99 };
-    assert_eq!(probe.gsnr().unwrap().of_moments(&adam, &moments).unwrap().tensors().len(), 0, "{what}");
+    assert_eq!(probe.moments().unwrap().report(&adam, &moments).unwrap().tensors().len(), 0, "{what}");
     let history = probe.history_report().unwrap();
     assert_eq!((history.steps().len() as u64, history.total_norm().mean), (step, 0.0), "{what}");
     assert!(history.steps().all(|(step, _)| step.tag == step.outputs.step), "{what}");

@@ -6,42 +6,36 @@ mod require;
 mod users;
 
 use bytemuck::Zeroable;
-use gradprobe::{Config, Cpu, DType, Plan, Probe, Record, device::Arguments};
+use gradprobe::{Config, Cpu, DType, Plan, Probe, Record};
 use gradprobe_simt::{Entry, Schedule, launch};
 
 /// Threads of a block.
 const THREADS: usize = 128;
 const DEAD_THRESHOLD: f32 = 1e-10;
 
-/// Kernels of crates/simt/epilogue.cu, on the host and by name.
-type Named = (Entry, &'static str);
-const EPILOGUE: Named = (Entry::EPILOGUE, "gradprobe_simt_epilogue");
-const EPILOGUE_TILES: Named = (Entry::EPILOGUE_TILES, "gradprobe_simt_epilogue_tiles");
-const EPILOGUE_MERGE: Named = (Entry::EPILOGUE_MERGE, "gradprobe_simt_epilogue_merge");
+/// Kernels of crates/simt/epilogue.cu.
+const EPILOGUE: &str = "gradprobe_simt_epilogue";
+const EPILOGUE_TILES: &str = "gradprobe_simt_epilogue_tiles";
+const EPILOGUE_MERGE: &str = "gradprobe_simt_epilogue_merge";
 
 /// Runs one of them, by the C++ compiler or as PTX.
-fn run_kernel((entry, name): Named, blocks: u32, arguments: &Arguments, schedule: Schedule) {
+fn run_kernel(name: &str, blocks: u32, parameters: &[&[u8]], schedule: Schedule) {
     match users::kernels("crates/simt/epilogue.cu") {
-        Some(ptx) => users::launch(ptx, name, blocks, schedule, &[bytemuck::bytes_of(arguments)]),
+        Some(ptx) => users::launch(ptx, name, blocks, schedule, parameters),
         // SAFETY: the tests give kernels what they expect, with addresses of vectors as long as they take them.
-        None => unsafe { launch(entry, blocks, arguments, schedule) }.unwrap(),
+        None => unsafe { launch(Entry::find(name).unwrap(), blocks, parameters, schedule) }.unwrap(),
     }
 }
 
 /// What the kernel wrote, and the record of each block.
-fn run(kernel: Named, input: &[f32], blocks: u32, schedule: Schedule) -> (Vec<f32>, Vec<Record>) {
+fn run(kernel: &str, input: &[f32], blocks: u32, schedule: Schedule) -> (Vec<f32>, Vec<Record>) {
     let mut output = vec![f32::from_bits(0xdead_beef); input.len()];
     let mut slots = vec![Record { count: 77, ..Record::EMPTY }; blocks as usize];
-    let arguments = Arguments {
-        means: input.as_ptr() as u64,
-        deviations: output.as_mut_ptr() as u64,
-        records: slots.as_mut_ptr() as u64,
-        window: u32::try_from(input.len()).unwrap(),
-        clip_threshold: f64::from(DEAD_THRESHOLD),
-        ..Arguments::zeroed()
-    };
+    let addresses = [input.as_ptr() as u64, output.as_mut_ptr() as u64, slots.as_mut_ptr() as u64];
+    let [from, to, records] = addresses.map(u64::to_ne_bytes);
+    let (length, threshold) = ((input.len() as u64).to_ne_bytes(), DEAD_THRESHOLD.to_ne_bytes());
     let _lent = (users::lend(input, false), users::lend(&output, true), users::lend(&slots, true));
-    run_kernel(kernel, blocks, &arguments, schedule);
+    run_kernel(kernel, blocks, &[&from, &to, &length, &threshold, &records], schedule);
     (output, slots)
 }
 
@@ -49,10 +43,9 @@ fn run(kernel: Named, input: &[f32], blocks: u32, schedule: Schedule) -> (Vec<f3
 fn merged_on_the_device(slots: &[Record]) -> [Record; 2] {
     let mut all = slots.to_vec();
     all.extend([Record::zeroed(); 2]);
-    let window = u32::try_from(slots.len()).unwrap();
-    let arguments = Arguments { records: all.as_mut_ptr() as u64, window, ..Arguments::zeroed() };
+    let (address, count) = (all.as_mut_ptr() as u64, u32::try_from(slots.len()).unwrap());
     let _lent = users::lend(&all, true);
-    run_kernel(EPILOGUE_MERGE, 1, &arguments, Schedule::Forward);
+    run_kernel(EPILOGUE_MERGE, 1, &[&address.to_ne_bytes(), &count.to_ne_bytes()], Schedule::Forward);
     [all[slots.len()], all[slots.len() + 1]]
 }
 

@@ -18,7 +18,7 @@ use common::{
 };
 use gradprobe::{
     Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan, Probe,
-    device::{Arguments, Buffer, Device, Kernel, Read},
+    device::{Buffer, Device, Kernel, Read},
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -243,7 +243,7 @@ unsafe impl Device for Counting {
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
         self.inner.read(bytes)
     }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
         unsafe { self.inner.launch(kernel, blocks, arguments) }
     }

@@ -53,7 +53,7 @@ fn micro_batches_have_their_own_records_and_disturb_no_step() {
         for mut probe in probes(&config.clone().micro_batches(MICRO_BATCHES)) {
             // Nothing of a step is another for the micro-batches before it.
             let mut undisturbed = Probe::new(Cpu, plan(), config.clone()).unwrap();
-            let mut scale = config.loss_scale.map_or(1.0, |loss_scale| loss_scale.initial);
+            let mut scale = config.features.loss_scale.map_or(1.0, |loss_scale| loss_scale.initial);
             for step in 0..4u64 {
                 // Not every accumulation is as long.
                 let count = [4, 4, 1, 3][step as usize];
@@ -73,7 +73,7 @@ fn micro_batches_have_their_own_records_and_disturb_no_step() {
                 let mut merged = [Record::EMPTY; 3];
                 for micro_batch in 0..count {
                     let mut alone = Config::default();
-                    alone.loss_scale = config.loss_scale.map(|_| LossScale::fixed(scale));
+                    alone.features.loss_scale = config.features.loss_scale.map(|_| LossScale::fixed(scale));
                     let data = gradients(step, micro_batch);
                     let alone = Probe::new(Cpu, plan(), alone).unwrap().measure_host(&tensors(&data)).unwrap();
                     let seen = report.records(micro_batch as usize);
@@ -87,7 +87,7 @@ fn micro_batches_have_their_own_records_and_disturb_no_step() {
                 for (t, merged) in merged.iter().enumerate() {
                     let parts: Vec<Data> = (0..count).map(|m| gradients(step, m).swap_remove(t)).collect();
                     let mut truth_config = config.clone();
-                    truth_config.loss_scale = config.loss_scale.map(|_| LossScale::fixed(scale));
+                    truth_config.features.loss_scale = config.features.loss_scale.map(|_| LossScale::fixed(scale));
                     let bits = parts.iter().flat_map(|part| part.bits().collect::<Vec<_>>());
                     let truth = oracle::truth_under(&truth_config, parts[0].dtype(), bits);
                     complaints.extend(check::check_tensor("merged", &Seen::of(merged), &truth));
@@ -98,7 +98,7 @@ fn micro_batches_have_their_own_records_and_disturb_no_step() {
                 let text = report.to_string();
                 assert_eq!(text.contains("b at element 13"), step == 1, "{text}");
                 assert_eq!(text.lines().count(), 1 + count as usize);
-                scale = if config.loss_scale.is_some() { expected.outputs().next_loss_scale } else { 1.0 };
+                scale = if config.features.loss_scale.is_some() { expected.outputs().next_loss_scale } else { 1.0 };
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use gradprobe::{
     Config, Cpu, DType, Error, Plan, Probe,
-    device::{Arguments, Buffer, Device, Kernel, Read},
+    device::{Buffer, Device, Kernel, Read},
     tensor::Place,
 };
 use std::sync::{
@@ -67,7 +67,7 @@ unsafe impl Device for Unreliable {
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
         Ok(Box::new(UnreliableRead(Cpu.read(bytes)?, Arc::clone(&self.0))))
     }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
         unsafe { Cpu.launch(kernel, blocks, arguments) }
     }

@@ -40,12 +40,12 @@ def loads(hints):
 # In one launch, measure and clip; every block waits until the step is finished. It is launched so that all blocks run at
 # the same time.
 ONE_LAUNCH = [
-    ("KERNEL(4) gradprobe_measure(Arguments a) {", "DEVICE void measure(const Arguments &a) {"),
-    ("KERNEL(8) gradprobe_clip(Arguments a) {", "DEVICE void clip(const Arguments &a) {"),
+    ("KERNEL(4) gradprobe_measure(StepArguments a) {", "DEVICE void measure(const StepArguments &a) {"),
+    ("KERNEL(8) gradprobe_clip(ClipArguments a) {", "DEVICE void clip(const ClipArguments &a) {"),
     (
         "// ==== end",
         """
-KERNEL(4) gradprobe_step(Arguments a) {
+KERNEL(4) gradprobe_step(StepArguments a) {
     u64 step = *(volatile u64 *)&a.outputs->step;
     BARRIER();
     measure(a);
@@ -54,10 +54,14 @@ KERNEL(4) gradprobe_step(Arguments a) {
         acquire();
     }
     BARRIER();
-    clip(a);
+    ClipArguments of_clip;
+    (Common &)of_clip = a;
+    of_clip.clip_state = a.clip_state;
+    of_clip.coefficients = a.coefficients;
+    clip(of_clip);
 }
-extern "C" __global__ void gradprobe_measure(Arguments a) { measure(a); }
-extern "C" __global__ void gradprobe_clip(Arguments a) { clip(a); }
+extern "C" __global__ void gradprobe_measure(StepArguments a) { measure(a); }
+extern "C" __global__ void gradprobe_clip(ClipArguments a) { clip(a); }
 """,
     ),
 ]

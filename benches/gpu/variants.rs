@@ -5,7 +5,7 @@ use crate::{
     clock::Clock,
     gradients::{Gradients, transformer_lengths},
 };
-use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
+use bytemuck::{Zeroable, bytes_of, cast_slice};
 use gradprobe::{
     DType, Element, RawTensor, Record, StepOutputs, Tensor,
     cudarc::{
@@ -18,7 +18,7 @@ use gradprobe::{
         },
         nvrtc::Ptx,
     },
-    device::Arguments,
+    device::{ClipArguments, Common, StepArguments, TensorEntry},
 };
 use half::{bf16, f16};
 use serde_json::Value;
@@ -74,23 +74,23 @@ impl Variant {
         }
     }
 
-    fn config(&self, function: &CudaFunction, arguments: &Arguments) -> LaunchConfig {
+    fn config(&self, function: &CudaFunction, arguments: &Launched) -> LaunchConfig {
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(self.threads, 0, None).unwrap();
-        let blocks = arguments.chunk_count.min(resident * self.multiprocessors);
+        let blocks = arguments.step.0.common.chunk_count.min(resident * self.multiprocessors);
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (self.threads, 1, 1), shared_mem_bytes: 0 }
     }
 
-    fn measure(&self, stream: &CudaStream, arguments: &Arguments) {
+    fn measure(&self, stream: &CudaStream, arguments: &Launched) {
         let mut launch = stream.launch_builder(&self.measure);
-        launch.arg(arguments);
+        launch.arg(&arguments.step);
         // SAFETY: the kernel takes these arguments, whose tables and tensors live as long as the case.
         unsafe { launch.launch(self.config(&self.measure, arguments)) }.unwrap();
     }
 
-    fn step(&self, stream: &CudaStream, arguments: &Arguments) {
+    fn step(&self, stream: &CudaStream, arguments: &Launched) {
         if let Some(step) = &self.step {
             let mut launch = stream.launch_builder(step);
-            launch.arg(arguments);
+            launch.arg(&arguments.step);
             // SAFETY: as above, and the launch is refused if the blocks do not fit at once.
             unsafe { launch.launch_cooperative(self.config(step, arguments)) }.unwrap();
             return;
@@ -100,13 +100,13 @@ impl Variant {
             return self.clip_programmatically(stream, arguments);
         }
         let mut launch = stream.launch_builder(&self.clip);
-        launch.arg(arguments);
+        launch.arg(&arguments.clip);
         // SAFETY: as above.
         unsafe { launch.launch(self.config(&self.clip, arguments)) }.unwrap();
     }
 
     /// cudarc has no call for it.
-    fn clip_programmatically(&self, stream: &CudaStream, arguments: &Arguments) {
+    fn clip_programmatically(&self, stream: &CudaStream, arguments: &Launched) {
         let config = self.config(&self.clip, arguments);
         let mut attribute = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -125,7 +125,7 @@ impl Variant {
             attrs: &raw mut attribute,
             numAttrs: 1,
         };
-        let mut parameters = [ptr::from_ref(arguments).cast_mut().cast()];
+        let mut parameters = [ptr::from_ref(&arguments.clip).cast_mut().cast()];
         let function = self.clip.cu_function();
         // SAFETY: as above; what the pointers point to is read before the call returns.
         unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), ptr::null_mut()) }
@@ -134,20 +134,21 @@ impl Variant {
     }
 }
 
-/// One tensor as the kernels read it (kernels/arguments.cuh).
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct TensorEntry {
-    length: u64,
-    first_chunk: u32,
-    chunk_count: u32,
-    dtype: u32,
-    dead_bits: u32,
+/// The arguments of both kernels.
+struct Launched {
+    step: Parameter<StepArguments>,
+    clip: Parameter<ClipArguments>,
 }
+
+#[repr(transparent)]
+struct Parameter<T>(T);
+
+// SAFETY: `repr(C)` structs of integers and floats without padding, as the kernels declare them.
+unsafe impl<T> DeviceRepr for Parameter<T> {}
 
 /// What a launch needs, for chunks of some length.
 struct Tables {
-    arguments: Arguments,
+    arguments: Launched,
     outputs: CudaSlice<u8>,
     _kept: Vec<CudaSlice<u8>>,
 }
@@ -181,7 +182,7 @@ impl Tables {
         ];
         let outputs = upload(bytes_of(&StepOutputs::default()));
         let address = |slice: &CudaSlice<u8>| slice.device_ptr(stream).0;
-        let arguments = Arguments {
+        let common = Common {
             addresses: address(&kept[0]),
             tensors: address(&kept[1]),
             chunk_tensors: address(&kept[2]),
@@ -190,13 +191,12 @@ impl Tables {
             outputs: address(&outputs),
             chunks_done: address(&kept[5]),
             tensors_done: address(&kept[5]) + chunks as u64 * 4,
-            max_norm,
             chunk_count: u32::try_from(chunks).unwrap(),
             tensor_count: u32::try_from(count).unwrap(),
-            busy_tensors: u32::try_from(count).unwrap(),
-            policy: 0,
-            ..Arguments::zeroed()
         };
+        let step = StepArguments { common, max_norm, busy_tensors: common.tensor_count, ..StepArguments::zeroed() };
+        let clip = ClipArguments { common, ..ClipArguments::zeroed() };
+        let arguments = Launched { step: Parameter(step), clip: Parameter(clip) };
         Self { arguments, outputs, _kept: kept }
     }
 

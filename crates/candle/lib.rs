@@ -186,7 +186,7 @@ impl CandleProbe {
 /// A probe on this device, which was checked. A list is in the order of the model; the names of a map tell it as far as
 /// they can.
 fn probe_of(source: &Source, device: &Device, plan: Plan, mut config: Config) -> Result<Probe, Error> {
-    if let (Source::Map(_), Some(_), None) = (source, &config.rules, &config.backward_order) {
+    if let (Source::Map(_), Some(_), None) = (source, &config.features.rules, &config.backward_order) {
         config = config.backward_order(health::backward_order(&plan));
     }
     let probe = match device {

@@ -2,16 +2,8 @@
 // write, with an epilogue of statistics.
 #define GRADPROBE_SIMT
 #include <algorithm>
-#include "../../kernels/measure.cu"
-#include "../../kernels/clip.cu"
-#include "../../kernels/update.cu"
-#include "../../kernels/gsnr.cu"
-#include "../../kernels/histogram.cu"
-#include "../../kernels/dot.cu"
-#include "../../kernels/adaptive.cu"
-#include "../../kernels/sample.cu"
-#include "../../kernels/adam.cu"
-#include "../../kernels/merge.cu"
+#include "described.hpp"
+#include "kernels.inc" // all of kernels/*.cu
 #include "epilogue.cu"
 
 thread_local SimtState gradprobe_simt_state;
@@ -30,30 +22,46 @@ u64 gradprobe_simt_shared_bytes() {
 struct Seen {
     u32 lane[LANES];
 };
-static void neighbours(Arguments a, bool barrier) {
+static void neighbours(u32 *words, bool barrier) {
     SHARED(Seen, seen);
     seen.lane[threadIdx.x] = threadIdx.x;
     if (barrier) BARRIER();
-    ((u32 *)a.records)[threadIdx.x] = seen.lane[(threadIdx.x + 1) % LANES];
+    words[threadIdx.x] = seen.lane[(threadIdx.x + 1) % LANES];
 }
-KERNEL(1) gradprobe_simt_with_barrier(Arguments a) { neighbours(a, true); }
-KERNEL(1) gradprobe_simt_missing_barrier(Arguments a) { neighbours(a, false); }
-KERNEL(1) gradprobe_simt_divergent_barrier(Arguments) {
+KERNEL(1) gradprobe_simt_with_barrier(u32 *words) { neighbours(words, true); }
+KERNEL(1) gradprobe_simt_missing_barrier(u32 *words) { neighbours(words, false); }
+KERNEL(1) gradprobe_simt_divergent_barrier(u32 *) {
     if (threadIdx.x < 100) BARRIER();
 }
-KERNEL(1) gradprobe_simt_two_barriers(Arguments) {
+KERNEL(1) gradprobe_simt_two_barriers(u32 *) {
     if (threadIdx.x < 64) {
         BARRIER();
     } else {
         BARRIER();
     }
 }
-KERNEL(1) gradprobe_simt_divergent_shuffle(Arguments) {
+KERNEL(1) gradprobe_simt_divergent_shuffle(u32 *) {
     if (threadIdx.x % WARP < 16) SHUFFLE_DOWN(1u, 1u);
 }
-KERNEL(1) gradprobe_simt_misaligned(Arguments a) { load_words4((const u8 *)a.records + 4); }
-KERNEL(1) gradprobe_simt_unset_shared(Arguments a) {
+KERNEL(1) gradprobe_simt_misaligned(u32 *words) { load_words4((const u8 *)words + 4); }
+KERNEL(1) gradprobe_simt_unset_shared(u32 *words) {
     SHARED(u32, word);
-    if (threadIdx.x == 0) ((u32 *)a.records)[blockIdx.x] = word;
+    if (threadIdx.x == 0) words[blockIdx.x] = word;
     word = 0;
 }
+
+static const SimtKernel kernels[] = {
+    GRADPROBE_KERNELS
+    DESCRIBED(gradprobe_simt_with_barrier),
+    DESCRIBED(gradprobe_simt_missing_barrier),
+    DESCRIBED(gradprobe_simt_divergent_barrier),
+    DESCRIBED(gradprobe_simt_two_barriers),
+    DESCRIBED(gradprobe_simt_divergent_shuffle),
+    DESCRIBED(gradprobe_simt_misaligned),
+    DESCRIBED(gradprobe_simt_unset_shared),
+    DESCRIBED(gradprobe_simt_epilogue),
+    DESCRIBED(gradprobe_simt_epilogue_tiles),
+    DESCRIBED(gradprobe_simt_epilogue_merge),
+};
+
+extern "C" const SimtKernel *gradprobe_simt_kernel(u32 index) { return kernel_at(kernels, index); }

@@ -1,14 +1,31 @@
 //! The clip: each element times a coefficient, or between two limits, rounded to its type; non-finite elements zeroed if
 //! so decided.
 
+use super::ClipHeader;
 use crate::{
     Element, HostTensorMut, StepOutputs,
-    device::cpu::{Memory, Own},
+    device::cpu::Memory,
     dtype::sealed::Bits,
+    probe::Common,
     spec::{CHUNK, TILE},
     tensor::with_elements,
 };
+use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
+
+/// Of [`Kernel::Clip`](crate::device::Kernel::Clip).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct ClipArguments {
+    /// The common part.
+    pub common: Common,
+    /// What the rule keeps from step to step.
+    pub clip_state: u64,
+    /// One f32 a tensor, under a rule that clips tensors on their own.
+    pub coefficients: u64,
+}
+// The other side is in kernels/clip.cu.
+const _: () = assert!(size_of::<ClipArguments>() == 88);
 
 /// What is done to each element of a tensor.
 #[derive(Clone, Copy, Debug)]
@@ -43,16 +60,21 @@ pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
 }
 
 /// What `gradprobe_clip` does.
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let Memory { own: Own::Changed(tensors, _), outputs, clip: state, .. } = memory else { return };
+pub(crate) fn run(memory: &Memory, a: &ClipArguments) {
+    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
     let does = |bit: u32| outputs.action & bit != 0;
     if outputs.action == 0 {
         return;
     }
-    let limit = if does(StepOutputs::ACTION_CLAMP) { state.header.limit } else { f32::INFINITY };
+    let limit = if does(StepOutputs::ACTION_CLAMP) {
+        memory.slice::<ClipHeader>(a.clip_state, 1)[0].limit
+    } else {
+        f32::INFINITY
+    };
     let zero_nonfinite = does(StepOutputs::ACTION_ZERO_NONFINITE);
-    let by_tensor = does(StepOutputs::ACTION_SCALE_TENSORS).then_some(&*state.coefficients);
-    tensors.par_iter_mut().enumerate().for_each(|(index, tensor)| {
+    let by_tensor = does(StepOutputs::ACTION_SCALE_TENSORS)
+        .then(|| memory.slice::<f32>(a.coefficients, a.common.tensor_count as usize));
+    memory.tensors_mut(&a.common).par_iter_mut().enumerate().for_each(|(index, tensor)| {
         let coefficient = by_tensor.map_or(outputs.coefficient, |coefficients| coefficients[index]);
         let how = Clipping { coefficient, limit, zero_nonfinite };
         if by_tensor.is_some() && coefficient == 1.0 && !zero_nonfinite {

@@ -2,8 +2,9 @@
 //! that was not.
 
 use crate::{
-    Error, Probe, Record,
+    Config, Error, Probe, Record,
     device::Buffer,
+    features::Feature,
     probe::{Core, outside_capture, uploaded},
 };
 use bytemuck::{Pod, Zeroable};
@@ -100,7 +101,7 @@ pub(crate) struct LossScaleState {
     growth_factor: f32,
     backoff_factor: f32,
     growth_interval: u32,
-    /// [`Config::dead_threshold`](crate::Config::dead_threshold): what is below it depends on the scale.
+    /// [`Config::dead_threshold`]: what is below it depends on the scale.
     pub dead_threshold: f32,
     reserved: [u32; 2],
 }
@@ -153,12 +154,21 @@ pub(crate) struct LossScaleMemory {
     buffer: Buffer,
 }
 
-impl LossScaleMemory {
-    pub fn new(core: &mut Core, rule: &LossScale) -> Result<Self, Error> {
-        let state = LossScaleState::new(rule, core.config.dead_threshold);
+impl Feature<LossScale> for LossScaleMemory {
+    fn new(core: &mut Core, rule: LossScale) -> Result<Self, Error> {
+        let state = LossScaleState::new(&rule, core.config.dead_threshold);
         let buffer = uploaded(&*core.device, bytemuck::bytes_of(&state))?;
-        core.arguments.loss_scale = buffer.address();
+        core.step.loss_scale = buffer.address();
         Ok(Self { state, buffer })
+    }
+}
+
+impl Config {
+    /// With gradients of a loss that is multiplied by this scale.
+    #[must_use]
+    pub fn loss_scale(mut self, loss_scale: LossScale) -> Self {
+        self.features.loss_scale = Some(loss_scale);
+        self
     }
 }
 
@@ -166,12 +176,12 @@ impl Probe {
     /// Sets the loss scale of the next step, and of those after it until it adapts: one upload.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::loss_scale`](crate::Config::loss_scale), [`Error::InvalidConfig`] unless
+    /// [`Error::NotDeclared`] without [`Config::loss_scale`], [`Error::InvalidConfig`] unless
     /// finite and above 0, [`Error::UploadInCapture`], or the device's.
     pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
         check_scale(scale)?;
         let declare = "Config::loss_scale";
-        let LossScaleMemory { state, buffer } = self.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
+        let LossScaleMemory { state, buffer } = self.rooms.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         self.core.device.upload(bytemuck::bytes_of(&state.with_scale(scale)), buffer)
     }

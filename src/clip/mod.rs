@@ -1,7 +1,7 @@
 //! Clips: of all tensors together, of tensors, units or elements, and the loss scale.
 
-mod adaptive;
-mod cpu;
+pub(crate) mod adaptive;
+pub(crate) mod cpu;
 mod loss_scale;
 mod policy;
 
@@ -9,10 +9,8 @@ pub use adaptive::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, AdaptiveUni
 pub use loss_scale::LossScale;
 pub use policy::Clip;
 
-pub(crate) use adaptive::{
-    cpu::run as adaptive,
-    room::{Rule, TensorUnits},
-};
-pub(crate) use cpu::run as clip;
+pub(crate) use adaptive::room::AdaptiveArguments;
+#[doc(hidden)]
+pub use cpu::ClipArguments;
 pub(crate) use loss_scale::{LossScaleMemory, LossScaleState, divisor, is_usable};
 pub(crate) use policy::{ClipHeader, ClipState, Decision, Norms, percentile_of};

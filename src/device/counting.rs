@@ -1,6 +1,6 @@
 //! A device that allocates nothing and counts what a probe would.
 
-use super::{Arguments, Buffer, Device, HostRead, Kernel, Read};
+use super::{Buffer, Device, HostRead, Kernel, Read};
 use crate::{Error, tensor::Place};
 use std::sync::{
     Arc,
@@ -40,7 +40,7 @@ unsafe impl Device for Counting {
         Ok(Box::new(HostRead::new(0)))
     }
 
-    unsafe fn launch(&self, _: Kernel, _: u32, _: &Arguments) -> Result<(), Error> {
+    unsafe fn launch(&self, _: Kernel, _: u32, _: &[u8]) -> Result<(), Error> {
         Ok(())
     }
 

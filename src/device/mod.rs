@@ -6,72 +6,73 @@ pub(crate) mod cpu;
 pub mod cuda;
 mod host;
 
+pub use crate::{
+    clip::ClipArguments,
+    probe::{Common, StepArguments, TensorEntry},
+};
 pub use cpu::Cpu;
 pub use host::{HostMemory, HostRead};
 
-use crate::{Error, spec::LANES, tensor::Place};
+use crate::{Error, clip, dot, gsnr, histogram, measure, probe::Arguments, ranks, samples, spec::LANES, tensor::Place};
 use std::any::Any;
 
-pub use crate::probe::Arguments;
+/// Declares the kernels: name, entry point, arguments, and what they do on the CPU.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $kernel:ident = $entry:literal, $arguments:ty, $cpu:path;)*) => {
+        /// The kernels, by the names they are compiled under.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Kernel {
+            $($(#[$doc])* $kernel,)*
+        }
 
-/// The kernels, by the names they are compiled under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kernel {
-    /// `gradprobe_measure`: all statistics of all tensors, norms, coefficient and flags.
-    Measure,
-    /// `gradprobe_clip`: scales in place what [`Kernel::Measure`] decided to scale.
-    Clip,
-    /// `gradprobe_update`: merges the step that [`Kernel::Measure`] measured into what is tracked across steps.
-    Update,
-    /// `gradprobe_gsnr`: reduces what is tracked to one record a tensor.
-    Gsnr,
-    /// `gradprobe_adam`: reduces Adam's moments to one record a tensor.
-    Adam,
-    /// `gradprobe_histogram`: counts elements by their magnitudes.
-    Histogram,
-    /// `gradprobe_dot`: dot products of two lists of tensors.
-    Dot,
-    /// `gradprobe_adaptive`: scales units in place by the norms of their weights.
-    Adaptive,
-    /// `gradprobe_sample`: copies a few elements into a ring of steps.
-    Sample,
-    /// `gradprobe_merge`: merges the records of many ranks, and finishes the step that [`Kernel::Measure`] left open.
-    Merge,
+        impl Kernel {
+            /// Every kernel.
+            pub const ALL: &[Kernel] = &[$(Kernel::$kernel),*];
+
+            /// The name of the kernel's entry point.
+            pub const fn entry(self) -> &'static str {
+                match self { $(Kernel::$kernel => $entry,)* }
+            }
+
+            /// Does on the CPU what the kernel does.
+            fn run(self, memory: &cpu::Memory, arguments: &[u8]) {
+                match self { $(Kernel::$kernel => $cpu(memory, bytemuck::from_bytes(arguments)),)* }
+            }
+        }
+
+        $(impl Arguments for $arguments {
+            const KERNEL: Kernel = Kernel::$kernel;
+        })*
+    };
+}
+
+kernels! {
+    /// All statistics of all tensors, norms, coefficient and flags.
+    Measure = "gradprobe_measure", StepArguments, measure::cpu::run;
+    /// Scales in place what [`Kernel::Measure`] decided to scale.
+    Clip = "gradprobe_clip", clip::ClipArguments, clip::cpu::run;
+    /// Merges the step that [`Kernel::Measure`] measured into what is tracked across steps.
+    Update = "gradprobe_update", gsnr::UpdateArguments, gsnr::cpu::update;
+    /// Reduces what is tracked to one record a tensor.
+    Gsnr = "gradprobe_gsnr", gsnr::GsnrArguments, gsnr::cpu::gsnr;
+    /// Reduces Adam's moments to one record a tensor.
+    Adam = "gradprobe_adam", gsnr::AdamArguments, gsnr::cpu::adam;
+    /// Counts elements by their magnitudes.
+    Histogram = "gradprobe_histogram", histogram::HistogramArguments, histogram::cpu::run;
+    /// Dot products of two lists of tensors.
+    Dot = "gradprobe_dot", dot::DotArguments, dot::cpu::run;
+    /// Scales units in place by the norms of their weights.
+    Adaptive = "gradprobe_adaptive", clip::AdaptiveArguments, clip::adaptive::cpu::run;
+    /// Copies a few elements into a ring of steps.
+    Sample = "gradprobe_sample", samples::SampleArguments, samples::cpu::run;
+    /// Merges the records of many ranks, and finishes the step that [`Kernel::Measure`] left open.
+    Merge = "gradprobe_merge", ranks::MergeArguments, ranks::cpu::run;
 }
 
 impl Kernel {
-    /// Every kernel.
-    pub const ALL: [Kernel; 10] = [
-        Kernel::Measure,
-        Kernel::Clip,
-        Kernel::Update,
-        Kernel::Gsnr,
-        Kernel::Adam,
-        Kernel::Histogram,
-        Kernel::Dot,
-        Kernel::Adaptive,
-        Kernel::Sample,
-        Kernel::Merge,
-    ];
     /// Threads of a block, for each of them.
     #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
     pub const THREADS: u32 = LANES as u32;
-
-    /// The name of the kernel's entry point.
-    pub const fn entry(self) -> &'static str {
-        match self {
-            Kernel::Measure => "gradprobe_measure",
-            Kernel::Clip => "gradprobe_clip",
-            Kernel::Update => "gradprobe_update",
-            Kernel::Gsnr => "gradprobe_gsnr",
-            Kernel::Histogram => "gradprobe_histogram",
-            Kernel::Dot => "gradprobe_dot",
-            Kernel::Adaptive => "gradprobe_adaptive",
-            Kernel::Sample => "gradprobe_sample",
-            Kernel::Adam => "gradprobe_adam",
-            Kernel::Merge => "gradprobe_merge",
-        }
-    }
 }
 
 /// The kernels as one source without includes, for NVRTC.
@@ -164,15 +165,15 @@ pub unsafe trait Device: Send {
     /// When there is not enough.
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error>;
 
-    /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and `arguments` as its one parameter.
+    /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and the bytes of its one parameter, aligned to 8.
     ///
     /// # Safety
-    /// The arguments are those of `kernels/arguments.cuh`; their addresses are those of this device's buffers, of the sizes
+    /// They are the kernel's [`Arguments`]; the addresses in them are those of this device's buffers, of the sizes
     /// that the kernel needs, and of tensors that are lent until the call returns.
     ///
     /// # Errors
     /// When the device fails.
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error>;
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error>;
 
     /// Blocks that fill the device; more are never launched.
     fn resident_blocks(&self, kernel: Kernel) -> u32;

@@ -1,10 +1,10 @@
 //! Sums over the pairs of elements of two tensors, in f64, in the order of the kernels.
 
-use super::Dot;
+use super::{Dot, DotArguments, Other};
 use crate::{
     Element, HostTensor,
     device::cpu::{
-        Memory, Own,
+        Memory,
         dispatch::{self, Work},
     },
     spec::{self, CHUNK, LANES, PACKET, PACKETS, ROW, TILE, WARP},
@@ -18,10 +18,14 @@ const WARPS: usize = LANES / WARP;
 const TOGETHER: usize = 16;
 
 /// What `gradprobe_dot` does.
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let Memory { tensors, own: Own::Dots(others, records), .. } = memory else { return };
-    let pairs = tensors.par_iter().zip(&*others).zip(&mut **records);
-    pairs.for_each(|((&a, &b), record)| *record = of_pair(a, b));
+pub(crate) fn run(memory: &Memory, a: &DotArguments) {
+    let tensors = memory.tensors(&a.common);
+    let others: &[Other] = memory.slice(a.others, tensors.len());
+    let records: &mut [Dot] = memory.slice_mut(a.dots, tensors.len());
+    let pairs = tensors.par_iter().zip(memory.entries(&a.common)).zip(others).zip(records);
+    pairs.for_each(|(((&a, entry), b), record)| {
+        *record = of_pair(a, memory.tensor(b.address, entry.length, b.dtype));
+    });
 }
 
 /// The record of two tensors of one length; of none where either is absent.

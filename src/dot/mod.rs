@@ -6,6 +6,8 @@ mod room;
 
 pub use room::Dots;
 
+pub(crate) use room::DotArguments;
+
 use crate::{Plan, measure::printable, spec};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;

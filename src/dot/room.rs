@@ -2,32 +2,52 @@
 
 use super::{Dot, DotReport, Other};
 use crate::{
-    Error, Probe, Tensor,
-    device::{Buffer, Kernel},
-    probe::{Arguments, Core, Mirrored, Planned, ReadBack, Room, outside_capture, values},
+    Config, Error, Probe, Tensor,
+    device::Buffer,
+    features::Feature,
+    probe::{Common, Core, Mirrored, Planned, ReadBack, Room, outside_capture, values},
 };
+use bytemuck::{Pod, Zeroable};
 
-/// Room for dot products: [`Config::dot`](crate::Config::dot), [`Probe::dot`].
+/// Of [`Kernel::Dot`](crate::device::Kernel::Dot).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct DotArguments {
+    pub common: Common,
+    /// Table of the second list: [`Other`].
+    pub others: u64,
+    /// One [`Dot`] a chunk: workspace.
+    chunk_dots: u64,
+    /// One [`Dot`] a tensor: a result.
+    pub dots: u64,
+}
+// The other side is in kernels/dot.cu.
+const _: () = assert!(size_of::<DotArguments>() == 96);
+
+/// Room for dot products: [`Config::dot`], [`Probe::dot`].
 pub struct Dots {
     others: Mirrored<Other>,
-    _chunks: Buffer,
+    chunks: Buffer,
     records: ReadBack,
 }
 
-impl Dots {
-    pub(crate) fn new(core: &mut Core) -> Result<Self, Error> {
+impl Feature<()> for Dots {
+    fn new(core: &mut Core, (): ()) -> Result<Self, Error> {
         let (device, tensors) = (&*core.device, core.plan.tensors().len());
         let others = Mirrored::new(device, tensors)?;
         let chunks = device.allocate((core.plan.chunks() * size_of::<Dot>()).max(1))?;
         // Empty tensors have no chunk whose block would set their records.
         let records = ReadBack::zeroed(device, tensors * size_of::<Dot>())?;
-        core.arguments = Arguments {
-            others: others.address(),
-            chunk_dots: chunks.address(),
-            dots: records.address(),
-            ..core.arguments
-        };
-        Ok(Self { others, _chunks: chunks, records })
+        Ok(Self { others, chunks, records })
+    }
+}
+
+impl Config {
+    /// With dot products of two lists of tensors: 48 bytes a chunk of 32 Ki elements and 64 a tensor.
+    #[must_use]
+    pub fn dot(mut self) -> Self {
+        self.features.dot = Some(());
+        self
     }
 }
 
@@ -35,16 +55,21 @@ impl Probe {
     /// Two lists of tensors beside each other: dot products and cosines. A measurement on the side, no step.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::dot`](crate::Config::dot).
+    /// [`Error::NotDeclared`] without [`Config::dot`].
     pub fn dot(&mut self) -> Result<Room<'_, Dots>, Error> {
-        Room::new(&mut self.core, &mut self.dot, "Config::dot")
+        Room::new(&mut self.core, &mut self.rooms.dot, "Config::dot")
     }
 }
 
 impl Room<'_, Dots> {
+    /// The device address of one [`Dot`] a tensor.
+    pub fn address(&self) -> u64 {
+        self.memory.records.address()
+    }
+
     /// Launches the dot products of the plan's tensors `a` and the tensors `b`, which have the same lengths and any
     /// dtypes, and may be the same memory: this step's gradients and the last one's, or gradients and weights. They are
-    /// then at [`Addresses::dots`](crate::Addresses::dots), for those who read them on the device; does not wait. One
+    /// then at [`address`](Self::address), for those who read them on the device; does not wait. One
     /// upload of 16 bytes a tensor when `b` has moved since the last call, beside that of `a`.
     ///
     /// # Errors
@@ -56,7 +81,9 @@ impl Room<'_, Dots> {
         core.place(&a, None)?;
         let other = |t: &crate::probe::Located| Other { address: t.address, dtype: t.dtype.code(), reserved: 0 };
         memory.others.set(&*core.device, b.tensors.iter().map(other))?;
-        core.launch(Kernel::Dot, core.arguments.chunk_count, &core.arguments)?;
+        let (others, dots) = (memory.others.address(), memory.records.address());
+        let chunk_dots = memory.chunks.address();
+        core.launch_chunks(&DotArguments { common: core.step.common, others, chunk_dots, dots })?;
         b.finish()?;
         a.finish()
     }

@@ -1,12 +1,12 @@
 //! Welford's update of each element's mean and deviations, and the reduction of these, or of Adam's moments, to one
 //! record a tensor.
 
-use super::{BINS, GsnrRecord, GsnrSums, Scaling, Track, bin_of};
+use super::{AdamArguments, BINS, GsnrArguments, GsnrRecord, GsnrSums, Scaling, Track, UpdateArguments, bin_of};
 use crate::{
-    Element, HostTensor,
+    Element, HostTensor, Record, StepOutputs,
     clip::divisor,
     device::cpu::{
-        Memory, Own,
+        Memory,
         dispatch::{self, Work},
     },
     measure::narrow,
@@ -17,16 +17,20 @@ use crate::{
 use rayon::prelude::*;
 
 /// What `gradprobe_update` does: merges a step whose records are known.
-pub(crate) fn update(memory: &mut Memory<'_>) {
-    let Memory { tensors, entries, records, outputs, own, .. } = memory;
-    let Own::Tracked { tracks, means, deviations, window } = own else { return };
+pub(crate) fn update(memory: &Memory, a: &UpdateArguments) {
+    let (tensors, entries) = (memory.tensors(&a.common), memory.entries(&a.common));
+    let tracks: &mut [Track] = memory.slice_mut(a.tracks, tensors.len());
+    let elements = elements_of(tracks, entries);
+    let records: &[Record] = memory.slice(a.common.records, tensors.len());
+    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
     let unscale = narrow(1.0 / divisor(outputs.loss_scale));
-    let (mut means, mut deviations, mut begin) = (&mut **means, &mut **deviations, 0);
+    let (mut means, mut deviations, mut begin) =
+        (memory.slice_mut::<f32>(a.means, elements), memory.slice_mut::<f32>(a.deviations, elements), 0);
     let mut work = Vec::new();
-    for (((track, tensor), entry), record) in tracks.iter_mut().zip(&*tensors).zip(*entries).zip(&**records) {
+    for (((track, tensor), entry), record) in tracks.iter_mut().zip(&tensors).zip(entries).zip(records) {
         // What is absent is no step of the tensor's.
         let is_absent = tensor.is_empty() && entry.length > 0;
-        if !track.is_tracked() || is_absent || !track.step(record, *window) || tensor.is_empty() {
+        if !track.is_tracked() || is_absent || !track.step(record, a.window) || tensor.is_empty() {
             continue;
         }
         let skip = usize::try_from(track.offset).unwrap_or(usize::MAX) - begin;
@@ -47,10 +51,13 @@ pub(crate) fn update(memory: &mut Memory<'_>) {
 }
 
 /// What `gradprobe_gsnr` does: the records of the tracked tensors.
-pub(crate) fn gsnr(memory: &mut Memory<'_>) {
-    let Memory { entries, own, gsnr_records, .. } = memory;
-    let Own::Tracked { tracks, means, deviations, .. } = own else { return };
-    let tracked = tracks.par_iter().zip(*entries).zip(&mut **gsnr_records).filter(|((track, _), _)| track.is_tracked());
+pub(crate) fn gsnr(memory: &Memory, a: &GsnrArguments) {
+    let entries = memory.entries(&a.common);
+    let tracks: &[Track] = memory.slice(a.tracks, entries.len());
+    let elements = elements_of(tracks, entries);
+    let (means, deviations) = (memory.slice(a.means, elements), memory.slice(a.deviations, elements));
+    let records: &mut [GsnrRecord] = memory.slice_mut(a.gsnr_records, entries.len());
+    let tracked = tracks.par_iter().zip(entries).zip(records).filter(|((track, _), _)| track.is_tracked());
     tracked.for_each(|((track, entry), record): ((&Track, &TensorEntry), _)| {
         #[expect(clippy::cast_possible_truncation, reason = "the state is in memory")]
         let place = track.offset as usize..(track.offset + entry.length) as usize;
@@ -63,11 +70,22 @@ pub(crate) fn gsnr(memory: &mut Memory<'_>) {
     });
 }
 
+/// Elements whose state is kept: where that of the last tracked tensor ends.
+fn elements_of(tracks: &[Track], entries: &[TensorEntry]) -> usize {
+    let tracked = tracks.iter().zip(entries).filter(|(track, _)| track.is_tracked());
+    let end = tracked.map(|(track, entry)| track.offset + entry.length).max().unwrap_or(0);
+    usize::try_from(end).unwrap_or(usize::MAX)
+}
+
 /// What `gradprobe_adam` does: the records of the tensors that have moments.
-pub(crate) fn adam(memory: &mut Memory<'_>) {
-    let Memory { own: Own::Moments(adam, moments), gsnr_records, .. } = memory else { return };
-    let given = moments.par_iter().zip(&mut **gsnr_records).filter(|([exp_avg, _], _)| !exp_avg.is_empty());
-    given.for_each(|(&[exp_avg, exp_avg_sq], record)| {
+pub(crate) fn adam(memory: &Memory, a: &AdamArguments) {
+    let (entries, adam) = (memory.entries(&a.common), &a.step);
+    let moments: &[[u64; 2]] = memory.slice(a.moments, entries.len());
+    let records: &mut [GsnrRecord] = memory.slice_mut(a.gsnr_records, entries.len());
+    let given = moments.par_iter().zip(entries).zip(records).filter(|((moments, _), _)| moments[0] != 0);
+    given.for_each(|((moments, entry), record)| {
+        let count = usize::try_from(entry.length).unwrap_or(usize::MAX);
+        let [exp_avg, exp_avg_sq] = moments.map(|address| memory.slice(address, count));
         let element = |exp_avg: f64, exp_avg_sq: f64| adam.element(exp_avg, exp_avg_sq);
         let (sums, bins) = reduce(exp_avg, exp_avg_sq, element, adam.scaling);
         *record = GsnrRecord::of_steps(adam.steps).with_sums(exp_avg.len() as u64, &adam.scaling, &sums, &bins);

@@ -6,13 +6,16 @@
 mod accumulation;
 mod adam;
 pub(crate) mod cpu;
+mod moments;
 mod room;
 
 pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
 pub use adam::{AdamMoments, AdamStep};
-pub use room::Signal;
+pub use moments::Moments;
+pub use room::Tracking;
 
-pub(crate) use adam::Adam;
+pub(crate) use moments::AdamArguments;
+pub(crate) use room::{GsnrArguments, UpdateArguments};
 
 use crate::{Error, Plan, Record, measure::printable, spec};
 use bytemuck::{Pod, Zeroable};

@@ -1,185 +1,160 @@
-//! Tensors tracked across steps on a device, and Adam's moments: state, launches and read-out.
+//! Tensors tracked across steps on a device: state, launches and read-out.
 
-use super::{AdamMoments, AdamStep, BINS, GsnrConfig, GsnrRecord, GsnrReport, Layout, Track, adam::Adam};
+use super::{BINS, GsnrConfig, GsnrRecord, GsnrReport, Layout, Track};
 use crate::{
-    DType, Error, Probe,
-    device::{Buffer, Kernel},
-    probe::{Arguments, Core, Located, ReadBack, Room, check_address, outside_capture, uploaded, values},
+    Config, Error, Probe,
+    device::Buffer,
+    features::Feature,
+    probe::{Common, Core, ReadBack, Room, outside_capture, uploaded, values},
 };
+use bytemuck::{Pod, Zeroable};
 
-/// Signal and noise across steps: [`Config::tracking`](crate::Config::tracking) or
-/// [`Config::moments`](crate::Config::moments), [`Probe::gsnr`].
-pub struct Signal {
-    tracking: Option<Tracking>,
-    moments: Option<Moments>,
+/// Of [`Kernel::Update`](crate::device::Kernel::Update).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct UpdateArguments {
+    pub common: Common,
+    /// How far each tensor has been tracked: [`Track`].
+    pub tracks: u64,
+    /// f32 means of the tracked elements.
+    pub means: u64,
+    /// Their summed squared deviations, f32.
+    pub deviations: u64,
+    /// Steps after which tracking starts anew, or 0.
+    pub window: u32,
+    reserved: u32,
 }
 
-/// What is tracked across steps, in device memory.
-struct Tracking {
+/// Of [`Kernel::Gsnr`](crate::device::Kernel::Gsnr).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct GsnrArguments {
+    pub common: Common,
+    /// As above, and the next two.
+    pub tracks: u64,
+    pub means: u64,
+    pub deviations: u64,
+    /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
+    pub gsnr_records: u64,
+    /// Bins of each tracked tensor: workspace.
+    bins: u64,
+}
+// The other side is in kernels/update.cu and kernels/gsnr.cu.
+const _: () = assert!(size_of::<UpdateArguments>() == 104 && size_of::<GsnrArguments>() == 112);
+
+/// Tensors that are tracked across steps: [`Config::tracking`], [`Probe::gsnr`].
+pub struct Tracking {
     /// The tracks of no step.
     fresh: Vec<Track>,
     tracks: Buffer,
-    reduction: Reduction,
-    _state: [Buffer; 2],
-}
-
-/// Where moments of Adam's are reduced.
-struct Moments {
-    /// Adam's step, and behind it the addresses.
-    table: Buffer,
+    /// Means and deviations.
+    state: [Buffer; 2],
+    window: u32,
     reduction: Reduction,
 }
 
 /// Where a kernel reduces elements to one [`GsnrRecord`] a tensor.
-struct Reduction {
-    records: ReadBack,
-    bins: Buffer,
+pub(super) struct Reduction {
+    pub records: ReadBack,
+    /// [`BINS`] a tensor, 0 between launches.
+    pub bins: Buffer,
 }
 
 impl Reduction {
-    fn new(core: &Core, bins: usize) -> Result<Self, Error> {
+    pub fn new(core: &Core, tensors: usize) -> Result<Self, Error> {
         let records = ReadBack::zeroed(&*core.device, core.plan.tensors().len() * size_of::<GsnrRecord>())?;
-        Ok(Self { records, bins: uploaded(&*core.device, bytemuck::cast_slice(&vec![0u32; bins]))? })
-    }
-
-    /// The arguments with this in them.
-    fn place(&self, arguments: Arguments) -> Arguments {
-        Arguments { gsnr_records: self.records.address(), gsnr_bins: self.bins.address(), ..arguments }
+        Ok(Self { records, bins: uploaded(&*core.device, &vec![0; tensors * BINS * size_of::<u32>()])? })
     }
 
     /// Waits for the records of those tensors that have one.
-    fn report(&mut self, core: &Core, has_one: impl Fn(usize) -> bool) -> Result<GsnrReport, Error> {
+    pub fn report(&mut self, core: &Core, has_one: impl Fn(usize) -> bool) -> Result<GsnrReport, Error> {
         let records = values::<GsnrRecord>(self.records.wait(&*core.device)?).into_iter().enumerate();
         GsnrReport::new(core.plan.clone(), records.filter(|(index, _)| has_one(*index)).collect())
     }
 }
 
-impl Signal {
-    pub(crate) fn declared(
-        core: &mut Core,
-        tracking: Option<&GsnrConfig>,
-        moments: bool,
-    ) -> Result<Option<Self>, Error> {
-        let tracking = tracking.map(|config| Tracking::new(core, config)).transpose()?;
-        let moments = moments.then(|| Moments::new(core)).transpose()?;
-        Ok((tracking.is_some() || moments.is_some()).then_some(Self { tracking, moments }))
-    }
-
-    /// Whether each step is merged into what is tracked.
-    pub(crate) fn is_tracking(&self) -> bool {
-        self.tracking.is_some()
-    }
-}
-
-impl Tracking {
-    fn new(core: &mut Core, config: &GsnrConfig) -> Result<Self, Error> {
+impl Feature<GsnrConfig> for Tracking {
+    fn new(core: &mut Core, config: GsnrConfig) -> Result<Self, Error> {
         let Layout { tracks: fresh, elements, bins } = config.layout(&core.plan)?;
         let bytes = usize::try_from(elements * 4).map_err(|_| Error::OutOfMemory { bytes: u64::MAX })?;
         let device = &*core.device;
         // The first step writes the state before any reads it.
         let state = [device.allocate(bytes.max(1))?, device.allocate(bytes.max(1))?];
         let tracks = uploaded(device, bytemuck::cast_slice(&fresh))?;
-        let reduction = Reduction::new(core, bins)?;
-        core.arguments = Arguments {
-            window: config.steps_of_window(),
-            tracks: tracks.address(),
-            means: state[0].address(),
-            deviations: state[1].address(),
-            ..reduction.place(core.arguments)
-        };
-        Ok(Self { fresh, tracks, reduction, _state: state })
+        let reduction = Reduction::new(core, bins / BINS)?;
+        Ok(Self { fresh, tracks, state, window: config.steps_of_window(), reduction })
     }
 }
 
-impl Moments {
-    fn new(core: &Core) -> Result<Self, Error> {
-        let tensors = core.plan.tensors().len();
-        let table = core.device.allocate(size_of::<Adam>() + tensors * size_of::<[u64; 2]>())?;
-        Ok(Self { table, reduction: Reduction::new(core, tensors * BINS)? })
+impl Tracking {
+    /// Launches the merge of the step that was measured last.
+    pub(crate) fn launch_update(&self, core: &Core) -> Result<(), Error> {
+        let (common, [means, deviations]) = (core.step.common, self.state.each_ref().map(Buffer::address));
+        let (tracks, window) = (self.tracks.address(), self.window);
+        core.launch_chunks(&UpdateArguments { common, tracks, means, deviations, window, reserved: 0 })
+    }
+}
+
+impl Config {
+    /// With mean and variance of every element of these tensors kept across steps: [`GsnrConfig::bytes`].
+    #[must_use]
+    pub fn tracking(mut self, tensors: GsnrConfig) -> Self {
+        self.features.tracking = Some(tensors);
+        self
     }
 }
 
 impl Probe {
-    /// Signal and noise of each tensor across steps, from what is tracked or from Adam's moments.
+    /// Signal and noise of each tracked tensor across steps.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::tracking`](crate::Config::tracking) or
-    /// [`Config::moments`](crate::Config::moments).
-    pub fn gsnr(&mut self) -> Result<Room<'_, Signal>, Error> {
-        Room::new(&mut self.core, &mut self.gsnr, "Config::tracking")
+    /// [`Error::NotDeclared`] without [`Config::tracking`].
+    pub fn gsnr(&mut self) -> Result<Room<'_, Tracking>, Error> {
+        Room::new(&mut self.core, &mut self.rooms.tracking, "Config::tracking")
     }
 }
 
-const NOT_TRACKED: Error = Error::NotDeclared { declare: "Config::tracking" };
+impl Room<'_, Tracking> {
+    /// The device address of one [`GsnrRecord`] a tensor, of the tracked ones.
+    pub fn address(&self) -> u64 {
+        self.memory.reduction.records.address()
+    }
 
-impl Room<'_, Signal> {
     /// Launches the reduction of what is tracked, which leaves one [`GsnrRecord`] a tensor at
-    /// [`Addresses::gsnr_records`](crate::Addresses::gsnr_records), for those who read them on the device; does not wait.
+    /// [`address`](Self::address), for those who read them on the device; does not wait.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`], or the device's.
+    /// The device's.
     pub fn launch(&mut self) -> Result<(), Error> {
-        self.memory.tracking.as_ref().ok_or(NOT_TRACKED)?;
-        self.core.launch(Kernel::Gsnr, self.core.arguments.chunk_count, &self.core.arguments)
+        let Tracking { tracks, state, reduction: Reduction { records, bins }, .. } = &*self.memory;
+        let [means, deviations] = state.each_ref().map(Buffer::address);
+        self.core.launch_chunks(&GsnrArguments {
+            common: self.core.step.common,
+            tracks: tracks.address(),
+            means,
+            deviations,
+            gsnr_records: records.address(),
+            bins: bins.address(),
+        })
     }
 
     /// Signal and noise of the tracked tensors up to the last step. Waits for them.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`], [`Error::TooFewSteps`] before the second step, [`Error::WaitInCapture`], or the device's.
+    /// [`Error::TooFewSteps`] before the second step, [`Error::WaitInCapture`], or the device's.
     pub fn report(&mut self) -> Result<GsnrReport, Error> {
         outside_capture(&*self.core.device, Error::WaitInCapture)?;
         self.launch()?;
-        let Tracking { fresh, reduction, .. } = self.memory.tracking.as_mut().ok_or(NOT_TRACKED)?;
+        let Tracking { fresh, reduction, .. } = &mut *self.memory;
         reduction.report(self.core, |index| fresh[index].is_tracked())
     }
 
     /// Forgets all steps that were tracked: one upload.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`], [`Error::UploadInCapture`], or the device's.
+    /// [`Error::UploadInCapture`], or the device's.
     pub fn reset(&mut self) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
-        let tracking = self.memory.tracking.as_ref().ok_or(NOT_TRACKED)?;
-        self.core.device.upload(bytemuck::cast_slice(&tracking.fresh), &tracking.tracks)
-    }
-
-    /// Signal and noise of the tensors whose moments are given, as [`AdamStep`] describes. `moments` are those of the
-    /// plan's tensors, in its order; a tensor with none is left out. Waits for the result; nothing is kept of one call
-    /// for the next.
-    ///
-    /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::moments`](crate::Config::moments); those of [`AdamStep`],
-    /// [`Error::TensorCount`], [`Error::TensorMismatch`], [`Error::TooLargeToTrack`], those of a null or misaligned
-    /// address, [`Error::WaitInCapture`], or the device's.
-    pub fn of_moments(&mut self, step: &AdamStep, moments: &[AdamMoments<'_>]) -> Result<GsnrReport, Error> {
-        let declare = "Config::moments";
-        let Moments { table, reduction } = self.memory.moments.as_mut().ok_or(Error::NotDeclared { declare })?;
-        let core = &*self.core;
-        let adam = step.check()?;
-        super::adam::check(&core.plan, moments)?;
-        outside_capture(&*core.device, Error::WaitInCapture)?;
-        let place = core.device.place();
-        let (mut lent, mut addresses, mut memory) = (Vec::new(), Vec::new(), Vec::new());
-        for (of, spec) in moments.iter().zip(core.plan.tensors()) {
-            let len = of.exp_avg.shape().map_or(0, |(_, len)| len);
-            for moment in [of.exp_avg, of.exp_avg_sq] {
-                let moment = moment.lend(&place).map_err(|error| error.named(&spec.name))?;
-                let located = Located { address: if len == 0 { 0 } else { moment.address }, dtype: DType::F32, len };
-                check_address(|| spec.name.clone(), &located)?;
-                addresses.push(located.address);
-                memory.push((located.address, len * 4));
-                lent.push(moment);
-            }
-        }
-        let _checked = core.device.lend(&mut memory.into_iter(), false);
-        let mut bytes = bytemuck::bytes_of(&adam).to_vec();
-        bytes.extend_from_slice(bytemuck::cast_slice(&addresses));
-        core.device.upload(&bytes, table)?;
-        let arguments = Arguments { adam: table.address(), ..reduction.place(core.arguments) };
-        core.launch(Kernel::Adam, arguments.chunk_count, &arguments)?;
-        let report = reduction.report(core, |index| addresses[2 * index] != 0);
-        lent.into_iter().try_for_each(crate::tensor::Lent::finish)?;
-        report
+        self.core.device.upload(bytemuck::cast_slice(&self.memory.fresh), &self.memory.tracks)
     }
 }

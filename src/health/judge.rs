@@ -2,9 +2,10 @@
 
 use super::{Health, Rules, StepNorms, ThresholdRule, step_word, tensor_word};
 use crate::{
-    Error, Plan, Probe, Record,
+    Config, Error, Plan, Probe, Record,
     device::Buffer,
-    probe::{Arguments, Core, outside_capture, uploaded},
+    features::Feature,
+    probe::{Core, outside_capture, uploaded},
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -52,19 +53,30 @@ pub(crate) struct Judge {
     _last_norms: Buffer,
 }
 
-impl Judge {
+impl Feature<Rules> for Judge {
     /// # Errors
     /// Those of [`Health::new`], [`Health::backward_order`] and [`Health::table_of`], and the device's.
-    pub(crate) fn new(core: &mut Core, rules: Rules) -> Result<Self, Error> {
+    fn new(core: &mut Core, rules: Rules) -> Result<Self, Error> {
         let mut health = Health::new(&core.plan, rules)?;
         if let Some(order) = core.config.backward_order.clone() {
             health = health.backward_order(order)?;
         }
         let table = uploaded(&*core.device, &health.table_of(&core.plan)?)?;
         let last_norms = uploaded(&*core.device, &vec![0; (1 + core.plan.tensors().len()) * size_of::<f64>()])?;
-        core.arguments =
-            Arguments { health_rules: table.address(), last_norms: last_norms.address(), ..core.arguments };
+        core.step.health_rules = table.address();
+        core.step.last_norms = last_norms.address();
         Ok(Self { health, table, _last_norms: last_norms })
+    }
+}
+
+impl Config {
+    /// With each step diagnosed by these rules, where its report is read, and judged by those of them that are thresholds on
+    /// the device: one word for the step, [`StepOutputs::health`](crate::StepOutputs::health), and one a tensor. 2 KiB and 12
+    /// bytes a tensor.
+    #[must_use]
+    pub fn rules(mut self, rules: Rules) -> Self {
+        self.features.rules = Some(rules);
+        self
     }
 }
 
@@ -73,11 +85,11 @@ impl Probe {
     /// is kept.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::rules`](crate::Config::rules); those of [`Health::new`],
+    /// [`Error::NotDeclared`] without [`Config::rules`]; those of [`Health::new`],
     /// [`Error::InvalidConfig`] for more than 63 thresholds, [`Error::UploadInCapture`], or the device's. The rules then stay.
     pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
-        let Self { judge, core, .. } = self;
-        let judge = judge.as_mut().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
+        let Self { rooms, core, .. } = self;
+        let judge = rooms.rules.as_mut().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
         outside_capture(&*core.device, Error::UploadInCapture)?;
         let mut health = judge.health.clone();
         health.set_rules(rules)?;

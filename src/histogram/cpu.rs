@@ -1,10 +1,10 @@
 //! Counts of the elements by the upper bits of their magnitudes.
 
-use super::Histogram;
+use super::{Histogram, HistogramArguments};
 use crate::{
     DType, Element, HostTensor,
     device::cpu::{
-        Memory, Own,
+        Memory,
         dispatch::{self, Work},
     },
     dtype::sealed::Word,
@@ -31,13 +31,14 @@ const PART: usize = 8 * CHUNK;
 const _: () = assert!(PART / COPIES <= u16::MAX as usize);
 
 /// What `gradprobe_histogram` does.
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let Memory { tensors, own: Own::Histograms(histograms), one_histogram, .. } = memory else { return };
-    if *one_histogram {
+pub(crate) fn run(memory: &Memory, a: &HistogramArguments) {
+    let tensors = memory.tensors(&a.common);
+    if a.one_histogram != 0 {
         let each = tensors.par_iter().map(|&tensor| of_tensor(tensor));
-        histograms[0] = each.reduce(Histogram::zeroed, |a, b| a.merge(&b));
+        memory.slice_mut(a.histograms, 1)[0] = each.reduce(Histogram::zeroed, |a, b| a.merge(&b));
     } else {
-        tensors.par_iter().zip(&mut **histograms).for_each(|(&tensor, histogram)| *histogram = of_tensor(tensor));
+        let histograms: &mut [Histogram] = memory.slice_mut(a.histograms, tensors.len());
+        tensors.par_iter().zip(histograms).for_each(|(&tensor, histogram)| *histogram = of_tensor(tensor));
     }
 }
 

@@ -6,6 +6,8 @@ mod room;
 
 pub use room::Histograms;
 
+pub(crate) use room::HistogramArguments;
+
 pub(crate) use room::launch_of_all;
 
 use crate::{Plan, measure::printable};

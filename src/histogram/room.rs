@@ -2,19 +2,43 @@
 
 use super::{Histogram, HistogramReport};
 use crate::{
-    Error, Probe, Tensor,
-    device::Kernel,
-    probe::{Arguments, Core, Planned, ReadBack, Room, outside_capture, values},
+    Config, Error, Probe, Tensor,
+    clip::ClipHeader,
+    features::Feature,
+    probe::{Common, Core, Planned, ReadBack, Room, outside_capture, values},
 };
+use bytemuck::{Pod, Zeroable};
 
-/// Room for a histogram a tensor: [`Config::histogram`](crate::Config::histogram), [`Probe::histogram`].
+/// Of [`Kernel::Histogram`](crate::device::Kernel::Histogram).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct HistogramArguments {
+    pub common: Common,
+    /// One [`Histogram`] a tensor, cleared.
+    pub histograms: u64,
+    /// Whether there is one, of all tensors.
+    pub one_histogram: u32,
+    reserved: u32,
+}
+// The other side is in kernels/histogram.cu.
+const _: () = assert!(size_of::<HistogramArguments>() == 88);
+
+/// Room for a histogram a tensor: [`Config::histogram`], [`Probe::histogram`].
 pub struct Histograms(ReadBack);
 
-impl Histograms {
-    pub(crate) fn new(core: &mut Core) -> Result<Self, Error> {
+impl Feature<()> for Histograms {
+    fn new(core: &mut Core, (): ()) -> Result<Self, Error> {
         let memory = ReadBack::zeroed(&*core.device, core.plan.tensors().len() * size_of::<Histogram>())?;
-        core.arguments.histograms = memory.address();
         Ok(Self(memory))
+    }
+}
+
+impl Config {
+    /// With histograms of the magnitudes: 8 KiB a tensor.
+    #[must_use]
+    pub fn histogram(mut self) -> Self {
+        self.features.histogram = Some(());
+        self
     }
 }
 
@@ -22,15 +46,20 @@ impl Probe {
     /// Counts of elements by their magnitudes: a measurement on the side, no step, and what the clip does is unchanged.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::histogram`](crate::Config::histogram).
+    /// [`Error::NotDeclared`] without [`Config::histogram`].
     pub fn histogram(&mut self) -> Result<Room<'_, Histograms>, Error> {
-        Room::new(&mut self.core, &mut self.histogram, "Config::histogram")
+        Room::new(&mut self.core, &mut self.rooms.histogram, "Config::histogram")
     }
 }
 
 impl Room<'_, Histograms> {
+    /// The device address of one [`Histogram`] a tensor.
+    pub fn address(&self) -> u64 {
+        self.memory.0.address()
+    }
+
     /// Counts the elements of these tensors, in the plan's order: clears the histograms and launches one kernel. They are
-    /// then at [`Addresses::histograms`](crate::Addresses::histograms), for those who read them on the device; does not
+    /// then at [`address`](Self::address), for those who read them on the device; does not
     /// wait.
     ///
     /// # Errors
@@ -41,7 +70,8 @@ impl Room<'_, Histograms> {
         let tensors = core.read(&place, tensors, Planned::Gradients)?;
         core.place(&tensors, None)?;
         core.device.clear(memory.0.buffer())?;
-        core.launch(Kernel::Histogram, core.arguments.chunk_count, &core.arguments)?;
+        let (common, histograms) = (core.step.common, memory.0.address());
+        core.launch_chunks(&HistogramArguments { common, histograms, one_histogram: 0, reserved: 0 })?;
         tensors.finish()
     }
 
@@ -57,13 +87,9 @@ impl Room<'_, Histograms> {
     }
 }
 
-/// Bytes of a clip's state before its histogram: `ClipState` in kernels/arguments.cuh.
-const CLIP_STATE_HEADER: u64 = 32;
-
 /// Counts all tensors in one histogram, for a clip by a quantile: where that keeps it, behind a header.
 pub(crate) fn launch_of_all(core: &Core) -> Result<(), Error> {
     core.clear_clip_state()?;
-    let histograms = core.arguments.clip_state + CLIP_STATE_HEADER;
-    let arguments = Arguments { histograms, one_histogram: 1, ..core.arguments };
-    core.launch(Kernel::Histogram, arguments.chunk_count, &arguments)
+    let (common, histograms) = (core.step.common, core.step.clip_state + size_of::<ClipHeader>() as u64);
+    core.launch_chunks(&HistogramArguments { common, histograms, one_histogram: 1, reserved: 0 })
 }

@@ -2,31 +2,41 @@
 
 use super::{HistoryReport, HistoryStep, bytes};
 use crate::{
-    Error, Probe,
+    Config, Error, Probe,
     device::Buffer,
-    probe::{Arguments, Core, ReadBack, Room, outside_capture, uploaded, values},
+    features::Feature,
+    probe::{Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
 };
 
-/// The last steps of a probe: [`Config::history`](crate::Config::history), [`Probe::history`].
+/// The last steps of a probe: [`Config::history`], [`Probe::history`].
 pub struct History {
     steps: usize,
     ring: ReadBack,
     tag: Buffer,
 }
 
-impl History {
-    pub(crate) fn new(core: &mut Core, steps: u32) -> Result<Self, Error> {
+impl Feature<u32> for History {
+    fn new(core: &mut Core, steps: u32) -> Result<Self, Error> {
         let device = &*core.device;
         let ring = ReadBack::zeroed(device, bytes(steps, core.plan.tensors().len())?)?;
         let tag = uploaded(device, &[0; size_of::<u64>()])?;
-        core.arguments = Arguments {
+        core.step = StepArguments {
             history_steps: steps,
             history: ring.address(),
             history_tensors: ring.address() + u64::from(steps) * size_of::<HistoryStep>() as u64,
             tag: tag.address(),
-            ..core.arguments
+            ..core.step
         };
         Ok(Self { steps: steps as usize, ring, tag })
+    }
+}
+
+impl Config {
+    /// With the last steps kept on the device, at least 1: 112 bytes a step and 24 a step and tensor.
+    #[must_use]
+    pub fn history(mut self, steps: u32) -> Self {
+        self.features.history = Some(steps);
+        self
     }
 }
 
@@ -34,9 +44,9 @@ impl Probe {
     /// The last steps that are kept.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::history`](crate::Config::history).
+    /// [`Error::NotDeclared`] without [`Config::history`].
     pub fn history(&mut self) -> Result<Room<'_, History>, Error> {
-        Room::new(&mut self.core, &mut self.history, "Config::history")
+        Room::new(&mut self.core, &mut self.rooms.history, "Config::history")
     }
 }
 

@@ -2,12 +2,13 @@
 
 use super::{Record, StepOutputs, chunk::Measure};
 use crate::{
-    Element, HostTensor,
-    clip::{LossScaleState, divisor},
+    Clip, Element, HostTensor, NonFinitePolicy,
+    clip::{ClipHeader, ClipState, LossScaleState, divisor},
     device::cpu::{Memory, dispatch},
     dtype::sealed::Bits,
-    health,
-    probe::TensorEntry,
+    health::{self, RuleTable},
+    history::Ring,
+    probe::{Common, StepArguments, TensorEntry},
     spec::{self, CHUNK},
     tensor::with_elements,
 };
@@ -50,37 +51,63 @@ fn word<E: Element>(_: &[E], bits: u32, threshold: Option<f64>) -> <E as Bits>::
 }
 
 /// What `gradprobe_measure` does.
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let tensors = memory.tensors.len();
-    let (own, of_weights) = memory.records.split_at_mut(tensors);
-    let chunks = memory.chunk_count;
-    if let Some(weights) = &memory.weights {
-        let (entries, parts) = (&memory.entries[tensors..], &mut memory.chunk_parts[chunks..]);
-        measure(weights, entries, parts, None, of_weights);
+pub(crate) fn run(memory: &Memory, a: &StepArguments) {
+    let common = &a.common;
+    let (tensors, chunks) = (common.tensor_count as usize, common.chunk_count as usize);
+    let records: &mut [Record] = memory.slice_mut(common.records, tensors);
+    let parts: &mut [Record] = memory.slice_mut(common.chunk_parts, chunks);
+    let scale = memory.slice(a.loss_scale, 1).first();
+    measure(&memory.tensors(common), memory.entries(common), parts, scale, records);
+    if a.weights != 0 {
+        // Their tables and records are behind those of the gradients, and their chunks behind the gradients' chunks.
+        let behind = |address: u64, bytes: usize| address + (tensors * bytes) as u64;
+        let of_weights = Common {
+            addresses: behind(common.addresses, size_of::<u64>()),
+            tensors: behind(common.tensors, size_of::<TensorEntry>()),
+            records: behind(common.records, size_of::<Record>()),
+            ..*common
+        };
+        let records: &mut [Record] = memory.slice_mut(of_weights.records, tensors);
+        measure(&memory.tensors(&of_weights), memory.entries(&of_weights), parts, None, records);
     }
-    let (entries, parts) = (&memory.entries[..tensors], &mut memory.chunk_parts[..chunks]);
-    measure(&memory.tensors, entries, parts, memory.loss_scale.as_deref(), own);
-    if !memory.is_part {
-        finish(memory, 0);
+    if a.is_part == 0 {
+        finish(memory, a, 0);
     }
 }
 
 /// The end of a step whose records are there.
-pub(crate) fn finish(memory: &mut Memory<'_>, differing_replicas: u32) {
-    let (records, of_weights) = memory.records.split_at(memory.tensors.len());
-    let weights = memory.weights.as_ref().map(|_| of_weights);
-    let mut outputs =
-        StepOutputs::finish(records, memory.non_finite, &mut memory.clip, memory.loss_scale.as_deref_mut());
-    outputs.step = memory.outputs.step + 1;
+pub(crate) fn finish(memory: &Memory, a: &StepArguments, differing_replicas: u32) {
+    let tensors = a.common.tensor_count as usize;
+    let all: &[Record] = memory.slice(a.common.records, tensors << a.weights);
+    let (records, of_weights) = all.split_at(tensors);
+    let weights = (a.weights != 0).then_some(of_weights);
+    let rule = Clip::of_parameters(a.clip, (a.clip_threshold, a.clip_smoothing, a.clip_steps), a.max_norm);
+    let words = rule.state_words(tensors) - size_of::<ClipHeader>() / size_of::<u64>();
+    let mut clip = ClipState {
+        rule,
+        header: &mut memory.slice_mut::<ClipHeader>(a.clip_state, 1)[0],
+        words: memory.slice_mut(a.clip_state + size_of::<ClipHeader>() as u64, words),
+        coefficients: memory.slice_mut(a.coefficients, tensors),
+    };
+    let last = &mut memory.slice_mut::<StepOutputs>(a.common.outputs, 1)[0];
+    let loss_scale = memory.slice_mut(a.loss_scale, 1).first_mut();
+    let mut outputs = StepOutputs::finish(records, NonFinitePolicy::of(a.policy), &mut clip, loss_scale);
+    outputs.step = last.step + 1;
     outputs.differing_replicas = differing_replicas;
     outputs.verdict |= if differing_replicas > 0 { StepOutputs::VERDICT_REPLICAS } else { 0 };
-    outputs.weights = u32::from(weights.is_some());
-    if let Some((rules, last_norms, words)) = &mut memory.health {
+    outputs.weights = a.weights;
+    if let [table] = memory.slice::<RuleTable>(a.health_rules, 1) {
+        let exempt = memory.slice(a.health_rules + size_of::<RuleTable>() as u64, tensors);
+        let (norms, words) = (memory.slice_mut(a.last_norms, 1 + tensors), memory.slice_mut(a.health_words, tensors));
         let step = (outputs.finite_total_norm, outputs.found_inf == 0.0);
-        outputs.health = health::judge(*rules, last_norms, words, (records, weights), step);
+        let rules = (&table.rules[..table.count as usize], exempt);
+        outputs.health = health::judge(rules, norms, words, (records, weights), step);
     }
-    if let Some(history) = &mut memory.history {
-        history.keep(&outputs, records);
+    if let [tag] = memory.slice(a.tag, 1) {
+        let steps = a.history_steps as usize;
+        let (of_steps, of_tensors) = (memory.slice_mut(a.history, steps), a.history_tensors);
+        Ring { steps: of_steps, tensors: memory.slice_mut(of_tensors, steps * tensors), tag: *tag }
+            .keep(&outputs, records);
     }
-    *memory.outputs = outputs;
+    *last = outputs;
 }

@@ -2,28 +2,39 @@
 
 use super::{Accumulation, MicroBatchReport};
 use crate::{
-    Error, Probe, Record, Tensor,
-    device::Kernel,
-    probe::{Arguments, Core, Planned, ReadBack, Room, values},
+    Config, Error, Probe, Record, Tensor,
+    features::Feature,
+    probe::{Common, Core, Planned, ReadBack, Room, StepArguments, values},
 };
 
-/// Room for the records of micro-batches: [`Config::micro_batches`](crate::Config::micro_batches),
+/// Room for the records of micro-batches: [`Config::micro_batches`],
 /// [`Probe::micro_batches`].
 pub struct MicroBatches {
     accumulation: Accumulation,
     lists: ReadBack,
 }
 
-impl MicroBatches {
-    pub(crate) fn new(core: &mut Core, count: u32) -> Result<Self, Error> {
+impl Feature<u32> for MicroBatches {
+    fn new(core: &mut Core, count: u32) -> Result<Self, Error> {
         let accumulation = Accumulation::new(count)?;
         let lists = vec![Record::EMPTY; accumulation.count() * core.plan.tensors().len()];
         Ok(Self { accumulation, lists: ReadBack::holding(&*core.device, bytemuck::cast_slice(&lists))? })
     }
+}
 
+impl MicroBatches {
     /// A step was measured.
     pub(crate) fn close(&mut self) {
         self.accumulation.close();
+    }
+}
+
+impl Config {
+    /// With so many micro-batches of an accumulation measured on their own, at least 1: 80 bytes a micro-batch and tensor.
+    #[must_use]
+    pub fn micro_batches(mut self, count: u32) -> Self {
+        self.features.micro_batches = Some(count);
+        self
     }
 }
 
@@ -31,9 +42,9 @@ impl Probe {
     /// The micro-batches of a gradient accumulation.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::micro_batches`](crate::Config::micro_batches).
+    /// [`Error::NotDeclared`] without [`Config::micro_batches`].
     pub fn micro_batches(&mut self) -> Result<Room<'_, MicroBatches>, Error> {
-        Room::new(&mut self.core, &mut self.micro_batches, "Config::micro_batches")
+        Room::new(&mut self.core, &mut self.rooms.micro_batches, "Config::micro_batches")
     }
 }
 
@@ -50,8 +61,8 @@ impl Room<'_, MicroBatches> {
         let tensors = core.read(&place, tensors, Planned::Gradients)?;
         core.place(&tensors, None)?;
         let first = memory.accumulation.next()? * core.plan.tensors().len() * size_of::<Record>();
-        let arguments = Arguments { records: memory.lists.address() + first as u64, is_part: 1, ..core.arguments };
-        core.launch(Kernel::Measure, arguments.chunk_count, &arguments)?;
+        let common = Common { records: memory.lists.address() + first as u64, ..core.step.common };
+        core.launch_chunks(&StepArguments { common, is_part: 1, ..core.step })?;
         tensors.finish()
     }
 

@@ -1,31 +1,43 @@
-//! What the host hands the kernels.
+//! What the host hands the kernels: a part that all have in common, and behind it what each kernel alone needs, which its
+//! room declares.
 
+use crate::device::Kernel;
 #[cfg(doc)]
 use crate::{
-    Config, GsnrRecord, Record, StepOutputs,
-    device::Kernel,
+    Config, Record, StepOutputs,
     history::{HistoryStep, HistoryTensor},
 };
 use bytemuck::{Pod, Zeroable};
 
+/// The one parameter of a kernel: plain values, [`Common`] first.
+pub trait Arguments: Pod {
+    /// The kernel.
+    const KERNEL: Kernel;
+}
+
 /// One tensor of the plan, as the kernels read it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct TensorEntry {
+pub struct TensorEntry {
+    /// Elements.
     pub length: u64,
+    /// Its first chunk.
     pub first_chunk: u32,
+    /// Its chunks.
     pub chunk_count: u32,
+    /// [`DType::code`](crate::DType).
     pub dtype: u32,
+    /// The dead threshold as a magnitude of its dtype.
     pub dead_bits: u32,
 }
 
-/// The one parameter of every kernel: device addresses and the step's settings (`kernels/arguments.cuh`).
+/// What every kernel is given: the tensors, how they are cut, and workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub struct Arguments {
+pub struct Common {
     /// Table of the tensors' addresses.
     pub addresses: u64,
-    /// Table of the tensors.
+    /// Table of the tensors: [`TensorEntry`].
     pub tensors: u64,
     /// Table of each chunk's tensor.
     pub chunk_tensors: u64,
@@ -39,91 +51,64 @@ pub struct Arguments {
     pub chunks_done: u64,
     /// One more, and one a tensor.
     pub tensors_done: u64,
-    /// The norm to which all tensors are clipped together, or 0.
-    pub max_norm: f64,
     /// Chunks in all.
     pub chunk_count: u32,
     /// Tensors in all.
     pub tensor_count: u32,
+}
+
+/// Of [`Kernel::Measure`]: what is measured, and how the step is finished.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct StepArguments {
+    /// The common part.
+    pub common: Common,
     /// Tensors that have elements, of those that this launch measures.
     pub busy_tensors: u32,
     /// Whether this launch measures the weights too, whose tables and records are behind those of the tensors.
     pub weights: u32,
     /// [`Config::non_finite`].
     pub policy: u32,
-    /// Steps after which tracking starts anew, or 0.
-    pub window: u32,
-    /// [`Config::clip`], and its parameters.
-    pub clip: u32,
-    /// Its history or warm-up.
-    pub clip_steps: u32,
-    /// Its threshold.
+    /// Whether this launch leaves records alone, and the step for [`Kernel::Merge`] to finish.
+    pub is_part: u32,
+    /// The norm to which all tensors are clipped together, or 0.
+    pub max_norm: f64,
+    /// [`Config::clip`]: its threshold.
     pub clip_threshold: f64,
     /// Its smoothing.
     pub clip_smoothing: f64,
+    /// Which it is.
+    pub clip: u32,
+    /// Its history or warm-up.
+    pub clip_steps: u32,
     /// What it keeps from step to step.
     pub clip_state: u64,
     /// One f32 coefficient a tensor, under a policy that clips tensors on their own.
     pub coefficients: u64,
-    /// Steps of the history.
-    pub history_steps: u32,
-    /// Whether all tensors are counted in one histogram.
-    pub one_histogram: u32,
-    /// One [`HistoryStep`] a step; 0 when none are kept, as the next.
+    /// The loss scale and its rule; 0 when gradients are not scaled.
+    pub loss_scale: u64,
+    /// One [`HistoryStep`] a step; 0 when none are kept, as the next two.
     pub history: u64,
     /// One [`HistoryTensor`] a step and tensor.
     pub history_tensors: u64,
     /// The batch's tag.
     pub tag: u64,
-    /// How far each tensor has been tracked; 0 when none is, as all that follow.
-    pub tracks: u64,
-    /// f32 means of the tracked elements.
-    pub means: u64,
-    /// Their summed squared deviations, f32.
-    pub deviations: u64,
-    /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
-    pub gsnr_records: u64,
-    /// Bins of each tracked tensor: workspace.
-    pub gsnr_bins: u64,
-    /// One [`Histogram`](crate::Histogram) a tensor: a result; 0 when there is none.
-    pub histograms: u64,
-    /// Table of the second list's addresses and dtypes; 0 when there is none, as the two that follow.
-    pub others: u64,
-    /// One [`Dot`](crate::Dot) a chunk: workspace.
-    pub chunk_dots: u64,
-    /// One [`Dot`](crate::Dot) a tensor: a result.
-    pub dots: u64,
-    /// The rules of the verdict words, and behind them the tensors' exemptions; 0 when there are none, as the next.
+    /// The rules of the health words, and behind them the tensors' exemptions; 0 when there are none, as the next.
     pub health_rules: u64,
     /// f64 norm of the last clean step, and behind it of each tensor in it.
     pub last_norms: u64,
-    /// One u32 verdict word a tensor: a result.
+    /// One u32 health word a tensor: a result.
     pub health_words: u64,
-    /// The rule of the adaptive clip, and behind it the units of each tensor; 0 when there is none, as the next.
-    pub adaptive: u64,
-    /// One [`AdaptiveRecord`](crate::clip::AdaptiveRecord) a tensor: a result.
-    pub adaptive_records: u64,
-    /// What is sampled, and where to; 0 when nothing is.
-    pub samples: u64,
-    /// The step of Adam and behind it the addresses of each tensor's moments; 0 but for [`Kernel::Adam`].
-    pub adam: u64,
-    /// The loss scale and its rule; 0 when gradients are not scaled.
-    pub loss_scale: u64,
-    /// One list of [`Record`]s a rank, of `list_length` each; 0 when there is one rank, as the two that follow.
-    pub lists: u64,
-    /// Where the elements of each tensor are, and behind that the ranks.
-    pub placements: u64,
-    /// A counter of replicas that differ.
+    /// A counter of replicas that differ; 0 when there is one rank.
     pub differing: u64,
-    /// Ranks.
-    pub list_count: u32,
-    /// Records of a rank.
-    pub list_length: u32,
-    /// Whether [`Kernel::Measure`] leaves records alone, and the step for [`Kernel::Merge`] to finish.
-    pub is_part: u32,
+    /// Steps of the history.
+    pub history_steps: u32,
     /// Unused; 0.
     pub reserved: u32,
 }
 
 // The other side of these numbers is in kernels/arguments.cuh.
-const _: () = assert!(size_of::<TensorEntry>() == 24 && size_of::<Arguments>() == 344);
+const _: () = {
+    assert!(size_of::<TensorEntry>() == 24 && size_of::<Common>() == 72);
+    assert!(size_of::<StepArguments>() == 208);
+};

@@ -108,8 +108,8 @@ impl Core {
 
     fn told<'a>(&self, mut given: Given<'a>, planned: Planned, changed: bool) -> Result<Given<'a>, Error> {
         // A rank may hold nothing of a step in which others do.
-        let any = self.arguments.busy_tensors == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
-        if planned == Planned::Gradients && !any && self.config.ranks.is_none() {
+        let any = self.step.busy_tensors == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
+        if planned == Planned::Gradients && !any && self.config.features.ranks.is_none() {
             return Err(Error::AllAbsent);
         }
         let mut memory = given.tensors.iter().map(|tensor| (tensor.address, tensor.end() - tensor.address));

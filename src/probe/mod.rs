@@ -5,23 +5,15 @@ mod given;
 mod memory;
 mod reports;
 
-pub use arguments::Arguments;
-pub(crate) use arguments::TensorEntry;
+pub use arguments::{Arguments, Common, StepArguments, TensorEntry};
 pub(crate) use given::{Given, Located, Planned, check_address};
 pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
 
 use crate::{
     Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,
-    clip::{AdaptiveUnits, LossScaleMemory},
-    device::{Buffer, Device, Kernel, counting::Counting},
-    dot::Dots,
-    gsnr::Signal,
-    health::Judge,
-    histogram::Histograms,
-    history::History,
-    micro_batches::MicroBatches,
-    ranks::RankLists,
-    samples::Samples,
+    clip::ClipArguments,
+    device::{Buffer, Device, counting::Counting},
+    features::Rooms,
     spec::CHUNK,
 };
 use bytemuck::Zeroable;
@@ -49,16 +41,7 @@ use std::sync::atomic::Ordering;
 /// ```
 pub struct Probe {
     reports: Reports,
-    pub(crate) loss_scale: Option<LossScaleMemory>,
-    pub(crate) judge: Option<Judge>,
-    pub(crate) history: Option<History>,
-    pub(crate) gsnr: Option<Signal>,
-    pub(crate) histogram: Option<Histograms>,
-    pub(crate) dot: Option<Dots>,
-    pub(crate) samples: Option<Samples>,
-    pub(crate) adaptive_clip: Option<AdaptiveUnits>,
-    pub(crate) micro_batches: Option<MicroBatches>,
-    pub(crate) ranks: Option<RankLists>,
+    pub(crate) rooms: Rooms,
     pub(crate) core: Core,
 }
 
@@ -66,7 +49,8 @@ pub struct Probe {
 pub(crate) struct Core {
     pub plan: Plan,
     pub config: Config,
-    pub arguments: Arguments,
+    /// What a measurement is given; its common part is every kernel's.
+    pub step: StepArguments,
     /// Of the tensors, and behind them of the weights.
     addresses: Mirrored<u64>,
     /// Whether those were found free of overlaps.
@@ -111,14 +95,6 @@ pub struct Addresses {
     pub loss_scale: Option<u64>,
     /// Of one u32 word a tensor, by the declared rules.
     pub health_words: Option<u64>,
-    /// Of one [`GsnrRecord`](crate::GsnrRecord) a tensor, of the tracked ones.
-    pub gsnr_records: Option<u64>,
-    /// Of one [`Histogram`](crate::Histogram) a tensor.
-    pub histograms: Option<u64>,
-    /// Of one [`Dot`](crate::Dot) a tensor.
-    pub dots: Option<u64>,
-    /// Of one [`AdaptiveRecord`](crate::clip::AdaptiveRecord) a tensor.
-    pub adaptive_records: Option<u64>,
 }
 
 impl Probe {
@@ -132,7 +108,7 @@ impl Probe {
         // What cannot be is refused before other ranks are waited for.
         let bytes = config.bytes(&plan)?;
         outside_capture(&device, Error::UploadInCapture)?;
-        let agreed = config.ranks.as_ref().map_or(Ok(()), |ranks| ranks.agree(&device, &plan, &config));
+        let agreed = config.features.ranks.as_ref().map_or(Ok(()), |ranks| ranks.agree(&device, &plan, &config));
         agreed.and_then(|()| Self::build(Box::new(device), plan, config)).map_err(|error| match error {
             Error::OutOfMemory { .. } => Error::OutOfMemory { bytes },
             other => other,
@@ -141,21 +117,7 @@ impl Probe {
 
     fn build(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, Error> {
         let mut core = Core::new(device, plan, config)?;
-        let config = core.config.clone();
-        Ok(Self {
-            reports: Reports::new(&mut core)?,
-            loss_scale: config.loss_scale.map(|rule| LossScaleMemory::new(&mut core, &rule)).transpose()?,
-            judge: config.rules.map(|rules| Judge::new(&mut core, rules)).transpose()?,
-            history: config.history.map(|steps| History::new(&mut core, steps)).transpose()?,
-            gsnr: Signal::declared(&mut core, config.tracking.as_ref(), config.moments)?,
-            histogram: config.histogram.then(|| Histograms::new(&mut core)).transpose()?,
-            dot: config.dot.then(|| Dots::new(&mut core)).transpose()?,
-            samples: config.samples.map(|samples| Samples::new(&mut core, samples)).transpose()?,
-            adaptive_clip: config.adaptive_clip.map(|clip| AdaptiveUnits::new(&mut core, &clip)).transpose()?,
-            micro_batches: config.micro_batches.map(|count| MicroBatches::new(&mut core, count)).transpose()?,
-            ranks: config.ranks.map(|ranks| RankLists::new(&mut core, ranks)).transpose()?,
-            core,
-        })
+        Ok(Self { reports: Reports::new(&mut core)?, rooms: Rooms::new(&mut core)?, core })
     }
 
     /// The plan this probe was made for.
@@ -170,18 +132,13 @@ impl Probe {
 
     /// Where the results are on the device.
     pub fn addresses(&self) -> Addresses {
-        let a = &self.core.arguments;
-        let declared = |address: u64| (address != 0).then_some(address);
+        let StepArguments { common, coefficients, loss_scale, health_words, .. } = self.core.step;
         Addresses {
-            outputs: a.outputs,
-            records: a.records,
-            coefficients: a.coefficients,
-            loss_scale: declared(a.loss_scale),
-            health_words: self.judge.is_some().then_some(a.health_words),
-            gsnr_records: declared(a.gsnr_records),
-            histograms: declared(a.histograms),
-            dots: declared(a.dots),
-            adaptive_records: declared(a.adaptive_records),
+            outputs: common.outputs,
+            records: common.records,
+            coefficients,
+            loss_scale: (loss_scale != 0).then_some(loss_scale),
+            health_words: self.rooms.rules.is_some().then_some(health_words),
         }
     }
 
@@ -272,23 +229,20 @@ impl Probe {
             crate::histogram::launch_of_all(core)?;
         }
         let lists = 1 + u32::from(weights);
-        let arguments = Arguments {
-            weights: u32::from(weights),
-            busy_tensors: lists * core.arguments.busy_tensors,
-            ..core.arguments
-        };
-        let chunks = lists * arguments.chunk_count;
-        match &self.ranks {
-            Some(ranks) => ranks.launch_measure(core, chunks, &arguments)?,
-            None => core.launch(Kernel::Measure, chunks, &arguments)?,
+        let busy_tensors = lists * core.step.busy_tensors;
+        let step = StepArguments { weights: u32::from(weights), busy_tensors, ..core.step };
+        let chunks = lists * step.common.chunk_count;
+        match &self.rooms.ranks {
+            Some(ranks) => ranks.launch_measure(core, chunks, step)?,
+            None => core.launch(chunks, &step)?,
         }
         // What follows of the step is reported even where the rest fails.
         core.measured = true;
         self.reports.step_launched();
-        if self.gsnr.as_ref().is_some_and(Signal::is_tracking) {
-            core.launch(Kernel::Update, core.arguments.chunk_count, &core.arguments)?;
+        if let Some(tracking) = &self.rooms.tracking {
+            tracking.launch_update(core)?;
         }
-        if let Some(micro_batches) = &mut self.micro_batches {
+        if let Some(micro_batches) = &mut self.rooms.micro_batches {
             micro_batches.close();
         }
         Ok(())
@@ -299,8 +253,12 @@ impl Probe {
         let config = &core.config;
         let may_change = config.clip.may_clip()
             || config.non_finite == NonFinitePolicy::ZeroNonFinite
-            || config.loss_scale.is_some();
-        if may_change { core.launch(Kernel::Clip, core.arguments.chunk_count, &core.arguments) } else { Ok(()) }
+            || config.features.loss_scale.is_some();
+        if !may_change {
+            return Ok(());
+        }
+        let StepArguments { common, clip_state, coefficients, .. } = core.step;
+        core.launch_chunks(&ClipArguments { common, clip_state, coefficients })
     }
 }
 
@@ -358,16 +316,20 @@ impl Core {
         let address = |index: usize| workspace[index].address();
         let (clip_threshold, clip_smoothing, clip_steps) = config.clip.parameters();
         const { assert!(NonFinitePolicy::Skip as u32 == 0 && NonFinitePolicy::ZeroNonFinite as u32 == 2) };
-        let arguments = Arguments {
+        let common = Common {
             addresses: addresses.address(),
             tensors: address(0),
             chunk_tensors: address(1),
             chunk_parts: address(2),
             chunks_done: address(3),
             tensors_done: address(3) + (all_chunks * size_of::<u32>()) as u64,
-            max_norm: config.clip.max_norm().unwrap_or(0.0),
             chunk_count: chunk_count as u32,
             tensor_count: tensor_count as u32,
+            ..Common::zeroed()
+        };
+        let step = StepArguments {
+            common,
+            max_norm: config.clip.max_norm().unwrap_or(0.0),
             busy_tensors: plan.tensors().iter().filter(|tensor| tensor.len > 0).count() as u32,
             policy: config.non_finite as u32,
             clip: config.clip.code(),
@@ -376,12 +338,12 @@ impl Core {
             clip_steps,
             clip_state: clip_state.address(),
             coefficients: address(4),
-            ..Arguments::zeroed()
+            ..StepArguments::zeroed()
         };
         Ok(Self {
             plan,
             config,
-            arguments,
+            step,
             addresses,
             disjoint: false,
             measured: false,
@@ -392,20 +354,28 @@ impl Core {
         })
     }
 
+    /// Launches a kernel for all chunks of the plan.
+    ///
+    /// # Errors
+    /// Those of [`launch`](Self::launch).
+    pub fn launch_chunks(&self, arguments: &impl Arguments) -> Result<(), Error> {
+        self.launch(self.step.common.chunk_count, arguments)
+    }
+
     /// Launches a kernel for so many chunks, or pieces of other work: no more blocks than fill the device.
     ///
     /// # Errors
     /// [`Error::NotBound`], and the device's.
-    pub fn launch(&self, kernel: Kernel, pieces: u32, arguments: &Arguments) -> Result<(), Error> {
+    pub fn launch<A: Arguments>(&self, pieces: u32, arguments: &A) -> Result<(), Error> {
         if !self.promised {
             outside_capture(&*self.device, Error::NotBound)?;
         }
-        let blocks = pieces.clamp(1, self.device.resident_blocks(kernel).max(1));
-        // SAFETY: the arguments are those of this probe's buffers, in the layout of arguments.cuh, which the rooms put
-        // there when they were made; tensors were lent to the call that launches.
+        let blocks = pieces.clamp(1, self.device.resident_blocks(A::KERNEL).max(1));
+        // SAFETY: the arguments are those of this probe's buffers, in the layout of the kernel; tensors were lent to the
+        // call that launches.
         #[allow(unsafe_code, reason = "the one place where kernels are launched")]
         unsafe {
-            self.device.launch(kernel, blocks, arguments)
+            self.device.launch(A::KERNEL, blocks, bytemuck::bytes_of(arguments))
         }
     }
 

@@ -31,12 +31,12 @@ impl Reports {
         let (records, words) = (core.record_count(), core.plan.tensors().len());
         let mut bytes = bytemuck::bytes_of(&StepOutputs::default()).to_vec();
         bytes.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; records]));
-        core.arguments.health_words = bytes.len() as u64;
+        core.step.health_words = bytes.len() as u64;
         bytes.resize(bytes.len() + words * size_of::<u32>(), 0);
         let results = super::uploaded(&*core.device, &bytes)?;
-        core.arguments.outputs = results.address();
-        core.arguments.records = results.address() + size_of::<StepOutputs>() as u64;
-        core.arguments.health_words += results.address();
+        core.step.common.outputs = results.address();
+        core.step.common.records = results.address() + size_of::<StepOutputs>() as u64;
+        core.step.health_words += results.address();
         let idle = (0..READS).map(|_| core.device.read(bytes.len())).collect::<Result<_, _>>()?;
         let reads = VecDeque::with_capacity(READS);
         Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
@@ -108,7 +108,8 @@ impl Probe {
 
     /// Completes the oldest read; `None` if its step was reported already, unless it is to be given `again`.
     fn take_report(&mut self, again: bool) -> Result<Option<Report>, Error> {
-        let Self { reports, core, judge, .. } = self;
+        let Self { reports, core, rooms } = self;
+        let judge = &mut rooms.rules;
         let Some(read) = reports.reads.front() else { return Ok(None) };
         // It stays in its place if this fails.
         let (outputs, rest) = read.wait()?.split_at(size_of::<StepOutputs>());

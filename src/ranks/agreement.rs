@@ -2,7 +2,7 @@
 //! before anything is merged.
 
 use super::Placement;
-use crate::{Config, Error, Plan};
+use crate::{Config, Error, Plan, features::Features};
 
 /// Whether a plan's tensors can be placed so on this many ranks.
 ///
@@ -58,7 +58,7 @@ pub(crate) fn agree(
     mut all_gather: impl FnMut(&[u64]) -> Result<Vec<u64>, Error>,
 ) -> Result<(), Error> {
     let tensors = plan.tensors().len();
-    let Config { dead_threshold, clip, non_finite, loss_scale, .. } = config;
+    let Config { dead_threshold, clip, non_finite, features: Features { loss_scale, .. }, .. } = config;
     let of_step = format!(
         "dead_threshold: {dead_threshold:?}, clip: {clip:?}, non_finite: {non_finite:?}, loss_scale: {loss_scale:?}, \
          weights: {}",

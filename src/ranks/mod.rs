@@ -38,9 +38,9 @@
 //! });
 //! ```
 //!
-//! Making the probe and measuring are then collective calls: all ranks make them, in the same order. A rank that fails before its measurement
-//! leaves the others waiting, as in any collective of NCCL's. The clips of elements and units, histograms, dot products
-//! and tracked elements are of what a rank holds.
+//! Making the probe and measuring are then collective calls: all ranks make them, in the same order. A rank that fails
+//! before its measurement leaves the others waiting, as in any collective of NCCL's. The clips of elements and units,
+//! histograms, dot products and tracked elements are of what a rank holds.
 
 mod agreement;
 pub(crate) mod cpu;
@@ -50,6 +50,8 @@ mod threads;
 
 pub use report::RankReport;
 pub use room::RankLists;
+
+pub(crate) use room::MergeArguments;
 pub use threads::ThreadCommunicator;
 
 pub(crate) use agreement::{agree, checked};

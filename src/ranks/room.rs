@@ -4,19 +4,41 @@ use super::{Communicator, Placement, RankReport, Ranks, agree, checked, table};
 use crate::{
     Config, Error, Plan, Probe, Record,
     device::{Buffer, Device, Kernel},
-    probe::{Arguments, Core, ReadBack, Room, outside_capture, uploaded, values},
+    features::Feature,
+    probe::{Common, Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
 };
+use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
-/// The records of all ranks: [`Config::ranks`](crate::Config::ranks), [`Probe::ranks`].
+/// Of [`Kernel::Merge`].
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct MergeArguments {
+    pub step: StepArguments,
+    /// One list of [`Record`]s a rank, of `list_length` each.
+    pub lists: u64,
+    /// Where the elements of each tensor are, and behind that the ranks.
+    pub placements: u64,
+    /// Ranks.
+    pub list_count: u32,
+    /// Records of a rank.
+    pub list_length: u32,
+}
+// The other side is in kernels/merge.cu.
+const _: () = assert!(size_of::<MergeArguments>() == 232);
+
+/// The records of all ranks: [`Config::ranks`], [`Probe::ranks`].
 pub struct RankLists {
     placements: Vec<Placement>,
     /// The records of what this rank holds.
     own: Buffer,
     /// Those of all ranks.
     lists: ReadBack,
-    _tables: [Buffer; 2],
+    /// Of the placements, and the counter of replicas that differ.
+    tables: [Buffer; 2],
     communicator: Arc<dyn Communicator>,
+    /// Records of a rank.
+    length: u32,
 }
 
 impl Ranks {
@@ -34,8 +56,8 @@ impl Ranks {
     }
 }
 
-impl RankLists {
-    pub(crate) fn new(core: &mut Core, ranks: Ranks) -> Result<Self, Error> {
+impl Feature<Ranks> for RankLists {
+    fn new(core: &mut Core, ranks: Ranks) -> Result<Self, Error> {
         let Ranks { communicator, placements } = ranks;
         checked(&core.plan, &core.config, &placements, communicator.ranks())?;
         let device = &*core.device;
@@ -43,30 +65,36 @@ impl RankLists {
         let own = uploaded(device, bytemuck::cast_slice(&vec![Record::EMPTY; length]))?;
         let lists = ReadBack::zeroed(device, length * size_of::<Record>() * communicator.ranks() as usize)?;
         let tables = [uploaded(device, &table(&placements))?, uploaded(device, &[0; size_of::<u32>()])?];
+        core.step.differing = tables[1].address();
         #[expect(clippy::cast_possible_truncation, reason = "checked when the probe was made")]
-        let list_length = length as u32;
-        core.arguments = Arguments {
-            lists: lists.address(),
-            list_count: communicator.ranks(),
-            list_length,
-            placements: tables[0].address(),
-            differing: tables[1].address(),
-            ..core.arguments
-        };
-        Ok(Self { placements, own, lists, _tables: tables, communicator })
+        Ok(Self { placements, own, lists, tables, communicator, length: length as u32 })
     }
+}
 
+impl RankLists {
     /// Launches the measurement of a step, and the merge with what the other ranks measure.
-    pub(crate) fn launch_measure(&self, core: &Core, chunks: u32, arguments: &Arguments) -> Result<(), Error> {
+    pub(crate) fn launch_measure(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         let own = self.own.address();
-        let alone = Arguments { records: own, is_part: 1, ..*arguments };
-        core.launch(Kernel::Measure, chunks, &alone)?;
+        let alone = Common { records: own, ..step.common };
+        core.launch(chunks, &StepArguments { common: alone, is_part: 1, ..step })?;
         let bytes = core.record_count() * size_of::<Record>();
         // SAFETY: both are buffers of the probe's, which live as long as it, with room for one list and for one a rank.
         #[allow(unsafe_code, reason = "the addresses are the probe's own")]
         unsafe { self.communicator.all_gather(own, self.lists.address(), bytes) }?;
-        let pieces = (arguments.tensor_count << arguments.weights).div_ceil(Kernel::THREADS);
-        core.launch(Kernel::Merge, pieces, arguments)
+        let pieces = (step.common.tensor_count << step.weights).div_ceil(Kernel::THREADS);
+        let (lists, placements) = (self.lists.address(), self.tables[0].address());
+        let (list_count, list_length) = (self.communicator.ranks(), self.length);
+        core.launch(pieces, &MergeArguments { step, lists, placements, list_count, list_length })
+    }
+}
+
+impl Config {
+    /// With every measurement gathered from all ranks and merged before the step is decided, as [`ranks`](crate::ranks)
+    /// describes: 80 bytes a tensor and rank, twice that in a plan with weights.
+    #[must_use]
+    pub fn ranks(mut self, ranks: Ranks) -> Self {
+        self.features.ranks = Some(ranks);
+        self
     }
 }
 
@@ -74,9 +102,9 @@ impl Probe {
     /// What the ranks have in the last step.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::ranks`](crate::Config::ranks).
+    /// [`Error::NotDeclared`] without [`Config::ranks`].
     pub fn ranks(&mut self) -> Result<Room<'_, RankLists>, Error> {
-        Room::new(&mut self.core, &mut self.ranks, "Config::ranks")
+        Room::new(&mut self.core, &mut self.rooms.ranks, "Config::ranks")
     }
 }
 

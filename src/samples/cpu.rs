@@ -1,28 +1,18 @@
 //! The ring of sampled elements on the CPU.
 
-use super::{NONFINITE, SamplePlace};
-use crate::{
-    HostTensor,
-    device::cpu::{Memory, Own},
-    dtype::sealed::Bits,
-    tensor::with_elements,
-};
-
-/// Elements of the last steps, each step at its number modulo their count.
-pub(crate) struct SampleRing<'a> {
-    pub places: &'a [SamplePlace],
-    pub numbers: &'a mut [u64],
-    pub values: &'a mut [f32],
-}
+use super::{NONFINITE, SampleArguments, SamplePlace};
+use crate::{HostTensor, StepOutputs, device::cpu::Memory, dtype::sealed::Bits, tensor::with_elements};
 
 /// What `gradprobe_sample` does: keeps the elements of the step that was measured last.
 #[expect(clippy::cast_possible_truncation, reason = "below the number of steps, and of elements")]
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let Memory { tensors, outputs, own: Own::Sampled(ring), .. } = memory else { return };
-    let slot = ((outputs.step - 1) % ring.numbers.len() as u64) as usize;
-    ring.numbers[slot] = if outputs.found_inf == 0.0 { outputs.step } else { outputs.step | NONFINITE };
-    let values = ring.values[slot * ring.places.len()..].iter_mut();
-    for (value, place) in values.zip(ring.places) {
+pub(crate) fn run(memory: &Memory, a: &SampleArguments) {
+    let (count, steps) = (a.count as usize, a.steps as usize);
+    let (tensors, outputs) = (memory.tensors(&a.common), &memory.slice::<StepOutputs>(a.common.outputs, 1)[0]);
+    let (places, numbers) = (memory.slice::<SamplePlace>(a.places, count), memory.slice_mut(a.numbers, steps));
+    let slot = ((outputs.step - 1) % u64::from(a.steps)) as usize;
+    numbers[slot] = if outputs.found_inf == 0.0 { outputs.step } else { outputs.step | NONFINITE };
+    let values: &mut [f32] = &mut memory.slice_mut(a.ring, steps * count)[slot * count..];
+    for (value, place) in values.iter_mut().zip(places) {
         let index = place.index as usize;
         // Of a tensor that is absent.
         let mut wide = [f32::NAN];

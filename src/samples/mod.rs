@@ -5,8 +5,7 @@ mod room;
 
 pub use room::Samples;
 
-pub(crate) use cpu::SampleRing;
-pub(crate) use room::Table as SampleTable;
+pub(crate) use room::SampleArguments;
 
 use crate::{Error, Plan};
 use bytemuck::{Pod, Zeroable};

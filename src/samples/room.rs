@@ -2,51 +2,58 @@
 
 use super::{SampleConfig, SamplePlace, SampleReport};
 use crate::{
-    Error, Probe, Tensor,
+    Config, Error, Probe, Tensor,
     device::{Buffer, Kernel},
-    probe::{Arguments, Core, Planned, ReadBack, Room, uploaded, values},
+    features::Feature,
+    probe::{Common, Core, Planned, ReadBack, Room, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
 
-/// What the kernel is told (`kernels/arguments.cuh`).
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+/// Of [`Kernel::Sample`].
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct Table {
+pub(crate) struct SampleArguments {
+    pub common: Common,
+    /// [`SamplePlace`]s.
     pub places: u64,
+    /// u64 numbers of the steps in the ring.
     pub numbers: u64,
+    /// Their values, f32.
     pub ring: u64,
     pub count: u32,
     pub steps: u32,
 }
-const _: () = assert!(size_of::<Table>() == 32);
+// The other side is in kernels/sample.cu.
+const _: () = assert!(size_of::<SampleArguments>() == 104);
 
-/// A few elements of the last steps: [`Config::samples`](crate::Config::samples), [`Probe::samples`].
+/// A few elements of the last steps: [`Config::samples`], [`Probe::samples`].
 pub struct Samples {
     places: Vec<SamplePlace>,
+    /// The places on the device.
+    table: Buffer,
     steps: usize,
     /// Numbers of the steps, then their values.
     ring: ReadBack,
-    _tables: [Buffer; 2],
 }
 
-impl Samples {
-    pub(crate) fn new(core: &mut Core, config: SampleConfig) -> Result<Self, Error> {
+impl Feature<SampleConfig> for Samples {
+    fn new(core: &mut Core, config: SampleConfig) -> Result<Self, Error> {
         let places = config.places(&core.plan)?;
         let (device, steps, count) = (&*core.device, config.steps() as usize, places.len());
         let of_numbers = steps * size_of::<u64>();
         let of_values = steps.checked_mul(count * size_of::<f32>()).ok_or(Error::OutOfMemory { bytes: u64::MAX })?;
-        let of_places = uploaded(device, bytemuck::cast_slice(&places))?;
+        let table = uploaded(device, bytemuck::cast_slice(&places))?;
         let ring = ReadBack::zeroed(device, of_numbers + of_values)?;
-        let table = Table {
-            places: of_places.address(),
-            numbers: ring.address(),
-            ring: ring.address() + of_numbers as u64,
-            count: u32::try_from(count).unwrap_or(u32::MAX),
-            steps: config.steps(),
-        };
-        let table = uploaded(device, bytemuck::bytes_of(&table))?;
-        core.arguments = Arguments { samples: table.address(), ..core.arguments };
-        Ok(Self { places, steps, ring, _tables: [table, of_places] })
+        Ok(Self { places, table, steps, ring })
+    }
+}
+
+impl Config {
+    /// With a few elements kept of each step.
+    #[must_use]
+    pub fn samples(mut self, samples: SampleConfig) -> Self {
+        self.features.samples = Some(samples);
+        self
     }
 }
 
@@ -54,9 +61,9 @@ impl Probe {
     /// A few elements of the last steps.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::samples`](crate::Config::samples).
+    /// [`Error::NotDeclared`] without [`Config::samples`].
     pub fn samples(&mut self) -> Result<Room<'_, Samples>, Error> {
-        Room::new(&mut self.core, &mut self.samples, "Config::samples")
+        Room::new(&mut self.core, &mut self.rooms.samples, "Config::samples")
     }
 }
 
@@ -75,7 +82,16 @@ impl Room<'_, Samples> {
         }
         core.place(&tensors, None)?;
         let pieces = u32::try_from(memory.places.len().div_ceil(Kernel::THREADS as usize)).unwrap_or(u32::MAX);
-        core.launch(Kernel::Sample, pieces, &core.arguments)?;
+        let numbers = memory.ring.address();
+        let arguments = SampleArguments {
+            common: core.step.common,
+            places: memory.table.address(),
+            numbers,
+            ring: numbers + (memory.steps * size_of::<u64>()) as u64,
+            count: u32::try_from(memory.places.len()).unwrap_or(u32::MAX),
+            steps: u32::try_from(memory.steps).unwrap_or(u32::MAX),
+        };
+        core.launch(pieces, &arguments)?;
         tensors.finish()
     }
 

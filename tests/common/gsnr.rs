@@ -421,7 +421,6 @@ pub fn refuses_what_cannot_be_tracked<P: OnHost>(make: Make<'_, P>) -> Vec<Strin
             declared(probe.probe().gsnr().and_then(|mut s| s.launch())),
         );
         demand(&format!("{what} declared, nothing is reset"), declared(probe.gsnr_reset()));
-        demand(&format!("{what} declared, no records are anywhere"), probe.probe().addresses().gsnr_records.is_none());
     }
 
     let mut windowed = make(plan(), Config::new().tracking(GsnrConfig::new().window(2))).expect("a plain window");
@@ -445,8 +444,8 @@ pub fn refuses_what_cannot_be_tracked<P: OnHost>(make: Make<'_, P>) -> Vec<Strin
     }
     let moments = probe
         .probe()
-        .gsnr()
-        .and_then(|mut signal| signal.of_moments(&AdamStep { step: 2, beta1: 0.9, beta2: 0.999 }, &[]).map(drop));
+        .moments()
+        .and_then(|mut moments| moments.report(&AdamStep { step: 2, beta1: 0.9, beta2: 0.999 }, &[]).map(drop));
     demand("moments are not declared", moments == Err(Error::NotDeclared { declare: "Config::moments" }));
     demand("what is not declared changes nothing", same_report(&probe.gsnr_report(), &two).is_empty());
     step(&mut probe, 5.0);

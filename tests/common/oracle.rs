@@ -375,7 +375,7 @@ pub fn truth(dtype: DType, dead_threshold: f32, bits: impl IntoIterator<Item = u
 
 /// What the loss is scaled by under a config, which for tests of a single step is what it starts from.
 pub fn loss_scale(config: &Config) -> f64 {
-    config.loss_scale.map_or(1.0, |rule| f64::from(rule.initial))
+    config.features.loss_scale.map_or(1.0, |rule| f64::from(rule.initial))
 }
 
 /// The statistics of the elements with these bits under a config, in units of the loss before it is scaled.

@@ -205,7 +205,7 @@ fn a_graph_counts_and_multiplies_what_it_finds_at_each_replay() {
         graph.launch().unwrap();
         stream.synchronize().unwrap();
         let (mut histograms, mut dots) = (vec![Histogram::default(); 3], vec![Dot::default(); 3]);
-        let addresses = (probe.addresses().histograms.unwrap(), probe.addresses().dots.unwrap());
+        let addresses = (probe.histogram().unwrap().address(), probe.dot().unwrap().address());
         // SAFETY: the probe has that many there, and the stream was waited for.
         unsafe { result::memcpy_dtoh_sync(&mut histograms, addresses.0) }.unwrap();
         // SAFETY: as above.

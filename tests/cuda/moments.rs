@@ -36,13 +36,13 @@ fn signal_and_noise_from_the_moments_of_adam_have_the_bits_of_the_cpu() {
             1 => AdamMoments { exp_avg: &none, exp_avg_sq: &none },
             _ => AdamMoments { exp_avg: &Absent, exp_avg_sq: &Absent },
         };
-        let seen = probe.gsnr().unwrap().of_moments(&step, &[of(0), without, of(1)]).unwrap();
+        let seen = probe.moments().unwrap().report(&step, &[of(0), without, of(1)]).unwrap();
         let expected = [
             AdamMoments { exp_avg: &&first[0][..LENGTHS[0]], exp_avg_sq: &&first[1][1..] },
             AdamMoments { exp_avg: &Absent, exp_avg_sq: &Absent },
             AdamMoments { exp_avg: &&third[0][1..], exp_avg_sq: &&third[1][..LENGTHS[2]] },
         ];
-        let expected = cpu.gsnr().unwrap().of_moments(&step, &expected).unwrap();
+        let expected = cpu.moments().unwrap().report(&step, &expected).unwrap();
         assert!(records(&seen) == records(&expected), "the GPU's\n{seen}\nshould be the CPU's\n{expected}");
         assert_eq!(records(&seen).len(), 2);
     }
@@ -54,7 +54,7 @@ fn moments_that_cannot_be_right_are_refused() {
     let stream = context.new_stream().unwrap();
     let plan = || Plan::new([("first", DType::BF16, 32), ("second", DType::F32, 32)]).unwrap();
     let mut probe = Probe::new(Cuda::new(&stream).unwrap(), plan(), Config::default().moments()).unwrap();
-    let mut gsnr = probe.gsnr().unwrap();
+    let mut room = probe.moments().unwrap();
     let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
     let host = moments(1, 32);
     let [m, v] = host.each_ref().map(|moment| stream.clone_htod(moment).unwrap());
@@ -68,32 +68,32 @@ fn moments_that_cannot_be_right_are_refused() {
     ] {
         let planned = "32 elements, moments of F32".to_owned();
         let error = Error::TensorMismatch { name: "second".to_owned(), planned, given: given.to_owned() };
-        assert_eq!(gsnr.of_moments(&step, &[good, second]).unwrap_err(), error);
+        assert_eq!(room.report(&step, &[good, second]).unwrap_err(), error);
     }
     for count in [1, 3] {
         let error = Error::TensorCount { planned: 2, given: count };
-        assert_eq!(gsnr.of_moments(&step, &vec![good; count]).unwrap_err(), error);
+        assert_eq!(room.report(&step, &vec![good; count]).unwrap_err(), error);
     }
     let early = AdamStep { step: 1, ..step };
-    assert_eq!(gsnr.of_moments(&early, &[good; 2]).unwrap_err(), Error::TooFewSteps { steps: 1 });
+    assert_eq!(room.report(&early, &[good; 2]).unwrap_err(), Error::TooFewSteps { steps: 1 });
     let [m_raw, v_raw] = [raw(&stream, &m), raw(&stream, &v)];
     let at_bare = AdamMoments { exp_avg: &m_raw, exp_avg_sq: &v_raw };
     // SAFETY: refused before anything is read.
     let odd = unsafe { RawTensor::new(v_raw.address() + 2, 32, DType::F32) };
-    let refused = gsnr.of_moments(&step, &[at_bare, AdamMoments { exp_avg_sq: &odd, ..at_bare }]);
+    let refused = room.report(&step, &[at_bare, AdamMoments { exp_avg_sq: &odd, ..at_bare }]);
     let error = Error::MisalignedPointer { name: "second".to_owned(), address: odd.address(), size: 4 };
     assert_eq!(refused.unwrap_err(), error);
     // SAFETY: as above.
     let nowhere = unsafe { RawTensor::new(0, 32, DType::F32) };
-    let refused = gsnr.of_moments(&step, &[at_bare, AdamMoments { exp_avg: &nowhere, ..at_bare }]);
+    let refused = room.report(&step, &[at_bare, AdamMoments { exp_avg: &nowhere, ..at_bare }]);
     assert_eq!(refused.unwrap_err(), Error::NullPointer { name: "second".to_owned() });
     stream.begin_capture(THIS_THREAD).unwrap();
-    let captured = gsnr.of_moments(&step, &[at_bare; 2]);
+    let captured = room.report(&step, &[at_bare; 2]);
     stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
     assert_eq!(captured.unwrap_err(), Error::WaitInCapture);
 
     let expected = AdamMoments { exp_avg: &host[0], exp_avg_sq: &host[1] };
     let mut cpu = Probe::new(Cpu, plan(), Config::default().moments()).unwrap();
-    let expected = cpu.gsnr().unwrap().of_moments(&step, &[expected; 2]).unwrap();
-    assert!(records(&gsnr.of_moments(&step, &[good; 2]).unwrap()) == records(&expected));
+    let expected = cpu.moments().unwrap().report(&step, &[expected; 2]).unwrap();
+    assert!(records(&room.report(&step, &[good; 2]).unwrap()) == records(&expected));
 }

@@ -5,7 +5,7 @@
 //! there and sometimes not.
 
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
-use gradprobe::device::{Arguments, Kernel};
+use gradprobe::device::Kernel;
 use std::{
     cell::{Cell, RefCell},
     ffi::{CStr, c_char},
@@ -41,94 +41,39 @@ impl Schedule {
 
 /// A kernel compiled for the host.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry(unsafe extern "C" fn(Arguments));
+pub struct Entry(&'static Described);
 
-macro_rules! entries {
-    ($($(#[$doc:meta])* $constant:ident = $symbol:ident;)*) => {
-        unsafe extern "C" {
-            $(fn $symbol(arguments: Arguments);)*
-            fn gradprobe_simt_enter(thread: u32, block: u32, grid: u32, shared: *mut u8, shared_bytes: u64);
-            fn gradprobe_simt_shared_bytes() -> u64;
-        }
-        impl Entry {
-            $($(#[$doc])* pub const $constant: Entry = Entry($symbol);)*
-        }
-    };
-}
-
-entries! {
-    /// [`Kernel::Measure`].
-    MEASURE = gradprobe_measure;
-    /// [`Kernel::Clip`].
-    CLIP = gradprobe_clip;
-    /// [`Kernel::Update`].
-    UPDATE = gradprobe_update;
-    /// [`Kernel::Gsnr`].
-    GSNR = gradprobe_gsnr;
-    /// [`Kernel::Histogram`].
-    HISTOGRAM = gradprobe_histogram;
-    /// [`Kernel::Dot`].
-    DOT = gradprobe_dot;
-    /// [`Kernel::Adaptive`].
-    ADAPTIVE = gradprobe_adaptive;
-    /// [`Kernel::Sample`].
-    SAMPLE = gradprobe_sample;
-    /// [`Kernel::Adam`].
-    ADAM = gradprobe_adam;
-    /// [`Kernel::Merge`].
-    MERGE = gradprobe_merge;
-    /// Lanes read their neighbours' words behind a barrier: right.
-    WITH_BARRIER = gradprobe_simt_with_barrier;
-    /// Lanes read their neighbours' words without a barrier.
-    MISSING_BARRIER = gradprobe_simt_missing_barrier;
-    /// Some threads end while others wait at a barrier.
-    DIVERGENT_BARRIER = gradprobe_simt_divergent_barrier;
-    /// Threads wait at two different barriers.
-    TWO_BARRIERS = gradprobe_simt_two_barriers;
-    /// Half a warp shuffles.
-    DIVERGENT_SHUFFLE = gradprobe_simt_divergent_shuffle;
-    /// Sixteen bytes are loaded from an address that is no multiple of 16.
-    MISALIGNED = gradprobe_simt_misaligned;
-    /// Shared memory is read before it is written.
-    UNSET_SHARED = gradprobe_simt_unset_shared;
-    /// Writes `window` negated elements of `means` to `deviations` and a record a block to `records`, as runs.
-    EPILOGUE = gradprobe_simt_epilogue;
-    /// The same, the blocks having tiles.
-    EPILOGUE_TILES = gradprobe_simt_epilogue_tiles;
-    /// Merges `window` records, and writes two behind them: merged as runs, and as parts of one buffer.
-    EPILOGUE_MERGE = gradprobe_simt_epilogue_merge;
-}
-
-/// A kernel that takes parameters of its own, each of at most eight bytes, in place of [`Arguments`]: those of
-/// `examples/adamw/adamw.cu`.
-#[derive(Clone, Copy, Debug)]
-pub struct UserKernel(&'static Described);
-
-/// `SimtKernel` of adamw.cpp.
+/// `SimtKernel` of described.hpp.
 #[derive(Debug)]
 #[repr(C)]
 struct Described {
     name: *const c_char,
-    call: unsafe extern "C" fn(*const u64),
+    call: unsafe extern "C" fn(*const *const u8),
     parameter_count: u32,
-    parameter_bytes: [u32; UserKernel::MAX_PARAMETERS],
+    parameter_bytes: [u32; Entry::MAX_PARAMETERS],
 }
 
 // SAFETY: constants of C++.
 unsafe impl Sync for Described {}
 
 unsafe extern "C" {
-    /// The kernel of this number, or null behind the last.
+    /// The kernel of this number, or null behind the last: those of the library and of simt.cpp.
+    safe fn gradprobe_simt_kernel(index: u32) -> Option<&'static Described>;
+    /// The same, of adamw.cpp.
     safe fn gradprobe_simt_user_kernel(index: u32) -> Option<&'static Described>;
+    fn gradprobe_simt_enter(thread: u32, block: u32, grid: u32, shared: *mut u8, shared_bytes: u64);
+    safe fn gradprobe_simt_shared_bytes() -> u64;
 }
 
-impl UserKernel {
+impl Entry {
     /// No kernel has more.
     pub const MAX_PARAMETERS: usize = 16;
 
     /// The kernel of this name.
     pub fn find(name: &str) -> Option<Self> {
-        (0..).map_while(|index| gradprobe_simt_user_kernel(index)).map(Self).find(|kernel| kernel.name() == name)
+        let own = (0..).map_while(|index| gradprobe_simt_kernel(index));
+        let users = (0..).map_while(|index| gradprobe_simt_user_kernel(index));
+        own.chain(users).map(Self).find(|kernel| kernel.name() == name)
     }
 
     /// The name of its entry point.
@@ -210,48 +155,31 @@ fn order(schedule: Schedule, random: &mut fastrand::Rng, n: usize) -> Vec<usize>
     order
 }
 
-/// Runs a kernel with `blocks` blocks.
-///
-/// # Safety
-/// The arguments must be what the kernel expects, with host addresses.
-///
-/// # Errors
-/// When threads wait for others that never come, or a load is misaligned: what, and where.
-pub unsafe fn launch(entry: Entry, blocks: u32, arguments: &Arguments, schedule: Schedule) -> Result<(), String> {
-    let arguments = *arguments;
-    // SAFETY: the caller vouches for the arguments.
-    run(move || unsafe { entry.0(arguments) }, blocks, schedule)
-}
-
-/// Runs a kernel with parameters of its own: the bytes of each from the lowest of its word on.
+/// Runs a kernel with `blocks` blocks, and with the bytes of its parameters.
 ///
 /// # Safety
 /// The parameters must be what the kernel expects, with host addresses.
 ///
 /// # Errors
-/// As [`launch`], and when there are more or fewer parameters than the kernel has.
-pub unsafe fn launch_user(
-    kernel: UserKernel,
-    blocks: u32,
-    parameters: &[u64],
-    schedule: Schedule,
-) -> Result<(), String> {
-    let mut words = [0; UserKernel::MAX_PARAMETERS];
-    if parameters.len() != kernel.parameter_bytes().len() {
-        let count = kernel.parameter_bytes().len();
-        return Err(format!("{} has {count} parameters, not {}", kernel.name(), parameters.len()));
+/// When the parameters are not as many, or as large, as the kernel's; when threads wait for others that never come, or a
+/// load is misaligned: what, and where.
+pub unsafe fn launch(entry: Entry, blocks: u32, parameters: &[&[u8]], schedule: Schedule) -> Result<(), String> {
+    let (name, sizes) = (entry.name(), entry.parameter_bytes());
+    let given: Vec<usize> = parameters.iter().map(|parameter| parameter.len()).collect();
+    if !given.iter().copied().eq(sizes.iter().map(|&size| size as usize)) {
+        return Err(format!("{name} has parameters of {sizes:?} bytes, not {given:?}"));
     }
-    words[..parameters.len()].copy_from_slice(parameters);
-    // SAFETY: the caller vouches for the parameters.
-    run(move || unsafe { (kernel.0.call)(words.as_ptr()) }, blocks, schedule)
+    let mut addresses = [std::ptr::null(); Entry::MAX_PARAMETERS];
+    addresses.iter_mut().zip(parameters).for_each(|(address, parameter)| *address = parameter.as_ptr());
+    // SAFETY: the caller vouches for the parameters, whose bytes stay until this returns.
+    run(move || unsafe { (entry.0.call)(addresses.as_ptr()) }, blocks, schedule)
 }
 
 /// Runs what each thread of a launch does.
 fn run(body: impl Fn() + Copy + 'static, blocks: u32, schedule: Schedule) -> Result<(), String> {
     let seed = if let Schedule::Shuffled(seed) = schedule { seed } else { 0 };
     let mut random = fastrand::Rng::with_seed(seed);
-    // SAFETY: no obligations.
-    let shared_bytes = unsafe { gradprobe_simt_shared_bytes() };
+    let shared_bytes = gradprobe_simt_shared_bytes();
     let mut shared = vec![0u128; usize::try_from(shared_bytes).unwrap_or(usize::MAX).div_ceil(16)];
     for block in order(schedule, &mut random, blocks as usize) {
         // Garbage that is a NaN as a float of any size.

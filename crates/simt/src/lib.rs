@@ -12,13 +12,13 @@ mod block;
 
 use gradprobe::{
     Error,
-    device::{Arguments, Buffer, Device, HostMemory, HostRead, Kernel, Read},
+    device::{Buffer, Device, HostMemory, HostRead, Kernel, Read},
     tensor::Place,
 };
 use gradprobe_ptx::{Module, Options, memory::Lent};
 use std::{any::Any, env, fs, sync::OnceLock};
 
-pub use block::{Entry, Schedule, UserKernel, launch, launch_user};
+pub use block::{Entry, Schedule, launch};
 pub use gradprobe_ptx as ptx;
 
 /// The host as a device. Everything has happened when a call returns.
@@ -121,32 +121,23 @@ unsafe impl Device for Simt {
         Some(Box::new(lent))
     }
 
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
-        if let Some(Compiled { module, options }) = self.ptx {
-            // Another for each kernel and plan, and the same whenever a test is run.
-            let shape = u64::from(arguments.chunk_count) << 20 ^ u64::from(arguments.tensor_count) << 8 ^ kernel as u64;
-            let options = Options { seed: options.seed ^ self.schedule.seed() << 48 ^ shape, ..options };
-            // SAFETY: as below; and an address that is none of this device's or the lent tensors' is refused.
-            let ran = module.kernel(kernel.entry()).and_then(|found| unsafe {
-                found.launch(blocks, Kernel::THREADS, &[bytemuck::bytes_of(arguments)], options)
-            });
-            return ran.map(drop).map_err(|fault| Error::Driver { call: kernel.entry(), code: fault.to_string() });
-        }
-        let entry = match kernel {
-            Kernel::Measure => Entry::MEASURE,
-            Kernel::Clip => Entry::CLIP,
-            Kernel::Update => Entry::UPDATE,
-            Kernel::Gsnr => Entry::GSNR,
-            Kernel::Histogram => Entry::HISTOGRAM,
-            Kernel::Dot => Entry::DOT,
-            Kernel::Adam => Entry::ADAM,
-            Kernel::Adaptive => Entry::ADAPTIVE,
-            Kernel::Sample => Entry::SAMPLE,
-            Kernel::Merge => Entry::MERGE,
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
+        let failed = |code: String| Error::Driver { call: kernel.entry(), code };
+        let Some(Compiled { module, options }) = self.ptx else {
+            let entry = Entry::find(kernel.entry()).ok_or_else(|| failed("no such kernel".to_owned()))?;
+            // SAFETY: the caller's promise.
+            return unsafe { launch(entry, blocks, &[arguments], self.schedule) }.map_err(failed);
         };
-        // SAFETY: the caller's promise.
-        unsafe { launch(entry, blocks, arguments, self.schedule) }
-            .map_err(|fault| Error::Driver { call: kernel.entry(), code: fault })
+        // Another for each kernel and size, and the same whenever a test is run.
+        let options = Options {
+            seed: options.seed ^ self.schedule.seed() << 48 ^ u64::from(blocks) << 8 ^ kernel as u64,
+            ..options
+        };
+        // SAFETY: as above; and an address that is none of this device's or the lent tensors' is refused.
+        let ran = module
+            .kernel(kernel.entry())
+            .and_then(|found| unsafe { found.launch(blocks, Kernel::THREADS, &[arguments], options) });
+        ran.map(drop).map_err(|fault| failed(fault.to_string()))
     }
 
     fn resident_blocks(&self, _: Kernel) -> u32 {

@@ -7,7 +7,7 @@ mod require;
 
 use fastrand::Rng;
 use gradprobe_simt::{
-    Schedule, UserKernel, launch_user,
+    Entry, Schedule, launch,
     ptx::{Module, Options, memory::lend},
 };
 use libloading::Library;
@@ -442,12 +442,13 @@ fn by_emulation(header: &str, optimisation: &str, folder: &Path, inputs: &[Input
         let symbol = unsafe { library.get::<unsafe extern "C" fn()>(name) };
         *symbol.unwrap() as *const () as u64
     };
-    let loaded = UserKernel::find("gradprobe_simt_loaded").unwrap();
+    let loaded = Entry::find("gradprobe_simt_loaded").unwrap();
     let run = |(group, inputs): (&Group, &Inputs)| {
         inputs.run(group, |from, to| {
-            let parameters = [address("run"), address(group.kernel), from, to];
+            let words = [address("run"), address(group.kernel), from, to].map(u64::to_ne_bytes);
+            let parameters = words.each_ref().map(<[u8; 8]>::as_slice);
             // SAFETY: functions of the types that adamw.cpp gives them, and memory for as many rows as there are threads.
-            unsafe { launch_user(loaded, inputs.blocks(), &parameters, Schedule::Forward) }
+            unsafe { launch(loaded, inputs.blocks(), &parameters, Schedule::Forward) }
                 .unwrap_or_else(|fault| panic!("{}: {fault}", group.kernel));
         })
     };

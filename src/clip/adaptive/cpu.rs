@@ -1,14 +1,17 @@
 //! The adaptive clip: sums of a unit's squares in the order of the kernel, then its coefficient, then the clip.
 
-use super::{AdaptiveRecord, coefficient, room::Rule};
+use super::{
+    AdaptiveRecord, coefficient,
+    room::{AdaptiveArguments, TensorUnits},
+};
 use crate::{
-    Element, HostTensor, HostTensorMut, NonFinitePolicy,
+    Element, HostTensor, HostTensorMut, NonFinitePolicy, StepOutputs,
     clip::{
         cpu::{Clipping, clip},
         divisor,
     },
     device::cpu::{
-        Memory, Own,
+        Memory,
         dispatch::{self, Work},
     },
     measure::narrow,
@@ -18,21 +21,25 @@ use crate::{
 use rayon::prelude::*;
 
 /// What `gradprobe_adaptive` does.
-pub(crate) fn run(memory: &mut Memory<'_>) {
-    let Memory { own: Own::Changed(tensors, Some(adaptive)), outputs, non_finite, .. } = memory else { return };
+pub(crate) fn run(memory: &Memory, a: &AdaptiveArguments) {
+    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
     if outputs.skip != 0 {
         return;
     }
-    let (policy, divisor) = (*non_finite, divisor(outputs.loss_scale));
-    let work = tensors.par_iter_mut().zip(&adaptive.weights).zip(adaptive.units).zip(&mut *adaptive.records);
-    work.for_each(|(((gradient, &weight), units), record)| {
-        *record = clip_tensor(adaptive.rule, units.length, gradient, weight, policy, divisor);
+    let (policy, divisor) = (NonFinitePolicy::of(a.policy), divisor(outputs.loss_scale));
+    let (mut tensors, entries) = (memory.tensors_mut(&a.common), memory.entries(&a.common));
+    let units: &[TensorUnits] = memory.slice(a.units, entries.len());
+    let records: &mut [AdaptiveRecord] = memory.slice_mut(a.adaptive_records, entries.len());
+    let work = tensors.par_iter_mut().zip(entries).zip(units).zip(records);
+    work.for_each(|(((gradient, entry), units), record)| {
+        let weight = memory.tensor(units.address, entry.length, units.dtype);
+        *record = clip_tensor((a.clipping, a.epsilon), units.length, gradient, weight, policy, divisor);
     });
 }
 
 /// Clips units of so many elements of a tensor, and divides all by the loss scale.
 fn clip_tensor(
-    rule: &Rule,
+    limits: (f64, f64),
     length: u64,
     gradient: &mut HostTensorMut<'_>,
     weight: HostTensor<'_>,
@@ -47,7 +54,6 @@ fn clip_tensor(
         let records = pairs.map(|(gradient, weight)| {
             let (g, w) = (dispatch::run(Squares(&*gradient)), dispatch::run(Squares(weight)));
             let nonfinite = g.1 > 0;
-            let limits = (rule.clipping, rule.epsilon);
             let coefficient = coefficient(limits, g.0.sqrt() / divisor, w.0.sqrt(), nonfinite, policy);
             let product = narrow(f64::from(coefficient) / divisor);
             if product != 1.0 || nonfinite {

@@ -2,21 +2,27 @@
 
 use super::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Units};
 use crate::{
-    Error, Probe, Tensor, TensorMut,
-    device::{Buffer, Kernel},
-    probe::{Arguments, Core, Mirrored, Planned, ReadBack, Room, uploaded, values},
+    Config, Error, Probe, Tensor, TensorMut,
+    features::Feature,
+    probe::{Common, Core, Mirrored, Planned, ReadBack, Room, values},
 };
 use bytemuck::{Pod, Zeroable};
 
-/// The rule (`kernels/arguments.cuh`).
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+/// Of [`Kernel::Adaptive`](crate::device::Kernel::Adaptive).
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-pub(crate) struct Rule {
+pub(crate) struct AdaptiveArguments {
+    pub common: Common,
     pub clipping: f64,
     pub epsilon: f64,
     pub unit_count: u64,
-    /// Of the [`TensorUnits`].
+    /// [`TensorUnits`].
     pub units: u64,
+    /// One [`AdaptiveRecord`] a tensor: a result.
+    pub adaptive_records: u64,
+    /// [`Config::non_finite`].
+    pub policy: u32,
+    reserved: u32,
 }
 
 /// The units of one tensor, and where its weights are. Behind the last stands one more, with the number of all units.
@@ -29,27 +35,32 @@ pub(crate) struct TensorUnits {
     pub dtype: u32,
     pub reserved: u32,
 }
-const _: () = assert!(size_of::<Rule>() == 32 && size_of::<TensorUnits>() == 32);
+// The other side is in kernels/adaptive.cu.
+const _: () = assert!(size_of::<AdaptiveArguments>() == 120 && size_of::<TensorUnits>() == 32);
 
-/// Room for adaptive clips: [`Config::adaptive_clip`](crate::Config::adaptive_clip), [`Probe::adaptive_clip`].
+/// Room for adaptive clips: [`Config::adaptive_clip`], [`Probe::adaptive_clip`].
 pub struct AdaptiveUnits {
     units: Units,
-    _rule: Buffer,
     table: Mirrored<TensorUnits>,
     records: ReadBack,
 }
 
-impl AdaptiveUnits {
-    pub(crate) fn new(core: &mut Core, clip: &AdaptiveClip) -> Result<Self, Error> {
+impl Feature<AdaptiveClip> for AdaptiveUnits {
+    fn new(core: &mut Core, clip: AdaptiveClip) -> Result<Self, Error> {
         let units = clip.of(&core.plan)?;
         let device = &*core.device;
         let table = Mirrored::new(device, units.lengths.len() + 1)?;
-        let Units { clipping, epsilon, .. } = units;
-        let rule = Rule { clipping, epsilon, unit_count: units.counts.iter().sum(), units: table.address() };
-        let rule = uploaded(device, bytemuck::bytes_of(&rule))?;
         let records = ReadBack::zeroed(device, units.lengths.len() * size_of::<AdaptiveRecord>())?;
-        core.arguments = Arguments { adaptive: rule.address(), adaptive_records: records.address(), ..core.arguments };
-        Ok(Self { units, _rule: rule, table, records })
+        Ok(Self { units, table, records })
+    }
+}
+
+impl Config {
+    /// With units of tensors clipped by the norms of their weights: 56 bytes a tensor.
+    #[must_use]
+    pub fn adaptive_clip(mut self, clip: AdaptiveClip) -> Self {
+        self.features.adaptive_clip = Some(clip);
+        self
     }
 }
 
@@ -57,13 +68,18 @@ impl Probe {
     /// Clips of each unit of a tensor by the norm of its weights.
     ///
     /// # Errors
-    /// [`Error::NotDeclared`] without [`Config::adaptive_clip`](crate::Config::adaptive_clip).
+    /// [`Error::NotDeclared`] without [`Config::adaptive_clip`].
     pub fn adaptive_clip(&mut self) -> Result<Room<'_, AdaptiveUnits>, Error> {
-        Room::new(&mut self.core, &mut self.adaptive_clip, "Config::adaptive_clip")
+        Room::new(&mut self.core, &mut self.rooms.adaptive_clip, "Config::adaptive_clip")
     }
 }
 
 impl Room<'_, AdaptiveUnits> {
+    /// The device address of one [`AdaptiveRecord`] a tensor.
+    pub fn address(&self) -> u64 {
+        self.memory.records.address()
+    }
+
     /// Launches the adaptive clip of these tensors by the weights whose gradients they are, both in the plan's order, in
     /// place; the weights may be of any dtypes. Leaves what the last measurement said to skip. Does not wait. One upload
     /// of 32 bytes a tensor when weights have moved since the last call, beside that of the gradients.
@@ -88,7 +104,19 @@ impl Room<'_, AdaptiveUnits> {
         memory.table.set(&*core.device, table.into_iter())?;
         core.device.clear(memory.records.buffer())?;
         let pieces = u32::try_from(first).unwrap_or(u32::MAX);
-        core.launch(Kernel::Adaptive, pieces, &core.arguments)?;
+        core.launch(
+            pieces,
+            &AdaptiveArguments {
+                common: core.step.common,
+                clipping: memory.units.clipping,
+                epsilon: memory.units.epsilon,
+                unit_count: first,
+                units: memory.table.address(),
+                adaptive_records: memory.records.address(),
+                policy: core.step.policy,
+                reserved: 0,
+            },
+        )?;
         weights.finish()?;
         tensors.finish()
     }

@@ -7,11 +7,10 @@
 pub(crate) mod dispatch;
 mod memory;
 
-pub(crate) use memory::{Memory, Own};
+pub(crate) use memory::Memory;
 
-use super::{Arguments, Buffer, Device, HostMemory, HostRead, Kernel, Read};
-use crate::{Error, clip, dot, gsnr, histogram, measure, ranks, samples, tensor::Place};
-use memory::Uses;
+use super::{Buffer, Device, HostMemory, HostRead, Kernel, Read};
+use crate::{Error, tensor::Place};
 
 /// The CPU as a device. Everything has happened when a call returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,21 +47,9 @@ unsafe impl Device for Cpu {
         Ok(Box::new(HostRead::new(bytes)))
     }
 
-    unsafe fn launch(&self, kernel: Kernel, _: u32, arguments: &Arguments) -> Result<(), Error> {
-        let (run, uses): (fn(&mut Memory<'_>), Uses) = match kernel {
-            Kernel::Measure => (measure::cpu::run, Uses::Nothing),
-            Kernel::Clip => (clip::clip, Uses::ChangedTensors),
-            Kernel::Update => (gsnr::cpu::update, Uses::Tracked),
-            Kernel::Gsnr => (gsnr::cpu::gsnr, Uses::Tracked),
-            Kernel::Adam => (gsnr::cpu::adam, Uses::Moments),
-            Kernel::Histogram => (histogram::cpu::run, Uses::Histograms),
-            Kernel::Dot => (dot::cpu::run, Uses::Dots),
-            Kernel::Adaptive => (clip::adaptive, Uses::Units),
-            Kernel::Sample => (samples::cpu::run, Uses::Samples),
-            Kernel::Merge => (ranks::cpu::run, Uses::Ranks),
-        };
+    unsafe fn launch(&self, kernel: Kernel, _: u32, arguments: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
-        run(&mut unsafe { Memory::of(arguments, uses) });
+        kernel.run(&unsafe { Memory::vouched_for() }, arguments);
         Ok(())
     }
 

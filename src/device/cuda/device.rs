@@ -3,17 +3,14 @@
 use super::{driver::failed, module};
 use crate::{
     Error,
-    device::{Arguments, Buffer, Device, Kernel, Read},
+    device::{Buffer, Device, Kernel, Read},
     tensor::Place,
 };
 use cudarc::driver::{
-    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, result,
     sys::{self, CUdevice_attribute_enum as Attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus as Status},
 };
 use std::{cell::Cell, mem, ptr::NonNull, sync::Arc};
-
-// SAFETY: a `repr(C)` struct of integers and a float without padding, as the kernels declare it.
-unsafe impl DeviceRepr for Arguments {}
 
 /// A stream of a CUDA device, as a device of a probe.
 pub struct Cuda {
@@ -41,7 +38,7 @@ impl Cuda {
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
-        let kernels = Kernel::ALL.into_iter().map(function).collect::<Result<_, _>>()?;
+        let kernels = Kernel::ALL.iter().map(|&kernel| function(kernel)).collect::<Result<_, _>>()?;
         Ok(Self { kernels, stream: Arc::clone(stream) })
     }
 
@@ -220,12 +217,14 @@ unsafe impl Device for Cuda {
         Ok(Box::new(PinnedRead { memory, bytes, event, arrived: Cell::new(true), stream: Arc::clone(&self.stream) }))
     }
 
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &Arguments) -> Result<(), Error> {
-        let mut builder = self.stream.launch_builder(&self.kernel(kernel).0);
-        builder.arg(arguments);
-        let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (Kernel::THREADS, 1, 1), shared_mem_bytes: 0 };
-        // SAFETY: the kernel takes `Arguments` by value, and the caller vouches for the addresses in it.
-        unsafe { builder.launch(config) }.map(drop).map_err(failed(kernel.entry()))
+    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
+        self.bind()?;
+        let (grid, block) = ((blocks, 1, 1), (Kernel::THREADS, 1, 1));
+        let mut parameters = [arguments.as_ptr().cast_mut().cast()];
+        let function = self.kernel(kernel).0.cu_function();
+        // SAFETY: the kernel takes one struct by value, of as many bytes, and the caller vouches for the addresses in it.
+        unsafe { result::launch_kernel(function, grid, block, 0, self.stream.cu_stream(), &mut parameters) }
+            .map_err(failed(kernel.entry()))
     }
 
     fn resident_blocks(&self, kernel: Kernel) -> u32 {
