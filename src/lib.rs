@@ -38,8 +38,7 @@ mod probe;
 pub mod ranks;
 pub mod samples;
 mod spec;
-#[doc = include_str!("statistics.md")]
-pub mod statistics {}
+pub mod statistics;
 pub mod tensor;
 pub mod write;
 

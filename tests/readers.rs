@@ -81,6 +81,7 @@ print(json.dumps([[sample.name, sample.labels.get('tensor'), repr(sample.value)]
         samples.iter().find(|sample| (sample.0, sample.1) == (name, tensor)).map(|sample| sample.2)
     };
     same(find("gradprobe_total_norm", None), Some(entry.report().outputs().total_norm));
+    same(find("gradprobe_nan_count", None), Some(entry.report().outputs().nan_count as f64));
     for tensor in entry.tensors() {
         let name = Some(tensor.report.name);
         same(find("gradprobe_tensor_l2_norm", name), Some(tensor.report.record.l2_norm()));
@@ -163,12 +164,14 @@ print(json.dumps({'scalars': scalars, 'histograms': histograms, 'raw': raw, 'ver
                 ("l2_norm", Some(record.l2_norm())),
                 ("finite_l2_norm", Some(record.finite_l2_norm())),
                 ("max_abs", record.max_abs().map(f64::from)),
+                ("min_nonzero_abs", record.min_nonzero_abs().map(f64::from)),
                 ("mean", record.mean()),
                 ("std", record.std()),
                 ("zero_fraction", record.zero_fraction()),
                 ("dead_fraction", record.dead_fraction()),
                 ("nan_count", Some(record.nan_count as f64)),
                 ("inf_count", Some(record.inf_count as f64)),
+                ("param_norm", tensor.report.param_norm),
                 ("ratio", tensor.report.ratio()),
                 ("gsnr_mean", tensor.gsnr.and_then(|record| record.mean())),
                 ("gsnr_median", tensor.gsnr.and_then(|record| record.median())),

@@ -41,7 +41,7 @@ fn each_list_has_the_bits_it_has_alone() {
         };
         // Weights are scaled by nothing.
         let mut of_weights = case.config.clone();
-        of_weights.loss_scale = None;
+        of_weights.features.loss_scale = None;
         let (of_gradients, of_weights) = (alone(&prepared.data, case.config.clone()), alone(&weights, of_weights));
         let shuffled = Simt { schedule: Schedule::Shuffled(3), blocks: 3, ..Simt::default() };
         let probes: [Probe; 2] = [

@@ -1,6 +1,10 @@
 //! The numbers of one step, read back to the host.
 
-use crate::{DType, Error, Plan, Record, StepOutputs, health::Diagnosis};
+use crate::{
+    DType, Error, Plan, Record, StepOutputs,
+    health::Diagnosis,
+    statistics::{self, Value},
+};
 use std::{fmt, sync::Arc};
 
 /// The statistics of one step. `Display` prints a table.
@@ -178,50 +182,46 @@ pub(crate) fn printable(name: &str) -> String {
     name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
+/// Columns behind a tensor's name and type: the statistic, the heading and the width.
+const COLUMNS: [(&str, &str, usize); 10] = [
+    ("count", "elements", 12),
+    ("l2_norm", "l2 norm", 10),
+    ("param_norm", "param norm", 10),
+    ("ratio", "ratio", 10),
+    ("max_abs", "max |x|", 10),
+    ("min_nonzero_abs", "min≠0 |x|", 10),
+    ("mean", "mean", 11),
+    ("std", "std", 10),
+    ("zero_fraction", "zero %", 7),
+    ("dead_fraction", "dead %", 7),
+];
+
+/// A statistic of a tensor, with a share in percent.
+fn cell(name: &str, tensor: TensorReport<'_>) -> String {
+    let statistic = statistics::of_tensor(name);
+    let value = (statistic.of)(&tensor.into());
+    match (value, value.and_then(Value::as_f64)) {
+        (Some(Value::Whole(Some(whole))), _) => whole.to_string(),
+        (_, Some(share)) if statistic.unit == statistics::SHARE => format!("{:.2}", 100.0 * share),
+        (_, Some(number)) => format!("{number:.3e}"),
+        (_, None) => "–".to_owned(),
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
         let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max("tensor".len());
-        let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
-        // Two columns that are there when the weights are known.
-        let beside_weights = |norm: &str, ratio: &str| {
-            if self.has_param_norms() { format!(" {norm:>10} {ratio:>10}") } else { String::new() }
-        };
-        writeln!(
-            f,
-            "{:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}",
-            "tensor",
-            "dtype",
-            "elements",
-            "l2 norm",
-            beside_weights("param norm", "ratio"),
-            "max |x|",
-            "min≠0 |x|",
-            "mean",
-            "std",
-            "zero %",
-            "dead %"
-        )?;
+        let of_weights = |name| ["param_norm", "ratio"].contains(&name);
+        let columns = || COLUMNS.into_iter().filter(|&(name, ..)| self.has_param_norms() || !of_weights(name));
+        write!(f, "{:width$} {:>5}", "tensor", "dtype")?;
+        columns().try_for_each(|(_, heading, width)| write!(f, " {heading:>width$}"))?;
+        writeln!(f)?;
         for (tensor, name) in self.tensors().zip(&names) {
-            let record = tensor.record;
-            let percent =
-                |fraction: Option<f64>| fraction.map_or_else(|| "–".to_owned(), |x| format!("{:.2}", 100.0 * x));
+            write!(f, "{name:width$} {:>5}", tensor.dtype)?;
+            columns().try_for_each(|(name, _, width)| write!(f, " {:>width$}", cell(name, tensor)))?;
             let remarks = tensor.remarks();
-            writeln!(
-                f,
-                "{name:width$} {:>5} {:>12} {:>10}{} {:>10} {:>10} {:>11} {:>10} {:>7} {:>7}{}{remarks}",
-                tensor.dtype,
-                record.count,
-                number(Some(record.l2_norm())),
-                beside_weights(&number(tensor.param_norm), &number(tensor.ratio())),
-                number(record.max_abs().map(f64::from)),
-                number(record.min_nonzero_abs().map(f64::from)),
-                number(record.mean()),
-                number(record.std()),
-                percent(record.zero_fraction()),
-                percent(record.dead_fraction()),
-                if remarks.is_empty() { "" } else { "  ◄ " },
-            )?;
+            writeln!(f, "{}{remarks}", if remarks.is_empty() { "" } else { "  ◄ " })?;
         }
         let outputs = &self.outputs;
         write!(f, "step {}: total norm {:.6e}", outputs.step, outputs.total_norm)?;

@@ -30,6 +30,13 @@ pub struct EntryTensor<'a> {
     pub histogram: Option<&'a Histogram>,
 }
 
+impl<'a> From<TensorReport<'a>> for EntryTensor<'a> {
+    /// A tensor of which only the statistics are known.
+    fn from(report: TensorReport<'a>) -> Self {
+        Self { report, verdict: None, gsnr: None, histogram: None }
+    }
+}
+
 impl Entry {
     /// A step of which only the statistics are known.
     pub fn new(report: Report) -> Self {

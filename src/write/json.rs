@@ -1,8 +1,11 @@
 //! JSON lines: one object a step, with the names that the inspector's report has.
 
-use super::{Entry, Sink, append::Appender};
-use crate::{Error, Finding, GsnrRecord, GsnrReport, Histogram, TensorReport, Verdict};
-use serde::{Serialize, Serializer};
+use super::{Entry, EntryTensor, Sink, append::Appender};
+use crate::{
+    Error, Finding, GsnrRecord, Histogram, TensorReport, Verdict,
+    statistics::{self, Output, Value},
+};
+use serde::{Serialize, Serializer, ser::SerializeMap};
 use std::path::PathBuf;
 
 /// Writes one line of JSON a step; [`json_line`] says what is in it. A file that is there is continued.
@@ -28,22 +31,22 @@ impl Sink for JsonLines {
 }
 
 /// One step as JSON without a line break:
-/// `{"step", "total_norm", "finite_total_norm", "clip_coefficient", "skip", "tensors": [{"name", "dtype", "absent"?,
-/// "count", "nan_count", "inf_count", "zero_count", "dead_count", "l2_norm", "finite_l2_norm", "max_abs",
-/// "min_nonzero_abs", "mean", "mean_abs", "variance", "first_nonfinite", "param_norm"?, "ratio"?, "verdict"?}], "gsnr"?,
-/// "noise_scale", "histogram"?, "findings", "verdict"}`.
+/// `{"step", …, "tensors": [{"name", "dtype", "absent"?, …}], "gsnr"?, "noise_scale", "histogram"?, "findings", "verdict"}`, with
+/// the [statistics](crate::statistics#what-is-written) of steps and tensors that are in JSON, in their order. A key that
+/// ends in `?` is there where its value is known, as are `param_norm`, `ratio` and the `verdict` of a tensor; `absent` is
+/// there, and true, for a tensor that has no gradient in this step.
 ///
-/// `absent` is there, and true, for a tensor that has no gradient in this step. What does not exist is null. A number that
-/// JSON cannot hold is the string "nan", "inf" or "-inf". Numbers print so that reading them back gives the same bits. The
-/// bins of a histogram are pairs of the smallest magnitude in the bin and the count, of bins that have any.
+/// What does not exist is null. A number that JSON cannot hold is the string "nan", "inf" or "-inf". Numbers print so
+/// that reading them back gives the same bits. The bins of a histogram are pairs of the smallest magnitude in the bin
+/// and the count, of bins that have any.
 #[expect(clippy::missing_panics_doc, reason = "the types below have nothing that serde_json refuses")]
 pub fn json_line(entry: &Entry) -> String {
-    serde_json::to_string(&Step::new(entry)).expect("strings, numbers and lists of them")
+    serde_json::to_string(&Step(entry)).expect("strings, numbers and lists of them")
 }
 
 /// One tensor of a step as [`json_line`] has it, for reports of another shape.
 pub fn json_tensor<'a>(tensor: &TensorReport<'a>) -> impl Serialize + use<'a> {
-    Tensor::new(tensor, None)
+    Tensor((*tensor).into())
 }
 
 /// One tensor across steps, the same.
@@ -56,50 +59,9 @@ pub fn json_number(value: f64) -> impl Serialize {
     Number(value)
 }
 
-#[derive(Serialize)]
-struct Step<'a> {
-    step: u64,
-    total_norm: Number,
-    finite_total_norm: Number,
-    clip_coefficient: Number,
-    skip: bool,
-    tensors: Vec<Tensor<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gsnr: Option<Vec<Gsnr<'a>>>,
-    noise_scale: Option<Number>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    histogram: Option<Vec<Bins<'a>>>,
-    findings: Option<Vec<Found<'a>>>,
-    verdict: Option<&'static str>,
-}
+struct Step<'a>(&'a Entry);
 
-#[derive(Serialize)]
-struct Tensor<'a> {
-    name: &'a str,
-    dtype: &'static str,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    absent: bool,
-    count: u64,
-    nan_count: u64,
-    inf_count: u64,
-    zero_count: u64,
-    dead_count: u64,
-    l2_norm: Number,
-    finite_l2_norm: Number,
-    max_abs: Option<Number>,
-    min_nonzero_abs: Option<Number>,
-    mean: Option<Number>,
-    mean_abs: Option<Number>,
-    variance: Option<Number>,
-    first_nonfinite: Option<u64>,
-    /// There, perhaps as null, where the norms of the weights are known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    param_norm: Option<Number>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ratio: Option<Option<Number>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    verdict: Option<&'static str>,
-}
+struct Tensor<'a>(EntryTensor<'a>);
 
 #[derive(Serialize)]
 struct Gsnr<'a> {
@@ -138,48 +100,63 @@ struct Found<'a> {
     advice: &'a [&'static str],
 }
 
-impl<'a> Step<'a> {
-    fn new(entry: &'a Entry) -> Self {
-        let outputs = entry.report().outputs();
-        Self {
-            step: entry.step(),
-            total_norm: Number(outputs.total_norm),
-            finite_total_norm: Number(outputs.finite_total_norm),
-            clip_coefficient: Number(outputs.coefficient_f64),
-            skip: outputs.skip != 0,
-            tensors: entry.tensors().map(|tensor| Tensor::new(&tensor.report, tensor.verdict)).collect(),
-            gsnr: entry.gsnr().map(|gsnr| gsnr.tensors().map(|(name, record)| Gsnr::new(name, record)).collect()),
-            noise_scale: entry.gsnr().and_then(GsnrReport::noise_scale).map(Number),
-            histogram: entry.histogram().map(|report| report.tensors().map(|(name, of)| Bins::new(name, of)).collect()),
-            findings: entry.verdict().map(|_| entry.findings().iter().map(Found::new).collect()),
-            verdict: entry.verdict().map(Verdict::name),
+impl Serialize for Step<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let entry = self.0;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("step", &entry.step())?;
+        for statistic in statistics::of_steps(Output::Json) {
+            // The lists have their places between the numbers.
+            match statistic.name {
+                "noise_scale" => {
+                    map.serialize_entry("tensors", &entry.tensors().map(Tensor).collect::<Vec<_>>())?;
+                    if let Some(gsnr) = entry.gsnr() {
+                        let tensors = gsnr.tensors().map(|(name, record)| Gsnr::new(name, record));
+                        map.serialize_entry("gsnr", &tensors.collect::<Vec<_>>())?;
+                    }
+                }
+                "verdict" => {
+                    if let Some(histogram) = entry.histogram() {
+                        let tensors = histogram.tensors().map(|(name, of)| Bins::new(name, of));
+                        map.serialize_entry("histogram", &tensors.collect::<Vec<_>>())?;
+                    }
+                    let findings = entry.verdict().map(|_| entry.findings().iter().map(Found::new));
+                    map.serialize_entry("findings", &findings.map(Iterator::collect::<Vec<_>>))?;
+                }
+                _ => {}
+            }
+            if let Some(value) = (statistic.of)(entry) {
+                map.serialize_entry(statistic.name, &value)?;
+            }
         }
+        map.end()
     }
 }
 
-impl<'a> Tensor<'a> {
-    fn new(report: &TensorReport<'a>, verdict: Option<Verdict>) -> Self {
-        let record = report.record;
-        Self {
-            name: report.name,
-            dtype: report.dtype.name(),
-            absent: report.is_absent(),
-            count: record.count,
-            nan_count: record.nan_count,
-            inf_count: record.inf_count,
-            zero_count: record.zero_count,
-            dead_count: record.dead_count,
-            l2_norm: Number(record.l2_norm()),
-            finite_l2_norm: Number(record.finite_l2_norm()),
-            max_abs: record.max_abs().map(f64::from).map(Number),
-            min_nonzero_abs: record.min_nonzero_abs().map(f64::from).map(Number),
-            mean: record.mean().map(Number),
-            mean_abs: record.mean_abs().map(Number),
-            variance: record.variance().map(Number),
-            first_nonfinite: record.first_nonfinite(),
-            param_norm: report.param_norm.map(Number),
-            ratio: report.param_norm.map(|_| report.ratio().map(Number)),
-            verdict: verdict.map(Verdict::name),
+impl Serialize for Tensor<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("name", self.0.report.name)?;
+        map.serialize_entry("dtype", self.0.report.dtype.name())?;
+        if self.0.report.is_absent() {
+            map.serialize_entry("absent", &true)?;
+        }
+        for statistic in statistics::of_tensors(Output::Json) {
+            if let Some(value) = (statistic.of)(&self.0) {
+                map.serialize_entry(statistic.name, &value)?;
+            }
+        }
+        map.end()
+    }
+}
+
+impl Serialize for Value {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match *self {
+            Self::Whole(whole) => whole.serialize(serializer),
+            Self::Number(number) => number.map(Number).serialize(serializer),
+            Self::Flag(flag) => flag.serialize(serializer),
+            Self::Verdict(verdict) => verdict.map(Verdict::name).serialize(serializer),
         }
     }
 }

@@ -48,7 +48,7 @@ pub use prometheus::{Prometheus, prometheus_text};
 #[cfg(feature = "tensorboard")]
 pub use tensorboard::TensorBoard;
 
-use crate::{Error, Verdict};
+use crate::Error;
 
 /// Something that entries are written to.
 ///
@@ -66,14 +66,5 @@ pub trait Sink: Send {
     /// Those of [`write`](Self::write).
     fn finish(&mut self) -> Result<(), Error> {
         Ok(())
-    }
-}
-
-/// A verdict as a number that can be drawn over time and compared in an alert.
-fn level(verdict: Verdict) -> f64 {
-    match verdict {
-        Verdict::Healthy => 0.0,
-        Verdict::Warning => 1.0,
-        Verdict::Critical => 2.0,
     }
 }

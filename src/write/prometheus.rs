@@ -1,7 +1,10 @@
 //! Prometheus' text exposition format, for the node exporter's textfile collector or a handler of the user's own.
 
-use super::{Entry, EntryTensor, Sink, file};
-use crate::{Error, FindingKind, GsnrRecord, GsnrReport, Record, Severity};
+use super::{Entry, Sink, file};
+use crate::{
+    Error, FindingKind, Severity,
+    statistics::{self, Output, Statistic, Value},
+};
 use std::{
     fmt::Write,
     path::{Path, PathBuf},
@@ -32,60 +35,24 @@ impl Sink for Prometheus {
     }
 }
 
-type OfTensor = fn(&EntryTensor<'_>) -> Option<f64>;
-
-/// Name, help and value of each gauge that a tensor has.
-const OF_TENSORS: [(&str, &str, OfTensor); 15] = [
-    ("l2_norm", "L2 norm, NaN or +Inf if an element is", |t| Some(t.report.record.l2_norm())),
-    ("finite_l2_norm", "L2 norm of the finite elements", |t| Some(t.report.record.finite_l2_norm())),
-    ("max_abs", "Largest finite magnitude", |t| t.report.record.max_abs().map(f64::from)),
-    ("min_nonzero_abs", "Smallest finite magnitude that is not 0", |t| {
-        t.report.record.min_nonzero_abs().map(f64::from)
-    }),
-    ("mean", "Mean of the finite elements", |t| t.report.record.mean()),
-    ("std", "Standard deviation of the finite elements", |t| t.report.record.std()),
-    ("zero_fraction", "Share of the elements that are 0", |t| t.report.record.zero_fraction()),
-    ("dead_fraction", "Share of the elements below the dead threshold", |t| t.report.record.dead_fraction()),
-    ("nan_count", "Elements that are NaN", |t| Some(count(t.report.record, |r| r.nan_count))),
-    ("inf_count", "Elements that are infinite", |t| Some(count(t.report.record, |r| r.inf_count))),
-    ("param_norm", "L2 norm of the weights", |t| t.report.param_norm),
-    ("ratio", "Norm of the gradient over that of the weights", |t| t.report.ratio()),
-    ("gsnr_mean", "Mean signal-to-noise ratio of the elements", |t| t.gsnr.and_then(GsnrRecord::mean)),
-    ("gsnr_median", "Median signal-to-noise ratio of the elements", |t| t.gsnr.and_then(GsnrRecord::median)),
-    ("verdict", "0 healthy, 1 warning, 2 critical", |t| t.verdict.map(super::level)),
-];
-
-#[expect(clippy::cast_precision_loss, reason = "a plan holds at most 2^40 elements")]
-fn count(record: &Record, of: fn(&Record) -> u64) -> f64 {
-    of(record) as f64
-}
-
-/// The gauges of one step in the text format, version 0.0.4: `gradprobe_total_norm` and its neighbours,
-/// `gradprobe_tensor_l2_norm{tensor="…"}` and its neighbours, and `gradprobe_findings{kind="…",severity="…"}`. What does
-/// not exist has no line.
+/// The gauges of one step in the text format, version 0.0.4: `gradprobe_step`, `gradprobe_total_norm` and its neighbours,
+/// `gradprobe_tensor_l2_norm{tensor="…"}` and its neighbours, and `gradprobe_findings{kind="…",severity="…"}`. The
+/// neighbours are the scalars among the [statistics](crate::statistics#what-is-written). What does not exist has no line.
 pub fn prometheus_text(entry: &Entry) -> String {
     let mut text = String::new();
-    let outputs = entry.report().outputs();
     #[expect(clippy::cast_precision_loss, reason = "what a gauge can hold")]
     let step = entry.step() as f64;
-    let of_step = [
-        ("step", "Measurement that the others are of", Some(step)),
-        ("total_norm", "L2 norm of all gradients, NaN or +Inf if an element is", Some(outputs.total_norm)),
-        ("finite_total_norm", "L2 norm of all finite elements", Some(outputs.finite_total_norm)),
-        ("clip_coefficient", "What the clip multiplies the gradients by", Some(outputs.coefficient_f64)),
-        ("skip", "1 if the step is to be left out", Some(outputs.skip.into())),
-        ("noise_scale", "Noise scale in batches", entry.gsnr().and_then(GsnrReport::noise_scale)),
-        ("verdict", "0 healthy, 1 warning, 2 critical", entry.verdict().map(super::level)),
-    ];
-    for (name, help, value) in of_step {
-        family(&mut text, name, help, value.map(|value| (String::new(), value)));
+    family(&mut text, "step", "Measurement that the others are of", [(String::new(), step)]);
+    for Statistic { name, meaning, of, .. } in statistics::of_steps(Output::Scalars) {
+        let value = of(entry).and_then(Value::as_f64);
+        family(&mut text, name, meaning, value.map(|value| (String::new(), value)));
     }
-    for (name, help, of) in OF_TENSORS {
+    for Statistic { name, meaning, of, .. } in statistics::of_tensors(Output::Scalars) {
         let samples = entry.tensors().filter_map(|tensor| {
-            let value = of(&tensor)?;
+            let value = of(&tensor)?.as_f64()?;
             Some((format!("{{tensor=\"{}\"}}", escaped(tensor.report.name)), value))
         });
-        family(&mut text, &format!("tensor_{name}"), help, samples);
+        family(&mut text, &format!("tensor_{name}"), meaning, samples);
     }
     let samples = entry.verdict().into_iter().flat_map(|_| {
         let cases = FindingKind::ALL.into_iter().flat_map(|kind| {

@@ -1,7 +1,10 @@
 //! TensorBoard's event files: TFRecord framing around protobuf messages.
 
 use super::{Entry, Sink, append::Appender, file};
-use crate::{Error, GsnrRecord, GsnrReport, Histogram, Record};
+use crate::{
+    Error, Histogram, Record,
+    statistics::{self, Output},
+};
 use crc::{CRC_32_ISCSI, Crc};
 use prost::Message;
 use std::{
@@ -12,11 +15,9 @@ use std::{
 
 /// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
 ///
-/// Scalars, as f32, which is what TensorBoard keeps: `total_norm`, `finite_total_norm`, `clip_coefficient`, `skip`,
-/// `nan_count`, `inf_count`, `noise_scale` and `verdict` (0 healthy, 1 warning, 2 critical) of the step; `l2_norm/NAME`,
-/// `finite_l2_norm/NAME`, `max_abs/NAME`, `mean/NAME`, `std/NAME`, `zero_fraction/NAME`, `dead_fraction/NAME`,
-/// `ratio/NAME`, `gsnr_mean/NAME`, `gsnr_median/NAME` and `verdict/NAME` of each tensor, as far as they exist. What is
-/// beyond f32 becomes infinite or 0.
+/// Scalars, as f32, which is what TensorBoard keeps: those among the [statistics](crate::statistics#what-is-written), by
+/// their names of a step, and as `l2_norm/NAME` and so on of each tensor, as far as they exist. What is beyond f32 becomes
+/// infinite or 0.
 ///
 /// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, the elements that are 0 in a bin of their own below.
 /// NaN and Inf are in none; they are the scalars `nan_count/NAME` and `inf_count/NAME`, there in every step that has
@@ -83,39 +84,19 @@ fn framed(event: &Event) -> Vec<u8> {
 
 fn values(entry: &Entry) -> Vec<Value> {
     let mut values = Vec::new();
-    let outputs = entry.report().outputs();
-    let of_step = [
-        ("total_norm", Some(outputs.total_norm)),
-        ("finite_total_norm", Some(outputs.finite_total_norm)),
-        ("clip_coefficient", Some(outputs.coefficient_f64)),
-        ("skip", Some(outputs.skip.into())),
-        ("nan_count", Some(as_f64(outputs.nan_count))),
-        ("inf_count", Some(as_f64(outputs.inf_count))),
-        ("noise_scale", entry.gsnr().and_then(GsnrReport::noise_scale)),
-        ("verdict", entry.verdict().map(super::level)),
-    ];
-    values.extend(of_step.into_iter().filter_map(|(tag, value)| Some(Value::scalar(tag.to_owned(), value?))));
+    values.extend(statistics::of_steps(Output::Scalars).filter_map(|statistic| {
+        let value = (statistic.of)(entry)?.as_f64()?;
+        Some(Value::scalar(statistic.name.to_owned(), value))
+    }));
     for tensor in entry.tensors() {
         let (name, record) = (tensor.report.name, tensor.report.record);
-        let count = |count: u64| (count > 0 || tensor.histogram.is_some()).then(|| as_f64(count));
-        let of_tensor = [
-            ("l2_norm", Some(record.l2_norm())),
-            ("finite_l2_norm", Some(record.finite_l2_norm())),
-            ("max_abs", record.max_abs().map(f64::from)),
-            ("mean", record.mean()),
-            ("std", record.std()),
-            ("zero_fraction", record.zero_fraction()),
-            ("dead_fraction", record.dead_fraction()),
-            ("nan_count", count(record.nan_count)),
-            ("inf_count", count(record.inf_count)),
-            ("ratio", tensor.report.ratio()),
-            ("gsnr_mean", tensor.gsnr.and_then(GsnrRecord::mean)),
-            ("gsnr_median", tensor.gsnr.and_then(GsnrRecord::median)),
-            ("verdict", tensor.verdict.map(super::level)),
-        ];
-        // The statistic first: TensorBoard groups by what is before the slash.
-        let scalar = |(tag, value): (&str, Option<f64>)| Some(Value::scalar(format!("{tag}/{name}"), value?));
-        values.extend(of_tensor.into_iter().filter_map(scalar));
+        values.extend(statistics::of_tensors(Output::Scalars).filter_map(|statistic| {
+            let value = (statistic.of)(&tensor)?;
+            let says_nothing = value == statistics::Value::Whole(Some(0)) && tensor.histogram.is_none();
+            // The statistic first: TensorBoard groups by what is before the slash.
+            let tag = format!("{}/{name}", statistic.name);
+            if says_nothing { None } else { Some(Value::scalar(tag, value.as_f64()?)) }
+        }));
         if let Some(histogram) = tensor.histogram.filter(|histogram| histogram.finite_count() > 0) {
             let what = value::What::Histogram(HistogramProto::new(histogram, record));
             values.push(Value { tag: format!("gradient_abs/{name}"), what: Some(what) });

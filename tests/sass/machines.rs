@@ -219,7 +219,10 @@ pub fn everything() -> Option<&'static [Code]> {
             let usage = usages.iter().find(of_this).expect("the kernel has a resource usage").2;
             Code { architecture, kernel, listing, usage }
         };
-        ARCHITECTURES.iter().flat_map(|architecture| Kernel::ALL.map(|kernel| code(architecture, kernel))).collect()
+        ARCHITECTURES
+            .iter()
+            .flat_map(|architecture| Kernel::ALL.iter().map(|&kernel| code(architecture, kernel)))
+            .collect()
     });
     Some(all)
 }
