@@ -159,7 +159,7 @@ KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
             scratch.nonfinite = sums.nonfinite > 0;
         }
         BARRIER(); // the fold of the next unit has more, behind which both may change
-        Clipping how = {scratch.coefficient, bits_to_float(INFINITY_BITS), a.policy == POLICY_ZERO_NONFINITE};
+        Clipping how = {scratch.coefficient, bits_to_float(INFINITY_BITS), a.policy == POLICY_ZERO_NONFINITE ? 0 : 0xffffffffu};
         if (how.coefficient == 1.0f && !scratch.nonfinite) continue;
         for (u64 done = 0; done < units.length; done += CHUNK) {
             u64 rest = units.length - done;

@@ -16,14 +16,16 @@ static_assert(sizeof(ClipArguments) == 88, "src/clip/cpu.rs");
 KERNEL(8) gradprobe_clip(ClipArguments a) {
     u32 action = a.outputs->action;
     if (action == 0) return;
-    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action & GRADPROBE_ACTION_ZERO_NONFINITE) != 0};
+    // By arithmetic: of a condition here the compiler made one in the loop.
+    u32 kept = (action / GRADPROBE_ACTION_ZERO_NONFINITE & 1) - 1;
+    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), kept};
     if (action & GRADPROBE_ACTION_CLAMP) how.limit = a.clip_state->limit;
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
         u32 index = a.chunk_count - 1 - from_end;
         u32 tensor = a.chunk_tensors[index];
         if (action & GRADPROBE_ACTION_SCALE_TENSORS) {
             how.coefficient = a.coefficients[tensor];
-            if (how.coefficient == 1.0f && !how.zero_nonfinite) continue;
+            if (how.coefficient == 1.0f && how.nonfinite_kept) continue;
         }
         Chunk chunk = chunk_of(a, index, tensor);
 #define SCALE(E) clip_chunk<E, false>(chunk, how)

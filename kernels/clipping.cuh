@@ -13,21 +13,22 @@ constexpr u32 TOGETHER = 4;
 struct Clipping {
     float coefficient;
     float limit; // of magnitudes, or Inf
-    bool zero_nonfinite;
+    u32 nonfinite_kept; // which bits a NaN or Inf keeps: none when those become 0, else all
 };
 
 // What becomes of one element's bits. ZERO_OR_CLAMP keeps what is rare out of the common case.
 template <typename E, bool ZERO_OR_CLAMP> DEVICE u32 clipped(u32 bits, const Clipping &how) {
-    if (ZERO_OR_CLAMP && how.zero_nonfinite && magnitude<E>(bits) >= E::INFINITY_MAGNITUDE) return 0;
     float product = E::widen(bits) * how.coefficient;
     if (ZERO_OR_CLAMP) {
         if (product > how.limit) product = how.limit;
         if (product < -how.limit) product = -how.limit;
     }
-    // A NaN gets no payload, so that its bits do not depend on the machine. By a mask: a choice became a branch for
-    // each element.
+    // A NaN gets no payload, so that its bits do not depend on the machine. By masks, here and below: a choice became a
+    // branch for each element, or the loop twice.
     u32 nan = product == product ? 0 : 0xffffffffu;
-    return (E::narrow(product) & ~nan) | (E::QUIET_NAN & nan);
+    u32 after = (E::narrow(product) & ~nan) | (E::QUIET_NAN & nan);
+    if (!ZERO_OR_CLAMP) return after;
+    return after & (magnitude<E>(bits) < E::INFINITY_MAGNITUDE ? 0xffffffffu : how.nonfinite_kept);
 }
 
 template <typename E, bool ZERO_OR_CLAMP> DEVICE void clip_chunk(const Chunk &chunk, const Clipping &how) {

@@ -401,8 +401,7 @@ fn features_take_what_is_documented() {
             // And the tag of the next.
             "history" => 5 * (112 + 24 * tensors) + 8,
             "tracking" => GsnrConfig::new().bytes(&plan).unwrap(),
-            // And what is the same for all tensors.
-            "moments" => tensors * ((16 << 10) + 120) + 48,
+            "moments" => tensors * ((16 << 10) + 120),
             "histogram" => tensors * (8 << 10),
             "dot" => 48 * chunks + 64 * tensors,
             // Values, numbers of steps, places.

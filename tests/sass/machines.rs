@@ -63,7 +63,7 @@ const COMMON: Architecture = Architecture {
     bytes_in_flight: 0,
     instructions: [0.0; 3],
     loads: [0; 3],
-    clip: 200,
+    clip: 150,
     histogram: 15.0,
     dot: 20.0,
     histogram_branches: 2,

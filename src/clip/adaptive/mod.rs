@@ -115,7 +115,7 @@ pub struct AdaptiveRecord {
     /// Unused; 0.
     pub reserved: u32,
 }
-// The other side is in kernels/arguments.cuh.
+// The other side is in kernels/adaptive.cu.
 const _: () = assert!(size_of::<AdaptiveRecord>() == 24);
 
 impl AdaptiveRecord {
