@@ -8,7 +8,8 @@
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradprobe::{
-    Clip, Config, Cpu, DType, Element, GsnrConfig, Plan, Probe, Tensor, TensorMut,
+    Clip, Config, Cpu, DType, Element, Plan, Probe, Tensor, TensorMut,
+    gsnr::GsnrConfig,
     health::{Health, Rules},
 };
 use half::{bf16, f16};

@@ -9,7 +9,8 @@
 
 use clap::Parser;
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, GsnrConfig, Plan, Probe, Tensor, Verdict,
+    Clip, Config, Cpu, DType, Error, Plan, Probe, Tensor, Verdict,
+    gsnr::GsnrConfig,
     health::Rules,
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, charts::ChartFolder, live::Live},
 };

@@ -46,7 +46,7 @@ struct ClipState {
 };
 static_assert(sizeof(ClipState) == 32, "src/clip/policy.rs");
 
-// A rule by which one step decides its verdict words, and all of them.
+// A rule by which one step decides its health words, and all of them.
 struct ThresholdRule {
     u32 statistic, kind, flags, reserved;
     double warning, critical;

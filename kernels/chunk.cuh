@@ -7,7 +7,7 @@
 #include "block.cuh"
 
 // What thread 0 tells the block to do next.
-struct Decision {
+struct Directions {
     u32 nonfinite;
     u32 again;
     float scale;
@@ -25,7 +25,7 @@ struct ChunkScratch {
         Lane lanes[LANES];
         FiniteScan finite[LANES];
     };
-    Decision decision;
+    Directions directions;
     Record record; // thread 0's; in registers it would crowd out the sums of the careful path
 };
 
@@ -126,7 +126,7 @@ DEVICE LaneSums careful_lane(const Chunk &chunk, float scale, float shift) {
 
 DEVICE Sums careful_sums(ChunkScratch &scratch, const Chunk &chunk, float scale, float shift) {
     Lane lane = {careful_lane(chunk, scale, shift), {}};
-    BARRIER(); // all have read the last decision and the last totals
+    BARRIER(); // all have read the last directions and the last totals
     return block_totals(scratch.lanes, lane).sums;
 }
 
@@ -164,7 +164,7 @@ DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
 }
 
 // Fills `record` but for its moments, in thread 0, and decides by what its elements are to be scaled.
-DEVICE void set_counts(Record &record, Decision &decision, const Chunk &chunk, const FiniteScan &finite) {
+DEVICE void set_counts(Record &record, Directions &directions, const Chunk &chunk, const FiniteScan &finite) {
     record.count = chunk.length;
     record.nan_count = finite.nan_count;
     record.inf_count = finite.inf_count;
@@ -176,7 +176,7 @@ DEVICE void set_counts(Record &record, Decision &decision, const Chunk &chunk, c
     record.min_nonzero_abs_or_infinity = finite.scan.nonzeros == 0
                                              ? bits_to_float(INFINITY_BITS)
                                              : widen(chunk.dtype, finite.scan.min_nonzero_less_one + 1);
-    decision.scale = scale_of(float_to_bits(record.max_abs_or_zero));
+    directions.scale = scale_of(float_to_bits(record.max_abs_or_zero));
 }
 
 // 1 / scale, for a power of two: in its bits, a division being a chain of instructions that the block waits for.
@@ -191,14 +191,14 @@ DEVICE void set_centred(Record &record, double mean, double deviations, float sc
 
 // Fills the moments of `record` from the sums of its finite elements times `scale`, in thread 0, and says whether they
 // are too far from centred, and if so around what they are to be read again.
-DEVICE void set_moments(Record &record, Decision &decision, const Sums &sums, float scale) {
+DEVICE void set_moments(Record &record, Directions &directions, const Sums &sums, float scale) {
     double count = (double)finite_count(record);
     Centred moments = {};
-    decision.again = 0;
+    directions.again = 0;
     if (count > 0.0) {
         moments = centred(sums, count);
-        decision.again = sums.sum * moments.mean > CENTRED_SHARE * moments.deviations;
-        decision.shift = (float)moments.mean;
+        directions.again = sums.sum * moments.mean > CENTRED_SHARE * moments.deviations;
+        directions.shift = (float)moments.mean;
     }
     set_centred(record, moments.mean, moments.deviations, scale);
     record.sum_abs = sums.magnitude * unscale_of(scale);
@@ -220,7 +220,7 @@ template <typename Meanwhile>
 DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanwhile &meanwhile) {
     bool first = threadIdx.x == 0;
     Record &record = scratch.record;
-    Decision &decision = scratch.decision;
+    Directions &directions = scratch.directions;
 
     Lane lane = {};
 #define MEASURE_LANE(E) lane = fast_lane<E>(chunk)
@@ -229,27 +229,27 @@ DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanw
     Totals totals = block_totals(scratch.lanes, lane);
     meanwhile();
     if (first) {
-        decision.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
-        if (!decision.nonfinite) {
-            set_counts(record, decision, chunk, {totals.scan, 0, 0, 0xffffffffu});
-            set_moments(record, decision, totals.sums, 1.0f);
+        directions.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
+        if (!directions.nonfinite) {
+            set_counts(record, directions, chunk, {totals.scan, 0, 0, 0xffffffffu});
+            set_moments(record, directions, totals.sums, 1.0f);
         }
     }
     BARRIER();
-    bool nonfinite = decision.nonfinite;
+    bool nonfinite = directions.nonfinite;
     if (nonfinite) {
         FiniteScan finite = scan_finite(scratch, chunk);
-        if (first) set_counts(record, decision, chunk, finite);
+        if (first) set_counts(record, directions, chunk, finite);
         BARRIER();
     }
-    float scale = decision.scale;
+    float scale = directions.scale;
     if (nonfinite || scale != 1.0f) {
         Sums sums = careful_sums(scratch, chunk, scale, 0.0f);
-        if (first) set_moments(record, decision, sums, scale);
+        if (first) set_moments(record, directions, sums, scale);
         BARRIER();
     }
-    if (decision.again) {
-        float shift = decision.shift;
+    if (directions.again) {
+        float shift = directions.shift;
         Sums sums = careful_sums(scratch, chunk, scale, shift);
         if (first) {
             Centred moments = centred(sums, (double)finite_count(record));

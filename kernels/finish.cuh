@@ -108,9 +108,9 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     bool clips = narrow(o.coefficient_f64) != 1.0f || parts;
     u32 part = a.clip & (CLIP_VALUE | CLIP_QUANTILE) ? GRADPROBE_ACTION_CLAMP : GRADPROBE_ACTION_SCALE_TENSORS;
     o.action = (scales ? GRADPROBE_ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? GRADPROBE_ACTION_ZERO_NONFINITE : 0);
-    o.verdict = (nan_count > 0 ? GRADPROBE_VERDICT_NAN : 0) | (inf_count > 0 ? GRADPROBE_VERDICT_INF : 0) |
-                (clips ? GRADPROBE_VERDICT_CLIPPED : 0) | (skip ? GRADPROBE_VERDICT_SKIP : 0) | (clip.spike ? GRADPROBE_VERDICT_SPIKE : 0) |
-                (usable ? 0 : GRADPROBE_VERDICT_LOSS_SCALE);
+    o.flags = (nan_count > 0 ? GRADPROBE_FLAG_NAN : 0) | (inf_count > 0 ? GRADPROBE_FLAG_INF : 0) |
+                (clips ? GRADPROBE_FLAG_CLIPPED : 0) | (skip ? GRADPROBE_FLAG_SKIP : 0) | (clip.spike ? GRADPROBE_FLAG_SPIKE : 0) |
+                (usable ? 0 : GRADPROBE_FLAG_LOSS_SCALE);
     o.weights = a.weights;
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
@@ -118,7 +118,7 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     o.loss_scale = o.next_loss_scale = scale;
     if (a.differing) {
         o.differing_replicas = load_fresh(a.differing);
-        o.verdict |= o.differing_replicas > 0 ? GRADPROBE_VERDICT_REPLICAS : 0;
+        o.flags |= o.differing_replicas > 0 ? GRADPROBE_FLAG_REPLICAS : 0;
         *a.differing = 0;
     }
     if (a.loss_scale) {

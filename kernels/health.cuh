@@ -1,4 +1,4 @@
-// Verdict words by rules that one step decides by itself: src/health/threshold.rs documents them, with the same
+// Health words by rules that one step decides by itself: src/health/threshold.rs documents them, with the same
 // operations.
 #pragma once
 #include "history.cuh"

@@ -14,7 +14,7 @@ DEVICE void keep_tensors(const StepArguments &a) {
         t.max_abs = r.max_abs_or_zero;
         t.zero_fraction = share(r.zero_count);
         t.dead_fraction = share(r.dead_count);
-        t.flags = (r.nan_count > 0 ? GRADPROBE_VERDICT_NAN : 0) | (r.inf_count > 0 ? GRADPROBE_VERDICT_INF : 0) |
+        t.flags = (r.nan_count > 0 ? GRADPROBE_FLAG_NAN : 0) | (r.inf_count > 0 ? GRADPROBE_FLAG_INF : 0) |
                   (r.count == 0 ? NO_ELEMENTS : 0);
         line[i] = t;
     }

@@ -1,17 +1,17 @@
 //! The features of a probe: a line each, of what it is declared with and what it then has on the device.
 
 use crate::{
-    AdaptiveClip, Error, GsnrConfig, LossScale, Ranks, Rules, SampleConfig,
-    clip::{AdaptiveUnits, LossScaleMemory},
+    Error, Rules,
+    clip::{AdaptiveClip, AdaptiveUnits, LossScale, LossScaleMemory},
     dot::Dots,
-    gsnr::{Moments, Tracking},
+    gsnr::{GsnrConfig, Moments, Tracking},
     health::Judge,
     histogram::Histograms,
     history::History,
     micro_batches::MicroBatches,
     probe::Core,
-    ranks::RankLists,
-    samples::Samples,
+    ranks::{RankLists, Ranks},
+    samples::{SampleConfig, Samples},
 };
 
 /// What a feature has on the device.

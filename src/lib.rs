@@ -42,25 +42,19 @@ pub mod statistics;
 pub mod tensor;
 pub mod write;
 
-pub use clip::{AdaptiveClip, AdaptiveClipReport, Clip, LossScale};
+pub use clip::Clip;
 pub use config::{Config, NonFinitePolicy};
 #[cfg(feature = "cuda")]
 pub use cudarc;
 pub use device::Cpu;
 #[cfg(feature = "cuda")]
 pub use device::cuda;
-pub use dot::{Dot, DotReport};
 pub use dtype::{DType, Element};
 pub use error::Error;
-pub use gsnr::{GsnrConfig, GsnrRecord, GsnrReport};
-pub use health::{Diagnosis, Finding, FindingKind, Rules, Severity, Verdict};
-pub use histogram::{Histogram, HistogramReport};
-pub use history::HistoryReport;
+pub use health::{Diagnosis, Finding, FindingKind, Rules, Verdict};
 pub use measure::{Record, Report, StepOutputs, TensorReport};
 pub use plan::{Plan, TensorSpec};
 pub use probe::{Addresses, Probe, Room};
-pub use ranks::{RankReport, Ranks};
-pub use samples::{SampleConfig, SampleReport};
 pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
 
 /// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC

@@ -1,7 +1,8 @@
 #![doc = include_str!("statistics.md")]
 
 use crate::{
-    GsnrRecord, GsnrReport, Record, Verdict,
+    Record, Verdict,
+    gsnr::{GsnrRecord, GsnrReport},
     write::{Entry, EntryTensor},
 };
 

@@ -7,8 +7,8 @@ mod common;
 
 use common::{host::OnHost, normal::Normal};
 use gradprobe::{
-    Absent, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe, RawTensor, Tensor,
-    gsnr::AdamMoments, gsnr::AdamStep,
+    Absent, Config, Cpu, DType, Error, HostTensor, Plan, Probe, RawTensor, Tensor,
+    gsnr::{AdamMoments, AdamStep, GsnrConfig, GsnrRecord, GsnrReport},
 };
 use gradprobe_simt::{Schedule, Simt};
 

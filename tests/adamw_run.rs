@@ -143,7 +143,7 @@ fn the_graph_trains_as_f64_does_and_skips_what_is_broken() {
             training.set_target(sample, reference.samples.targets[sample]).unwrap();
             let report = training.probe.wait().unwrap();
             assert_eq!((report.outputs().skip, report.step()), (1, step as u64));
-            assert_eq!(report.outputs().verdict, StepOutputs::VERDICT_NAN | StepOutputs::VERDICT_SKIP);
+            assert_eq!(report.outputs().flags, StepOutputs::FLAG_NAN | StepOutputs::FLAG_SKIP);
             let diagnosis = report.diagnosis().unwrap();
             let of_nan = diagnosis.findings().iter().filter(|finding| finding.kind == FindingKind::Nan).count();
             assert_eq!((diagnosis.verdict(), of_nan), (Verdict::Critical, 4), "{diagnosis}");

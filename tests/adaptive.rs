@@ -13,8 +13,8 @@ use common::{
     placed,
 };
 use gradprobe::{
-    Absent, AdaptiveClip, AdaptiveClipReport, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy,
-    Plan, Probe, RawTensor, clip::AdaptiveRecord,
+    Absent, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, RawTensor,
+    clip::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord},
 };
 use gradprobe_simt::{Schedule, Simt};
 

@@ -14,8 +14,9 @@ use common::host::OnHost;
 use common::oracle::{self, Format, Truth};
 use common::{Effort, Placed, Prepared, run_case};
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, HostTensorMut, NonFinitePolicy,
-    Plan, Probe, Record, Report, StepOutputs,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, Record, Report,
+    StepOutputs,
+    gsnr::{GsnrConfig, GsnrRecord, GsnrReport},
 };
 
 /// What a perfect probe would say.

@@ -7,13 +7,14 @@ mod common;
 
 use common::host::OnHost;
 use gradprobe::{
-    Absent, AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, Histogram, LossScale, Plan, Probe, Ranks, Rules,
-    SampleConfig, Tensor, TensorMut,
+    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Rules, Tensor, TensorMut,
+    clip::{AdaptiveClip, LossScale},
     device::{Buffer, Device, Kernel, Read},
-    gsnr::AdamMoments,
-    gsnr::AdamStep,
+    gsnr::{AdamMoments, AdamStep, GsnrConfig},
+    histogram::Histogram,
     history::{HistoryStep, HistoryTensor},
-    ranks::{Placement, ThreadCommunicator},
+    ranks::{Placement, Ranks, ThreadCommunicator},
+    samples::SampleConfig,
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -464,7 +465,7 @@ fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
     let report = probe.poll().unwrap().unwrap_or_else(|| panic!("{what}: no report"));
     let outputs = report.outputs();
     assert_eq!((outputs.step, outputs.total_norm, outputs.found_inf, outputs.skip), (step, 0.0, 0.0, 0), "{what}");
-    assert_eq!((outputs.coefficient_f64, outputs.verdict, outputs.health), (1.0, 0, 0), "{what}");
+    assert_eq!((outputs.coefficient_f64, outputs.flags, outputs.health), (1.0, 0, 0), "{what}");
     assert_eq!((report.records().len(), report.weights().unwrap().len()), (count, count));
     assert_eq!((report.absent().count(), report.health_words().unwrap()), (0, &vec![0; count][..]));
     assert!(report.diagnosis().unwrap().findings().is_empty(), "{what}: {report}");

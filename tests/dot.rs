@@ -13,7 +13,10 @@ use common::{
     oracle::{Format, Number, Wide, power_of_two},
     placed, short, tensors,
 };
-use gradprobe::{Absent, Config, Cpu, DType, Dot, DotReport, Error, HostTensor, Plan, Probe, RawTensor};
+use gradprobe::{
+    Absent, Config, Cpu, DType, Error, HostTensor, Plan, Probe, RawTensor,
+    dot::{Dot, DotReport},
+};
 use gradprobe_simt::{Schedule, Simt};
 use half::bf16;
 use rayon::prelude::*;

@@ -12,9 +12,11 @@ mod require;
 mod training;
 
 use gradprobe::{
-    AdaptiveClip, Clip, Config, DType, Error, GsnrConfig, Plan, Probe, Tensor,
+    Clip, Config, DType, Error, Plan, Probe, Tensor,
+    clip::AdaptiveClip,
     cuda::{self, Cuda},
     cudarc::driver::{CudaSlice, CudaStream, result, sys},
+    gsnr::GsnrConfig,
 };
 use half::{bf16, f16};
 use require::{pointless, skipped};
@@ -217,7 +219,10 @@ fn a_step_whose_gradients_have_moved_uploads_their_addresses_once() {
 #[cfg(feature = "nccl")]
 #[test]
 fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
-    use gradprobe::{Ranks, cuda::NcclCommunicator, ranks::Placement};
+    use gradprobe::{
+        cuda::NcclCommunicator,
+        ranks::{Placement, Ranks},
+    };
     let Some((trace, stream)) = driver() else { return };
     let mut gradients = Gradients::new(&stream);
     let id = NcclCommunicator::unique_id().unwrap();

@@ -17,8 +17,9 @@ use common::{
     short,
 };
 use gradprobe::{
-    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, Plan, Probe,
+    Config, Cpu, DType, Error, Plan, Probe,
     device::{Buffer, Device, Kernel, Read},
+    gsnr::{GsnrConfig, GsnrRecord, GsnrReport},
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};

@@ -6,7 +6,8 @@ mod common;
 
 use common::{golden, host::OnHost, kinds, measure, named};
 use gradprobe::{
-    Config, Cpu, DType, Error, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Report, Severity, Verdict,
+    Config, Cpu, DType, Error, FindingKind, HostTensor, Plan, Probe, Report, Verdict,
+    gsnr::GsnrConfig,
     health::{
         Diagnosis, Flow, FlowMeasure, FlowRule, Groups, Health, Limits, Preset, Rules, Statistic, TensorType,
         ThresholdRule, UnderflowRule, advice, backward_order, risen, table, top_contributors, verdict_of,
@@ -18,12 +19,12 @@ fn diagnose_by(rules: Rules, report: &Report) -> Diagnosis {
 }
 
 /// Kinds and severities that these rules find in one step.
-fn found(rules: Rules, tensors: &[(&str, &[f32])]) -> Vec<(FindingKind, Severity)> {
+fn found(rules: Rules, tensors: &[(&str, &[f32])]) -> Vec<(FindingKind, Verdict)> {
     kinds(&diagnose_by(rules, &measure(tensors)))
 }
 
-const WARNING: Severity = Severity::Warning;
-const CRITICAL: Severity = Severity::Critical;
+const WARNING: Verdict = Verdict::Warning;
+const CRITICAL: Verdict = Verdict::Critical;
 
 #[test]
 fn doctor_warns_outside_1e_7_and_1e4() {

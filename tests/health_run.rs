@@ -6,15 +6,15 @@ mod common;
 
 use common::{golden, host::OnHost, kinds, measure, measure_with, named};
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Severity, Verdict,
+    Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, NonFinitePolicy, Plan, Probe, Verdict,
     health::{
         Baseline, Cadence, Comparison, Diagnosis, Health, Limits, NormChange, Preset, Rules, RunSummary, Statistic,
         ThresholdRule, backward_order, suggested_clip,
     },
 };
 
-const WARNING: Severity = Severity::Warning;
-const CRITICAL: Severity = Severity::Critical;
+const WARNING: Verdict = Verdict::Warning;
+const CRITICAL: Verdict = Verdict::Critical;
 
 /// Diagnoses steps of two tensors.
 struct Run {
@@ -353,7 +353,7 @@ fn words_findings_and_verdicts_agree_on_any_input() {
             };
             for ((name, verdict), &word) in diagnosis.tensors().zip(diagnosis.tensor_words()) {
                 let found = of(name);
-                let worst = found.iter().map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
+                let worst = found.iter().map(|finding| finding.severity).max().unwrap_or_default();
                 assert_eq!(verdict, worst, "{preset:?} {step} {name}: {word:x} {found:?}");
                 let vanishes = found.iter().any(|finding| finding.kind == FindingKind::Vanishing);
                 for kind in FindingKind::ALL {
@@ -368,7 +368,7 @@ fn words_findings_and_verdicts_agree_on_any_input() {
                     }
                 }
             }
-            let worst = diagnosis.findings().iter().map(|finding| Verdict::of(finding.severity)).max();
+            let worst = diagnosis.findings().iter().map(|finding| finding.severity).max();
             assert_eq!(diagnosis.verdict(), worst.unwrap_or_default());
             assert!(diagnosis.findings().is_sorted_by(|a, b| a.severity >= b.severity));
             for finding in diagnosis.findings() {

@@ -13,8 +13,8 @@ use common::{
     short,
 };
 use gradprobe::{
-    Absent, Config, Cpu, DType, Error, Histogram, HistogramReport, HostTensor, Plan, Probe,
-    histogram::{Bounds, Format},
+    Absent, Config, Cpu, DType, Error, HostTensor, Plan, Probe,
+    histogram::{Bounds, Format, Histogram, HistogramReport},
 };
 use gradprobe_simt::{Schedule, Simt};
 use half::{bf16, f16};

@@ -5,9 +5,8 @@ mod common;
 
 use common::{cases::normal, host::OnHost};
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, HistoryReport, HostTensor, NonFinitePolicy, Plan, Probe, StepOutputs,
-    Tensor,
-    history::{HistoryStep, HistoryTensor},
+    Absent, Clip, Config, Cpu, DType, Error, HostTensor, NonFinitePolicy, Plan, Probe, StepOutputs, Tensor,
+    history::{HistoryReport, HistoryStep, HistoryTensor},
 };
 use gradprobe_simt::{Schedule, Simt};
 
@@ -73,8 +72,7 @@ fn the_last_steps_are_kept_in_order_with_their_tags() {
                 let share = |fraction: Option<f64>| fraction.unwrap_or(0.0) as f32;
                 assert_eq!(tensor.zero_fraction, share(record.zero_fraction()));
                 assert_eq!(tensor.dead_fraction, share(record.dead_fraction()));
-                let flags =
-                    (tensor.flags & StepOutputs::VERDICT_NAN != 0, tensor.flags & StepOutputs::VERDICT_INF != 0);
+                let flags = (tensor.flags & StepOutputs::FLAG_NAN != 0, tensor.flags & StepOutputs::FLAG_INF != 0);
                 assert_eq!(flags, (record.nan_count > 0, record.inf_count > 0));
             }
         }

@@ -10,8 +10,10 @@ use common::{
     host::{OnHost, loss_scale},
 };
 use gradprobe::{
-    AdaptiveClip, Clip, Config, Cpu, DType, Error, GsnrConfig, HostTensor, HostTensorMut, LossScale, NonFinitePolicy,
-    Plan, Probe, Report, StepOutputs, histogram::Format,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, Report, StepOutputs,
+    clip::{AdaptiveClip, LossScale},
+    gsnr::GsnrConfig,
+    histogram::Format,
 };
 use gradprobe_simt::{Schedule, Simt};
 
@@ -97,8 +99,8 @@ fn a_power_of_two_changes_nothing_but_the_units() {
             assert!(near(outputs.coefficient_f64, expected.coefficient_f64), "{config:?}: {outputs:?}");
             assert!(near(f64::from(outputs.coefficient * scale), expected.coefficient.into()), "{outputs:?}");
             assert!(near(f64::from(outputs.inverse_coefficient / scale), expected.inverse_coefficient.into()));
-            assert_eq!((outputs.verdict, outputs.loss_scale), (expected.verdict, scale), "{config:?}");
-            clipped_once |= outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0;
+            assert_eq!((outputs.flags, outputs.loss_scale), (expected.flags, scale), "{config:?}");
+            clipped_once |= outputs.flags & StepOutputs::FLAG_CLIPPED != 0;
             // The limit of a quantile is interpolated in its bin, of which a scaled histogram has the same.
             for (t, (a, b)) in left.iter().zip(&unscaled).enumerate() {
                 let far = a.iter().zip(b).position(|(a, b)| !near((*a).into(), (*b).into()));
@@ -215,7 +217,7 @@ fn a_changing_scale_does_not_disturb_what_is_tracked() {
     let (plain, probe) = (plain.gsnr_report().unwrap(), probe.gsnr_report().unwrap());
     for ((_, a), (_, b)) in plain.tensors().zip(probe.tensors()) {
         let exact =
-            |r: &gradprobe::GsnrRecord| (r.defined, r.constant, r.sum_variance, r.sum_squared_mean, r.sum_ratio);
+            |r: &gradprobe::gsnr::GsnrRecord| (r.defined, r.constant, r.sum_variance, r.sum_squared_mean, r.sum_ratio);
         assert_eq!(exact(a), exact(b));
         assert!(near(a.norm_mean, b.norm_mean));
     }
@@ -265,8 +267,8 @@ fn a_scale_that_is_none_is_a_step_to_skip() {
                 (1, 1.0, 0, 1.0),
                 "{bad}"
             );
-            let verdict = StepOutputs::VERDICT_LOSS_SCALE | StepOutputs::VERDICT_SKIP | StepOutputs::VERDICT_NAN;
-            assert_eq!((outputs.verdict, outputs.loss_scale.to_bits()), (verdict, bad.to_bits()), "{bad}");
+            let flags = StepOutputs::FLAG_LOSS_SCALE | StepOutputs::FLAG_SKIP | StepOutputs::FLAG_NAN;
+            assert_eq!((outputs.flags, outputs.loss_scale.to_bits()), (flags, bad.to_bits()), "{bad}");
             assert_eq!(left[0][8..], step[0][8..], "{bad}");
             assert!(near(report.records()[1].finite_l2_norm(), plain_norm(&step[1])), "{bad}");
         }

@@ -11,7 +11,7 @@ use common::{
     host::{OnHost, plan_of, refs},
     oracle, tensors,
 };
-use gradprobe::{Absent, Clip, Config, Cpu, DType, Error, LossScale, Plan, Probe, Record, Report};
+use gradprobe::{Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Record, Report, clip::LossScale};
 use gradprobe_simt::{Schedule, Simt};
 
 const MICRO_BATCHES: u32 = 4;

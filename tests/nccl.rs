@@ -12,8 +12,8 @@ use common::{
     host::{OnHost, plan_of},
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Probe, Ranks, RawTensor, Report,
-    TensorMut,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, RawTensor, Report, TensorMut,
+    clip::LossScale,
     cuda::{self, Cuda, NcclCommunicator},
     cudarc::{
         driver::{
@@ -22,7 +22,7 @@ use gradprobe::{
         },
         nccl::safe::Id,
     },
-    ranks::{Placement, ThreadCommunicator},
+    ranks::{Placement, Ranks, ThreadCommunicator},
 };
 use require::{pointless, skipped};
 use std::{sync::Arc, thread};

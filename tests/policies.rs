@@ -9,8 +9,8 @@ use common::{
     host::{OnHost, coefficients},
 };
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, Histogram, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe,
-    StepOutputs, TensorMut,
+    Absent, Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, NonFinitePolicy, Plan, Probe, StepOutputs,
+    TensorMut, histogram::Histogram,
 };
 use gradprobe_simt::{Schedule, Simt};
 use half::bf16;
@@ -191,7 +191,7 @@ fn values_are_brought_between_the_limits() {
         on_cpu(Config::default().clip(Clip::Value { max_abs: limit }), &steps).iter().zip(&steps)
     {
         let outside = step.large.iter().any(|x| x.abs() > limit) || step.small.iter().any(|x| x.to_f32().abs() > limit);
-        assert_eq!(outputs.verdict, if outside { StepOutputs::VERDICT_CLIPPED } else { 0 });
+        assert_eq!(outputs.flags, if outside { StepOutputs::FLAG_CLIPPED } else { 0 });
         assert_eq!(outputs.coefficient, 1.0);
         let expected: Vec<f32> = step.large.iter().map(|x| x.clamp(-limit, limit)).collect();
         assert!(clipped.large == expected);
@@ -229,7 +229,7 @@ fn elements_are_brought_to_a_quantile_of_all() {
             assert!(edges.contains(&limit), "{policy:?}: {limit} for {exact}");
             let error = f64::from(limit / exact) - 1.0;
             assert!(error.abs() < 0.02 || quantile > 0.99, "{policy:?}: {limit} for {exact}");
-            assert_eq!((outputs.coefficient, outputs.verdict), (1.0, StepOutputs::VERDICT_CLIPPED));
+            assert_eq!((outputs.coefficient, outputs.flags), (1.0, StepOutputs::FLAG_CLIPPED));
             let expected: Vec<f32> = step.large.iter().map(|x| x.clamp(-limit, limit)).collect();
             assert!(clipped.large == expected);
             let expected: Vec<bf16> =
@@ -261,7 +261,7 @@ fn tensors_are_clipped_by_their_own_norms() {
             assert!((after / before.min(2.0) - 1.0).abs() < 2e-3, "{before} became {after}");
         }
         let any = step.norms().iter().any(|&norm| norm > 2.0);
-        assert_eq!(outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0, any);
+        assert_eq!(outputs.flags & StepOutputs::FLAG_CLIPPED != 0, any);
     }
     assert!(steps.iter().any(|step| step.norms()[0] > 2.0) && steps.iter().any(|step| step.norms()[0] < 2.0));
 }
@@ -281,7 +281,7 @@ fn auto_clip_clips_to_a_percentile_of_the_norms_so_far() {
             let (low, high) = (known[rank.floor() as usize], known[rank.ceil() as usize]);
             let limit = low + (high - low) * rank.fract();
             assert!(near(outputs.coefficient_f64, (limit / norms[s]).min(1.0)), "{policy:?} step {s}: {outputs:?}");
-            clipped += u32::from(outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0);
+            clipped += u32::from(outputs.flags & StepOutputs::FLAG_CLIPPED != 0);
         }
         assert!(percentile == 100.0 || (10..49).contains(&clipped), "{policy:?}: {clipped}");
     }
@@ -303,13 +303,13 @@ fn z_clip_follows_the_published_code() {
                 buffer.push(norm);
                 mean = buffer.iter().sum::<f64>() / buffer.len() as f64;
                 variance = buffer.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / buffer.len() as f64;
-                assert_eq!(outputs.verdict & StepOutputs::VERDICT_SPIKE, 0);
+                assert_eq!(outputs.flags & StepOutputs::FLAG_SPIKE, 0);
             } else {
                 let std = variance.sqrt();
                 let z = (norm - mean) / (std + 1e-6);
                 let clip_value = (z > threshold).then(|| mean + threshold * std / (z / threshold));
                 spikes += u32::from(clip_value.is_some());
-                assert_eq!(outputs.verdict & StepOutputs::VERDICT_SPIKE != 0, clip_value.is_some(), "z = {z}");
+                assert_eq!(outputs.flags & StepOutputs::FLAG_SPIKE != 0, clip_value.is_some(), "z = {z}");
                 limit = clip_value.unwrap_or(norm).min(cap);
                 mean = alpha * mean + (1.0 - alpha) * clip_value.unwrap_or(norm);
                 variance = alpha * variance + (1.0 - alpha) * (clip_value.unwrap_or(norm) - mean).powi(2);
@@ -436,7 +436,7 @@ fn a_tensor_that_was_never_there_is_not_clipped() {
             let mut a = [x, 0.0];
             probe.step(&mut [&mut a, &mut Absent, &mut [0f32; 0]]).unwrap();
             let outputs = *probe.wait().unwrap().outputs();
-            let seen = (outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0, a[0] != x);
+            let seen = (outputs.flags & StepOutputs::FLAG_CLIPPED != 0, a[0] != x);
             assert_eq!(seen, (clipped, clipped), "{x} on {}: {outputs:?}", probe.device());
             assert_eq!(coefficients(&probe)[1..], [1.0; 2], "{x} on {}", probe.device());
         }

@@ -11,9 +11,10 @@ use common::{
     host::OnHost,
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, GsnrConfig, HostTensor, HostTensorMut, Plan, Probe,
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe,
     cuda::{FATBIN, compile},
     device::{Kernel, SOURCE},
+    gsnr::GsnrConfig,
 };
 use gradprobe_simt::{
     Compiled, Schedule, Simt,

@@ -12,9 +12,9 @@ use common::{
     demand_none, oracle,
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, LossScale, Plan, Probe, RankReport, Ranks, Record,
-    Report, Rules, StepOutputs,
-    ranks::{Communicator, Placement, ThreadCommunicator},
+    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, Report, Rules, StepOutputs,
+    clip::LossScale,
+    ranks::{Communicator, Placement, RankReport, Ranks, ThreadCommunicator},
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -282,7 +282,7 @@ fn what_ranks_remember_stays_the_same() {
                 let near = |a: f64, b: f64| a == b || (a / b - 1.0).abs() < 1e-5 || a.is_nan() && b.is_nan();
                 assert!(near(seen.total_norm, expected.total_norm), "{seen:?}, {expected:?}");
                 assert!(near(seen.coefficient_f64, expected.coefficient_f64), "{config:?}: {seen:?}, {expected:?}");
-                let exact = |o: &StepOutputs| (o.skip, o.action, o.verdict, o.next_loss_scale, o.health, o.step);
+                let exact = |o: &StepOutputs| (o.skip, o.action, o.flags, o.next_loss_scale, o.health, o.step);
                 assert_eq!(exact(seen), exact(expected), "{config:?}, step {}", report.step());
             }
         }
@@ -313,10 +313,10 @@ fn replicas_that_differ_are_counted_and_found() {
         for (rank, steps) in ranks.iter().enumerate() {
             let outputs = steps.each_ref().map(|(report, _)| *report.outputs());
             assert_eq!(outputs.map(|o| o.differing_replicas), [0, 1, 1, 0], "rank {rank}");
-            let clipped = StepOutputs::VERDICT_CLIPPED;
-            let replicas = StepOutputs::VERDICT_REPLICAS;
-            let nan = StepOutputs::VERDICT_NAN | StepOutputs::VERDICT_SKIP | replicas;
-            assert_eq!(outputs.map(|o| o.verdict), [clipped, clipped | replicas, nan, clipped]);
+            let clipped = StepOutputs::FLAG_CLIPPED;
+            let replicas = StepOutputs::FLAG_REPLICAS;
+            let nan = StepOutputs::FLAG_NAN | StepOutputs::FLAG_SKIP | replicas;
+            assert_eq!(outputs.map(|o| o.flags), [clipped, clipped | replicas, nan, clipped]);
             // 14 + 0.5 of the replicas, once, and 0 + 1 + 4 + 9 of the shards.
             assert_eq!(outputs[0].total_norm, 28.5f64.sqrt());
             assert_eq!((outputs[1].total_norm, outputs[2].skip, outputs[3].skip), (outputs[0].total_norm, 1, 0));

@@ -5,7 +5,7 @@ mod require;
 
 use entries::{NAMES, entries};
 use gradprobe::{
-    Histogram,
+    histogram::Histogram,
     write::{Prometheus, Sink, TensorBoard, prometheus_text},
 };
 use require::skipped;

@@ -13,7 +13,10 @@ use common::{
     host::OnHost,
     tensors,
 };
-use gradprobe::{Absent, Config, Cpu, DType, Error, Plan, Probe, SampleConfig, SampleReport};
+use gradprobe::{
+    Absent, Config, Cpu, DType, Error, Plan, Probe,
+    samples::{SampleConfig, SampleReport},
+};
 use gradprobe_simt::{Schedule, Simt};
 
 const LENGTHS: [usize; 5] = [3, 0, 700, 40_000, 1];

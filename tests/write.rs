@@ -4,8 +4,9 @@ mod entries;
 
 use entries::{NAMES, entries, host::OnHost};
 use gradprobe::{
-    Absent, Config, Cpu, DType, Error, Histogram, HostTensor, Plan, Probe, Tensor, Verdict,
+    Absent, Config, Cpu, DType, Error, HostTensor, Plan, Probe, Tensor, Verdict,
     health::{Health, Rules},
+    histogram::Histogram,
     write::{Background, Csv, Entry, JsonLines, Prometheus, Sink, TensorBoard, json_line, prometheus_text},
 };
 use serde_json::Value;

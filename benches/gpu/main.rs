@@ -19,12 +19,13 @@ use clock::Clock;
 use criterion::{Criterion, Throughput};
 use gradients::{Gradients, transformer_lengths};
 use gradprobe::{
-    Clip, Config, DType, Element, Error, GsnrConfig, Plan, Probe, RawTensor, Tensor, TensorMut,
+    Clip, Config, DType, Element, Error, Plan, Probe, RawTensor, Tensor, TensorMut,
     cuda::{self, Cuda},
     cudarc::driver::{
         CudaContext, CudaSlice, CudaStream, DeviceRepr,
         sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD},
     },
+    gsnr::GsnrConfig,
 };
 use half::{bf16, f16};
 use std::{

@@ -5,7 +5,7 @@ mod host;
 mod parameters;
 
 pub use error::Error;
-pub use gradprobe::{Clip, Config, GsnrConfig, LossScale, NonFinitePolicy, Report, Rules};
+pub use gradprobe::{Clip, Config, NonFinitePolicy, Report, Rules, clip::LossScale, gsnr::GsnrConfig};
 
 use burn_core::module::Module;
 use burn_optim::GradientsParams;

@@ -7,7 +7,7 @@ mod natural;
 mod variables;
 
 pub use error::Error;
-pub use gradprobe::{Clip, Config, GsnrConfig, LossScale, NonFinitePolicy, Report, Rules};
+pub use gradprobe::{Clip, Config, NonFinitePolicy, Report, Rules, clip::LossScale, gsnr::GsnrConfig};
 
 use candle_core::{Device, Tensor, TensorId, Var, backprop::GradStore};
 use candle_nn::VarMap;
@@ -143,7 +143,7 @@ impl CandleProbe {
     ///
     /// ```
     /// # fn of(probe: &mut gradprobe_candle::CandleProbe, gradients: &candle_core::backprop::GradStore)
-    /// #     -> Result<gradprobe::HistogramReport, gradprobe_candle::Error> {
+    /// #     -> Result<gradprobe::histogram::HistogramReport, gradprobe_candle::Error> {
     /// probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))
     /// # }
     /// ```

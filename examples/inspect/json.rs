@@ -1,7 +1,8 @@
 //! The report for machines: the objects of `gradprobe::write`, in the shape of the inspector's contract.
 
 use gradprobe::{
-    Finding, GsnrReport, Report, Verdict,
+    Finding, Report, Verdict,
+    gsnr::GsnrReport,
     write::{json_gsnr, json_number, json_tensor},
 };
 use serde::Serialize;

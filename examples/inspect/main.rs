@@ -25,7 +25,8 @@ use elements::Elements;
 use failure::Failure;
 use gradients::Gradients;
 use gradprobe::{
-    Error, Finding, GsnrConfig, HostTensor, HostTensorMut, Tensor, TensorMut, Verdict,
+    Error, Finding, HostTensor, HostTensorMut, Tensor, TensorMut, Verdict,
+    gsnr::GsnrConfig,
     health::{self, Health},
 };
 use options::Options;
@@ -141,7 +142,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     progress.clear();
     let gsnr = if files.len() > 1 { Some(probe.gsnr()?.report()?) } else { None };
     let of_all = gsnr.as_ref().map_or_else(Vec::new, |gsnr| health.diagnose_gsnr(gsnr));
-    let verdict = findings.iter().chain(&of_all).map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default();
+    let verdict = findings.iter().chain(&of_all).map(|finding| finding.severity).max().unwrap_or_default();
     if options.json {
         findings.extend(of_all);
         return print(&format!("{}\n", json::report(probe.device(), steps, gsnr.as_ref(), &findings, verdict)));

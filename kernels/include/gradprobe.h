@@ -38,14 +38,14 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_ACTION_SCALE_TENSORS 4u  /* elements are multiplied by the coefficient of their tensor */
 #define GRADPROBE_ACTION_CLAMP 8u          /* elements are brought between two limits */
 
-/* Bits of `verdict`; 0 is a clean, unclipped step. */
-#define GRADPROBE_VERDICT_NAN 1u         /* some element is NaN */
-#define GRADPROBE_VERDICT_INF 2u         /* some element is infinite */
-#define GRADPROBE_VERDICT_CLIPPED 4u     /* something is clipped */
-#define GRADPROBE_VERDICT_SKIP 8u        /* the step should be skipped */
-#define GRADPROBE_VERDICT_SPIKE 16u      /* the norm is an outlier by the z-score rule */
-#define GRADPROBE_VERDICT_LOSS_SCALE 32u /* the loss scale is not finite and above 0, and the step should be skipped */
-#define GRADPROBE_VERDICT_REPLICAS 64u   /* ranks hold other bits of a tensor, though they should be replicas */
+/* Bits of `flags`; 0 is a clean, unclipped step. */
+#define GRADPROBE_FLAG_NAN 1u         /* some element is NaN */
+#define GRADPROBE_FLAG_INF 2u         /* some element is infinite */
+#define GRADPROBE_FLAG_CLIPPED 4u     /* something is clipped */
+#define GRADPROBE_FLAG_SKIP 8u        /* the step should be skipped */
+#define GRADPROBE_FLAG_SPIKE 16u      /* the norm is an outlier by the z-score rule */
+#define GRADPROBE_FLAG_LOSS_SCALE 32u /* the loss scale is not finite and above 0, and the step should be skipped */
+#define GRADPROBE_FLAG_REPLICAS 64u   /* ranks hold other bits of a tensor, though they should be replicas */
 
 /* `first_nonfinite_index` of a record without a NaN or infinite element. */
 #define GRADPROBE_NONE 0xffffffffffffffffull
@@ -63,7 +63,7 @@ typedef struct gradprobe_step_outputs {
     float found_inf;           /* 1 if any element is NaN or infinite, else 0 */
     gradprobe_i32 skip;        /* 1 if the optimizer should leave this step out, else 0 */
     gradprobe_u32 action;      /* bits GRADPROBE_ACTION_... */
-    gradprobe_u32 verdict;     /* bits GRADPROBE_VERDICT_... */
+    gradprobe_u32 flags;       /* bits GRADPROBE_FLAG_... */
     gradprobe_u32 weights;     /* 1 if the step measured the weights too, else 0 */
     gradprobe_u64 step;        /* steps measured by this probe, this one included */
     gradprobe_u64 nan_count;   /* NaN elements of all tensors */
@@ -82,7 +82,7 @@ GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, inverse_coefficient, 32);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, found_inf, 36);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, skip, 40);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, action, 44);
-GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, verdict, 48);
+GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, flags, 48);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, step, 56);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, nan_count, 64);
 GRADPROBE_ASSERT_OFFSET(gradprobe_step_outputs, inf_count, 72);

@@ -1,7 +1,7 @@
 //! How a step's clip is decided: from the step itself, or from the norms of the steps before. On the device by the last
 //! block of the measurement (`kernels/policy.cuh`, the same operations), so that no policy makes the host wait.
 
-use crate::{Error, Histogram, Record, StepOutputs, measure::narrow};
+use crate::{Error, Record, StepOutputs, histogram::Histogram, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 
 /// What the gradients are clipped to, and with which limit. Rules that look back learn only from steps that are finite and

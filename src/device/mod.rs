@@ -168,7 +168,7 @@ pub unsafe trait Device: Send {
     /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and the bytes of its one parameter, aligned to 8.
     ///
     /// # Safety
-    /// They are the kernel's [`Arguments`]; the addresses in them are those of this device's buffers, of the sizes
+    /// They are the kernel's `Arguments`; the addresses in them are those of this device's buffers, of the sizes
     /// that the kernel needs, and of tensors that are lent until the call returns.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ use bytemuck::{Pod, Zeroable};
 /// r  = m̂² / σ̂² − c                 the second over the first: m̂² / (v̂ − m̂²), freed of the noise in m̂ and v̂ − m̂²
 /// ```
 ///
-/// A [`GsnrRecord`](crate::GsnrRecord) then has `effective_steps` 1/c, `sum_squared_mean` Σ m̂², `sum_variance` Σ σ̂², and of
+/// A [`GsnrRecord`](crate::gsnr::GsnrRecord) then has `effective_steps` 1/c, `sum_squared_mean` Σ m̂², `sum_variance` Σ σ̂², and of
 /// the ratios r their mean, median and share below 1. An element whose v̂ − m̂² is not above 0 has no ratio; it counts
 /// as constant, and enters both sums as it is, since leaving out what chance made negative would bias them. So where
 /// nothing varies `sum_variance` may fall below 0 by what the rounding of the moments leaves, about 1e-7 of

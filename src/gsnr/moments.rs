@@ -17,7 +17,7 @@ pub(crate) struct AdamArguments {
     pub step: Adam,
     /// Table of the addresses of each tensor's two moments; 0 of a tensor that has none.
     pub moments: u64,
-    /// One [`GsnrRecord`](crate::GsnrRecord) a tensor: a result, of those with moments.
+    /// One [`GsnrRecord`](crate::gsnr::GsnrRecord) a tensor: a result, of those with moments.
     pub gsnr_records: u64,
     /// Bins of each tensor: workspace.
     bins: u64,

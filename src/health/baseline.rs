@@ -1,6 +1,6 @@
 //! What healthy steps were like, learned from a run and kept as text.
 
-use crate::{Error, HistoryReport, Plan, Report};
+use crate::{Error, Plan, Report, history::HistoryReport};
 use std::{fmt, str::FromStr};
 
 /// The range of norms over healthy steps: of all tensors together and of each. Learned from a run's own last steps

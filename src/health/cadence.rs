@@ -4,7 +4,7 @@ use super::Verdict;
 use crate::{Error, Plan};
 use wildmatch::WildMatch;
 
-/// Which steps are worth the detail: every n-th, inside windows, of chosen tensors. The verdict word is for every step;
+/// Which steps are worth the detail: every n-th, inside windows, of chosen tensors. The health word is for every step;
 /// a step that it calls unhealthy is always due.
 ///
 /// ```

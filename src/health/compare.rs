@@ -1,6 +1,6 @@
 //! Two runs beside each other, or one before and after a fix.
 
-use crate::{Error, HistoryReport, Report, clip::percentile_of, measure::printable};
+use crate::{Error, Report, clip::percentile_of, history::HistoryReport, measure::printable};
 use std::{collections::HashMap, fmt};
 
 /// Mean and deviation of norms over steps.

@@ -1,6 +1,6 @@
 //! The diagnosis of one step.
 
-use super::{Finding, FindingKind, Flow, Frontier, Severity, Verdict};
+use super::{Finding, FindingKind, Flow, Frontier, Verdict};
 use crate::{Plan, measure::printable};
 use std::fmt;
 
@@ -119,7 +119,7 @@ pub fn table(findings: &[Finding]) -> impl fmt::Display + '_ {
 fn write_findings(f: &mut fmt::Formatter<'_>, findings: &[Finding]) -> fmt::Result {
     let of = |finding: &Finding| (finding.severity, finding.kind);
     for same in findings.chunk_by(|a, b| of(a) == of(b)) {
-        let mark = if same[0].severity == Severity::Critical { "✖" } else { "▲" };
+        let mark = if same[0].severity == Verdict::Critical { "✖" } else { "▲" };
         for finding in &same[..same.len().min(SHOWN)] {
             let name = finding.tensor.as_deref().map_or_else(|| "all tensors".to_owned(), printable);
             writeln!(f, "  {mark} {:9} {name}: {}", finding.kind, finding.message)?;
@@ -145,12 +145,12 @@ pub(super) fn sort(findings: &mut [Finding]) {
 
 /// The worst verdict of these findings.
 pub(super) fn worst<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> Verdict {
-    findings.into_iter().map(|finding| Verdict::of(finding.severity)).max().unwrap_or_default()
+    findings.into_iter().map(|finding| finding.severity).max().unwrap_or_default()
 }
 
 /// A finding with the advice for its kind.
 pub(super) fn finding(
-    severity: Severity,
+    severity: Verdict,
     kind: FindingKind,
     step: u64,
     tensor: Option<&str>,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// How a tensor, a step or a run is.
+/// How a tensor, a step or a run is, or how bad a finding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
     /// Nothing stands out.
@@ -14,16 +14,7 @@ pub enum Verdict {
     Critical,
 }
 
-/// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Severity {
-    /// Worth a look.
-    Warning,
-    /// Training will not go on like this.
-    Critical,
-}
-
-/// What is wrong. The number of each is that of its bit in the verdict words that a device writes.
+/// What is wrong. The number of each is that of its bit in the health words that a device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum FindingKind {
@@ -60,8 +51,8 @@ pub enum FindingKind {
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
-    /// How bad it is.
-    pub severity: Severity,
+    /// How bad it is: a warning, or critical.
+    pub severity: Verdict,
     /// What it is.
     pub kind: FindingKind,
     /// The measurement it was found in, as [`Report::step`](crate::Report::step).
@@ -120,13 +111,6 @@ impl FindingKind {
     }
 }
 
-impl Severity {
-    /// Its name in reports.
-    pub const fn name(self) -> &'static str {
-        Verdict::of(self).name()
-    }
-}
-
 impl Verdict {
     /// Its name in reports.
     pub const fn name(self) -> &'static str {
@@ -136,23 +120,9 @@ impl Verdict {
             Self::Critical => "critical",
         }
     }
-
-    /// The verdict that one finding of this severity makes.
-    pub const fn of(severity: Severity) -> Self {
-        match severity {
-            Severity::Warning => Self::Warning,
-            Severity::Critical => Self::Critical,
-        }
-    }
 }
 
 impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl fmt::Display for Severity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }

@@ -1,6 +1,6 @@
 //! Findings while a step is being diagnosed: what a passed limit is called, one finding a tensor and kind.
 
-use super::{Finding, FindingKind, Limits, Severity, Statistic, ThresholdRule, Verdict, diagnosis::finding};
+use super::{Finding, FindingKind, Limits, Statistic, ThresholdRule, Verdict, diagnosis::finding};
 use crate::{Plan, Record};
 
 /// What has been found of a step so far.
@@ -21,7 +21,7 @@ impl<'a> Found<'a> {
         &mut self,
         index: Option<usize>,
         kind: FindingKind,
-        severity: Severity,
+        severity: Verdict,
         values: (f64, f64),
         rule: &'static str,
         message: String,
@@ -42,7 +42,7 @@ impl<'a> Found<'a> {
                     format!("{count} of {} elements are {what}; the first that is not finite is {first}", record.count);
                 #[expect(clippy::cast_precision_loss, reason = "below 2^53")]
                 let values = (count as f64, 0.0);
-                self.push(Some(index), kind, Severity::Critical, values, "nonfinite", message);
+                self.push(Some(index), kind, Verdict::Critical, values, "nonfinite", message);
             }
         }
     }
@@ -50,7 +50,7 @@ impl<'a> Found<'a> {
     /// A rule whose limit `value` passes, by this bit of the word. `more` ends the message.
     pub(super) fn threshold(&mut self, index: Option<usize>, rule: &ThresholdRule, value: f64, bit: u32, more: &str) {
         let (Some(statistic), Some(kind)) = (rule.statistic(), rule.kind()) else { return };
-        let severity = if bit >> 16 != 0 { Severity::Critical } else { Severity::Warning };
+        let severity = if bit >> 16 != 0 { Verdict::Critical } else { Verdict::Warning };
         // A warning that is raised by something else than the value has passed the warning alone.
         let passed_critical = rule.bit(value) >> 16 != 0;
         let limit = if passed_critical { rule.critical } else { rule.warning };
@@ -91,7 +91,7 @@ impl<'a> Found<'a> {
         findings.retain(|(index, found)| found.kind != FindingKind::Dead || vanishing.binary_search(index).is_err());
         for (index, found) in &findings {
             if let Some(verdict) = verdicts.get_mut(*index) {
-                *verdict = (*verdict).max(Verdict::of(found.severity));
+                *verdict = (*verdict).max(found.severity);
             }
         }
         // What concerns all tensors comes first.
@@ -102,20 +102,20 @@ impl<'a> Found<'a> {
 }
 
 /// How far above its limits a value is, and the limit that it passed.
-pub(super) fn past_above(limits: Limits, value: f64) -> Option<(Severity, f64)> {
+pub(super) fn past_above(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     if value > limits.critical {
-        Some((Severity::Critical, limits.critical))
+        Some((Verdict::Critical, limits.critical))
     } else {
-        (value > limits.warning).then_some((Severity::Warning, limits.warning))
+        (value > limits.warning).then_some((Verdict::Warning, limits.warning))
     }
 }
 
 /// The same below.
-pub(super) fn past_below(limits: Limits, value: f64) -> Option<(Severity, f64)> {
+pub(super) fn past_below(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     if value < limits.critical {
-        Some((Severity::Critical, limits.critical))
+        Some((Verdict::Critical, limits.critical))
     } else {
-        (value < limits.warning).then_some((Severity::Warning, limits.warning))
+        (value < limits.warning).then_some((Verdict::Warning, limits.warning))
     }
 }
 

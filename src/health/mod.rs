@@ -22,7 +22,7 @@ pub use baseline::{Baseline, NormRange};
 pub use cadence::Cadence;
 pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary, suggested_clip};
 pub use diagnosis::{Diagnosis, table};
-pub use finding::{Finding, FindingKind, Severity, Verdict};
+pub use finding::{Finding, FindingKind, Verdict};
 pub use flow::Flow;
 pub use frontier::Frontier;
 pub use groups::{Contribution, GroupNorm, Groups, risen, top_contributors};

@@ -1,8 +1,7 @@
 //! Follows the health of a run: turns each step's report into a diagnosis, and remembers what that needs.
 
 use super::{
-    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, Frontier, Limits, NormRange, Rules, Severity, StepNorms,
-    Verdict,
+    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, Frontier, Limits, NormRange, Rules, StepNorms, Verdict,
     diagnosis::{self, finding},
     flow::Layers,
     found::{Found, past_above, past_below, percent},
@@ -10,7 +9,9 @@ use super::{
     groups::largest,
     threshold::{NONFINITE, step_word, tensor_word, verdict_of},
 };
-use crate::{Error, GsnrReport, HistogramReport, Plan, Record, Report, StepOutputs, measure::printable};
+use crate::{
+    Error, Plan, Record, Report, StepOutputs, gsnr::GsnrReport, histogram::HistogramReport, measure::printable,
+};
 use std::collections::VecDeque;
 
 /// Diagnoses the steps of one run, in their order.
@@ -360,7 +361,7 @@ impl Health {
         let mut findings = Vec::new();
         for (name, record) in report.tensors() {
             let exempt = self.rules.exemptions_of(name);
-            let mut add = |kind: FindingKind, passed: Option<(Severity, f64)>, value, rule, message: &str| {
+            let mut add = |kind: FindingKind, passed: Option<(Verdict, f64)>, value, rule, message: &str| {
                 if let Some((severity, limit)) = passed.filter(|_| exempt & 1 << kind as u32 == 0) {
                     let message = format!("{message} {value:.3e} over {} steps, limit {limit}", record.steps);
                     findings.push(finding(severity, kind, self.state.step, Some(name), (value, limit), rule, message));
@@ -440,7 +441,7 @@ impl State {
         }
         self.window.push_back(Past {
             norm: outputs.finite_total_norm,
-            clipped: outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0,
+            clipped: outputs.flags & StepOutputs::FLAG_CLIPPED != 0,
             log_coefficient: outputs.coefficient_f64.ln(),
         });
     }

@@ -166,7 +166,7 @@ impl ThresholdRule {
         self.flags & Self::BELOW != 0
     }
 
-    /// The bit of the verdict word that this value raises; 0 for none.
+    /// The bit of the health word that this value raises; 0 for none.
     pub fn bit(&self, value: f64) -> u32 {
         let past = |limit: f64| if self.is_below() { value < limit } else { value > limit };
         if past(self.critical) {

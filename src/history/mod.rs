@@ -39,7 +39,7 @@ pub struct HistoryTensor {
     pub zero_fraction: f32,
     /// Share of the finite elements below the dead threshold; 0 without any.
     pub dead_fraction: f32,
-    /// Bits of [`StepOutputs::VERDICT_NAN`], [`StepOutputs::VERDICT_INF`] and [`HistoryTensor::NO_ELEMENTS`].
+    /// Bits of [`StepOutputs::FLAG_NAN`], [`StepOutputs::FLAG_INF`] and [`HistoryTensor::NO_ELEMENTS`].
     pub flags: u32,
 }
 const _: () = assert!(size_of::<HistoryTensor>() == 24);
@@ -65,8 +65,8 @@ impl HistoryTensor {
             max_abs: record.max_abs_or_zero,
             zero_fraction: share(record.zero_count),
             dead_fraction: share(record.dead_count),
-            flags: flag(record.nan_count, StepOutputs::VERDICT_NAN)
-                | flag(record.inf_count, StepOutputs::VERDICT_INF)
+            flags: flag(record.nan_count, StepOutputs::FLAG_NAN)
+                | flag(record.inf_count, StepOutputs::FLAG_INF)
                 | if record.count == 0 { Self::NO_ELEMENTS } else { 0 },
         }
     }
@@ -196,7 +196,7 @@ impl HistoryReport {
     /// Share of the steps that were clipped. `None` without a step.
     pub fn clipped_fraction(&self) -> Option<f64> {
         let (steps, clipped) = self.clean().fold((0, 0), |(steps, clipped), (step, _)| {
-            (steps + 1, clipped + u32::from(step.outputs.verdict & StepOutputs::VERDICT_CLIPPED != 0))
+            (steps + 1, clipped + u32::from(step.outputs.flags & StepOutputs::FLAG_CLIPPED != 0))
         });
         (steps > 0).then(|| f64::from(clipped) / f64::from(steps))
     }

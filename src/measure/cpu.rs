@@ -94,7 +94,7 @@ pub(crate) fn finish(memory: &Memory, a: &StepArguments, differing_replicas: u32
     let mut outputs = StepOutputs::finish(records, NonFinitePolicy::of(a.policy), &mut clip, loss_scale);
     outputs.step = last.step + 1;
     outputs.differing_replicas = differing_replicas;
-    outputs.verdict |= if differing_replicas > 0 { StepOutputs::VERDICT_REPLICAS } else { 0 };
+    outputs.flags |= if differing_replicas > 0 { StepOutputs::FLAG_REPLICAS } else { 0 };
     outputs.weights = a.weights;
     if let [table] = memory.slice::<RuleTable>(a.health_rules, 1) {
         let exempt = memory.slice(a.health_rules + size_of::<RuleTable>() as u64, tensors);

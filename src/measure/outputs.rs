@@ -36,8 +36,8 @@ pub struct StepOutputs {
     pub skip: i32,
     /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
     pub action: u32,
-    /// Bits of [`StepOutputs::VERDICT_NAN`] and its neighbours; 0 is a clean, unclipped step.
-    pub verdict: u32,
+    /// Bits of [`StepOutputs::FLAG_NAN`] and its neighbours; 0 is a clean, unclipped step.
+    pub flags: u32,
     /// 1 if the step measured the weights too, else 0.
     pub weights: u32,
     /// Steps measured by this probe, this one included.
@@ -46,10 +46,10 @@ pub struct StepOutputs {
     pub nan_count: u64,
     /// Infinite elements of all tensors.
     pub inf_count: u64,
-    /// The step's verdict word by [`Config::rules`](crate::Config::rules), 0 without them: see [`health`](crate::health) for its bits, and
+    /// The step's health word by [`Config::rules`](crate::Config::rules), 0 without them: see [`health`](crate::health) for its bits, and
     /// [`verdict_of`](crate::health::verdict_of) for what it comes to.
     pub health: u32,
-    /// What the loss, and so this step's gradients, was multiplied by: 1 without a [`LossScale`](crate::LossScale).
+    /// What the loss, and so this step's gradients, was multiplied by: 1 without a [`LossScale`](crate::clip::LossScale).
     pub loss_scale: f32,
     /// The loss scale of the next step.
     pub next_loss_scale: f32,
@@ -77,21 +77,21 @@ impl StepOutputs {
     /// [`Clip::Quantile`](crate::Clip::Quantile).
     pub const ACTION_CLAMP: u32 = 8;
 
-    /// `verdict`: some element is NaN.
-    pub const VERDICT_NAN: u32 = 1;
-    /// `verdict`: some element is infinite.
-    pub const VERDICT_INF: u32 = 2;
-    /// `verdict`: something is clipped.
-    pub const VERDICT_CLIPPED: u32 = 4;
-    /// `verdict`: the step should be skipped.
-    pub const VERDICT_SKIP: u32 = 8;
-    /// `verdict`: the norm is an outlier by [`Clip::ZScore`](crate::Clip::ZScore).
-    pub const VERDICT_SPIKE: u32 = 16;
-    /// `verdict`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
+    /// `flags`: some element is NaN.
+    pub const FLAG_NAN: u32 = 1;
+    /// `flags`: some element is infinite.
+    pub const FLAG_INF: u32 = 2;
+    /// `flags`: something is clipped.
+    pub const FLAG_CLIPPED: u32 = 4;
+    /// `flags`: the step should be skipped.
+    pub const FLAG_SKIP: u32 = 8;
+    /// `flags`: the norm is an outlier by [`Clip::ZScore`](crate::Clip::ZScore).
+    pub const FLAG_SPIKE: u32 = 16;
+    /// `flags`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
     /// skipped whatever the policy, and its numbers are those of the gradients as they are.
-    pub const VERDICT_LOSS_SCALE: u32 = 32;
-    /// `verdict`: some [`differing_replicas`](Self::differing_replicas).
-    pub const VERDICT_REPLICAS: u32 = 64;
+    pub const FLAG_LOSS_SCALE: u32 = 32;
+    /// `flags`: some [`differing_replicas`](Self::differing_replicas).
+    pub const FLAG_REPLICAS: u32 = 64;
 
     /// The outputs of a step from its records: what the last block of the measure kernel does. The number of the step,
     /// and what it measured besides, are for the caller to add.
@@ -131,12 +131,12 @@ impl StepOutputs {
             action: flag(coefficient != 1.0, Self::ACTION_SCALE)
                 | flag(clips_parts, clip.action_on_parts())
                 | flag(zero, Self::ACTION_ZERO_NONFINITE),
-            verdict: flag(nan_count > 0, Self::VERDICT_NAN)
-                | flag(inf_count > 0, Self::VERDICT_INF)
-                | flag(clips, Self::VERDICT_CLIPPED)
-                | flag(skip, Self::VERDICT_SKIP)
-                | flag(spike, Self::VERDICT_SPIKE)
-                | flag(!usable, Self::VERDICT_LOSS_SCALE),
+            flags: flag(nan_count > 0, Self::FLAG_NAN)
+                | flag(inf_count > 0, Self::FLAG_INF)
+                | flag(clips, Self::FLAG_CLIPPED)
+                | flag(skip, Self::FLAG_SKIP)
+                | flag(spike, Self::FLAG_SPIKE)
+                | flag(!usable, Self::FLAG_LOSS_SCALE),
             weights: 0,
             step: 0,
             nan_count,

@@ -18,7 +18,7 @@
 //! Nothing goes through a max- or sum-reduction of floats, in which NaN may get lost and the order is not known. Replicas
 //! of one tensor have records of the same bits, or they are not replicas:
 //! [`StepOutputs::differing_replicas`](crate::StepOutputs::differing_replicas) counts those, and
-//! [`VERDICT_REPLICAS`](crate::StepOutputs::VERDICT_REPLICAS) says so.
+//! [`FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) says so.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Placement, Ranks, ThreadCommunicator}};

@@ -1,8 +1,10 @@
 //! One step with everything that is known of it, owned, so that it can go to another thread.
 
 use crate::{
-    Error, Finding, GsnrRecord, GsnrReport, Histogram, HistogramReport, Report, TensorReport, Verdict,
+    Error, Finding, Report, TensorReport, Verdict,
+    gsnr::{GsnrRecord, GsnrReport},
     health::Diagnosis,
+    histogram::{Histogram, HistogramReport},
 };
 
 /// What a step has to say: its report and, where they were made, its diagnosis, signal and noise, and histograms.

@@ -2,7 +2,9 @@
 
 use super::{Entry, EntryTensor, Sink, append::Appender};
 use crate::{
-    Error, Finding, GsnrRecord, Histogram, TensorReport, Verdict,
+    Error, Finding, TensorReport, Verdict,
+    gsnr::GsnrRecord,
+    histogram::Histogram,
     statistics::{self, Output, Value},
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};

@@ -2,7 +2,7 @@
 
 use super::{Entry, Sink, file};
 use crate::{
-    Error, FindingKind, Severity,
+    Error, FindingKind, Verdict,
     statistics::{self, Output, Statistic, Value},
 };
 use std::{
@@ -56,7 +56,7 @@ pub fn prometheus_text(entry: &Entry) -> String {
     }
     let samples = entry.verdict().into_iter().flat_map(|_| {
         let cases = FindingKind::ALL.into_iter().flat_map(|kind| {
-            [Severity::Warning, Severity::Critical].map(|severity| {
+            [Verdict::Warning, Verdict::Critical].map(|severity| {
                 let of_it = entry.findings().iter().filter(|f| f.kind == kind && f.severity == severity);
                 (kind, severity, u32::try_from(of_it.count()).map_or(f64::INFINITY, f64::from))
             })

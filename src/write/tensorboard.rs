@@ -2,7 +2,8 @@
 
 use super::{Entry, Sink, append::Appender, file};
 use crate::{
-    Error, Histogram, Record,
+    Error, Record,
+    histogram::Histogram,
     statistics::{self, Output},
 };
 use crc::{CRC_32_ISCSI, Crc};

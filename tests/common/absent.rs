@@ -10,8 +10,8 @@ use super::{
     gsnr,
 };
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, GsnrConfig, LossScale, NonFinitePolicy, Plan, Probe, Record, Report,
-    StepOutputs, Tensor, TensorMut,
+    Absent, Clip, Config, Cpu, DType, Error, NonFinitePolicy, Plan, Probe, Record, Report, StepOutputs, Tensor,
+    TensorMut, clip::LossScale, gsnr::GsnrConfig,
 };
 
 /// Makes a probe for a plan under a config.

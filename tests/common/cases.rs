@@ -7,7 +7,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small by design.
 
 use super::oracle::{Format, power_of_two};
-use gradprobe::{Clip, Config, DType, LossScale, NonFinitePolicy};
+use gradprobe::{Clip, Config, DType, NonFinitePolicy, clip::LossScale};
 
 pub use super::data::*;
 

@@ -301,14 +301,14 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     let action = [(zero_nonfinite, StepOutputs::ACTION_ZERO_NONFINITE), (scales, StepOutputs::ACTION_SCALE)];
     let action = action.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
     c.equal("action", outputs.action, action);
-    let verdict = [
-        (nan_count > 0, StepOutputs::VERDICT_NAN),
-        (inf_count > 0, StepOutputs::VERDICT_INF),
-        (clipped, StepOutputs::VERDICT_CLIPPED),
-        (skip, StepOutputs::VERDICT_SKIP),
+    let flags = [
+        (nan_count > 0, StepOutputs::FLAG_NAN),
+        (inf_count > 0, StepOutputs::FLAG_INF),
+        (clipped, StepOutputs::FLAG_CLIPPED),
+        (skip, StepOutputs::FLAG_SKIP),
     ];
-    let verdict = verdict.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
-    c.equal("verdict", outputs.verdict, verdict);
+    let flags = flags.into_iter().filter(|(holds, _)| *holds).fold(0, |bits, (_, bit)| bits | bit);
+    c.equal("flags", outputs.flags, flags);
     c.equal("weights", outputs.weights, 0);
     c.same_f32("loss_scale", outputs.loss_scale, scale as f32);
     // Under the rules that the table has.
@@ -369,7 +369,7 @@ pub fn same_outputs(seen: &StepOutputs, expected: &StepOutputs) -> Vec<String> {
     c.same_f32("found_inf", seen.found_inf, expected.found_inf);
     c.equal("skip", seen.skip, expected.skip);
     c.equal("action", seen.action, expected.action);
-    c.equal("verdict", seen.verdict, expected.verdict);
+    c.equal("flags", seen.flags, expected.flags);
     c.equal("step", seen.step, expected.step);
     c.equal("nan_count", seen.nan_count, expected.nan_count);
     c.equal("inf_count", seen.inf_count, expected.inf_count);

@@ -28,7 +28,8 @@ use super::{
     oracle::{Format, power_of_two},
 };
 use gradprobe::{
-    Config, Cpu, DType, Error, GsnrConfig, GsnrRecord, GsnrReport, HostTensor, Plan, Probe, gsnr::AdamStep,
+    Config, Cpu, DType, Error, HostTensor, Plan, Probe,
+    gsnr::{AdamStep, GsnrConfig, GsnrRecord, GsnrReport},
 };
 use half::bf16;
 use rayon::prelude::*;

@@ -8,7 +8,7 @@ use super::{
     data::{Data, Tensor, hash, lognormal, normal, random_finite_bits},
     oracle::{Format, power_of_two},
 };
-use gradprobe::{DType, GsnrConfig, Plan};
+use gradprobe::{DType, Plan, gsnr::GsnrConfig};
 use std::sync::Arc;
 
 /// The tensors of a step, by its number.

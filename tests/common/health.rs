@@ -4,7 +4,7 @@
 #[path = "host.rs"]
 pub mod host;
 
-use gradprobe::{Config, Cpu, DType, Diagnosis, FindingKind, HostTensor, Plan, Probe, Report, Severity};
+use gradprobe::{Config, Cpu, DType, Diagnosis, FindingKind, HostTensor, Plan, Probe, Report, Verdict};
 use half::{bf16, f16};
 use host::{OnHost, plan_of};
 use safetensors::{Dtype, SafeTensors};
@@ -66,7 +66,7 @@ pub fn golden(name: &str) -> Report {
 }
 
 /// Kinds and severities, in the order of the findings.
-pub fn kinds(diagnosis: &Diagnosis) -> Vec<(FindingKind, Severity)> {
+pub fn kinds(diagnosis: &Diagnosis) -> Vec<(FindingKind, Verdict)> {
     diagnosis.findings().iter().map(|finding| (finding.kind, finding.severity)).collect()
 }
 

@@ -4,8 +4,8 @@
 #![allow(unsafe_code, reason = "reads results where a kernel would")]
 
 use gradprobe::{
-    AdaptiveClipReport, DotReport, Error, GsnrReport, HistogramReport, HistoryReport, HostTensor, HostTensorMut, Probe,
-    Report, SampleReport, Tensor, TensorMut,
+    Error, HostTensor, HostTensorMut, Probe, Report, Tensor, TensorMut, clip::AdaptiveClipReport, dot::DotReport,
+    gsnr::GsnrReport, histogram::HistogramReport, history::HistoryReport, samples::SampleReport,
 };
 
 /// The tensors, as probes take them.

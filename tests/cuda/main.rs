@@ -17,9 +17,9 @@ mod tensors;
 
 use common::{Effort, demand_none, gsnr, host::OnHost, run_all, short};
 use gradprobe::{
-    Absent, AdaptiveClip, Clip, Config, Cpu, DType, Dot, Element, Error, GsnrConfig, GsnrReport, Histogram,
-    HistoryReport, HostTensor, HostTensorMut, LossScale, Plan, Probe, RawTensor, Record, Report, Rules, SampleConfig,
-    StepOutputs, Tensor, TensorMut,
+    Absent, Clip, Config, Cpu, DType, Element, Error, HostTensor, HostTensorMut, Plan, Probe, RawTensor, Record,
+    Report, Rules, StepOutputs, Tensor, TensorMut,
+    clip::{AdaptiveClip, LossScale},
     cuda::{self, Cuda},
     cudarc::driver::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
@@ -30,8 +30,11 @@ use gradprobe::{
             },
         },
     },
-    gsnr::{AdamMoments, AdamStep},
-    history::{HistoryStep, HistoryTensor},
+    dot::Dot,
+    gsnr::{AdamMoments, AdamStep, GsnrConfig, GsnrReport},
+    histogram::Histogram,
+    history::{HistoryReport, HistoryStep, HistoryTensor},
+    samples::SampleConfig,
 };
 use half::{bf16, f16};
 use require::{pointless, skipped};

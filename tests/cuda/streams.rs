@@ -199,7 +199,10 @@ fn a_probe_is_dropped_when_what_it_has_launched_has_run() {
 #[cfg(feature = "nccl")]
 #[test]
 fn a_probe_with_other_ranks_is_dropped_when_what_it_has_launched_has_run() {
-    use gradprobe::{Ranks, cuda::NcclCommunicator, ranks::Placement};
+    use gradprobe::{
+        cuda::NcclCommunicator,
+        ranks::{Placement, Ranks},
+    };
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
     let id = match NcclCommunicator::unique_id() {

@@ -6,8 +6,7 @@
 pub mod host;
 
 use gradprobe::{
-    Clip, Config, Cpu, DType, Finding, FindingKind, GsnrConfig, HostTensor, Plan, Probe, Severity, Verdict,
-    write::Entry,
+    Clip, Config, Cpu, DType, Finding, FindingKind, HostTensor, Plan, Probe, Verdict, gsnr::GsnrConfig, write::Entry,
 };
 use host::OnHost;
 use std::ops::RangeInclusive;
@@ -32,7 +31,7 @@ pub fn tensors(step: u64) -> Vec<Vec<f32>> {
 }
 
 /// Something wrong with a tensor, or with all of them.
-pub fn finding(step: u64, tensor: Option<&str>, severity: Severity, value: f64) -> Finding {
+pub fn finding(step: u64, tensor: Option<&str>, severity: Verdict, value: f64) -> Finding {
     Finding {
         severity,
         kind: FindingKind::Exploding,
@@ -60,9 +59,9 @@ pub fn entries(steps: u64) -> Vec<Entry> {
             let report =
                 probe.measure_host(&tensors).unwrap().with_param_norms(&[1.0, 0.0, 2.5, 3.0, 4.0, 5.0]).unwrap();
             let findings = [
-                finding(step, Some(NAMES[2]), Severity::Critical, f64::INFINITY),
-                finding(step, Some(NAMES[1]), Severity::Warning, f64::NAN),
-                finding(step, None, Severity::Warning, 1e5),
+                finding(step, Some(NAMES[2]), Verdict::Critical, f64::INFINITY),
+                finding(step, Some(NAMES[1]), Verdict::Warning, f64::NAN),
+                finding(step, None, Verdict::Warning, 1e5),
             ];
             let (good, bad, worst) = (Verdict::Healthy, Verdict::Warning, Verdict::Critical);
             let verdicts = [good, bad, worst, if step < 4 { good } else { worst }, worst, good];

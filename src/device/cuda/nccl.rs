@@ -17,13 +17,11 @@ use std::{mem::ManuallyDrop, sync::Arc};
 /// The names under which cudarc looks for NCCL that are those of its packages.
 const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] };
 
-/// A rank of a NCCL communicator, for [`Ranks::new`](crate::Ranks::new). It is best one of the probe's own: work
+/// A rank of a NCCL communicator, for [`Ranks::new`](crate::ranks::Ranks::new). It is best one of the probe's own: work
 /// on one communicator is in one order on all ranks, and with several streams only their user can see to that.
 ///
 /// ```no_run
-/// use gradprobe::{
-///     Clip, Config, DType, Plan, Probe, Ranks, cuda::{self, Cuda, NcclCommunicator}, ranks::Placement,
-/// };
+/// use gradprobe::{Clip, Config, DType, Plan, Probe, ranks::{Ranks, Placement}, cuda::{self, Cuda, NcclCommunicator}};
 ///
 /// # let (rank, ranks, device) = (0, 2, 0);
 /// // On rank 0, which sends `id.internal()` to the others: by MPI, a socket, a file.

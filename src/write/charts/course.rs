@@ -6,7 +6,7 @@ use super::{
     lines::{Lines, Point, Series},
     text::Labels,
 };
-use crate::{Error, Histogram, Plan, Verdict, measure::printable, write::Entry};
+use crate::{Error, Plan, Verdict, histogram::Histogram, measure::printable, write::Entry};
 
 /// Steps that a picture shows at most; of longer runs one step of every two, four, … is kept: the worst of them.
 const STEPS: usize = 512;

@@ -6,7 +6,7 @@ use super::{
     scale::{Axis, Frame, Steps},
     text::SMALL,
 };
-use crate::Histogram;
+use crate::histogram::Histogram;
 
 /// Histograms by step, and beside the rows of magnitudes one for each of 0, Inf and NaN.
 #[derive(Clone, Debug)]

@@ -30,7 +30,7 @@ pub use course::Course;
 pub use folder::ChartFolder;
 
 use super::{Entry, EntryTensor, file};
-use crate::{Error, GsnrRecord, Record, Verdict, measure::printable};
+use crate::{Error, Record, Verdict, gsnr::GsnrRecord, measure::printable};
 use bars::{Bar, Bars};
 use canvas::{Anchor, Canvas};
 use heat::Heat;
@@ -136,7 +136,7 @@ impl Chart {
     pub fn gsnr(entry: &Entry) -> Self {
         let tracked = entry.tensors().filter(|tensor| tensor.gsnr.is_some());
         let bars = tracked.map(|tensor| Bar::new(&tensor, tensor.gsnr.and_then(GsnrRecord::median))).collect();
-        let noise = entry.gsnr().and_then(crate::GsnrReport::noise_scale);
+        let noise = entry.gsnr().and_then(crate::gsnr::GsnrReport::noise_scale);
         Self {
             title: format!("Median signal-to-noise ratio by layer, to step {}", entry.step()),
             subtitle: noise.map_or_else(String::new, |scale| format!("noise scale {scale:.3e} batches")),

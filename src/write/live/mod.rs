@@ -9,7 +9,7 @@ pub use ratatui;
 pub use terminal::Live;
 
 use super::Entry;
-use crate::{Error, Finding, Plan, Severity, Verdict, measure::printable};
+use crate::{Error, Finding, Plan, Verdict, measure::printable};
 use ratatui::{
     Frame,
     layout::{Alignment, Constraint, Layout, Rect},
@@ -208,10 +208,10 @@ impl View {
         let mut lines = Vec::new();
         let mut told: Vec<&str> = Vec::new();
         for finding in &self.findings {
-            let verdict = Some(Verdict::of(finding.severity));
+            let style = style(Some(finding.severity));
             let tensor = finding.tensor.as_deref().map_or_else(String::new, |name| format!(" {}", printable(name)));
             lines.push(Line::from(vec![
-                Span::styled(format!("{} {}", finding.severity, finding.kind), style(verdict)),
+                Span::styled(format!("{} {}", finding.severity, finding.kind), style),
                 Span::from(format!("{tensor}: {}", printable(&finding.message))),
             ]));
             // Advice that was given above helps no more the second time.
@@ -236,7 +236,7 @@ fn style(verdict: Option<Verdict>) -> Style {
     match verdict {
         None => Style::new(),
         Some(Verdict::Healthy) => Style::new().fg(Color::Green),
-        Some(verdict) if verdict == Verdict::of(Severity::Warning) => Style::new().fg(Color::Yellow),
-        Some(_) => Style::new().fg(Color::Red),
+        Some(Verdict::Warning) => Style::new().fg(Color::Yellow),
+        Some(Verdict::Critical) => Style::new().fg(Color::Red),
     }
 }

@@ -4,9 +4,9 @@ use crate::{Result, options::Options};
 use candle_core::{Device, backprop::GradStore};
 use candle_nn::VarMap;
 use gradprobe::{
-    GsnrReport, HistogramReport,
-    gsnr::AccumulationNoise,
+    gsnr::{AccumulationNoise, GsnrReport},
     health::Diagnosis,
+    histogram::HistogramReport,
     write::{Background, Entry, Finished, JsonLines, Sink, TensorBoard, charts::ChartFolder},
 };
 use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Report, Rules};

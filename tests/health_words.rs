@@ -1,4 +1,4 @@
-//! Verdict words: what a probe writes of each step is what the diagnosis of its report says, on the CPU and, to the bit,
+//! Health words: what a probe writes of each step is what the diagnosis of its report says, on the CPU and, to the bit,
 //! in the kernels on the host.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
 
