@@ -393,7 +393,6 @@ fn features_take_what_is_documented() {
     let plan = plan_of_lengths(&LENGTHS);
     let bytes = |config: &Config, plan: &Plan| config.bytes(plan).unwrap();
     let (tensors, chunks) = (LENGTHS.len() as u64, 4 + 1 + 1);
-    let table = 32;
     for (name, declare) in FEATURES {
         let config = declare(Config::new(), &LENGTHS);
         let expected = match name {
@@ -406,8 +405,8 @@ fn features_take_what_is_documented() {
             "histogram" => tensors * (8 << 10),
             "dot" => 48 * chunks + 64 * tensors,
             // Values, numbers of steps, places.
-            "samples" => 4 * 9 * 4 + 8 * 4 + 16 * 9 + table,
-            "adaptive clip" => 56 * tensors + 32 + table,
+            "samples" => 4 * 9 * 4 + 8 * 4 + 16 * 9,
+            "adaptive clip" => 56 * tensors + 32,
             "micro-batches" => 80 * 3 * tensors,
             // Those of the one rank, gathered from its own; for each tensor the placement.
             "ranks" => 2 * 80 * tensors,
