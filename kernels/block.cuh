@@ -1,7 +1,6 @@
 // From lanes to a block: sums in f64, and the fold whose order kernels and CPU share.
 #pragma once
-#include "elements.cuh"
-#include "record.cuh"
+#include "scan.cuh"
 #include "sums.cuh"
 
 struct Sums {
@@ -24,13 +23,6 @@ DEVICE Sums operator+(const Sums &a, const Sums &b) {
     return {a.sum + b.sum, a.magnitude + b.magnitude, a.squares + b.squares};
 }
 
-DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
-DEVICE Scan operator+(const Scan &a, const Scan &b) {
-    return {larger(a.max, b.max), smaller(a.min_nonzero_less_one, b.min_nonzero_less_one), a.nonzeros + b.nonzeros,
-            a.alive + b.alive};
-}
-
 // The block's totals, in thread 0: lane i with lane i + 64, then i + 32, down to i + 1. One warp does all the merging:
 // 36 f64 instructions (52 with the record made of them) for the 1024 elements that each of its lanes stands for, so that
 // a GPU with one f64 unit to 64 f32 ones stays bound by memory. A barrier must follow before `lanes` is used again.
@@ -47,10 +39,8 @@ DEVICE Totals block_totals(Lane *lanes, const Lane &lane) {
         for (u32 delta = WARP / 2; delta > 0; delta /= 2) {
             Sums sums = {SHUFFLE_DOWN(totals.sums.sum, delta), SHUFFLE_DOWN(totals.sums.magnitude, delta),
                          SHUFFLE_DOWN(totals.sums.squares, delta)};
-            Scan scan = {SHUFFLE_DOWN(totals.scan.max, delta), SHUFFLE_DOWN(totals.scan.min_nonzero_less_one, delta),
-                         SHUFFLE_DOWN(totals.scan.nonzeros, delta), SHUFFLE_DOWN(totals.scan.alive, delta)};
             totals.sums = totals.sums + sums;
-            totals.scan = totals.scan + scan;
+            totals.scan = totals.scan + shuffled_down(totals.scan, delta);
         }
     }
     return totals;

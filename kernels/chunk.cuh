@@ -14,12 +14,6 @@ struct Directions {
     float shift;
 };
 
-// Non-finite elements of some run, and the scan of the finite ones.
-struct FiniteScan {
-    Scan scan;
-    u32 nan_count, inf_count, first_nonfinite;
-};
-
 struct ChunkScratch {
     union {
         Lane lanes[LANES];
@@ -34,21 +28,9 @@ DEVICE u32 chunk_element(const Chunk &chunk, u32 index) {
                                     : load_element((const u16 *)chunk.address + index);
 }
 
-DEVICE u32 infinity_of(u32 dtype) {
-    return dtype == DTYPE_F32   ? F32::INFINITY_MAGNITUDE
-           : dtype == DTYPE_F16 ? F16::INFINITY_MAGNITUDE
-                                : BF16::INFINITY_MAGNITUDE;
-}
-
-DEVICE u32 magnitude_mask(u32 dtype) { return dtype == DTYPE_F32 ? 0x7fffffffu : 0x7fffu; }
-
-DEVICE float widen(u32 dtype, u32 bits) {
-    return dtype == DTYPE_F32 ? F32::widen(bits) : dtype == DTYPE_F16 ? F16::widen(bits) : BF16::widen(bits);
-}
-
 // A lane's group, half of it or both halves together. `load` puts the packets from an element on into words.
 template <typename E, u32 TOGETHER, typename Load>
-DEVICE LaneSums group_sums(typename E::Scanner &scanner, u32 dead_bits, u32 first, const Load &load) {
+DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const Load &load) {
     LaneSums slots[PACKET] = {};
 #pragma unroll(TOGETHER)
     for (u32 half = 0; half < 2; half++) {
@@ -71,7 +53,7 @@ DEVICE LaneSums group_sums(typename E::Scanner &scanner, u32 dead_bits, u32 firs
 template <typename E> DEVICE Lane fast_lane(const Chunk &chunk) {
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
     u32 tile = threadIdx.x / WARP * TILE, lane = threadIdx.x % WARP;
-    typename E::Scanner scanner;
+    Scanner<E> scanner;
     Pairs<GROUPS> groups;
     u32 group = 0;
     if (chunk.address % 16 == 0) {
@@ -143,15 +125,14 @@ DEVICE Centred centred(const Sums &sums, double count) {
 DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
     u32 infinity = infinity_of(chunk.dtype), mask = magnitude_mask(chunk.dtype);
     auto look = [&](u64 lane) {
-        FiniteScan s = {{0, 2 * mask + 1, 0, 0}, 0, 0, 0xffffffffu};
+        FiniteScan s = {no_scan(mask), 0, 0, 0xffffffffu};
         for (u32 i = (u32)lane; i < chunk.length; i += LANES) {
-            u32 bits = chunk_element(chunk, i) & mask;
-            if (bits >= infinity) {
+            u32 bits = chunk_element(chunk, i), magnitude = bits & mask;
+            if (magnitude >= infinity) {
                 s.first_nonfinite = smaller(s.first_nonfinite, i);
-                bits == infinity ? s.inf_count++ : s.nan_count++;
+                magnitude == infinity ? s.inf_count++ : s.nan_count++;
             } else {
-                u32 less_one = (bits - 1) & (2 * mask + 1);
-                s.scan = s.scan + Scan{bits, less_one, bits > 0 ? 1u : 0u, bits >= chunk.dead_bits ? 1u : 0u};
+                s.scan = s.scan + scan_of(bits, mask, chunk.dead_bits);
             }
         }
         return s;
@@ -161,22 +142,6 @@ DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
                           smaller(a.first_nonfinite, b.first_nonfinite)};
     };
     return block_fold(scratch.finite, LANES, look, merge);
-}
-
-// Fills `record` but for its moments, in thread 0, and decides by what its elements are to be scaled.
-DEVICE void set_counts(Record &record, Directions &directions, const Chunk &chunk, const FiniteScan &finite) {
-    record.count = chunk.length;
-    record.nan_count = finite.nan_count;
-    record.inf_count = finite.inf_count;
-    record.zero_count = finite_count(record) - finite.scan.nonzeros;
-    // Below a threshold of 0 there is nothing, though what fills up the last packet counts as alive.
-    record.dead_count = chunk.dead_bits == 0 ? 0 : finite_count(record) - finite.scan.alive;
-    record.first_nonfinite_index = finite.first_nonfinite == 0xffffffffu ? NONE : finite.first_nonfinite;
-    record.max_abs_or_zero = widen(chunk.dtype, finite.scan.max);
-    record.min_nonzero_abs_or_infinity = finite.scan.nonzeros == 0
-                                             ? bits_to_float(INFINITY_BITS)
-                                             : widen(chunk.dtype, finite.scan.min_nonzero_less_one + 1);
-    directions.scale = scale_of(float_to_bits(record.max_abs_or_zero));
 }
 
 // 1 / scale, for a power of two: in its bits, a division being a chain of instructions that the block waits for.
@@ -231,7 +196,8 @@ DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanw
     if (first) {
         directions.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
         if (!directions.nonfinite) {
-            set_counts(record, directions, chunk, {totals.scan, 0, 0, 0xffffffffu});
+            set_counts(record, chunk, {totals.scan, 0, 0, 0xffffffffu});
+            directions.scale = scale_of(float_to_bits(record.max_abs_or_zero));
             set_moments(record, directions, totals.sums, 1.0f);
         }
     }
@@ -239,7 +205,10 @@ DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanw
     bool nonfinite = directions.nonfinite;
     if (nonfinite) {
         FiniteScan finite = scan_finite(scratch, chunk);
-        if (first) set_counts(record, directions, chunk, finite);
+        if (first) {
+            set_counts(record, chunk, finite);
+            directions.scale = scale_of(float_to_bits(record.max_abs_or_zero));
+        }
         BARRIER();
     }
     float scale = directions.scale;

@@ -1,18 +1,10 @@
-// The element types: how packets of them are loaded, widened, scanned and stored.
+// The element types: how packets of them are loaded, widened and stored.
 //
 // A packet is PACKET contiguous elements of one lane, kept as 32-bit words: four for the 16-bit types, eight for f32.
-// Everything the kernels do per type is in one of the three structs below; the rest is templated over them.
+// Everything the kernels do per type is in one of the three structs below, or in scan.cuh; the rest is templated over them.
 #pragma once
 #include "arguments.cuh"
 #include "spec.cuh"
-
-// Counts and extremes one lane has seen, in magnitude bits of the element type.
-struct Scan {
-    u32 max;
-    u32 min_nonzero_less_one; // all ones of the type's width when there is none; wraps a zero to the top
-    u32 nonzeros;
-    u32 alive; // at or above the dead threshold
-};
 
 struct F32 {
     typedef u32 Bits;
@@ -25,21 +17,6 @@ struct F32 {
     static DEVICE u32 narrow(float value) { return float_to_bits(value); }
     static DEVICE u32 element(const u32 *words, u32 slot) { return words[slot]; }
     static DEVICE void set(u32 *words, u32 slot, u32 bits) { words[slot] = bits; }
-
-    struct Scanner {
-        u32 max = 0, min = MAX_MAGNITUDE, nonzeros = 0, alive = 0;
-
-        DEVICE void add(const u32 *words, u32 dead_bits) {
-            for (u32 i = 0; i < WORDS; i++) {
-                u32 magnitude = words[i] & 0x7fffffffu;
-                max = max > magnitude ? max : magnitude;
-                min = __viaddmin_u32(magnitude, 0xffffffffu, min);
-                nonzeros += (magnitude + 0x7fffffffu) >> 31;
-                alive += (magnitude + (0x80000000u - dead_bits)) >> 31;
-            }
-        }
-        DEVICE Scan scan() const { return {max, min, nonzeros, alive}; }
-    };
 };
 
 // What the two 16-bit types share: two elements to a word, the lower half first.
@@ -55,37 +32,6 @@ struct Halves {
         u32 &word = words[slot / 2];
         word = slot % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | (bits << 16);
     }
-
-    // Two elements to an instruction; on sm_90 each line of the first loop is one.
-    struct Scanner {
-        u32 max = 0, min = 0xffffffffu;
-        int minus_nonzeros = 0, minus_alive = 0;
-
-        DEVICE void add(const u32 *words, u32 dead_bits) {
-            u32 to_bit_15 = (0x8000u - dead_bits) * 0x10001u;
-            u32 nonzero[WORDS], alive[WORDS]; // in bit 15 of each half
-            for (u32 i = 0; i < WORDS; i++) {
-                u32 magnitudes = words[i] & 0x7fff7fffu;
-                max = __vmaxu2(max, magnitudes);
-                min = __viaddmin_u16x2(magnitudes, 0xffffffffu, min);
-                nonzero[i] = magnitudes + 0x7fff7fffu;
-                alive[i] = magnitudes + to_bit_15;
-            }
-            for (u32 i = 0; i < WORDS; i += 2) {
-                minus_nonzeros = add_signs(nonzero[i], nonzero[i + 1], minus_nonzeros);
-                minus_alive = add_signs(alive[i], alive[i + 1], minus_alive);
-            }
-        }
-        // Bit 15 of four halves, spread over a byte each and so 0 or -1, added to `sum`.
-        static DEVICE int add_signs(u32 a, u32 b, int sum) {
-            return __dp4a((int)permute_bytes<0xfdb9>(a, b), 0x01010101, sum);
-        }
-        DEVICE Scan scan() const {
-            u32 high_max = max >> 16, low_max = max & 0xffffu, high_min = min >> 16, low_min = min & 0xffffu;
-            return {high_max > low_max ? high_max : low_max, high_min < low_min ? high_min : low_min,
-                    (u32)-minus_nonzeros, (u32)-minus_alive};
-        }
-    };
 };
 
 struct F16 : Halves {
@@ -154,6 +100,19 @@ DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u3
     case DTYPE_BF16:                                                                                                 \
     default: call(BF16); break;                                                                                      \
     }
+
+// Of a dtype code, the same.
+DEVICE u32 infinity_of(u32 dtype) {
+    return dtype == DTYPE_F32   ? F32::INFINITY_MAGNITUDE
+           : dtype == DTYPE_F16 ? F16::INFINITY_MAGNITUDE
+                                : BF16::INFINITY_MAGNITUDE;
+}
+
+DEVICE u32 magnitude_mask(u32 dtype) { return dtype == DTYPE_F32 ? 0x7fffffffu : 0x7fffu; }
+
+DEVICE float widen(u32 dtype, u32 bits) {
+    return dtype == DTYPE_F32 ? F32::widen(bits) : dtype == DTYPE_F16 ? F16::widen(bits) : BF16::widen(bits);
+}
 
 // At most one chunk of a tensor's elements; none of one that is absent, whose address is 0.
 struct Chunk {

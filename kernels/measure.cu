@@ -4,7 +4,7 @@
 // own slot; the last block to finish a span of chunks merges their slots in index order, the last span of a tensor
 // those of the spans, and the last tensor finishes the step. No float is ever added atomically.
 //
-// Reads each element once: n·size bytes, and 80 + 4 bytes a chunk of 32 Ki elements.
+// Reads each element once: n·size bytes, and a record and 4 bytes a chunk of 32 Ki elements.
 #include "chunk.cuh"
 #include "finish.cuh"
 

@@ -4,7 +4,7 @@
 // A thread takes a tensor and goes through its ranks in their order. No float is reduced in any other way, so every rank
 // that was given the same lists has the same bits, and decides the same.
 //
-// Reads 80 bytes for each tensor and rank.
+// Reads a record for each tensor and rank.
 #include "finish.cuh"
 
 // Which ranks hold the parts of a tensor: a run of the table of ranks behind all placements.

@@ -20,21 +20,16 @@ DEVICE double sum_squares(double count, double mean, double deviations) { return
 
 // A record that another block has written in this launch.
 DEVICE Record load_record(const Record *from) {
-    const u64 *words = (const u64 *)from;
-    LongPair counts = load_fresh(words), more = load_fresh(words + 2), dead = load_fresh(words + 4);
-    LongPair moments = load_fresh(words + 6), rest = load_fresh(words + 8);
+    static_assert(sizeof(Record) % 16 == 0, "by pairs of words");
     Record r;
-    r.count = counts.x;
-    r.nan_count = counts.y;
-    r.inf_count = more.x;
-    r.zero_count = more.y;
-    r.dead_count = dead.x;
-    r.first_nonfinite_index = dead.y;
-    r.mean_or_zero = bits_to_double(moments.x);
-    r.sum_squared_deviations = bits_to_double(moments.y);
-    r.sum_abs = bits_to_double(rest.x);
-    r.max_abs_or_zero = bits_to_float((u32)rest.y);
-    r.min_nonzero_abs_or_infinity = bits_to_float((u32)(rest.y >> 32));
+    u64 words[sizeof(Record) / 8];
+#pragma unroll
+    for (u32 i = 0; i < sizeof(Record) / 8; i += 2) {
+        LongPair pair = load_fresh((const u64 *)from + i);
+        words[i] = pair.x;
+        words[i + 1] = pair.y;
+    }
+    memcpy(&r, words, sizeof r);
     return r;
 }
 

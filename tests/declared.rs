@@ -7,7 +7,7 @@ mod common;
 
 use common::host::OnHost;
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Rules, Tensor, TensorMut,
+    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Record, Rules, Tensor, TensorMut,
     clip::{AdaptiveClip, LossScale},
     device::{Buffer, Device, Kernel, Read},
     gsnr::{AdamMoments, AdamStep, GsnrConfig},
@@ -407,9 +407,9 @@ fn features_take_what_is_documented() {
             // Values, numbers of steps, places.
             "samples" => 4 * 9 * 4 + 8 * 4 + 16 * 9,
             "adaptive clip" => 56 * tensors + 32,
-            "micro-batches" => 80 * 3 * tensors,
+            "micro-batches" => size_of::<Record>() as u64 * 3 * tensors,
             // Those of the one rank, gathered from its own; for each tensor the placement.
-            "ranks" => 2 * 80 * tensors,
+            "ranks" => 2 * size_of::<Record>() as u64 * tensors,
             // And the norm of the last step.
             "rules" => 2048 + 12 * tensors + 8,
             other => panic!("{other}"),

@@ -286,6 +286,11 @@ fn json_has_the_keys_of_the_contract_in_their_order() {
         assert!(number.is_f64());
         *number = json!(0);
     }
+    // Tensors may have more statistics than the contract's.
+    let promised = expected["steps"][0]["tensors"][0].as_object().unwrap();
+    for tensor in found["steps"][0]["tensors"].as_array_mut().unwrap() {
+        tensor.as_object_mut().unwrap().retain(|key, _| promised.contains_key(key));
+    }
     assert_eq!(found.to_string(), expected.to_string());
     let without_clip = report(inspect!["--json", path]);
     assert_eq!(without_clip["steps"][0].get("clip_coefficient"), None);

@@ -11,7 +11,6 @@ use super::{
 use crate::{
     Element, Record,
     device::cpu::dispatch::Work,
-    dtype::sealed::Word,
     spec::{CENTRED_SHARE, TILE, scale_of},
 };
 
@@ -39,7 +38,7 @@ fn chunk<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
     if max >= E::INFINITY {
         return with_nonfinite(elements, dead_bits);
     }
-    let mut record = counts::<E>(elements.len(), &scan);
+    let mut record = scan.record::<E>(elements.len());
     let scale = scale_of(record.max_abs_or_zero);
     let sums = if scale == 1.0 { sums } else { careful_sums(elements, scale, 0.0) };
     set_moments(&mut record, elements, scale, sums);
@@ -68,7 +67,7 @@ fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
             .iter()
             .position(|x| x.magnitude().into() >= E::INFINITY)
             .map_or(Record::NONE, |index| index as u64),
-        ..counts::<E>(elements.len(), &scan)
+        ..scan.record::<E>(elements.len())
     };
     let scale = scale_of(record.max_abs_or_zero);
     set_moments(&mut record, elements, scale, careful_sums(elements, scale, 0.0));
@@ -109,20 +108,4 @@ fn set_moments<E: Element>(record: &mut Record, elements: &[E], scale: f32, sums
 fn centred(sums: &Sums, count: f64) -> (f64, f64) {
     let mean = sums.sum / count;
     (mean, (-sums.sum).mul_add(mean, sums.squares))
-}
-
-/// Counts and extremes as a record without moments.
-#[inline(always)]
-fn counts<E: Element>(length: usize, scan: &Scan<E::Word>) -> Record {
-    Record {
-        count: length as u64,
-        zero_count: scan.zeros,
-        dead_count: scan.dead,
-        max_abs_or_zero: E::widen_bits(scan.max.into()),
-        min_nonzero_abs_or_infinity: match scan.min_nonzero_less_one {
-            none if none == E::Word::MAX => f32::INFINITY,
-            less_one => E::widen_bits(Into::<u32>::into(less_one) + 1),
-        },
-        ..Record::EMPTY
-    }
 }

@@ -1,7 +1,7 @@
 //! Counts and extremes: integer work on magnitude bits, exact in any order.
 
 use crate::{
-    Element,
+    Element, Record,
     dtype::sealed::{Bits, Word},
 };
 
@@ -39,5 +39,21 @@ impl<W: Word> Scan<W> {
         self.min_nonzero_less_one = self.min_nonzero_less_one.min(min);
         self.zeros += elements.len() as u64 - u64::from(Into::<u32>::into(nonzeros));
         self.dead += u64::from(Into::<u32>::into(dead));
+    }
+
+    /// A record, without moments, of that many elements: these and such as are not finite.
+    #[inline(always)]
+    pub(super) fn record<E: Element + Bits<Word = W>>(&self, count: usize) -> Record {
+        Record {
+            count: count as u64,
+            zero_count: self.zeros,
+            dead_count: self.dead,
+            max_abs_or_zero: E::widen_bits(self.max.into()),
+            min_nonzero_abs_or_infinity: match self.min_nonzero_less_one {
+                none if none == W::MAX => f32::INFINITY,
+                less_one => E::widen_bits(Into::<u32>::into(less_one) + 1),
+            },
+            ..Record::EMPTY
+        }
     }
 }
