@@ -87,10 +87,10 @@ DEVICE Squares squares_of(u32 dtype, u64 address, u64 length) {
 
 // The units of one tensor, and where its weights are.
 struct Units {
-    u64 address, length; // elements of a unit
+    u64 address, length; // elements of a unit; of the last one perhaps less
     u64 first;
     u32 dtype;
-    u32 reserved;
+    u32 limited; // 0: units are left as they are, but for the loss scale
 };
 static_assert(sizeof(Units) == 32, "src/clip/adaptive/room.rs");
 
@@ -137,32 +137,40 @@ KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
     for (u64 unit = blockIdx.x; unit < a.unit_count; unit += gridDim.x) {
         while (unit >= all[tensor + 1].first) tensor++;
         const Units &units = all[tensor];
-        if (!a.addresses[tensor] || !units.address) continue; // absent
-        u32 dtype = a.tensors[tensor].dtype, size = dtype == DTYPE_F32 ? 4 : 2;
+        if (!a.addresses[tensor]) continue; // absent
+        const TensorEntry &entry = a.tensors[tensor];
+        u32 dtype = entry.dtype, size = dtype == DTYPE_F32 ? 4 : 2;
         u64 first = (unit - units.first) * units.length, address = a.addresses[tensor] + first * size;
-        u32 weight_size = units.dtype == DTYPE_F32 ? 4 : 2;
-        u64 weights = units.address + first * weight_size;
-        // On their way while the gradient is read.
-        if (threadIdx.x * PACKET < units.length) prefetch(weights + threadIdx.x * PACKET * weight_size);
-        Squares g = squares_of(dtype, address, units.length);
-        Squares w = squares_of(units.dtype, weights, units.length);
-        UnitSums lane = {g.sum, w.sum, g.nonfinite};
-        UnitSums sums = block_fold(scratch.runs, LANES, [&](u64) { return lane; },
-                                   [](const UnitSums &x, const UnitSums &y) {
-                                       return UnitSums{x.gradient + y.gradient, x.weight + y.weight,
-                                                       x.nonfinite + y.nonfinite};
-                                   });
-        if (threadIdx.x == 0) {
-            float coefficient = unit_coefficient(sums, a, divisor);
-            count_unit(a.adaptive_records[tensor], sums, coefficient);
-            scratch.coefficient = narrow((double)coefficient / divisor);
-            scratch.nonfinite = sums.nonfinite > 0;
+        u64 rest = entry.length - first, length = units.length < rest ? units.length : rest;
+        Clipping how = {narrow(1.0 / divisor), bits_to_float(INFINITY_BITS), 0xffffffffu};
+        bool changes = how.coefficient != 1.0f;
+        if (units.limited && units.address) {
+            u32 weight_size = units.dtype == DTYPE_F32 ? 4 : 2;
+            u64 weights = units.address + first * weight_size;
+            // On their way while the gradient is read.
+            if (threadIdx.x * PACKET < length) prefetch(weights + threadIdx.x * PACKET * weight_size);
+            Squares g = squares_of(dtype, address, length);
+            Squares w = squares_of(units.dtype, weights, length);
+            UnitSums lane = {g.sum, w.sum, g.nonfinite};
+            UnitSums sums = block_fold(scratch.runs, LANES, [&](u64) { return lane; },
+                                       [](const UnitSums &x, const UnitSums &y) {
+                                           return UnitSums{x.gradient + y.gradient, x.weight + y.weight,
+                                                           x.nonfinite + y.nonfinite};
+                                       });
+            if (threadIdx.x == 0) {
+                float coefficient = unit_coefficient(sums, a, divisor);
+                count_unit(a.adaptive_records[tensor], sums, coefficient);
+                scratch.coefficient = narrow((double)coefficient / divisor);
+                scratch.nonfinite = sums.nonfinite > 0;
+            }
+            BARRIER(); // the fold of the next unit has more, behind which both may change
+            how.coefficient = scratch.coefficient;
+            if (a.policy == POLICY_ZERO_NONFINITE) how.nonfinite_kept = 0;
+            changes = how.coefficient != 1.0f || scratch.nonfinite;
         }
-        BARRIER(); // the fold of the next unit has more, behind which both may change
-        Clipping how = {scratch.coefficient, bits_to_float(INFINITY_BITS), a.policy == POLICY_ZERO_NONFINITE ? 0 : 0xffffffffu};
-        if (how.coefficient == 1.0f && !scratch.nonfinite) continue;
-        for (u64 done = 0; done < units.length; done += CHUNK) {
-            u64 rest = units.length - done;
+        if (!changes) continue;
+        for (u64 done = 0; done < length; done += CHUNK) {
+            u64 rest = length - done;
             Chunk chunk = {address + done * size, rest < CHUNK ? (u32)rest : CHUNK, dtype, 0};
 #define SCALE(E) clip_chunk<E, true>(chunk, how)
             FOR_DTYPE(dtype, SCALE)

@@ -68,8 +68,10 @@ DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 
 
 DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     auto item = [&](u64 tensor) {
-        const u64 *words = (const u64 *)(a.records + tensor);
-        LongPair counts = load_fresh(words), more = load_fresh(words + 2), moments = load_fresh(words + 6);
+        // Not the whole record: these are pairs of fields, on whose order `gradprobe.h` asserts.
+        const Record &r = a.records[tensor];
+        LongPair counts = load_fresh((const u64 *)&r.count), more = load_fresh((const u64 *)&r.inf_count);
+        LongPair moments = load_fresh((const u64 *)&r.mean_or_zero);
         double finite = (double)(counts.x - counts.y - more.x);
         return StepSums{sum_squares(finite, bits_to_double(moments.x), bits_to_double(moments.y)), counts.y, more.x};
     };

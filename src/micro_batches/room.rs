@@ -30,7 +30,7 @@ impl MicroBatches {
 }
 
 impl Config {
-    /// With so many micro-batches of an accumulation measured on their own, at least 1: a [`Record`](crate::Record) a
+    /// With so many micro-batches of an accumulation measured on their own, at least 1: a [`Record`] a
     /// micro-batch and tensor.
     #[must_use]
     pub fn micro_batches(mut self, count: u32) -> Self {

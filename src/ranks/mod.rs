@@ -1,6 +1,6 @@
 //! Many GPUs: each rank measures what it holds, and every rank has the norms, the clip and the report of the whole model.
 //!
-//! A probe declared with [`Config::ranks`](crate::Config::ranks) leaves one [`Record`](crate::Record) a tensor in each step, which are
+//! A probe declared with [`Config::ranks`](crate::Config::ranks) leaves one [`Record`] a tensor in each step, which are
 //! gathered from all ranks and merged **in the order of the ranks**, on the device where there is one. So all ranks hold
 //! the same bits, take the same decision and clip by the same coefficient, and no host takes part. Where the elements of
 //! a tensor are, its [`Placement`] says:

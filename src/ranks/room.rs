@@ -90,7 +90,7 @@ impl RankLists {
 
 impl Config {
     /// With every measurement gathered from all ranks and merged before the step is decided, as [`ranks`](crate::ranks)
-    /// describes: a [`Record`](crate::Record) a tensor and rank, twice that in a plan with weights.
+    /// describes: a [`Record`] a tensor and rank, twice that in a plan with weights.
     #[must_use]
     pub fn ranks(mut self, ranks: Ranks) -> Self {
         self.features.ranks = Some(ranks);

@@ -32,23 +32,34 @@ pub(crate) fn run(memory: &Memory, a: &AdaptiveArguments) {
     let records: &mut [AdaptiveRecord] = memory.slice_mut(a.adaptive_records, entries.len());
     let work = tensors.par_iter_mut().zip(entries).zip(units).zip(records);
     work.for_each(|(((gradient, entry), units), record)| {
+        if units.limited == 0 || units.address == 0 {
+            return unscale(gradient, divisor);
+        }
         let weight = memory.tensor(units.address, entry.length, units.dtype);
-        *record = clip_tensor((a.clipping, a.epsilon), units.length, gradient, weight, policy, divisor);
+        let length = usize::try_from(units.length).unwrap_or(usize::MAX);
+        *record = clip_tensor((a.clipping, a.epsilon), length, gradient, weight, policy, divisor);
     });
 }
 
-/// Clips units of so many elements of a tensor, and divides all by the loss scale.
+/// Divides a tensor by the loss scale.
+fn unscale(gradient: &mut HostTensorMut<'_>, divisor: f64) {
+    let how = Clipping { coefficient: narrow(1.0 / divisor), limit: f32::INFINITY, zero_nonfinite: false };
+    if how.coefficient != 1.0 {
+        with_elements!(HostTensorMut, gradient, gradient => {
+            gradient.par_chunks_mut(CHUNK).for_each(|chunk| clip(chunk, how));
+        });
+    }
+}
+
+/// Clips units of so many elements of a tensor, at least one, and divides all by the loss scale.
 fn clip_tensor(
     limits: (f64, f64),
-    length: u64,
+    length: usize,
     gradient: &mut HostTensorMut<'_>,
     weight: HostTensor<'_>,
     policy: NonFinitePolicy,
     divisor: f64,
 ) -> AdaptiveRecord {
-    let Some(length) = usize::try_from(length).ok().filter(|&length| length > 0) else {
-        return AdaptiveRecord::default();
-    };
     with_elements!(HostTensorMut, gradient, gradient => with_elements!(HostTensor, weight, weight => {
         let pairs = gradient.par_chunks_exact_mut(length).zip(weight.par_chunks_exact(length));
         let records = pairs.map(|(gradient, weight)| {

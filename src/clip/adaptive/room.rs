@@ -5,6 +5,7 @@ use crate::{
     Config, Error, Probe, Tensor, TensorMut,
     features::Feature,
     probe::{Common, Core, Mirrored, Planned, ReadBack, Room, values},
+    spec::CHUNK,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -30,10 +31,12 @@ pub(crate) struct AdaptiveArguments {
 #[repr(C)]
 pub(crate) struct TensorUnits {
     pub address: u64,
+    /// Elements of a unit; the last may have less where there is no limit.
     pub length: u64,
     pub first: u64,
     pub dtype: u32,
-    pub reserved: u32,
+    /// 0 for units that are left as they are, but for the loss scale.
+    pub limited: u32,
 }
 // The other side is in kernels/adaptive.cu.
 const _: () = assert!(size_of::<AdaptiveArguments>() == 120 && size_of::<TensorUnits>() == 32);
@@ -95,9 +98,14 @@ impl Room<'_, AdaptiveUnits> {
         let mut first = 0;
         let mut table = Vec::with_capacity(weights.tensors.len() + 1);
         let units = memory.units.lengths.iter().zip(&memory.units.counts);
-        for (weight, (&length, &count)) in weights.tensors.iter().zip(units) {
-            let (address, dtype) = (weight.address, weight.dtype.code());
-            table.push(TensorUnits { address, length, first, dtype, reserved: 0 });
+        for ((weight, planned), (&length, &count)) in weights.tensors.iter().zip(core.plan.tensors()).zip(units) {
+            let (address, dtype, limited) = (weight.address, weight.dtype.code(), u32::from(length > 0));
+            // What is left alone has nothing to be done but for a loss scale.
+            let (length, count) = match limited {
+                0 if core.config.features.loss_scale.is_some() => (CHUNK as u64, planned.len.div_ceil(CHUNK as u64)),
+                _ => (length, count),
+            };
+            table.push(TensorUnits { address, length, first, dtype, limited });
             first += count;
         }
         table.push(TensorUnits { first, ..TensorUnits::zeroed() });
