@@ -90,7 +90,7 @@ struct Units {
     u64 address, length; // elements of a unit; of the last one perhaps less
     u64 first;
     u32 dtype;
-    u32 limited; // 0: units are left as they are, but for the loss scale
+    u32 limited; // 0: units lose only the loss scale, and what is not finite under ZeroNonFinite
 };
 static_assert(sizeof(Units) == 32, "src/clip/adaptive/room.rs");
 
@@ -142,8 +142,9 @@ KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
         u32 dtype = entry.dtype, size = dtype == DTYPE_F32 ? 4 : 2;
         u64 first = (unit - units.first) * units.length, address = a.addresses[tensor] + first * size;
         u64 rest = entry.length - first, length = units.length < rest ? units.length : rest;
-        Clipping how = {narrow(1.0 / divisor), bits_to_float(INFINITY_BITS), 0xffffffffu};
-        bool changes = how.coefficient != 1.0f;
+        bool zeroes = a.policy == POLICY_ZERO_NONFINITE;
+        Clipping how = {narrow(1.0 / divisor), bits_to_float(INFINITY_BITS), zeroes ? 0 : 0xffffffffu};
+        bool changes = how.coefficient != 1.0f || zeroes;
         if (units.limited && units.address) {
             u32 weight_size = units.dtype == DTYPE_F32 ? 4 : 2;
             u64 weights = units.address + first * weight_size;
@@ -165,7 +166,6 @@ KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
             }
             BARRIER(); // the fold of the next unit has more, behind which both may change
             how.coefficient = scratch.coefficient;
-            if (a.policy == POLICY_ZERO_NONFINITE) how.nonfinite_kept = 0;
             changes = how.coefficient != 1.0f || scratch.nonfinite;
         }
         if (!changes) continue;

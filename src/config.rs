@@ -41,7 +41,8 @@ pub struct Config {
     pub clip: Clip,
     /// What a NaN or Inf does to the clip.
     pub non_finite: NonFinitePolicy,
-    /// What else it does; nothing by default.
+    /// What else it does: what the methods below have declared.
+    #[doc(hidden)]
     pub features: Features,
     /// In which a backward pass reaches the tensors.
     pub backward_order: Option<Vec<usize>>,

@@ -1,18 +1,7 @@
-//! The features of a probe: a line each, of what it is declared with and what it then has on the device.
+//! The features of a probe: a line each, of what it is declared with and what it then has on the device. The methods of
+//! [`Config`](crate::Config) that declare them are in their rooms.
 
-use crate::{
-    Error, Rules,
-    clip::{AdaptiveClip, AdaptiveUnits, LossScale, LossScaleMemory},
-    dot::Dots,
-    gsnr::{GsnrConfig, Moments, Tracking},
-    health::Judge,
-    histogram::Histograms,
-    history::History,
-    micro_batches::MicroBatches,
-    probe::Core,
-    ranks::{RankLists, Ranks},
-    samples::{SampleConfig, Samples},
-};
+use crate::{Error, probe::Core};
 
 /// What a feature has on the device.
 pub(crate) trait Feature<D>: Sized {
@@ -24,12 +13,13 @@ pub(crate) trait Feature<D>: Sized {
 }
 
 macro_rules! features {
-    ($($(#[$doc:meta])* $name:ident: $declared:ty => $made:ty;)*) => {
+    ($($name:ident: $declared:ty => $made:ty;)*) => {
         /// What is declared of each feature, by the methods of [`Config`](crate::Config).
+        #[doc(hidden)]
         #[derive(Clone, Debug, Default)]
         #[non_exhaustive]
         pub struct Features {
-            $($(#[$doc])* pub $name: Option<$declared>,)*
+            $(pub $name: Option<$declared>,)*
         }
 
         /// What was made of that.
@@ -48,26 +38,15 @@ macro_rules! features {
 }
 
 features! {
-    /// What the loss is multiplied by before `backward`.
-    loss_scale: LossScale => LossScaleMemory;
-    /// By which each step is diagnosed.
-    rules: Rules => Judge;
-    /// Steps that are kept on the device.
-    history: u32 => History;
-    /// Tensors that are tracked across steps.
-    tracking: GsnrConfig => Tracking;
-    /// Moments of Adam's that are reduced.
-    moments: () => Moments;
-    /// Elements are counted by their magnitudes.
-    histogram: () => Histograms;
-    /// Dot products are taken.
-    dot: () => Dots;
-    /// Elements that are kept of each step.
-    samples: SampleConfig => Samples;
-    /// The clip of each unit by the norm of its weights.
-    adaptive_clip: AdaptiveClip => AdaptiveUnits;
-    /// Micro-batches of an accumulation that are measured before they are added up.
-    micro_batches: u32 => MicroBatches;
-    /// The other ranks, and where elements are.
-    ranks: Ranks => RankLists;
+    loss_scale: crate::clip::LossScale => crate::clip::LossScaleMemory;
+    rules: crate::Rules => crate::health::Judge;
+    history: u32 => crate::history::History;
+    tracking: crate::gsnr::GsnrConfig => crate::gsnr::Tracking;
+    moments: () => crate::gsnr::Moments;
+    histogram: () => crate::histogram::Histograms;
+    dot: () => crate::dot::Dots;
+    samples: crate::samples::SampleConfig => crate::samples::Samples;
+    adaptive_clip: crate::clip::AdaptiveClip => crate::clip::AdaptiveUnits;
+    micro_batches: u32 => crate::micro_batches::MicroBatches;
+    ranks: crate::ranks::Ranks => crate::ranks::RankLists;
 }

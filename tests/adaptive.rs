@@ -167,6 +167,8 @@ fn what_is_not_finite_goes_by_the_policy() {
     };
     edit(&mut lists[0][0], 770, f32::NAN);
     edit(&mut lists[0][1], 17, f32::NEG_INFINITY);
+    // Of the tensor that is left alone.
+    edit(&mut lists[0][8], 5, f32::NAN);
     edit(&mut lists[1][10], 3, f32::INFINITY);
     edit(&mut lists[1][11], 0, f32::NAN);
     for policy in [NonFinitePolicy::Skip, NonFinitePolicy::Propagate, NonFinitePolicy::ZeroNonFinite] {
@@ -195,6 +197,7 @@ fn what_is_not_finite_goes_by_the_policy() {
             NonFinitePolicy::ZeroNonFinite => {
                 assert_eq!(nonfinite[..3], [1, 1, 0]);
                 assert_eq!(bf16(770).to_f32(), 0.0);
+                assert_eq!(clipped[8][20..24], [0; 4]);
                 assert!((768..2 * 768).all(|i| bf16(i).is_finite()));
             }
         }

@@ -1,4 +1,4 @@
-// What a card can do at best, beside which benches/gpu.rs sets the kernels: a plain sum of 16-byte loads, and a plain
+// What a card can do at best, beside which benches/gpu/main.rs sets the kernels: a plain sum of 16-byte loads, and a plain
 // scaling in place by 16-byte loads and stores. Compiled when the bench starts, in several shapes; the fastest counts.
 struct alignas(16) Words {
     unsigned x, y, z, w;

@@ -179,6 +179,8 @@ impl Tables {
             stream.alloc_zeros(chunks * size_of::<Record>()).unwrap(),
             stream.alloc_zeros(count * size_of::<Record>()).unwrap(),
             stream.alloc_zeros((chunks + count + 1) * 4).unwrap(),
+            // The clip's state, in which the steps are counted.
+            stream.alloc_zeros(256).unwrap(),
         ];
         let outputs = upload(bytes_of(&StepOutputs::default()));
         let address = |slice: &CudaSlice<u8>| slice.device_ptr(stream).0;
@@ -194,8 +196,9 @@ impl Tables {
             chunk_count: u32::try_from(chunks).unwrap(),
             tensor_count: u32::try_from(count).unwrap(),
         };
-        let step = StepArguments { common, max_norm, busy_tensors: common.tensor_count, ..StepArguments::zeroed() };
-        let clip = ClipArguments { common, ..ClipArguments::zeroed() };
+        let (clip_state, busy_tensors) = (address(&kept[6]), common.tensor_count);
+        let step = StepArguments { common, max_norm, busy_tensors, clip_state, ..StepArguments::zeroed() };
+        let clip = ClipArguments { common, clip_state, ..ClipArguments::zeroed() };
         let arguments = Launched { step: Parameter(step), clip: Parameter(clip) };
         Self { arguments, outputs, _kept: kept }
     }

@@ -51,8 +51,8 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_NONE 0xffffffffffffffffull
 
 /* What a step decided for all tensors together. An optimizer that multiplies by `coefficient` (or divides by
- * `inverse_coefficient`) and returns early on `skip` (or on `found_inf`) needs no clip pass. Norms, `coefficient_f64`,
- * `coefficient` and `inverse_coefficient` have the unit of unscaled gradients, or none. */
+ * `inverse_coefficient`) and returns early on `skip` (or on `found_inf`) needs no clip pass. Norms are of unscaled
+ * gradients; `coefficient` and `inverse_coefficient` unscale what they clip, and are 1 in a step to skip. */
 typedef struct gradprobe_step_outputs {
     double total_norm;         /* L2 norm of all elements: NaN if any is NaN, else +Inf if any is infinite */
     double finite_total_norm;  /* L2 norm of the finite elements */
@@ -60,7 +60,7 @@ typedef struct gradprobe_step_outputs {
     float total_norm_f32;      /* `total_norm`, rounded */
     float coefficient;         /* `coefficient_f64` / `loss_scale`, rounded: what gradients are multiplied by */
     float inverse_coefficient; /* its inverse, for optimizers that divide */
-    float found_inf;           /* 1 if any element is NaN or infinite, else 0 */
+    float found_inf;           /* 1 if any element is NaN or infinite, or the loss scale not usable, else 0 */
     gradprobe_i32 skip;        /* 1 if the optimizer should leave this step out, else 0 */
     gradprobe_u32 action;      /* bits GRADPROBE_ACTION_... */
     gradprobe_u32 flags;       /* bits GRADPROBE_FLAG_... */

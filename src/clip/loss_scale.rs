@@ -91,7 +91,7 @@ pub(crate) fn is_usable(scale: f32) -> bool {
     scale.is_finite() && scale > 0.0
 }
 
-/// The scale and the rule it follows, in the layout of the kernels (`kernels/loss_scale.cuh`).
+/// The scale and the rule it follows, in the layout of the kernels (`kernels/arguments.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct LossScaleState {
@@ -106,7 +106,7 @@ pub(crate) struct LossScaleState {
     reserved: [u32; 2],
 }
 
-// The other side is in kernels/loss_scale.cuh.
+// The other side is in kernels/arguments.cuh.
 const _: () = assert!(size_of::<LossScaleState>() == 32);
 
 impl LossScaleState {

@@ -37,7 +37,7 @@ unsafe impl Device for Counting {
     }
 
     fn read(&self, _: usize) -> Result<Box<dyn Read>, Error> {
-        Ok(Box::new(HostRead::new(0)))
+        Ok(Box::new(HostRead::new(0)?))
     }
 
     unsafe fn launch(&self, _: Kernel, _: u32, _: &[u8]) -> Result<(), Error> {

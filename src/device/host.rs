@@ -56,16 +56,22 @@ impl HostMemory {
         if count == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(address as *mut u8, count) } }
     }
 
-    /// Writes to the start of a buffer that is memory of the host's, at most all of it.
-    pub fn upload(bytes: &[u8], to: &Buffer) {
+    /// Writes to the start of a buffer, at most all of it.
+    ///
+    /// # Safety
+    /// The buffer is memory of the host's, which nobody uses meanwhile.
+    pub unsafe fn upload(bytes: &[u8], to: &Buffer) {
         let count = bytes.len().min(to.bytes());
-        // SAFETY: devices on the host make buffers of memory like this, and run nothing while they copy.
+        // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.address() as *mut u8, count) };
     }
 
-    /// Fills a buffer that is memory of the host's.
-    pub fn fill(byte: u8, buffer: &Buffer) {
-        // SAFETY: as above.
+    /// Fills a buffer.
+    ///
+    /// # Safety
+    /// As for [`upload`](Self::upload).
+    pub unsafe fn fill(byte: u8, buffer: &Buffer) {
+        // SAFETY: the caller's promise.
         unsafe { std::ptr::write_bytes(buffer.address() as *mut u8, byte, buffer.bytes()) };
     }
 }
@@ -83,15 +89,21 @@ pub struct HostRead(Vec<u8>);
 
 impl HostRead {
     /// Room for this many bytes.
-    pub fn new(bytes: usize) -> Self {
-        Self(vec![0; bytes])
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(bytes: usize) -> Result<Self, Error> {
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(bytes).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
+        memory.resize(bytes, 0);
+        Ok(Self(memory))
     }
 }
 
 impl Read for HostRead {
     fn start(&mut self, from: &Buffer) -> Result<(), Error> {
         let count = self.0.len().min(from.bytes());
-        // SAFETY: as in `upload`.
+        // SAFETY: devices on the host make this of the buffers that they make, and run nothing while it copies.
         unsafe { std::ptr::copy_nonoverlapping(from.address() as *const u8, self.0.as_mut_ptr(), count) };
         Ok(())
     }

@@ -13,16 +13,16 @@ pub use crate::{
 pub use cpu::Cpu;
 pub use host::{HostMemory, HostRead};
 
-use crate::{Error, clip, dot, gsnr, histogram, measure, probe::Arguments, ranks, samples, spec::LANES, tensor::Place};
+use crate::{Error, probe::Arguments, spec::LANES, tensor::Place};
 use std::any::Any;
 
-/// Declares the kernels: name, entry point, arguments, and what they do on the CPU.
+/// Declares the kernels: name, entry point, arguments, and what does the same on the CPU. kernels/README.md says what each does.
 macro_rules! kernels {
-    ($($(#[$doc:meta])* $kernel:ident = $entry:literal, $arguments:ty, $cpu:path;)*) => {
+    ($($kernel:ident = $entry:literal, $arguments:ty, $cpu:path;)*) => {
         /// The kernels, by the names they are compiled under.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Kernel {
-            $($(#[$doc])* $kernel,)*
+            $($kernel,)*
         }
 
         impl Kernel {
@@ -47,26 +47,16 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// All statistics of all tensors, norms, coefficient and flags.
-    Measure = "gradprobe_measure", StepArguments, measure::cpu::run;
-    /// Scales in place what [`Kernel::Measure`] decided to scale.
-    Clip = "gradprobe_clip", clip::ClipArguments, clip::cpu::run;
-    /// Merges the step that [`Kernel::Measure`] measured into what is tracked across steps.
-    Update = "gradprobe_update", gsnr::UpdateArguments, gsnr::cpu::update;
-    /// Reduces what is tracked to one record a tensor.
-    Gsnr = "gradprobe_gsnr", gsnr::GsnrArguments, gsnr::cpu::gsnr;
-    /// Reduces Adam's moments to one record a tensor.
-    Adam = "gradprobe_adam", gsnr::AdamArguments, gsnr::cpu::adam;
-    /// Counts elements by their magnitudes.
-    Histogram = "gradprobe_histogram", histogram::HistogramArguments, histogram::cpu::run;
-    /// Dot products of two lists of tensors.
-    Dot = "gradprobe_dot", dot::DotArguments, dot::cpu::run;
-    /// Scales units in place by the norms of their weights.
-    Adaptive = "gradprobe_adaptive", clip::AdaptiveArguments, clip::adaptive::cpu::run;
-    /// Copies a few elements into a ring of steps.
-    Sample = "gradprobe_sample", samples::SampleArguments, samples::cpu::run;
-    /// Merges the records of many ranks, and finishes the step that [`Kernel::Measure`] left open.
-    Merge = "gradprobe_merge", ranks::MergeArguments, ranks::cpu::run;
+    Measure = "gradprobe_measure", StepArguments, crate::measure::cpu::run;
+    Clip = "gradprobe_clip", crate::clip::ClipArguments, crate::clip::cpu::run;
+    Update = "gradprobe_update", crate::gsnr::UpdateArguments, crate::gsnr::cpu::update;
+    Gsnr = "gradprobe_gsnr", crate::gsnr::GsnrArguments, crate::gsnr::cpu::gsnr;
+    Adam = "gradprobe_adam", crate::gsnr::AdamArguments, crate::gsnr::cpu::adam;
+    Histogram = "gradprobe_histogram", crate::histogram::HistogramArguments, crate::histogram::cpu::run;
+    Dot = "gradprobe_dot", crate::dot::DotArguments, crate::dot::cpu::run;
+    Adaptive = "gradprobe_adaptive", crate::clip::AdaptiveArguments, crate::clip::adaptive::cpu::run;
+    Sample = "gradprobe_sample", crate::samples::SampleArguments, crate::samples::cpu::run;
+    Merge = "gradprobe_merge", crate::ranks::MergeArguments, crate::ranks::cpu::run;
 }
 
 impl Kernel {

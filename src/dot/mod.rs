@@ -33,7 +33,7 @@ pub struct Dot {
     pub reserved: u64,
 }
 
-// The other side of these numbers is in kernels/dot.cuh.
+// The other side of these numbers is in kernels/dot.cu.
 const _: () = {
     assert!(size_of::<Dot>() == 48);
     assert!(std::mem::offset_of!(Dot, dot) == 16);

@@ -30,7 +30,7 @@ pub(crate) struct UpdateArguments {
 #[repr(C)]
 pub(crate) struct GsnrArguments {
     pub common: Common,
-    /// As above, and the next two.
+    /// As of [`UpdateArguments`], and the next two.
     pub tracks: u64,
     pub means: u64,
     pub deviations: u64,
@@ -63,7 +63,9 @@ pub(super) struct Reduction {
 impl Reduction {
     pub fn new(core: &Core, tensors: usize) -> Result<Self, Error> {
         let records = ReadBack::zeroed(&*core.device, core.plan.tensors().len() * size_of::<GsnrRecord>())?;
-        Ok(Self { records, bins: uploaded(&*core.device, &vec![0; tensors * BINS * size_of::<u32>()])? })
+        let bins = core.device.allocate((tensors * BINS * size_of::<u32>()).max(1))?;
+        core.device.clear(&bins)?;
+        Ok(Self { records, bins })
     }
 
     /// Waits for the records of those tensors that have one.

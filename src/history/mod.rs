@@ -20,7 +20,7 @@ use bytemuck::{Pod, Zeroable};
 pub struct HistoryStep {
     /// Its scalars: norms, coefficient, flags, number.
     pub outputs: StepOutputs,
-    /// What the trainer called the batch; see `tag`. 0 without one.
+    /// What the trainer called the batch, by `history()?.tag`; 0 without a name.
     pub tag: u64,
     /// Unused; 0.
     pub reserved: u64,

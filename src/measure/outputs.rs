@@ -8,7 +8,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// The step's scalars, in the layout kernels read on the device (96 bytes, `kernels/arguments.cuh`).
+/// The step's scalars, in the layout kernels read on the device (96 bytes, `kernels/include/gradprobe.h`).
 ///
 /// An optimizer that multiplies gradients by `coefficient` (or divides by `inverse_coefficient`, PyTorch's
 /// `grad_scale`) and returns early on `skip` (or on `found_inf`) needs no clip pass at all.
@@ -32,7 +32,8 @@ pub struct StepOutputs {
     pub inverse_coefficient: f32,
     /// 1.0 if any element is NaN or infinite, or the loss scale not usable, else 0.0.
     pub found_inf: f32,
-    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element), else 0.
+    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, or a
+    /// loss scale that is not usable), else 0.
     pub skip: i32,
     /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
     pub action: u32,
@@ -58,7 +59,7 @@ pub struct StepOutputs {
     pub differing_replicas: u32,
 }
 
-// The other side of these numbers is in kernels/arguments.cuh.
+// The other side of these numbers is in kernels/include/gradprobe.h.
 const _: () = {
     assert!(size_of::<StepOutputs>() == 96);
     assert!(std::mem::offset_of!(StepOutputs, total_norm_f32) == 24);

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 /// The statistics of a run of elements, as counts, extremes and moments over the finite ones.
 ///
-/// The kernels write this very struct (80 bytes, `kernels/record.cuh`), one per tensor, and an optimizer's kernel may
+/// The kernels write this very struct (`kernels/include/gradprobe.h`), one per tensor, and an optimizer's kernel may
 /// read it there. Fields hold what merges; the accessors give what people ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
@@ -33,7 +33,7 @@ pub struct Record {
     pub min_nonzero_abs_or_infinity: f32,
 }
 
-// The other side of these numbers is in kernels/record.cuh.
+// The other side of these numbers is in kernels/include/gradprobe.h.
 const _: () = {
     assert!(size_of::<Record>() == 80);
     assert!(std::mem::offset_of!(Record, first_nonfinite_index) == 40);

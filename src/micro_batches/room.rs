@@ -17,7 +17,11 @@ pub struct MicroBatches {
 impl Feature<u32> for MicroBatches {
     fn new(core: &mut Core, count: u32) -> Result<Self, Error> {
         let accumulation = Accumulation::new(count)?;
-        let lists = vec![Record::EMPTY; accumulation.count() * core.plan.tensors().len()];
+        let length = accumulation.count().saturating_mul(core.plan.tensors().len());
+        let too_much = |_| Error::OutOfMemory { bytes: (length as u64).saturating_mul(size_of::<Record>() as u64) };
+        let mut lists = Vec::new();
+        lists.try_reserve_exact(length).map_err(too_much)?;
+        lists.resize(length, Record::EMPTY);
         Ok(Self { accumulation, lists: ReadBack::holding(&*core.device, bytemuck::cast_slice(&lists))? })
     }
 }

@@ -120,7 +120,7 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
 }
 
-/// A placement as the kernels read it (`kernels/arguments.cuh`): a run of the table of ranks behind all placements.
+/// A placement as the kernels read it (`kernels/merge.cu`): a run of the table of ranks behind all placements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Run {

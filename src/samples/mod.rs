@@ -74,7 +74,7 @@ pub struct SamplePlace {
     /// Unused; 0.
     pub reserved: u32,
 }
-// The other side is in kernels/arguments.cuh.
+// The other side is in kernels/sample.cu.
 const _: () = assert!(size_of::<SamplePlace>() == 16);
 
 /// Set in the number of a step that was not finite.

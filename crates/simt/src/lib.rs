@@ -93,25 +93,28 @@ unsafe impl Device for Simt {
         let address = memory.address();
         // SAFETY: the memory is there until its owner is dropped.
         let buffer = unsafe { Buffer::new(address, bytes, Memory(memory)) };
-        HostMemory::fill(0xff, &buffer);
+        // SAFETY: as in `upload`.
+        unsafe { HostMemory::fill(0xff, &buffer) };
         ptx::memory::allocated(address, bytes);
         Ok(buffer)
     }
 
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        HostMemory::upload(bytes, to);
+        // SAFETY: this device made the buffer, and runs nothing while it copies.
+        unsafe { HostMemory::upload(bytes, to) };
         ptx::memory::written(to.address(), bytes.len());
         Ok(())
     }
 
     fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        HostMemory::fill(0, buffer);
+        // SAFETY: as in `upload`.
+        unsafe { HostMemory::fill(0, buffer) };
         ptx::memory::written(buffer.address(), buffer.bytes());
         Ok(())
     }
 
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
-        Ok(Box::new(HostRead::new(bytes)))
+        Ok(Box::new(HostRead::new(bytes)?))
     }
 
     /// The emulation proper does not ask; PTX may use no other memory than a device's own and what is lent.

@@ -33,7 +33,7 @@ pub(crate) fn run(memory: &Memory, a: &AdaptiveArguments) {
     let work = tensors.par_iter_mut().zip(entries).zip(units).zip(records);
     work.for_each(|(((gradient, entry), units), record)| {
         if units.limited == 0 || units.address == 0 {
-            return unscale(gradient, divisor);
+            return unscale(gradient, policy, divisor);
         }
         let weight = memory.tensor(units.address, entry.length, units.dtype);
         let length = usize::try_from(units.length).unwrap_or(usize::MAX);
@@ -41,10 +41,11 @@ pub(crate) fn run(memory: &Memory, a: &AdaptiveArguments) {
     });
 }
 
-/// Divides a tensor by the loss scale.
-fn unscale(gradient: &mut HostTensorMut<'_>, divisor: f64) {
-    let how = Clipping { coefficient: narrow(1.0 / divisor), limit: f32::INFINITY, zero_nonfinite: false };
-    if how.coefficient != 1.0 {
+/// Divides a tensor that is not clipped by the loss scale, and zeroes what is not finite if that is the policy.
+fn unscale(gradient: &mut HostTensorMut<'_>, policy: NonFinitePolicy, divisor: f64) {
+    let zero_nonfinite = policy == NonFinitePolicy::ZeroNonFinite;
+    let how = Clipping { coefficient: narrow(1.0 / divisor), limit: f32::INFINITY, zero_nonfinite };
+    if how.coefficient != 1.0 || zero_nonfinite {
         with_elements!(HostTensorMut, gradient, gradient => {
             gradient.par_chunks_mut(CHUNK).for_each(|chunk| clip(chunk, how));
         });

@@ -31,7 +31,8 @@ pub struct AdaptiveClip {
 
 impl AdaptiveClip {
     /// The paper's λ = 0.01 and ε = 0.001, for units of so many elements: one number a tensor of the plan, 0 for a tensor
-    /// to be left alone, as the paper does with the last linear layer; a loss scale is taken from it all the same. A block of threads handles one unit at a time: a
+    /// to be left alone, as the paper does with the last linear layer, but for a loss scale and for what
+    /// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) zeroes. A block of threads handles one unit at a time: a
     /// few units of many million elements each would be slow.
     pub fn new(unit_lengths: impl IntoIterator<Item = u64>) -> Self {
         Self { unit_lengths: unit_lengths.into_iter().collect(), clipping: 0.01, epsilon: 1e-3 }

@@ -2,7 +2,7 @@
 
 use super::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Units};
 use crate::{
-    Config, Error, Probe, Tensor, TensorMut,
+    Config, Error, NonFinitePolicy, Probe, Tensor, TensorMut,
     features::Feature,
     probe::{Common, Core, Mirrored, Planned, ReadBack, Room, values},
     spec::CHUNK,
@@ -35,7 +35,7 @@ pub(crate) struct TensorUnits {
     pub length: u64,
     pub first: u64,
     pub dtype: u32,
-    /// 0 for units that are left as they are, but for the loss scale.
+    /// 0 for units that lose only the loss scale, and what is not finite under `ZeroNonFinite`.
     pub limited: u32,
 }
 // The other side is in kernels/adaptive.cu.
@@ -84,7 +84,8 @@ impl Room<'_, AdaptiveUnits> {
     }
 
     /// Launches the adaptive clip of these tensors by the weights whose gradients they are, both in the plan's order, in
-    /// place; the weights may be of any dtypes. Leaves what the last measurement said to skip. Does not wait. One upload
+    /// place; the weights may be of any dtypes. In place of [`Probe::clip`], which takes the loss scale from the gradients
+    /// as this does: after both, they are divided by it twice. Leaves what the last measurement said to skip. Does not wait. One upload
     /// of 32 bytes a tensor when weights have moved since the last call, beside that of the gradients.
     ///
     /// # Errors
@@ -97,12 +98,13 @@ impl Room<'_, AdaptiveUnits> {
         core.check_apart(&tensors, &weights)?;
         let mut first = 0;
         let mut table = Vec::with_capacity(weights.tensors.len() + 1);
+        let zeroes = core.config.non_finite == NonFinitePolicy::ZeroNonFinite;
+        let changes_all = zeroes || core.config.features.loss_scale.is_some();
         let units = memory.units.lengths.iter().zip(&memory.units.counts);
         for ((weight, planned), (&length, &count)) in weights.tensors.iter().zip(core.plan.tensors()).zip(units) {
             let (address, dtype, limited) = (weight.address, weight.dtype.code(), u32::from(length > 0));
-            // What is left alone has nothing to be done but for a loss scale.
             let (length, count) = match limited {
-                0 if core.config.features.loss_scale.is_some() => (CHUNK as u64, planned.len.div_ceil(CHUNK as u64)),
+                0 if changes_all => (CHUNK as u64, planned.len.div_ceil(CHUNK as u64)),
                 _ => (length, count),
             };
             table.push(TensorUnits { address, length, first, dtype, limited });

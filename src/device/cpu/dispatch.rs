@@ -1,6 +1,5 @@
 //! Runs the loops of this backend under the widest instruction set the machine has. The code is the same, and so are
-//! the bits: `mul_add` is one rounding whether an instruction or libm does it. The one module of this backend with
-//! `unsafe` code.
+//! the bits: `mul_add` is one rounding whether an instruction or libm does it.
 #![allow(unsafe_code, reason = "calls into code compiled for instruction sets that were detected at run time")]
 
 /// Something to be compiled for several instruction sets: `run` and all it calls must be inlined.

@@ -8,7 +8,8 @@ use crate::{
 use bytemuck::Pod;
 
 /// The word of whoever launches a kernel for all addresses in its arguments. Kernels ask for the tables that their
-/// arguments name, each once where it is to be changed.
+/// arguments name, by the types and lengths with which the rooms made them. When they ask for a table to change it, no
+/// slice of it is in use: the compiler does not see that, and these functions are for `cpu.rs` files alone.
 pub(crate) struct Memory(());
 
 impl Memory {
@@ -33,7 +34,7 @@ impl Memory {
         if address == 0 || count == 0 {
             return &mut [];
         }
-        // SAFETY: as above; no two tables overlap, and each is asked for once.
+        // SAFETY: as above; no two tables overlap, and no slice of this one is in use.
         unsafe { std::slice::from_raw_parts_mut(address as *mut T, count) }
     }
 

@@ -34,17 +34,19 @@ unsafe impl Device for Cpu {
     }
 
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        HostMemory::upload(bytes, to);
+        // SAFETY: this device made the buffer, and runs nothing while it copies.
+        unsafe { HostMemory::upload(bytes, to) };
         Ok(())
     }
 
     fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        HostMemory::fill(0, buffer);
+        // SAFETY: as in `upload`.
+        unsafe { HostMemory::fill(0, buffer) };
         Ok(())
     }
 
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
-        Ok(Box::new(HostRead::new(bytes)))
+        Ok(Box::new(HostRead::new(bytes)?))
     }
 
     unsafe fn launch(&self, kernel: Kernel, _: u32, arguments: &[u8]) -> Result<(), Error> {
