@@ -4,20 +4,21 @@
 #![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
 
 mod common;
+mod on_cpu;
 
 use common::host::OnHost;
 use gradprobe::{
     Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Record, Rules, Tensor, TensorMut,
     clip::{AdaptiveClip, LossScale},
-    device::{Buffer, Device, Kernel, Read},
+    device::{Buffer, Device, Read},
     gsnr::{AdamMoments, AdamStep, GsnrConfig},
     histogram::Histogram,
     history::{HistoryStep, HistoryTensor},
     ranks::{Placement, Ranks, ThreadCommunicator},
     samples::SampleConfig,
-    tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
+use on_cpu::{Altered, OnCpu};
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
@@ -234,13 +235,7 @@ impl Read for HeldRead {
 }
 
 // SAFETY: all that it does is done by one that keeps the promise.
-unsafe impl Device for Counting {
-    fn name(&self) -> &'static str {
-        Cpu.name()
-    }
-    fn place(&self) -> Place {
-        Cpu.place()
-    }
+unsafe impl Altered for Counting {
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
         let held = self.hold(bytes)?;
         self.given.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -249,25 +244,9 @@ unsafe impl Device for Counting {
         // SAFETY: the memory is there until its owner is dropped.
         Ok(unsafe { Buffer::new(address, bytes, (buffer, held)) })
     }
-    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        Cpu.upload(bytes, to)
-    }
-    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        Cpu.clear(buffer)
-    }
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
         let held = self.hold(bytes)?;
         Ok(Box::new(HeldRead(Cpu.read(bytes)?, held)))
-    }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
-        // SAFETY: the caller's promise is the same.
-        unsafe { Cpu.launch(kernel, blocks, arguments) }
-    }
-    fn resident_blocks(&self, kernel: Kernel) -> u32 {
-        Cpu.resident_blocks(kernel)
-    }
-    fn is_capturing(&self) -> Result<bool, Error> {
-        Cpu.is_capturing()
     }
 }
 
@@ -289,7 +268,7 @@ fn what_is_stated_is_what_is_allocated() {
         for (name, config) in alone.into_iter().chain(all).chain(clips) {
             for plan in [&plan, &with_weights] {
                 let device = Counting::default();
-                let mut probe = Probe::new(device.clone(), plan.clone(), config.clone()).unwrap();
+                let mut probe = Probe::new(OnCpu(device.clone()), plan.clone(), config.clone()).unwrap();
                 let made = device.given();
                 // Ranks find out whether they mean the same before anything is made, in memory that is given back.
                 let stated = config.bytes(plan).unwrap();
@@ -327,7 +306,7 @@ fn a_probe_without_its_memory_says_how_much_it_needs_and_holds_none() {
         let mut calls = 0;
         loop {
             let device = Counting::failing_after(calls);
-            let made = Probe::new(device.clone(), plan.clone(), config.clone()).map(drop);
+            let made = Probe::new(OnCpu(device.clone()), plan.clone(), config.clone()).map(drop);
             assert_eq!(device.held(), 0, "{name}: held after {calls} calls");
             match made {
                 Err(error) => assert_eq!(error, Error::OutOfMemory { bytes }, "{name}: after {calls} calls"),
@@ -375,7 +354,7 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
         assert_eq!(refused.unwrap_err().to_string(), message);
         // With all that is declared besides, as far as it is no part of what is wrong.
         let device = Counting::default();
-        let refused = Probe::new(device.clone(), plan(), config.clone().histogram().dot().moments()).map(drop);
+        let refused = Probe::new(OnCpu(device.clone()), plan(), config.clone().histogram().dot().moments()).map(drop);
         assert_eq!(refused.unwrap_err().to_string(), message);
         assert_eq!((device.given(), device.held()), (0, 0), "{message}");
         if config.features.ranks.is_none() {

@@ -1,6 +1,5 @@
 //! Signal and noise across steps: the table of cases on the CPU and on the kernels on the host, known answers,
 //! real gradients, and what must not change a bit.
-#![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // Small numbers.
 
 mod common;
@@ -18,16 +17,10 @@ use common::{
 };
 use gradprobe::{
     Config, Cpu, DType, Error, Plan, Probe,
-    device::{Buffer, Device, Kernel, Read},
     gsnr::{GsnrConfig, GsnrRecord, GsnrReport},
-    tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
 use rayon::prelude::*;
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
 
 fn cpu(plan: Plan, config: Config) -> Result<Probe, Error> {
     Probe::new(Cpu, plan, config)
@@ -196,83 +189,16 @@ fn eight_steps_of_a_transformer_are_as_float64_has_them() {
     assert!((report.noise_scale().unwrap() / noise_scale - 1.0).abs() < 1e-3, "{:?}", report.noise_scale());
 }
 
-/// A device that counts the bytes it gives out and those not yet given back, and at some point has no more.
-#[derive(Clone, Default)]
-struct Counting {
-    inner: Simt,
-    given: Arc<AtomicU64>,
-    held: Arc<AtomicU64>,
-    /// Allocations before one that fails.
-    left: Option<Arc<AtomicU64>>,
-}
-
-/// Memory, and of how much it is known that it is held.
-struct Held(#[expect(dead_code, reason = "its drop is what counts")] Buffer, u64, Arc<AtomicU64>);
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.2.fetch_sub(self.1, Ordering::Relaxed);
-    }
-}
-
-// SAFETY: all that it does is done by one that keeps the promise.
-unsafe impl Device for Counting {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-    fn place(&self) -> Place {
-        self.inner.place()
-    }
-    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        let count = bytes as u64;
-        if self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) == 0) {
-            return Err(Error::OutOfMemory { bytes: count });
-        }
-        let buffer = self.inner.allocate(bytes)?;
-        self.given.fetch_add(count, Ordering::Relaxed);
-        self.held.fetch_add(count, Ordering::Relaxed);
-        let address = buffer.address();
-        // SAFETY: the memory is there until its owner is dropped.
-        Ok(unsafe { Buffer::new(address, bytes, Held(buffer, count, Arc::clone(&self.held))) })
-    }
-    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        self.inner.upload(bytes, to)
-    }
-    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        self.inner.clear(buffer)
-    }
-    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
-        self.inner.read(bytes)
-    }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
-        // SAFETY: the caller's promise is the same.
-        unsafe { self.inner.launch(kernel, blocks, arguments) }
-    }
-    fn resident_blocks(&self, kernel: Kernel) -> u32 {
-        self.inner.resident_blocks(kernel)
-    }
-    fn is_capturing(&self) -> Result<bool, Error> {
-        self.inner.is_capturing()
-    }
-}
-
+/// [`Config::bytes`] is what is allocated: tests/declared.rs.
 #[test]
-fn what_is_allocated_is_what_was_stated() {
+fn what_tracking_takes_is_what_was_stated() {
     let lengths = [0, 1, 63, 64, 65, 100_000, 7];
-    let plan = || Plan::new(lengths.map(|len| (len.to_string(), DType::BF16, len))).unwrap();
-    let allocated = |config: Config| {
-        let device = Counting::default();
-        drop(Probe::new(device.clone(), plan(), config.clone()).unwrap());
-        let [count, held] = [&device.given, &device.held].map(|bytes| bytes.load(Ordering::Relaxed));
-        assert_eq!(held, 0, "{config:?}");
-        assert_eq!(config.bytes(&plan()), Ok(count), "{config:?}");
-        count
-    };
-    let without = allocated(Config::new());
+    let plan = Plan::new(lengths.map(|len| (len.to_string(), DType::BF16, len))).unwrap();
+    let of_probe = |config: Config| config.bytes(&plan).unwrap();
     for config in [GsnrConfig::new(), GsnrConfig::new().tensors(["6?"]), GsnrConfig::new().tensors(["0"]).window(9)] {
         // An empty state still has an address.
-        let stated = config.bytes(&plan()).unwrap().max(1);
-        let seen = allocated(Config::new().tracking(config.clone())) - without;
+        let stated = config.bytes(&plan).unwrap().max(1);
+        let seen = of_probe(Config::new().tracking(config.clone())) - of_probe(Config::new());
         assert!((stated..=stated + 2).contains(&seen), "{config:?}: {stated}, not {seen}");
     }
     let large = |len| GsnrConfig::new().bytes(&Plan::new([("w", DType::F32, len)]).unwrap()).unwrap();
@@ -303,23 +229,6 @@ fn memory_that_is_not_there_is_an_error_that_says_how_much() {
     let small = Config::new().tracking(GsnrConfig::new().tensors(["small"]));
     let mut probe = Probe::new(Cpu, plan, small).unwrap();
     assert_eq!(probe.gsnr_report().err(), Some(Error::TooFewSteps { steps: 0 }));
-}
-
-/// Whichever of the allocations fails.
-#[test]
-fn a_probe_that_cannot_be_made_holds_no_memory() {
-    let plan = Plan::new([("first", DType::F32, 3), ("second", DType::BF16, 70_000)]).unwrap();
-    let config = tracking().moments().history(5).histogram();
-    let bytes = config.bytes(&plan).unwrap();
-    for left in 0.. {
-        let device = Counting { left: Some(Arc::new(AtomicU64::new(left))), ..Counting::default() };
-        let refused = Probe::new(device.clone(), plan.clone(), config.clone()).err();
-        assert_eq!(device.held.load(Ordering::Relaxed), 0, "after {left} allocations");
-        match refused {
-            Some(error) => assert_eq!(error, Error::OutOfMemory { bytes }, "after {left} allocations"),
-            None => return assert!(left > 10, "{left}"),
-        }
-    }
 }
 
 /// Normal numbers in pairs, by Box and Muller: unlike sums of uniforms, with the tails that variances of variances need.

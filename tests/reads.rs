@@ -1,11 +1,13 @@
 //! Reports on their way from a device that fails now and then: an error is said, and what has not arrived comes later.
 #![allow(unsafe_code, reason = "a device that passes on to that of the CPU")]
 
+mod on_cpu;
+
 use gradprobe::{
     Config, Cpu, DType, Error, Plan, Probe,
-    device::{Buffer, Device, Kernel, Read},
-    tensor::Place,
+    device::{Buffer, Device, Read},
 };
+use on_cpu::{Altered, OnCpu};
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
@@ -48,41 +50,16 @@ impl Read for UnreliableRead {
 }
 
 // SAFETY: the CPU's device, but for reads that refuse to begin or to end.
-unsafe impl Device for Unreliable {
-    fn name(&self) -> &'static str {
-        Cpu.name()
-    }
-    fn place(&self) -> Place {
-        Cpu.place()
-    }
-    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        Cpu.allocate(bytes)
-    }
-    fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        Cpu.upload(bytes, to)
-    }
-    fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        Cpu.clear(buffer)
-    }
+unsafe impl Altered for Unreliable {
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
         Ok(Box::new(UnreliableRead(Cpu.read(bytes)?, Arc::clone(&self.0))))
-    }
-    unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
-        // SAFETY: the caller's promise is the same.
-        unsafe { Cpu.launch(kernel, blocks, arguments) }
-    }
-    fn resident_blocks(&self, kernel: Kernel) -> u32 {
-        Cpu.resident_blocks(kernel)
-    }
-    fn is_capturing(&self) -> Result<bool, Error> {
-        Cpu.is_capturing()
     }
 }
 
 fn probe() -> (Probe, Arc<Failures>) {
     let failures = Arc::new(Failures::default());
     let plan = Plan::new([("w", DType::F32, 2)]).unwrap();
-    (Probe::new(Unreliable(Arc::clone(&failures)), plan, Config::new()).unwrap(), failures)
+    (Probe::new(OnCpu(Unreliable(Arc::clone(&failures))), plan, Config::new()).unwrap(), failures)
 }
 
 /// More errors than there are reads: none of the reads is lost.
