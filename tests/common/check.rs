@@ -417,3 +417,12 @@ pub fn same_elements(name: &str, size: usize, seen: &[u8], expected: &[u8]) -> V
     let (a, b, width) = (pattern(a), pattern(b), 2 + 2 * size);
     vec![format!("{name}: element {index} is {a:#0width$x}, should be {b:#0width$x}; {} differ", wrong.len())]
 }
+
+/// All copies of `pod` with one bit flipped.
+pub fn flipped<T: bytemuck::Pod>(pod: T) -> impl Iterator<Item = (usize, T)> {
+    (0..8 * size_of::<T>()).map(move |bit| {
+        let mut copy = pod;
+        bytemuck::bytes_of_mut(&mut copy)[bit / 8] ^= 1 << (bit % 8);
+        (bit, copy)
+    })
+}
