@@ -72,13 +72,27 @@ pub(crate) enum Until<'a> {
     Noted(#[expect(dead_code, reason = "its drop is what counts")] SyncOnDrop<'a>),
     /// The tensor lies on the host.
     #[cfg(feature = "cuda")]
-    Copied(crate::cuda::Copied<'a>),
+    Copied(Box<crate::cuda::Copied<'a>>),
 }
 
 impl<'a> Lent<'a> {
     /// Memory of which nothing needs to be noted.
     pub(crate) fn at(address: u64) -> Self {
         Self { address, until: Until::Nothing(std::marker::PhantomData) }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn noted(address: u64, note: SyncOnDrop<'a>) -> Self {
+        match note {
+            // A context with one stream, or that tracks no events.
+            SyncOnDrop::Record(None) => Self::at(address),
+            note => Self { address, until: Until::Noted(note) },
+        }
+    }
+
+    /// Whether there is anything to be done once the launches are queued.
+    pub(crate) fn is_pending(&self) -> bool {
+        !matches!(self.until, Until::Nothing(_))
     }
 
     /// The launches that use it are queued.

@@ -35,13 +35,14 @@ impl Located {
 /// The tensors of a call, in the plan's order, for as long as they are lent.
 pub(crate) struct Given<'a> {
     pub tensors: Vec<Located>,
+    /// Those of which something is to be done in the end.
     lent: Vec<Lent<'a>>,
     _checked: Option<Box<dyn Any>>,
 }
 
 impl<'a> Given<'a> {
     fn with_capacity(count: usize) -> Self {
-        Self { tensors: Vec::with_capacity(count), lent: Vec::with_capacity(count), _checked: None }
+        Self { tensors: Vec::with_capacity(count), lent: Vec::new(), _checked: None }
     }
 
     /// What uses them is queued.
@@ -102,7 +103,9 @@ impl Core {
         };
         check_address(name, &located)?;
         given.tensors.push(located);
-        given.lent.push(lent);
+        if lent.is_pending() {
+            given.lent.push(lent);
+        }
         Ok(())
     }
 

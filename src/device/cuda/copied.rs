@@ -37,7 +37,7 @@ impl<'a> Copied<'a> {
             stream.synchronize().map_err(failed("waiting for a copy"))?;
         }
         let copied = Self { _memory: memory, address, back: None, stream: Arc::clone(stream) };
-        Ok(Lent { address, until: Until::Copied(copied) })
+        Ok(Lent { address, until: Until::Copied(Box::new(copied)) })
     }
 
     /// A copy to be changed, which [`finish`](Self::finish) copies back.
@@ -48,8 +48,8 @@ impl<'a> Copied<'a> {
         let Lent { address, until: Until::Copied(copied) } = Copied::of(bytes, stream)? else {
             return Ok(Lent::at(0));
         };
-        let Copied { _memory, stream, .. } = copied;
-        Ok(Lent { address, until: Until::Copied(Self { _memory, address, back: Some(bytes), stream }) })
+        let Copied { _memory, stream, .. } = *copied;
+        Ok(Lent { address, until: Until::Copied(Box::new(Self { _memory, address, back: Some(bytes), stream })) })
     }
 
     /// Copies back what was to be changed, and waits.

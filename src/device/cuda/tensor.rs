@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Element, Error, Tensor, TensorMut,
-    tensor::{Lent, Place, Until},
+    tensor::{Lent, Place},
 };
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
 use std::sync::Arc;
@@ -30,8 +30,8 @@ macro_rules! tensor {
                 Some((T::DTYPE, DeviceSlice::len(self) as u64))
             }
             fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
-                let (address, noted) = self.device_ptr(stream_of(self, place)?);
-                Ok(Lent { address, until: Until::Noted(noted) })
+                let (address, note) = self.device_ptr(stream_of(self, place)?);
+                Ok(Lent::noted(address, note))
             }
         })*
     };
@@ -43,8 +43,8 @@ macro_rules! tensor_mut {
         // SAFETY: as above, and the slice is borrowed mutably.
         $(unsafe impl<T: Element> TensorMut for $tensor {
             fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
-                let (address, noted) = self.device_ptr_mut(stream_of(self, place)?);
-                Ok(Lent { address, until: Until::Noted(noted) })
+                let (address, note) = self.device_ptr_mut(stream_of(self, place)?);
+                Ok(Lent::noted(address, note))
             }
         })*
     };
