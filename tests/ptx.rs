@@ -142,7 +142,7 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
     let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), (SPANS.config)()).unwrap();
-    // The quietest of five runs. What other tests of this process run meanwhile adds to some counts, and to none of the least.
+    // The quietest of five runs.
     let (mut least, mut shortest) = (u64::MAX, f64::MAX);
     for _ in 0..5 {
         let (before, start) = (total().lane_instructions, Instant::now());

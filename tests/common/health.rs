@@ -1,8 +1,7 @@
 //! Reports to diagnose: of a few elements, and of the models in `tests/data`.
 #![allow(dead_code)] // Each test file uses a part of this.
 
-#[path = "host.rs"]
-pub mod host;
+pub use crate::common::host;
 
 use gradprobe::{Config, Cpu, DType, Diagnosis, FindingKind, HostTensor, Plan, Probe, Report, Verdict};
 use half::{bf16, f16};

@@ -1,5 +1,7 @@
 //! The CPU's device with something of it altered.
 
+#![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
+
 use gradprobe::{
     Cpu, Error,
     device::{Buffer, Device, Kernel, Read},

@@ -8,13 +8,7 @@ use crate::{
     shared::Shared,
     warp::{LANES, Stop, Surroundings, Warp, Work, join},
 };
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{cell::RefCell, collections::BTreeSet};
 
 /// Blocks that run in turns, at most.
 const RESIDENT_BLOCKS: usize = 6;
@@ -53,19 +47,13 @@ pub struct Statistics {
     pub lane_instructions: u64,
 }
 
-static LAUNCHES: AtomicU64 = AtomicU64::new(0);
-static SEEDS: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
-static INSTRUCTIONS: AtomicU64 = AtomicU64::new(0);
-static LANE_INSTRUCTIONS: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    static TOTAL: RefCell<(Statistics, BTreeSet<u64>)> = RefCell::default();
+}
 
-/// Of all launches of the process until now.
+/// Of all launches of this thread until now: tests run side by side.
 pub fn total() -> Statistics {
-    Statistics {
-        launches: LAUNCHES.load(Ordering::Relaxed),
-        seeds: SEEDS.lock().unwrap_or_else(PoisonError::into_inner).len() as u64,
-        instructions: INSTRUCTIONS.load(Ordering::Relaxed),
-        lane_instructions: LANE_INSTRUCTIONS.load(Ordering::Relaxed),
-    }
+    TOTAL.with_borrow(|(total, seeds)| Statistics { seeds: seeds.len() as u64, ..*total })
 }
 
 struct Block {
@@ -105,10 +93,12 @@ impl Kernel {
         }
         let mut work = Work::default();
         let result = self.run(blocks, threads, &bytes, options, &mut work);
-        LAUNCHES.fetch_add(1, Ordering::Relaxed);
-        SEEDS.lock().unwrap_or_else(PoisonError::into_inner).insert(options.seed);
-        INSTRUCTIONS.fetch_add(work.instructions, Ordering::Relaxed);
-        LANE_INSTRUCTIONS.fetch_add(work.lanes, Ordering::Relaxed);
+        TOTAL.with_borrow_mut(|(total, seeds)| {
+            total.launches += 1;
+            seeds.insert(options.seed);
+            total.instructions += work.instructions;
+            total.lane_instructions += work.lanes;
+        });
         result.map_err(|fault| Error::Fault(Box::new(fault)))?;
         Ok(Statistics { launches: 1, seeds: 1, instructions: work.instructions, lane_instructions: work.lanes })
     }
