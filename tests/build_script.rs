@@ -207,7 +207,9 @@ fn nvcc_is_asked_for_every_architecture_and_for_exact_arithmetic() {
         assert!(arguments.contains(&code.as_str()), "{code} is not in {command}");
     }
     let ptx_for_what_comes_after = "-gencode=arch=compute_75,code=compute_75";
-    for argument in [ptx_for_what_comes_after, "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"] {
+    for argument in
+        [ptx_for_what_comes_after, "--threads=0", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+    {
         assert!(arguments.contains(&argument), "{argument} is not in {command}");
     }
 }
