@@ -5,7 +5,7 @@ use crate::{
     Element, HostTensor,
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     spec::{self, CHUNK, LANES, PACKET, PACKETS, ROW, TILE, WARP},
     tensor::with_elements,
@@ -101,7 +101,7 @@ impl<A: Element, B: Element> Work for Multiply<'_, A, B> {
     type Output = Dot;
 
     #[inline(always)]
-    fn run(self) -> Dot {
+    fn run(self, _: impl InstructionSet) -> Dot {
         const { assert!(WARPS == ROW / TILE) };
         let mut warps = [Slots::ZERO; WARPS];
         let mut nonfinite_count = 0;

@@ -7,7 +7,7 @@ use crate::{
     clip::divisor,
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     measure::narrow,
     probe::TensorEntry,
@@ -110,7 +110,7 @@ impl<E: Element> Work for Update<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: impl InstructionSet) {
         let state = self.means.iter_mut().zip(self.deviations);
         if self.steps == 1 {
             for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
@@ -159,7 +159,7 @@ impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
     type Output = (GsnrSums, Vec<u32>);
 
     #[inline(always)]
-    fn run(self) -> (GsnrSums, Vec<u32>) {
+    fn run(self, _: impl InstructionSet) -> (GsnrSums, Vec<u32>) {
         let mut lanes = [GsnrSums::default(); LANES];
         let mut bins = vec![0; BINS];
         let one = 1.0 + self.scaling.ratio_shift;

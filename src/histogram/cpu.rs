@@ -5,7 +5,7 @@ use crate::{
     DType, Element, HostTensor,
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     dtype::sealed::Word,
     spec::CHUNK,
@@ -66,7 +66,7 @@ impl<E: Element> Work for Count<'_, E> {
 
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "a few copies, and places of 16 bits")]
-    fn run(self) {
+    fn run(self, _: impl InstructionSet) {
         let mut copies = [0u16; SLOTS * COPIES];
         let mut zeros = 0;
         // As words of four places: as an array of them, the compiler takes them out of vectors one by one.

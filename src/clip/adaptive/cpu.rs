@@ -12,7 +12,7 @@ use crate::{
     },
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     measure::narrow,
     spec::{self, CHUNK, LANES, PACKET},
@@ -88,7 +88,7 @@ impl<E: Element> Work for Squares<'_, E> {
     type Output = (f64, u64);
 
     #[inline(always)]
-    fn run(self) -> (f64, u64) {
+    fn run(self, _: impl InstructionSet) -> (f64, u64) {
         // Element i is slot i % PACKET of lane i / PACKET % LANES.
         let mut sums = [0f64; LANES * PACKET];
         let mut nonfinite = 0u64;
