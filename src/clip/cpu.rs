@@ -4,10 +4,12 @@
 use super::ClipHeader;
 use crate::{
     Element, HostTensorMut, StepOutputs,
-    device::cpu::Memory,
-    dtype::sealed::Bits,
+    device::cpu::{
+        Memory,
+        dispatch::{self, InstructionSet, Work},
+    },
     probe::Common,
-    spec::{CHUNK, TILE},
+    spec::CHUNK,
     tensor::with_elements,
 };
 use bytemuck::{Pod, Zeroable};
@@ -40,12 +42,22 @@ pub(crate) struct Clipping {
 /// Clips in place. A product that is NaN is written as the quiet NaN with no payload, so that the bits do not depend on
 /// the machine.
 pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
-    for elements in elements.chunks_mut(TILE) {
-        let mut buffer = [0.0; TILE];
-        let wide = &mut buffer[..elements.len()];
-        Bits::widen_slice(elements, wide);
-        for x in wide.iter_mut() {
-            let mut product = if how.zero_nonfinite && !x.is_finite() { 0.0 } else { *x * how.coefficient };
+    dispatch::run(Clip { elements, how });
+}
+
+struct Clip<'a, E> {
+    elements: &'a mut [E],
+    how: Clipping,
+}
+
+impl<E: Element> Work for Clip<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, set: impl InstructionSet) {
+        let how = self.how;
+        let value = |x: f32| {
+            let mut product = if how.zero_nonfinite && !x.is_finite() { 0.0 } else { x * how.coefficient };
             // Not `clamp`: a NaN passes both comparisons.
             if product > how.limit {
                 product = how.limit;
@@ -53,9 +65,9 @@ pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
             if product < -how.limit {
                 product = -how.limit;
             }
-            *x = if product.is_nan() { f32::NAN } else { product };
-        }
-        Bits::narrow_slice(wide, elements);
+            if product.is_nan() { f32::NAN } else { product }
+        };
+        E::change(self.elements, value, set);
     }
 }
 

@@ -174,6 +174,14 @@ pub unsafe trait Device: Send {
     /// When the device fails.
     fn is_capturing(&self) -> Result<bool, Error>;
 
+    /// Told, before launches are recorded, that they may run again at any time without another word of it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn expect_graphs(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Told of the memory, by address and bytes, of the tensors that the next launches read, or change: for devices that
     /// check accesses. What it gives is dropped when those launches are queued.
     fn lend(&self, _tensors: &mut dyn Iterator<Item = (u64, u64)>, _changed: bool) -> Option<Box<dyn Any>> {

@@ -22,8 +22,8 @@ use std::sync::atomic::Ordering;
 
 /// Measures gradients where they are, and clips them.
 ///
-/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory is allocated then, and
-/// stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
+/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory of the device is
+/// allocated then, and stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
 /// or [`wait`](Self::wait). What a step looks like is the same on every device:
 ///
 /// ```
@@ -162,6 +162,7 @@ impl Probe {
             weights => Some(self.core.read(&place, weights, Planned::Weights)?),
         };
         self.core.place(&tensors, weights.as_ref())?;
+        self.core.device.expect_graphs()?;
         self.core.promised = true;
         weights.map_or(Ok(()), Given::finish)?;
         tensors.finish()
