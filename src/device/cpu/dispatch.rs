@@ -68,9 +68,7 @@ pub(crate) fn name() -> &'static str {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{InstructionSet, OnceLock, Portable, Work, f16};
-    use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch, _mm256_cvtph_ps, _mm256_cvtps_ph,
-    };
+    use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch, _mm256_cvtph_ps, _mm256_cvtps_ph};
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
     pub(super) enum Level {
@@ -86,7 +84,8 @@ mod x86 {
             static HERE: OnceLock<Level> = OnceLock::new();
             *HERE.get_or_init(|| {
                 let asked = std::env::var("GRADPROBE_CPU").ok();
-                let allowed = [Level::Portable, Level::Avx2].into_iter().find(|level| asked.as_deref() == Some(level.name()));
+                let allowed =
+                    [Level::Portable, Level::Avx2].into_iter().find(|level| asked.as_deref() == Some(level.name()));
                 allowed.map_or(Self::detected(), |allowed| allowed.min(Self::detected()))
             })
         }
