@@ -4,7 +4,8 @@
 
 64 tensors of 2^20 elements, on all cores. Where the machine has AVX-512, both are also held to AVX2: ours by
 GRADPROBE_CPU, PyTorch by ATEN_CPU_CAPABILITY. A figure is the median of a round, in the quietest of the rounds. Each
-round times all of them, so that one whose figures are out of line with another's was a busy machine.
+round times all of them, and its figures go to standard error: rounds that differ are of a busy machine, and PyTorch's
+threads, which wait for each other by spinning, suffer most from one.
 
 PyTorch's *norm* is the norm of all tensors and nothing else: the faster of one call for each tensor and
 `_foreach_norm`. Its *clip* is `clip_grad_norm_`, which measures and clips; ours for that is `measure` and `clip`. The
@@ -131,10 +132,11 @@ def main():
     for _ in range(options.rounds):
         for asked in options.sets:
             used, times = run_bench(executable, asked)
-            if used != asked and used in all_times and asked in SETS:
-                continue  # The machine has no more than a set that was timed.
+            if used != asked and used in options.sets:
+                continue  # The machine has not the set that was asked for, and this one has its own turn.
             more = run_torch(used)
             times = {dtype: times[dtype] | more[dtype] for dtype in DTYPES}
+            print(f"{used}: {json.dumps(times)}", file=sys.stderr, flush=True)
             all_times[used] = quietest(all_times.get(used, {dtype: {} for dtype in DTYPES}), times)
     try:
         import torch
