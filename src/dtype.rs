@@ -237,14 +237,22 @@ pub(crate) mod sealed {
         }
     }
 
-    /// `half` looks for NaNs and rounds one element after the other, which took twice as long as the memory.
+    /// `half` looks for NaNs and rounds one element after the other, which took twice as long as the memory. Two in a word
+    /// are a fifth less than each on its own.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "16 bits are left")]
     fn change_bf16(elements: &mut [bf16], value: impl Fn(f32) -> f32, _: impl InstructionSet) {
-        for x in elements {
-            let bits = value(widen_bf16(x.to_bits())).to_bits();
-            // Half a unit less where the last bit that stays is even. The fraction of `f32::NAN` has room for it.
-            *x = bf16::from_bits(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16);
+        // Half a unit less where the last bit that stays is even. The fraction of `f32::NAN` has room for it.
+        let rounded = |x: u32| {
+            let bits = value(f32::from_bits(x)).to_bits();
+            bits + 0x7fff + (bits >> 16 & 1)
+        };
+        let (pairs, rest) = elements.as_chunks_mut::<2>();
+        for pair in pairs {
+            let bits: u32 = bytemuck::cast(*pair);
+            *pair = bytemuck::cast(rounded(bits << 16) >> 16 | rounded(bits & 0xffff_0000) & 0xffff_0000);
+        }
+        for x in rest {
+            *x = bf16::from_bits((rounded(u32::from(x.to_bits()) << 16) >> 16) as u16);
         }
     }
 
@@ -255,15 +263,7 @@ pub(crate) mod sealed {
 
     #[inline(always)]
     fn change_f16(elements: &mut [f16], value: impl Fn(f32) -> f32, set: impl InstructionSet) {
-        let mut wide = [0.0; 1024];
-        for elements in elements.chunks_mut(wide.len()) {
-            let wide = &mut wide[..elements.len()];
-            set.widen_f16(elements, wide);
-            for x in wide.iter_mut() {
-                *x = value(*x);
-            }
-            set.narrow_f16(wide, elements);
-        }
+        set.change_f16(elements, value);
     }
 
     /// Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two biases:

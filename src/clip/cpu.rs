@@ -9,7 +9,7 @@ use crate::{
         dispatch::{self, InstructionSet, Work},
     },
     probe::Common,
-    spec::CHUNK,
+    spec::{CHUNK, TILE},
     tensor::with_elements,
 };
 use bytemuck::{Pod, Zeroable};
@@ -55,19 +55,37 @@ impl<E: Element> Work for Clip<'_, E> {
 
     #[inline(always)]
     fn run(self, set: impl InstructionSet) {
-        let how = self.how;
+        let Clipping { coefficient, limit, zero_nonfinite } = self.how;
+        let canonical = |product: f32| if product.is_nan() { f32::NAN } else { product };
+        if limit == f32::INFINITY && !zero_nonfinite {
+            return self.change(|x| canonical(x * coefficient), set);
+        }
         let value = |x: f32| {
-            let mut product = if how.zero_nonfinite && !x.is_finite() { 0.0 } else { x * how.coefficient };
+            let mut product = if zero_nonfinite && !x.is_finite() { 0.0 } else { x * coefficient };
             // Not `clamp`: a NaN passes both comparisons.
-            if product > how.limit {
-                product = how.limit;
+            if product > limit {
+                product = limit;
             }
-            if product < -how.limit {
-                product = -how.limit;
+            if product < -limit {
+                product = -limit;
             }
-            if product.is_nan() { f32::NAN } else { product }
+            canonical(product)
         };
-        E::change(self.elements, value, set);
+        self.change(value, set);
+    }
+}
+
+impl<E: Element> Clip<'_, E> {
+    /// A tile at a time, while the next one is on its way from memory.
+    #[inline(always)]
+    fn change(self, value: impl Fn(f32) -> f32 + Copy, set: impl InstructionSet) {
+        let mut rest = self.elements;
+        while !rest.is_empty() {
+            let (tile, after) = rest.split_at_mut(TILE.min(rest.len()));
+            set.prefetch(&after[..TILE.min(after.len())]);
+            E::change(tile, value, set);
+            rest = after;
+        }
     }
 }
 

@@ -26,7 +26,10 @@ const HALF: usize = BATCH / 2;
 /// Elements that are counted before the counters are added up.
 const PART: usize = 8 * CHUNK;
 /// Bins of the window in which elements are counted two at a time.
-const WINDOW: usize = 128;
+const WINDOW: u16 = 128;
+/// As many as there are places, whose index is of seven bits.
+const PLACES: usize = 1 << 7;
+const _: () = assert!(PLACES == WINDOW as usize);
 /// Bins of the window above the largest magnitude that is known when it is chosen.
 const HEADROOM: u16 = 8;
 /// Of batches that are not in the window: copies of each counter, side by side. Neighbours are often in one bin, and an
@@ -143,7 +146,6 @@ fn see<E: Element>(batch: &[E; BATCH], first: u16, places: &mut [u64; HALF / 2],
                 let [low, high] = [low, high].map(|bits| (bits >> $shift).saturating_sub(<$word>::from(first)));
                 *place = low | high << 7;
             }
-            #[expect(clippy::cast_possible_truncation, reason = "eleven bits are left")]
             Seen {
                 is_finite: max < $infinity,
                 is_zero: max == 0,
@@ -152,7 +154,6 @@ fn see<E: Element>(batch: &[E; BATCH], first: u16, places: &mut [u64; HALF / 2],
             }
         }};
     }
-    const { assert!(WINDOW == 1 << 7) };
     match E::DTYPE {
         DType::BF16 => see!(u16, batch, &mut places[..HALF / 4], 5, 0x7f80),
         DType::F32 => see!(u32, batch, places, 21, 0x7f80_0000),
@@ -172,21 +173,21 @@ struct Pairs {
     /// Bins that were counted lie from `least` to `last`.
     least: u16,
     last: u16,
-    counters: [u32; WINDOW * WINDOW],
+    counters: [u32; PLACES * PLACES],
 }
 
 impl Pairs {
     /// A window whose last bin is this one, or a later one where there are not as many below.
     #[inline(always)]
     fn up_to(last: u16) -> Self {
-        let first = last.saturating_sub(WINDOW as u16 - 1);
-        Self { first, least: u16::MAX, last: 0, counters: [0; WINDOW * WINDOW] }
+        let first = last.saturating_sub(WINDOW - 1);
+        Self { first, least: u16::MAX, last: 0, counters: [0; PLACES * PLACES] }
     }
 
     /// Whether all of a batch that is not 0 is in the window.
     #[inline(always)]
     fn has(&self, seen: &Seen) -> bool {
-        seen.least > self.first && seen.last < self.first + WINDOW as u16
+        seen.least > self.first && seen.last < self.first + WINDOW
     }
 
     /// Counts a batch that is.
@@ -194,7 +195,7 @@ impl Pairs {
     #[expect(clippy::cast_possible_truncation, reason = "14 bits are left")]
     fn count<E: Element>(&mut self, places: &[u64; HALF / 2], seen: &Seen) {
         (self.least, self.last) = (self.least.min(seen.least), self.last.max(seen.last));
-        let mut count = |place: u64| self.counters[place as usize % (WINDOW * WINDOW)] += 1;
+        let mut count = |place: u64| self.counters[place as usize % (PLACES * PLACES)] += 1;
         match E::DTYPE {
             DType::BF16 => places[..HALF / 4].iter().for_each(|places| (0..4).for_each(|i| count(places >> (16 * i)))),
             DType::F32 | DType::F16 => places.iter().for_each(|places| (0..2).for_each(|i| count(places >> (32 * i)))),
@@ -206,8 +207,8 @@ impl Pairs {
     fn add_to(&self, to: &mut [u64; SLOTS]) {
         let first = usize::from(self.first);
         let places = usize::from(self.least).saturating_sub(first)..(usize::from(self.last) + 1).saturating_sub(first);
-        let mut counts = [0u64; WINDOW];
-        for (high, row) in self.counters.as_chunks::<WINDOW>().0.iter().enumerate() {
+        let mut counts = [0u64; PLACES];
+        for (high, row) in self.counters.as_chunks::<PLACES>().0.iter().enumerate() {
             if high != 0 && !places.contains(&high) {
                 continue;
             }
@@ -269,7 +270,6 @@ impl Copies {
 
 /// The bin of a finite value.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "ten bits are left")]
 fn bin_of(x: f32) -> u16 {
     (x.to_bits() << 1 >> 22) as u16
 }
