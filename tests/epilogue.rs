@@ -23,7 +23,7 @@ fn run_kernel(name: &str, blocks: u32, parameters: &[&[u8]], schedule: Schedule)
     match users::kernels("crates/simt/epilogue.cu") {
         Some(ptx) => users::launch(ptx, name, blocks, schedule, parameters),
         // SAFETY: the tests give kernels what they expect, with addresses of vectors as long as they take them.
-        None => unsafe { launch(Entry::find(name).unwrap(), blocks, parameters, schedule) }.unwrap(),
+        None => unsafe { launch(Entry::find(name).unwrap(), blocks, THREADS as u32, parameters, schedule) }.unwrap(),
     }
 }
 

@@ -8,8 +8,6 @@ use crate::{
 use gradprobe::device::Kernel;
 use std::{fmt, ops::Range, sync::OnceLock};
 
-/// Threads of a block.
-pub const THREADS: usize = Kernel::THREADS as usize;
 const KIB: usize = 1 << 10;
 
 /// An architecture. What a multiprocessor has is from the table of compute capabilities in NVIDIA's CUDA C++ Programming
@@ -168,10 +166,10 @@ impl Architecture {
     }
 
     /// Blocks with this usage that fit on a multiprocessor.
-    pub fn resident_blocks(&self, usage: Usage) -> usize {
-        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
+    pub fn resident_blocks(&self, usage: Usage, threads: usize) -> usize {
+        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * threads);
         let by_shared = self.shared.checked_div(usage.shared + self.reserved).unwrap_or(self.blocks);
-        by_registers.min(by_shared).min(self.threads / THREADS).min(self.blocks)
+        by_registers.min(by_shared).min(self.threads / threads).min(self.blocks)
     }
 }
 
@@ -192,7 +190,8 @@ pub struct Code {
 impl Code {
     /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for a span's first loads.
     pub fn bytes_in_flight(&self, span: &Range<usize>) -> usize {
-        self.architecture.resident_blocks(self.usage) * THREADS * self.listing.loads_in_flight(span) * 16
+        let threads = self.kernel.threads() as usize;
+        self.architecture.resident_blocks(self.usage, threads) * threads * self.listing.loads_in_flight(span) * 16
     }
 }
 
