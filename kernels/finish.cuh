@@ -59,27 +59,29 @@ DEVICE Section section_of(const TensorEntry &entry, u32 index) {
 // spans are not folded in pairs, up to each span, whose record takes the place of its first part; else all of it, and
 // thread 0 gets it. `runs` may be used again behind a barrier.
 template <typename R> DEVICE R merge_section(R *runs, R *parts, u32 length, bool by_spans) {
-    constexpr u32 EACH = SECTION / LANES;
-    u32 t = threadIdx.x, begin = t * EACH;
-    // Four parts, loaded at once.
-    auto four = [&](u32 first) {
-        R r[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) r[i] = load_record(parts + smaller(first + i, length - 1));
-        if (first + 1 < length) r[0] = merge(r[0], r[1]);
-        if (first + 3 < length) r[2] = merge(r[2], r[3]);
-        return first + 2 < length ? merge(r[0], r[2]) : r[0];
+    u32 each = 1; // parts to a lane, a power of two
+    while (each * LANES < length) each *= 2;
+    u32 t = threadIdx.x, begin = t * each, end = smaller(begin + each, length);
+    auto two = [&](u32 first) {
+        R x = load_record(parts + first), y = load_record(parts + smaller(first + 1, length - 1));
+        return first + 1 < end ? merge(x, y) : x;
     };
-    if (t < LANES && begin < length) {
+    auto four = [&](u32 first) {
+        R x = two(first);
+        return first + 2 < end ? merge(x, two(first + 2)) : x;
+    };
+    bool has_parts = t < LANES && begin < length;
+    if (has_parts) {
         runs[t] = four(begin);
-        if (begin + 4 < length) runs[t] = merge(runs[t], four(begin + 4));
+        if (begin + 4 < end) runs[t] = merge(runs[t], four(begin + 4));
     }
-    u32 end = by_spans ? SPAN / EACH : LANES;
-    for (u32 stride = 1; stride < end && stride * EACH < length; stride *= 2) {
+    u32 all = by_spans ? SPAN : SECTION;
+    for (u32 stride = 1; stride * each < smaller(all, length); stride *= 2) {
         BARRIER();
-        if (t < LANES && (t & (2 * stride - 1)) == 0 && (t + stride) * EACH < length) runs[t] = merge(runs[t], runs[t + stride]);
+        bool merges = has_parts && (t & (2 * stride - 1)) == 0 && begin + stride * each < length;
+        if (merges) runs[t] = merge(runs[t], runs[t + stride]);
     }
-    if (by_spans && t < LANES && t % (SPAN / EACH) == 0 && begin < length) parts[begin] = runs[t];
+    if (by_spans && has_parts && begin % SPAN == 0) parts[begin] = runs[t];
     return t == 0 ? runs[0] : R{};
 }
 
@@ -94,8 +96,8 @@ DEVICE void finish_section(R *runs, u32 &last, const Common &a, const Section &s
     bool by_spans = spans > LANES;
     R merged = merge_section(runs, parts + section.first, section.length, by_spans);
     if (threadIdx.x == 0 && !by_spans) (sections == 1 ? *to : parts[section.first]) = merged;
+    BARRIER(); // the runs are free, and what all threads have written is released by the first
     if (sections > 1) {
-        BARRIER(); // what all threads have written is released by the first, and the runs are free
         if (!last_of(last, a.tensors_done + 1 + tensor, sections)) return;
         merge_records(runs, parts + entry.first_chunk, by_spans ? SPAN : SECTION, by_spans ? spans : sections, to);
     }

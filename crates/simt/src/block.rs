@@ -180,11 +180,7 @@ pub unsafe fn launch(
 }
 
 /// Runs what each thread of a launch does.
-fn run(
-    body: impl Fn() + Copy + 'static,
-    (blocks, threads): (u32, u32),
-    schedule: Schedule,
-) -> Result<(), String> {
+fn run(body: impl Fn() + Copy + 'static, (blocks, threads): (u32, u32), schedule: Schedule) -> Result<(), String> {
     let seed = if let Schedule::Shuffled(seed) = schedule { seed } else { 0 };
     let mut random = fastrand::Rng::with_seed(seed);
     let shared_bytes = gradprobe_simt_shared_bytes();
@@ -199,7 +195,8 @@ fn run(
             // SAFETY: `shared` outlives the block and has that many bytes.
             unsafe { gradprobe_simt_enter(thread, block, blocks, shared.as_mut_ptr().cast(), shared_bytes) };
         };
-        run_block(body, threads as usize, schedule, &mut random, enter).map_err(|fault| format!("block {block}: {fault}"))?;
+        run_block(body, threads as usize, schedule, &mut random, enter)
+            .map_err(|fault| format!("block {block}: {fault}"))?;
     }
     Ok(())
 }

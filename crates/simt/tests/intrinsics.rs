@@ -532,7 +532,12 @@ const WRONG: &[Wrong] = &[
     ),
     ("atomicMin", "has numbers with a sign", "if (value < old)", "if ((long long)value < (long long)old)"),
     ("atomicOr", "is an exclusive or", "old | value", "old ^ value"),
-    ("count_released", "gives the new count", "*counter = before + amount;\n    return before;", "return *counter = before + amount;"),
+    (
+        "count_released",
+        "gives the new count",
+        "*counter = before + amount;\n    return before;",
+        "return *counter = before + amount;",
+    ),
     (
         "load_words4",
         "takes the next two words for the last",
