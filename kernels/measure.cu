@@ -29,7 +29,7 @@ constexpr u32 MERGE_SECTION = 2;
 // The count in the record of a small tensor that is to be read again.
 constexpr u64 MARK = ~0ull;
 
-// Gradients are scaled by the loss scale, weights by nothing.
+// Gradients are scaled by the loss scale if there is one, weights by nothing.
 DEVICE bool is_scaled(const StepArguments &a, u32 tensor) { return a.loss_scale && tensor < a.tensor_count; }
 
 DEVICE Chunk chunk_to_measure(const StepArguments &a, u32 index, u32 tensor) {
@@ -37,17 +37,23 @@ DEVICE Chunk chunk_to_measure(const StepArguments &a, u32 index, u32 tensor) {
     return is_scaled(a, tensor) ? with_scaled_threshold(chunk, *a.loss_scale) : chunk;
 }
 
+// Brings a tensor's record to the units of the loss; one thread.
+DEVICE void unscale_record(const StepArguments &a, u32 tensor) {
+    if (is_scaled(a, tensor)) unscale(a.records[tensor], divisor_of(a.loss_scale->scale));
+}
+
 DEVICE void put_record(const StepArguments &a, u32 tensor, const Record &record) {
     a.records[tensor] = record;
-    if (is_scaled(a, tensor)) unscale(a.records[tensor], divisor_of(a.loss_scale->scale));
+    unscale_record(a, tensor);
 }
 
 // Puts a chunk's record in its place and, if no more of its section follow in the block's run, counts those that there
 // are; by one thread. Says what is left.
 DEVICE u32 put_chunk(const StepArguments &a, const Run &run, u32 index, u32 tensor, const Record &record) {
     const TensorEntry &entry = a.tensors[tensor];
-    if (entry.chunk_count == 1) {
-        put_record(a, tensor, record);
+    // To unscale takes as many f64 instructions as to merge: not here, where all chunks come by.
+    if (entry.chunk_count == 1 && !is_scaled(a, tensor)) {
+        a.records[tensor] = record;
         return NOTHING;
     }
     ((Record *)a.chunk_parts)[index] = record;
@@ -76,7 +82,7 @@ DEVICE void settle(MeasureScratch &scratch, const StepArguments &a, const Run &r
         FinishScratch &finish = scratch.finish;
         finish_section(finish.records, finish.last, a, section_of(a.tensors[tensor], index), tensor,
                        (Record *)a.chunk_parts, a.records + tensor, [&] {
-                           if (threadIdx.x == 0) put_record(a, tensor, a.records[tensor]);
+                           if (threadIdx.x == 0) unscale_record(a, tensor);
                        });
     }
 }
