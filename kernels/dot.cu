@@ -103,7 +103,7 @@ struct DotArguments : Common {
 };
 static_assert(sizeof(DotArguments) == 96, "src/dot/room.rs");
 
-KERNEL(4) gradprobe_dot(DotArguments a) {
+KERNEL(LANES, 4) gradprobe_dot(DotArguments a) {
     SHARED(DotScratch, scratch);
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];

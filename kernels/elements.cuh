@@ -122,6 +122,17 @@ struct Chunk {
     u32 dead_bits;
 };
 
+// The part of a list that is this block's. A run, and not every so-manieth chunk, so that a block counts once for what it
+// has of a tensor.
+struct Run {
+    u32 begin, end;
+};
+DEVICE Run run_of_block(u32 count) {
+    u32 each = count / gridDim.x, longer = count - each * gridDim.x;
+    u32 begin = blockIdx.x * each + smaller(blockIdx.x, longer);
+    return {begin, begin + each + (blockIdx.x < longer ? 1 : 0)};
+}
+
 DEVICE Chunk chunk_of(const Common &a, u32 index, u32 tensor) {
     const TensorEntry &entry = a.tensors[tensor];
     u64 first = (u64)(index - entry.first_chunk) * CHUNK;

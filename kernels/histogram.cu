@@ -58,20 +58,21 @@ struct HistogramArguments : Common {
 };
 static_assert(sizeof(HistogramArguments) == 88, "src/histogram/room.rs");
 
-KERNEL(8) gradprobe_histogram(HistogramArguments a) {
+KERNEL(LANES, 8) gradprobe_histogram(HistogramArguments a) {
     SHARED(HistogramScratch, scratch);
     scratch.clear();
     BARRIER();
     u32 held = 0, elements = 0, nonzeros = 0;
-    for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
-        u32 tensor = a.chunk_tensors[index], next = index + gridDim.x;
+    Run run = run_of_block(a.chunk_count);
+    for (u32 index = run.begin; index < run.end; index++) {
+        u32 tensor = a.chunk_tensors[index], next = index + 1;
         Chunk chunk = chunk_of(a, index, tensor);
 #define COUNT(E) nonzeros += count_chunk<E>(scratch, chunk)
         FOR_DTYPE(chunk.dtype, COUNT)
 #undef COUNT
         elements += chunk.length;
         held++;
-        if (held < HELD && next < a.chunk_count && (a.one_histogram || a.chunk_tensors[next] == tensor)) continue;
+        if (held < HELD && next < run.end && (a.one_histogram || a.chunk_tensors[next] == tensor)) continue;
         // Zeros are the elements that no lane has counted: one lane adds all, and each takes off its own.
         atomicAdd(&scratch.counts[scratch.place(ZERO_SLOT)], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
         BARRIER();

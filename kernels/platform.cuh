@@ -21,8 +21,8 @@ typedef unsigned long long u64;
 #include <simt.hpp>
 #else
 #define DEVICE __device__ __forceinline__
-// A kernel of LANES threads a block, with at least BLOCKS blocks to a multiprocessor.
-#define KERNEL(BLOCKS) extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+// A kernel of THREADS threads a block, with at least BLOCKS blocks to a multiprocessor.
+#define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 // Memory of type T shared by a block, under this name.
 #define SHARED(T, name)                                                                                              \
     __shared__ T name##_memory;                                                                                      \
@@ -85,11 +85,11 @@ DEVICE u32 load_fresh(const u32 *address) {
     return word;
 }
 
-// Adds 1 to a counter, and gives what it was. What this thread wrote before is there for the block that finds all
-// others counted, once that has passed `acquire`.
-DEVICE u32 count_released(u32 *counter) {
+// Adds to a counter, and gives what it was. What this thread wrote before is there for the block that finds all others
+// counted, once that has passed `acquire`.
+DEVICE u32 count_released(u32 *counter, u32 amount) {
     u32 before;
-    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(amount) : "memory");
     return before;
 }
 DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -70,7 +70,7 @@ static_assert(sizeof(UpdateArguments) == 104, "src/gsnr/room.rs");
 // Whether a tensor has no gradient in this step, which is then no step of it.
 DEVICE bool is_absent(const UpdateArguments &a, u32 tensor) { return !a.addresses[tensor] && a.tensors[tensor].length > 0; }
 
-KERNEL(8) gradprobe_update(UpdateArguments a) {
+KERNEL(LANES, 8) gradprobe_update(UpdateArguments a) {
     SHARED(u32, last);
     float unscale = (float)(1.0 / divisor_of(a.outputs->loss_scale));
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {

@@ -34,7 +34,7 @@ struct SimtIndex {
 #define gridDim (SimtIndex{gradprobe_simt_state.grid})
 
 #define DEVICE inline
-#define KERNEL(BLOCKS) extern "C" void
+#define KERNEL(THREADS, BLOCKS) extern "C" void
 // One to a kernel: each has the same place.
 #define SHARED(T, name) T &name = *static_cast<T *>(simt_shared(sizeof(T)))
 // Programming Guide, "Synchronization Functions" and "Warp Shuffle Functions".
@@ -83,7 +83,11 @@ template <typename T> T atomicOr(T *address, T value) {
     return old;
 }
 // PTX ISA, "atom" and "fence". Blocks run one after the other: there is nothing to order.
-inline u32 count_released(u32 *counter) { return (*counter)++; }
+inline u32 count_released(u32 *counter, u32 amount) {
+    u32 before = *counter;
+    *counter = before + amount;
+    return before;
+}
 inline void acquire() {}
 
 struct alignas(16) Words4 {

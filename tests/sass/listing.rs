@@ -127,7 +127,8 @@ pub struct Cost {
     pub least_fp64: usize,
     /// And on the one that has the most.
     pub most_fp64: usize,
-    /// Fences for the whole GPU, on the one that has the most.
+    /// Fences for the whole GPU, on the one that has the fewest, and on the one that has the most.
+    pub least_fences: usize,
     pub most_fences: usize,
     /// The waits for errors of earlier writes that go with fences, on the one that has the most.
     pub most_error_barriers: usize,
@@ -143,6 +144,7 @@ impl Cost {
             acquires: self.acquires + one(instruction.is("CCTL.IVALL")),
             least_fp64: self.least_fp64 + one(fp64 && !instruction.guarded),
             most_fp64: self.most_fp64 + one(fp64),
+            least_fences: self.least_fences + one(instruction.is_fence()),
             most_fences: self.most_fences + one(instruction.is_fence()),
             most_error_barriers: self.most_error_barriers + one(instruction.is("ERRBAR")),
         }
@@ -156,6 +158,7 @@ impl Cost {
             Ordering::Equal => Self {
                 least_fp64: self.least_fp64.min(other.least_fp64),
                 most_fp64: self.most_fp64.max(other.most_fp64),
+                least_fences: self.least_fences.min(other.least_fences),
                 most_fences: self.most_fences.max(other.most_fences),
                 most_error_barriers: self.most_error_barriers.max(other.most_error_barriers),
                 ..self

@@ -8,8 +8,6 @@ use crate::{
 use gradprobe::device::Kernel;
 use std::{fmt, ops::Range, sync::OnceLock};
 
-/// Threads of a block.
-pub const THREADS: usize = Kernel::THREADS as usize;
 const KIB: usize = 1 << 10;
 
 /// An architecture. What a multiprocessor has is from the table of compute capabilities in NVIDIA's CUDA C++ Programming
@@ -41,16 +39,7 @@ pub struct Architecture {
     pub histogram_branches: usize,
     /// How the histogram adds to shared memory.
     pub count: &'static str,
-    /// Fences for the whole GPU in a chunk of measure that finishes nothing: the release that counts it.
-    pub fences: usize,
-    /// Integer divisions in the steps of folds, at most; none in kernels that are not named.
-    pub fold_divisions: &'static [(Kernel, usize)],
 }
-
-/// `t % (2 * stride)` in `block_fold`, where the compiler does not see a power of two. At most these, by the kernel's
-/// folds; the change that takes them out of the kernels lowers them here.
-const REMAINDERS: &[(Kernel, usize)] =
-    &[(Kernel::Measure, 3), (Kernel::Gsnr, 2), (Kernel::Adam, 2), (Kernel::Dot, 2), (Kernel::Merge, 1)];
 
 /// What all have in common, or most: the fields below say where an architecture differs.
 const COMMON: Architecture = Architecture {
@@ -68,8 +57,6 @@ const COMMON: Architecture = Architecture {
     dot: 20.0,
     histogram_branches: 2,
     count: "ATOMS.POPC.INC",
-    fences: 1,
-    fold_divisions: REMAINDERS,
 };
 
 /// Of all seven. The bytes in flight are those of CUB's `arch_to_min_bytes_in_flight`, for the card it names there.
@@ -142,7 +129,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_in_flight: 48 * KIB,
         instructions: [16.5, 9.0, 9.0],
         loads: [8, 6, 6],
-        fold_divisions: &[],
         ..COMMON
     },
     Architecture {
@@ -156,7 +142,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         instructions: [18.0, 10.0, 10.0],
         loads: [8, 6, 6],
         dot: 32.0, // today's: of the 480 instructions for 16 pairs 298 are NOP, which the compiler puts between those of f64
-        fold_divisions: &[],
         ..COMMON
     },
 ];
@@ -168,10 +153,10 @@ impl Architecture {
     }
 
     /// Blocks with this usage that fit on a multiprocessor.
-    pub fn resident_blocks(&self, usage: Usage) -> usize {
-        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
+    pub fn resident_blocks(&self, usage: Usage, threads: usize) -> usize {
+        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * threads);
         let by_shared = self.shared.checked_div(usage.shared + self.reserved).unwrap_or(self.blocks);
-        by_registers.min(by_shared).min(self.threads / THREADS).min(self.blocks)
+        by_registers.min(by_shared).min(self.threads / threads).min(self.blocks)
     }
 }
 
@@ -192,7 +177,8 @@ pub struct Code {
 impl Code {
     /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for a span's first loads.
     pub fn bytes_in_flight(&self, span: &Range<usize>) -> usize {
-        self.architecture.resident_blocks(self.usage) * THREADS * self.listing.loads_in_flight(span) * 16
+        let threads = self.kernel.threads() as usize;
+        self.architecture.resident_blocks(self.usage, threads) * threads * self.listing.loads_in_flight(span) * 16
     }
 }
 

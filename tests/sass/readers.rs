@@ -136,7 +136,7 @@ fn fences_are_those_of_paths_that_acquire_least() {
     let cost = Cost { most_fences: 1, most_error_barriers: 1, ..Cost::default() };
     assert_eq!(code.straight_path(0x0, 0xa), Some(cost));
     // There is no way around.
-    let cost = Cost { acquires: 1, ..cost };
+    let cost = Cost { acquires: 1, least_fences: 1, ..cost };
     assert_eq!(code.straight_path(0x6, 0xa), Some(cost));
 }
 

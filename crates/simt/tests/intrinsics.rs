@@ -448,7 +448,7 @@ fn by_emulation(header: &str, optimisation: &str, folder: &Path, inputs: &[Input
             let words = [address("run"), address(group.kernel), from, to].map(u64::to_ne_bytes);
             let parameters = words.each_ref().map(<[u8; 8]>::as_slice);
             // SAFETY: functions of the types that adamw.cpp gives them, and memory for as many rows as there are threads.
-            unsafe { launch(loaded, inputs.blocks(), &parameters, Schedule::Forward) }
+            unsafe { launch(loaded, inputs.blocks(), THREADS, &parameters, Schedule::Forward) }
                 .unwrap_or_else(|fault| panic!("{}: {fault}", group.kernel));
         })
     };
@@ -532,7 +532,12 @@ const WRONG: &[Wrong] = &[
     ),
     ("atomicMin", "has numbers with a sign", "if (value < old)", "if ((long long)value < (long long)old)"),
     ("atomicOr", "is an exclusive or", "old | value", "old ^ value"),
-    ("count_released", "gives the new count", "(*counter)++", "++*counter"),
+    (
+        "count_released",
+        "gives the new count",
+        "*counter = before + amount;\n    return before;",
+        "return *counter = before + amount;",
+    ),
     (
         "load_words4",
         "takes the next two words for the last",

@@ -40,7 +40,7 @@ impl Cuda {
         let function = |kernel: Kernel| {
             let function = module.load_function(kernel.entry()).map_err(failed("looking up a kernel"))?;
             let blocks = function
-                .occupancy_max_active_blocks_per_multiprocessor(Kernel::THREADS, 0, None)
+                .occupancy_max_active_blocks_per_multiprocessor(kernel.threads(), 0, None)
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
@@ -156,7 +156,7 @@ unsafe impl Device for Cuda {
 
     unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
         let stream = self.stream()?;
-        let (grid, block) = ((blocks, 1, 1), (Kernel::THREADS, 1, 1));
+        let (grid, block) = ((blocks, 1, 1), (kernel.threads(), 1, 1));
         let mut parameters = [arguments.as_ptr().cast_mut().cast()];
         let function = self.kernel(kernel).0.cu_function();
         // SAFETY: the kernel takes one struct by value, of as many bytes, and the caller vouches for the addresses in it.
