@@ -42,54 +42,58 @@ DEVICE u32 chunk_element(const Chunk &chunk, u32 index) {
                                     : load_element((const u16 *)chunk.address + index);
 }
 
-// A lane's group, half of it or both halves together. `load` puts the packets from an element on into words.
-template <typename E, u32 TOGETHER, typename Load>
+// A lane's group, N packets at once. `load` puts those from an element on into words.
+template <typename E, u32 N, typename Load>
 DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const Load &load) {
     LaneSums slots[PACKET] = {};
-#pragma unroll(TOGETHER)
-    for (u32 half = 0; half < 2; half++) {
-        u32 words[PACKETS / 2][E::WORDS];
-        load(first + half * (TILE / 2), words);
+#pragma unroll 1
+    for (u32 begin = 0; begin < PACKETS; begin += N) {
+        u32 words[N][E::WORDS];
+        load(first + begin * RUN, words);
 #pragma unroll
-        for (u32 p = 0; p < PACKETS / 2; p++) scanner.add(words[p], dead_bits);
-        for (u32 slot = 0; slot < PACKET; slot++) {
-            float x[PACKETS / 2];
-            for (u32 p = 0; p < PACKETS / 2; p++) x[p] = E::widen(E::element(words[p], slot));
-            LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
-            slots[slot] = half == 0 ? sums : slots[slot] + sums;
+        for (u32 p = 0; p < N; p++) scanner.add(words[p], dead_bits);
+#pragma unroll
+        for (u32 p = 0; p < N; p += PACKETS / 2) {
+            for (u32 slot = 0; slot < PACKET; slot++) {
+                float x[PACKETS / 2];
+                for (u32 i = 0; i < PACKETS / 2; i++) x[i] = E::widen(E::element(words[p + i], slot));
+                LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
+                slots[slot] = begin + p == 0 ? sums : slots[slot] + sums;
+            }
         }
     }
     const LaneSums *s = slots;
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
 }
 
+// The packets of a group of a chunk that may end in it.
+template <typename E> DEVICE LaneSums guarded_sums(Scanner<E> &scanner, const Chunk &chunk, u32 first) {
+    return group_sums<E, PACKETS / 2>(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
+        load_packets_guarded<E, PACKETS / 2, 32>((const typename E::Bits *)chunk.address, from, chunk.length, words);
+    });
+}
+
 // What a thread sees of its share of a chunk of ordinary numbers. If they are not, `scan.max` says so and the sums mean
 // nothing.
 template <typename E> DEVICE Lane fast_lane(const Chunk &chunk, const Share &share) {
     static_assert(GROUPS == 4, "two groups to a thread");
-    const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
-    u32 lane = share.lane % WARP, group = share.group, tile = group * ROW + share.lane / WARP * TILE;
+    u32 lane = share.lane % WARP * PACKET, group = share.group, tile = group * ROW + share.lane / WARP * TILE;
+    u32 whole = TILE + behind_packet(chunk.address);
     Scanner<E> scanner;
     LaneSums all = {};
-    if (chunk.address % 16 == 0) {
-        // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
-        constexpr u32 TOGETHER = E::WORDS == PACKET ? 1 : 2;
-        auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-#pragma unroll
-            for (u32 p = 0; p < PACKETS / 2; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
-        };
-#pragma unroll 1
-        for (; group < share.end && tile + TILE <= chunk.length; group++, tile += ROW) {
-            all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane * PACKET, load));
-        }
-    }
+    // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
+    constexpr u32 TOGETHER = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;
     auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-        load_packets_guarded<E, PACKETS / 2>(elements, first, chunk.length, words);
+        load_packets<E, TOGETHER, 32>((const typename E::Bits *)chunk.address + first, words);
     };
+#pragma unroll 1
+    for (; group < share.end && tile + whole <= chunk.length; group++, tile += ROW) {
+        all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane, load));
+    }
 #pragma unroll 1
     for (; group < share.end; group++, tile += ROW) {
         LaneSums item = {};
-        if (tile < chunk.length) item = group_sums<E, 1>(scanner, chunk.dead_bits, tile + lane * PACKET, load);
+        if (tile < chunk.length) item = guarded_sums(scanner, chunk, tile + lane);
         all = joined(group, all, item);
     }
     return {all, scanner.scan()};
@@ -109,10 +113,7 @@ DEVICE Lane small_lane(const Chunk &chunk) {
 #define MEASURE_LANE(E)                                                                                              \
     {                                                                                                                \
         Scanner<E> scanner;                                                                                          \
-        auto load = [&](u32 first, u32(*words)[E::WORDS]) {                                                          \
-            load_packets_guarded<E, PACKETS / 2>((const E::Bits *)chunk.address, first, chunk.length, words);        \
-        };                                                                                                           \
-        lane.sums = group_sums<E, 1>(scanner, chunk.dead_bits, threadIdx.x % WARP * PACKET, load);                   \
+        lane.sums = guarded_sums(scanner, chunk, threadIdx.x % WARP * PACKET);                                       \
         lane.scan = scanner.scan();                                                                                  \
     }
     FOR_DTYPE(chunk.dtype, MEASURE_LANE)

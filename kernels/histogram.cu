@@ -20,8 +20,8 @@ typedef Bins<SLOTS, COPIES> HistogramScratch;
 
 // Counts the lane's non-zero elements of a chunk, and says how many they are.
 template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Chunk &chunk) {
-    // Eight loads of 16 bytes in flight.
-    constexpr u32 TOGETHER = 8 * 4 / E::WORDS;
+    // Four loads of 16 bytes in flight: 64 KiB in the 1024 threads of a multiprocessor.
+    constexpr u32 TOGETHER = 4 * 4 / E::WORDS;
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
     u32 nonzeros = 0;
     auto count = [&](const u32(*words)[E::WORDS]) {
@@ -38,16 +38,15 @@ template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Ch
     };
     auto whole = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-#pragma unroll
-        for (u32 p = 0; p < TOGETHER; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
+        load_packets<E, TOGETHER, 16>(elements + first, words);
         count(words);
     };
     auto rest = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-        load_packets_guarded<E, TOGETHER>(elements, first, chunk.length, words);
+        load_packets_guarded<E, TOGETHER, 16>(elements, first, chunk.length, words);
         count(words);
     };
-    for_parts<TOGETHER>(chunk.length, chunk.address % 16 == 0, whole, rest);
+    for_parts<TOGETHER>(chunk.length, behind_packet(chunk.address), whole, rest);
     return nonzeros;
 }
 

@@ -160,7 +160,7 @@ KERNEL(STEP_THREADS, 2) gradprobe_measure(StepArguments a) {
         measure_run(scratch, a, {first + run.begin, first + run.end});
         BARRIER(); // the records are there for the block, and the scratch is free
         measure_marked(scratch, a, small, end);
+        BARRIER(); // the scratch is free for the gradients; what all threads have written is released by the first
     }
-    BARRIER(); // what all threads have written is released by the first
     if (last_of(scratch.finish.last, a.tensors_done, gridDim.x) && !a.is_part) finish_step(scratch.finish, a);
 }

@@ -383,7 +383,8 @@ entry_points! {
         shared_bytes: usize,
         _flags: c_uint,
     ) {
-        if u32::try_from(threads) != Ok(FUNCTIONS.get(function).kernel().max_threads()) || shared_bytes != 0 {
+        let fits = |threads| (1..=FUNCTIONS.get(function).kernel().max_threads()).contains(&threads);
+        if !u32::try_from(threads).is_ok_and(fits) || shared_bytes != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
         give!(blocks, RESIDENT_BLOCKS);
@@ -407,8 +408,9 @@ entry_points! {
         if function.context != context || stream.context != context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
-        let shape = (blocks_y, blocks_z, threads, threads_y, threads_z, shared_bytes);
-        if blocks == 0 || shape != (1, 1, function.kernel().max_threads(), 1, 1, 0) || !extra.is_null() {
+        let fits = (1..=function.kernel().max_threads()).contains(&threads);
+        let others = (blocks_y, blocks_z, threads_y, threads_z, shared_bytes);
+        if blocks == 0 || !fits || others != (1, 1, 1, 1, 0) || !extra.is_null() {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
         let parameters = function.kernel().parameter_bytes().enumerate().map(|(index, bytes)| {

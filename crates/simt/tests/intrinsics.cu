@@ -23,7 +23,7 @@ struct Row {
 };
 
 KERNEL(LANES, 1) integers(const u64 *from, u64 *to) {
-    Row row(from, to, 10);
+    Row row(from, to, 12);
     u32 a = row.word(0), b = row.word(1), c = row.word(2);
     row.put(permute_bytes<0xfdb9>(a, b));
     row.put(permute_bytes<0x3210>(a, b));
@@ -35,6 +35,8 @@ KERNEL(LANES, 1) integers(const u64 *from, u64 *to) {
     row.put(permute_bytes<0x5555>(a, b));
     row.put((u32)__dp4a((int)a, (int)b, (int)c));
     row.put(__viaddmin_u32(a, b, c));
+    row.put(shift_right_wide(a, b, c));
+    row.put(shift_right_wide(a, b, 16));
 }
 
 KERNEL(LANES, 1) pairs(const u64 *from, u64 *to) {
@@ -60,7 +62,9 @@ KERNEL(LANES, 1) casts(const u64 *from, u64 *to) {
 
 // Each from another place of the row.
 KERNEL(LANES, 1) memory(const u64 *from, u64 *to) {
-    Row row(from, to, 16);
+    Row row(from, to, 24);
+    Words4 wanted = load_words4_if(row.word(0) % 2 != 0, row.in + 2), other = load_words4_if(row.word(0) % 2 == 0, row.in);
+    LOADS_FIRST();
     Words4 read = load_words4(row.in), changed = load_words4_to_change((u64)(row.in + 2));
     for (u32 i = 0; i < 4; i++) row.put(read.word[i]);
     for (u32 i = 0; i < 4; i++) row.put(changed.word[i]);
@@ -73,6 +77,9 @@ KERNEL(LANES, 1) memory(const u64 *from, u64 *to) {
     row.put(load_element((const u16 *)row.in + 9));
     prefetch((u64)row.in);
     store_words4((u64)(row.out + 14), Words4{{read.word[3], read.word[2], changed.word[1], changed.word[0]}});
+    row.column = 16;
+    for (u32 i = 0; i < 4; i++) row.put(wanted.word[i]);
+    for (u32 i = 0; i < 4; i++) row.put(other.word[i]);
 }
 
 // What a cell held goes to one column, what it holds then to the next: all eight bytes, for nothing beside it may change.
