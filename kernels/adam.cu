@@ -10,7 +10,7 @@ struct AdamArguments : Common {
 };
 static_assert(sizeof(AdamArguments) == 144, "src/gsnr/moments.rs");
 
-KERNEL(4) gradprobe_adam(AdamArguments a) {
+KERNEL(LANES, 4) gradprobe_adam(AdamArguments a) {
     SHARED(GsnrScratch, scratch);
     const AdamStep &step = a.step;
     GsnrRecord known = {};

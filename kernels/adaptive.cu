@@ -128,7 +128,7 @@ DEVICE void count_unit(AdaptiveRecord &record, const UnitSums &sums, float coeff
     }
 }
 
-KERNEL(6) gradprobe_adaptive(AdaptiveArguments a) {
+KERNEL(LANES, 6) gradprobe_adaptive(AdaptiveArguments a) {
     SHARED(UnitScratch, scratch);
     if (a.outputs->skip) return;
     const Units *all = a.units;

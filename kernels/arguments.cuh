@@ -90,7 +90,7 @@ static_assert(sizeof(GsnrSums) <= sizeof(Record), "chunk_parts has room for a Re
 
 // Of gradprobe_measure: what is measured, and how the step is finished.
 struct StepArguments : Common {
-    u32 busy_tensors; // that have elements, of those this launch measures
+    u32 large_chunks; // those before the chunks of tensors of a tile at most
     u32 weights;      // 1: measure them too; their tables and records are behind those of the tensors
     u32 policy;
     u32 is_part;     // 1: leave records, and the step for another launch to finish

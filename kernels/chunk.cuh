@@ -6,7 +6,7 @@
 #pragma once
 #include "block.cuh"
 
-// What thread 0 tells the block to do next.
+// How a chunk is to be read again.
 struct Directions {
     u32 nonfinite;
     u32 again;
@@ -14,102 +14,145 @@ struct Directions {
     float shift;
 };
 
+// In shared memory: in registers it would crowd out the sums of the careful path.
+struct Measured {
+    Record record;
+    Directions directions;
+};
+
 struct ChunkScratch {
     union {
-        Lane lanes[LANES];
+        Lane halves[STEP_THREADS];
         FiniteScan finite[LANES];
     };
-    Directions directions;
-    Record record; // thread 0's; in registers it would crowd out the sums of the careful path
+    Measured measured;
 };
+
+// A thread's share of a chunk: the groups of one lane from `group` to `end`.
+struct Share {
+    u32 lane, group, end;
+};
+DEVICE Share share_of_thread() { return {threadIdx.x % LANES, threadIdx.x / LANES * 2, threadIdx.x / LANES * 2 + 2}; }
+
+// Half of a lane's groups.
+DEVICE LaneSums joined(u32 group, const LaneSums &all, const LaneSums &item) { return group % 2 == 0 ? item : all + item; }
 
 DEVICE u32 chunk_element(const Chunk &chunk, u32 index) {
     return chunk.dtype == DTYPE_F32 ? load_element((const u32 *)chunk.address + index)
                                     : load_element((const u16 *)chunk.address + index);
 }
 
-// A lane's group, half of it or both halves together. `load` puts the packets from an element on into words.
-template <typename E, u32 TOGETHER, typename Load>
+// A lane's group, N packets at once. `load` puts those from an element on into words.
+template <typename E, u32 N, typename Load>
 DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const Load &load) {
     LaneSums slots[PACKET] = {};
-#pragma unroll(TOGETHER)
-    for (u32 half = 0; half < 2; half++) {
-        u32 words[PACKETS / 2][E::WORDS];
-        load(first + half * (TILE / 2), words);
+#pragma unroll 1
+    for (u32 begin = 0; begin < PACKETS; begin += N) {
+        u32 words[N][E::WORDS];
+        load(first + begin * RUN, words);
 #pragma unroll
-        for (u32 p = 0; p < PACKETS / 2; p++) scanner.add(words[p], dead_bits);
-        for (u32 slot = 0; slot < PACKET; slot++) {
-            float x[PACKETS / 2];
-            for (u32 p = 0; p < PACKETS / 2; p++) x[p] = E::widen(E::element(words[p], slot));
-            LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
-            slots[slot] = half == 0 ? sums : slots[slot] + sums;
+        for (u32 p = 0; p < N; p++) scanner.add(words[p], dead_bits);
+#pragma unroll
+        for (u32 p = 0; p < N; p += PACKETS / 2) {
+            for (u32 slot = 0; slot < PACKET; slot++) {
+                float x[PACKETS / 2];
+                for (u32 i = 0; i < PACKETS / 2; i++) x[i] = E::widen(E::element(words[p + i], slot));
+                LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
+                slots[slot] = begin + p == 0 ? sums : slots[slot] + sums;
+            }
         }
     }
     const LaneSums *s = slots;
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
 }
 
-// What a lane sees of a chunk of ordinary numbers. If they are not, `scan.max` says so and the sums mean nothing.
-template <typename E> DEVICE Lane fast_lane(const Chunk &chunk) {
-    const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
-    u32 tile = threadIdx.x / WARP * TILE, lane = threadIdx.x % WARP;
-    Scanner<E> scanner;
-    Pairs<GROUPS> groups;
-    u32 group = 0;
-    if (chunk.address % 16 == 0) {
-        // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
-        constexpr u32 TOGETHER = E::WORDS == PACKET ? 1 : 2;
-        auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-#pragma unroll
-            for (u32 p = 0; p < PACKETS / 2; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
-        };
-#pragma unroll 1
-        for (; group < GROUPS && tile + TILE <= chunk.length; group++, tile += ROW) {
-            groups.add(group, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane * PACKET, load));
-        }
-    }
-    auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-        load_packets_guarded<E, PACKETS / 2>(elements, first, chunk.length, words);
-    };
-#pragma unroll 1
-    for (; group < GROUPS; group++, tile += ROW) {
-        LaneSums item = {};
-        if (tile < chunk.length) item = group_sums<E, 1>(scanner, chunk.dead_bits, tile + lane * PACKET, load);
-        groups.add(group, item);
-    }
-    return {groups.total(), scanner.scan()};
+// The packets of a group of a chunk that may end in it.
+template <typename E> DEVICE LaneSums guarded_sums(Scanner<E> &scanner, const Chunk &chunk, u32 first) {
+    return group_sums<E, PACKETS / 2>(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
+        load_packets_guarded<E, PACKETS / 2, 32>((const typename E::Bits *)chunk.address, from, chunk.length, words);
+    });
 }
 
-// The sums over a lane's finite elements of x·scale − shift, one element at a time.
-DEVICE LaneSums careful_lane(const Chunk &chunk, float scale, float shift) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+// What a thread sees of its share of a chunk of ordinary numbers. If they are not, `scan.max` says so and the sums mean
+// nothing.
+template <typename E> DEVICE Lane fast_lane(const Chunk &chunk, const Share &share) {
+    static_assert(GROUPS == 4, "two groups to a thread");
+    u32 lane = share.lane % WARP * PACKET, group = share.group, tile = group * ROW + share.lane / WARP * TILE;
+    u32 whole = TILE + behind_packet(chunk.address);
+    Scanner<E> scanner;
+    LaneSums all = {};
+    // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
+    constexpr u32 TOGETHER = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;
+    auto load = [&](u32 first, u32(*words)[E::WORDS]) {
+        load_packets<E, TOGETHER, 32>((const typename E::Bits *)chunk.address + first, words);
+    };
+#pragma unroll 1
+    for (; group < share.end && tile + whole <= chunk.length; group++, tile += ROW) {
+        all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane, load));
+    }
+#pragma unroll 1
+    for (; group < share.end; group++, tile += ROW) {
+        LaneSums item = {};
+        if (tile < chunk.length) item = guarded_sums(scanner, chunk, tile + lane);
+        all = joined(group, all, item);
+    }
+    return {all, scanner.scan()};
+}
+
+DEVICE Lane fast_lane(const Chunk &chunk, const Share &share) {
+    Lane lane = {};
+#define MEASURE_LANE(E) lane = fast_lane<E>(chunk, share)
+    FOR_DTYPE(chunk.dtype, MEASURE_LANE)
+#undef MEASURE_LANE
+    return lane;
+}
+
+// Of a chunk of a tile at most, what a lane of one warp sees: its first group.
+DEVICE Lane small_lane(const Chunk &chunk) {
+    Lane lane = {};
+#define MEASURE_LANE(E)                                                                                              \
+    {                                                                                                                \
+        Scanner<E> scanner;                                                                                          \
+        lane.sums = guarded_sums(scanner, chunk, threadIdx.x % WARP * PACKET);                                       \
+        lane.scan = scanner.scan();                                                                                  \
+    }
+    FOR_DTYPE(chunk.dtype, MEASURE_LANE)
+#undef MEASURE_LANE
+    return lane;
+}
+
+// The sums over a thread's finite elements of x·scale − shift, one element at a time.
+DEVICE LaneSums careful_lane(const Chunk &chunk, const Share &share, float scale, float shift) {
     u32 infinity = infinity_of(chunk.dtype), mask = magnitude_mask(chunk.dtype);
     auto value = [&](u32 index) {
         if (index >= chunk.length) return 0.0f;
         u32 bits = chunk_element(chunk, index);
         return (bits & mask) < infinity ? widen(chunk.dtype, bits) * scale - shift : 0.0f;
     };
-    Pairs<GROUPS> groups;
+    LaneSums all = {};
 #pragma unroll 1
-    for (u32 group = 0; group < GROUPS; group++) {
+    for (u32 group = share.group; group < share.end; group++) {
         Pairs<PACKET> slots;
 #pragma unroll 1
         for (u32 slot = 0; slot < PACKET; slot++) {
             Pairs<PACKETS / 2> packets;
-            u32 i = group * ROW + warp * TILE + lane * PACKET + slot;
+            u32 i = group * ROW + share.lane / WARP * TILE + share.lane % WARP * PACKET + slot;
 #pragma unroll 4
             for (u32 p = 0; p < PACKETS / 2; p++, i += 2 * RUN) packets.add(p, pair(value(i), value(i + RUN)));
             slots.add(slot, packets.total());
         }
-        groups.add(group, slots.total());
+        all = joined(group, all, slots.total());
     }
-    return groups.total();
+    return all;
 }
 
+// In the threads of the first warp.
 DEVICE Sums careful_sums(ChunkScratch &scratch, const Chunk &chunk, float scale, float shift) {
-    Lane lane = {careful_lane(chunk, scale, shift), {}};
+    LaneSums sums = careful_lane(chunk, share_of_thread(), scale, shift);
     BARRIER(); // all have read the last directions and the last totals
-    return block_totals(scratch.lanes, lane).sums;
+    scratch.halves[threadIdx.x] = {sums, {}};
+    BARRIER();
+    return threadIdx.x < WARP ? block_totals(scratch.halves).sums : Sums{};
 }
 
 // Mean and sum of squared deviations of `count` values with these sums.
@@ -121,12 +164,12 @@ DEVICE Centred centred(const Sums &sums, double count) {
     return {mean, fma(-sums.sum, mean, sums.squares)};
 }
 
-// Counts the non-finite elements and scans the finite ones; in thread 0.
+// Counts the non-finite elements and scans the finite ones; in thread 0. A barrier must follow.
 DEVICE FiniteScan scan_finite(ChunkScratch &scratch, const Chunk &chunk) {
     u32 infinity = infinity_of(chunk.dtype), mask = magnitude_mask(chunk.dtype);
-    auto look = [&](u64 lane) {
+    auto look = [&](u32 lane) {
         FiniteScan s = {no_scan(mask), 0, 0, 0xffffffffu};
-        for (u32 i = (u32)lane; i < chunk.length; i += LANES) {
+        for (u32 i = lane; i < chunk.length; i += LANES) {
             u32 bits = chunk_element(chunk, i), magnitude = bits & mask;
             if (magnitude >= infinity) {
                 s.first_nonfinite = smaller(s.first_nonfinite, i);
@@ -169,39 +212,22 @@ DEVICE void set_moments(Record &record, Directions &directions, const Sums &sums
     record.sum_abs = sums.magnitude * unscale_of(scale);
 }
 
-// Has the first row of a chunk fetched to L2, by all warps but the first.
-DEVICE void prefetch_row(const Chunk &chunk) {
-    constexpr u32 LINE = 128, HELPERS = LANES - WARP;
-    u32 size = chunk.dtype == DTYPE_F32 ? 4 : 2, bytes = smaller(chunk.length, ROW) * size;
-#pragma unroll 1
-    for (u32 offset = (threadIdx.x - WARP) * LINE; offset < bytes; offset += HELPERS * LINE) {
-        prefetch(chunk.address + offset);
-    }
+// Fills the record and the directions of a chunk that was read as though all were ordinary, and says whether it was.
+DEVICE bool set_ordinary(Measured &measured, const Chunk &chunk, const Totals &totals) {
+    Directions &directions = measured.directions;
+    directions.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
+    if (directions.nonfinite) return false;
+    set_counts(measured.record, chunk, {totals.scan, 0, 0, 0xffffffffu});
+    directions.scale = scale_of(float_to_bits(measured.record.max_abs_or_zero));
+    set_moments(measured.record, directions, totals.sums, 1.0f);
+    return directions.scale == 1.0f && !directions.again;
 }
 
-// Measures a chunk; `scratch.record` holds the result, for thread 0. `meanwhile` is called by all threads, while the
-// first warp merges what the lanes have seen and no load is under way.
-template <typename Meanwhile>
-DEVICE void measure_chunk(ChunkScratch &scratch, const Chunk &chunk, const Meanwhile &meanwhile) {
+// Reads a chunk again that was not ordinary; by all threads, and a barrier must follow.
+DEVICE void measure_again(ChunkScratch &scratch, const Chunk &chunk) {
     bool first = threadIdx.x == 0;
-    Record &record = scratch.record;
-    Directions &directions = scratch.directions;
-
-    Lane lane = {};
-#define MEASURE_LANE(E) lane = fast_lane<E>(chunk)
-    FOR_DTYPE(chunk.dtype, MEASURE_LANE)
-#undef MEASURE_LANE
-    Totals totals = block_totals(scratch.lanes, lane);
-    meanwhile();
-    if (first) {
-        directions.nonfinite = totals.scan.max >= infinity_of(chunk.dtype);
-        if (!directions.nonfinite) {
-            set_counts(record, chunk, {totals.scan, 0, 0, 0xffffffffu});
-            directions.scale = scale_of(float_to_bits(record.max_abs_or_zero));
-            set_moments(record, directions, totals.sums, 1.0f);
-        }
-    }
-    BARRIER();
+    Record &record = scratch.measured.record;
+    Directions &directions = scratch.measured.directions;
     bool nonfinite = directions.nonfinite;
     if (nonfinite) {
         FiniteScan finite = scan_finite(scratch, chunk);

@@ -2,7 +2,7 @@
 // rounded to its type. Non-finite elements may become 0.
 //
 // What to do was decided by the measure kernel and is one word: when it says nothing, a block ends after one load.
-// Chunks are taken from the last to the first, since the last ones measured are the ones still in L2.
+// A run of chunks is taken from the last to the first, since the last ones measured are the ones still in L2.
 //
 // Reads and writes each element once when it clips: 2·n·size bytes.
 #include "clipping.cuh"
@@ -13,15 +13,15 @@ struct ClipArguments : Common {
 };
 static_assert(sizeof(ClipArguments) == 88, "src/clip/cpu.rs");
 
-KERNEL(8) gradprobe_clip(ClipArguments a) {
+KERNEL(LANES, 8) gradprobe_clip(ClipArguments a) {
     u32 action = a.outputs->action;
     if (action == 0) return;
     // By arithmetic: of a condition here the compiler made one in the loop.
     u32 kept = (action / GRADPROBE_ACTION_ZERO_NONFINITE & 1) - 1;
     Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), kept};
     if (action & GRADPROBE_ACTION_CLAMP) how.limit = a.clip_state->limit;
-    for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {
-        u32 index = a.chunk_count - 1 - from_end;
+    Run run = run_of_block(a.chunk_count);
+    for (u32 index = run.end; index-- > run.begin;) {
         u32 tensor = a.chunk_tensors[index];
         if (action & GRADPROBE_ACTION_SCALE_TENSORS) {
             how.coefficient = a.coefficients[tensor];

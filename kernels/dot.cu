@@ -70,20 +70,17 @@ template <typename A, typename B> DEVICE Dot dot_lane(const Chunk &a, const Chun
     };
     auto whole = [&](u32 first) {
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
-#pragma unroll
-        for (u32 p = 0; p < TOGETHER; p++) {
-            load_packet_aligned<A>(as + first + p * RUN, x[p]);
-            load_packet_aligned<B>(bs + first + p * RUN, y[p]);
-        }
+        load_packets<A, TOGETHER, 16>(as + first, x);
+        load_packets<B, TOGETHER, 16>(bs + first, y);
         add(x, y);
     };
     auto rest = [&](u32 first) {
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
-        load_packets_guarded<A, TOGETHER>(as, first, a.length, x);
-        load_packets_guarded<B, TOGETHER>(bs, first, a.length, y);
+        load_packets_guarded<A, TOGETHER, 16>(as, first, a.length, x);
+        load_packets_guarded<B, TOGETHER, 16>(bs, first, a.length, y);
         add(x, y);
     };
-    for_parts<TOGETHER>(a.length, (a.address | b.address) % 16 == 0, whole, rest);
+    for_parts<TOGETHER>(a.length, larger(behind_packet(a.address), behind_packet(b.address)), whole, rest);
     const Dot *s = slots;
     return merge(merge(merge(s[0], s[1]), merge(s[2], s[3])), merge(merge(s[4], s[5]), merge(s[6], s[7])));
 }
@@ -103,7 +100,7 @@ struct DotArguments : Common {
 };
 static_assert(sizeof(DotArguments) == 96, "src/dot/room.rs");
 
-KERNEL(4) gradprobe_dot(DotArguments a) {
+KERNEL(LANES, 4) gradprobe_dot(DotArguments a) {
     SHARED(DotScratch, scratch);
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];

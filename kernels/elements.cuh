@@ -57,37 +57,89 @@ struct BF16 : Halves {
 // The magnitude bits of a number, sign removed.
 template <typename E> DEVICE u32 magnitude(u32 bits) { return bits & (E::MAX_MAGNITUDE >> 1); }
 
-// The words of a packet, from an address that is a multiple of 16 bytes.
-template <typename E> DEVICE void load_packet_aligned(const typename E::Bits *packet, u32 *words) {
+// Packets lie RUN elements apart, the first at element `first`; the lane of an element does not depend on how it is loaded.
+// From an address that is no multiple of 16 bytes, a packet is cut out of the aligned groups of 16 bytes it lies in: that
+// reads up to 14 bytes before the tensor and after the packet, and of one load more a packet 4 to 8 instructions follow.
+
+// Elements that must follow a packet in its tensor, for all that is loaded for it to be there.
+DEVICE u32 behind_packet(u64 address) { return address % 16 == 0 ? 0 : PACKET; }
+
+// The words that a packet is cut out of.
+template <typename E> struct Around {
+    u32 words[E::WORDS + 4];
+
+    // Zeros if not `wanted`.
+    DEVICE void load(const typename E::Bits *packet, bool wanted) {
+        u64 offset = (u64)packet % 16, from = (u64)packet - offset;
 #pragma unroll
-    for (u32 i = 0; i < E::WORDS; i += 4) {
-        Words4 w = load_words4((const u32 *)packet + i);
-        for (u32 j = 0; j < 4; j++) words[i + j] = w.word[j];
+        for (u32 i = 0; i < E::WORDS + 4; i += 4) {
+            Words4 w = load_words4_if(wanted && (offset != 0 || i < E::WORDS), (const u32 *)from + i);
+            for (u32 j = 0; j < 4; j++) words[i + j] = w.word[j];
+        }
+    }
+    // Of a packet whose first whole word is word FIRST, or begins in it.
+    template <u32 FIRST> DEVICE void cut(u32 bits, u32 *packet) const {
+        for (u32 i = 0; i < E::WORDS; i++) {
+            packet[i] = E::WORDS == PACKET ? words[FIRST + i] : shift_right_wide(words[FIRST + i], words[FIRST + i + 1], bits);
+        }
+    }
+};
+
+template <typename E, u32 N, u32 FIRST> DEVICE void cut_packets(const Around<E> *around, u32 bits, u32 (*words)[E::WORDS]) {
+#pragma unroll
+    for (u32 p = 0; p < N; p++) around[p].template cut<FIRST>(bits, words[p]);
+}
+
+// Of N packets, those of which `is_wanted(p)`; zeros for the others. REGISTERS may hold what they are cut out of: more of
+// them keep more loads in flight, or go to local memory.
+template <typename E, u32 N, u32 REGISTERS, typename Wanted>
+DEVICE void load_packets_any(const typename E::Bits *packet, const Wanted &is_wanted, u32 (*words)[E::WORDS]) {
+    constexpr u32 TOGETHER = smaller(N, larger(1, REGISTERS / (E::WORDS + 4)));
+    // The same for all: a branch, where selects would be two for each word.
+    u32 offset = (u32)((u64)packet % 16), bits = offset % 4 * 8;
+#pragma unroll
+    for (u32 first = 0; first < N; first += TOGETHER) {
+        Around<E> around[TOGETHER];
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) around[p].load(packet + (first + p) * RUN, is_wanted(first + p));
+        LOADS_FIRST();
+        switch (offset / 4) {
+        case 0: cut_packets<E, TOGETHER, 0>(around, bits, words + first); break;
+        case 1: cut_packets<E, TOGETHER, 1>(around, bits, words + first); break;
+        case 2: cut_packets<E, TOGETHER, 2>(around, bits, words + first); break;
+        default: cut_packets<E, TOGETHER, 3>(around, bits, words + first); break;
+        }
     }
 }
 
-// The words of a packet's first `count` elements, from any address; zeros for the others.
-template <typename E> DEVICE void load_packet_scalar(const typename E::Bits *packet, u32 count, u32 *words) {
+// The words of N packets, behind the last of which the tensor has `behind_packet` elements.
+template <typename E, u32 N, u32 REGISTERS>
+DEVICE void load_packets(const typename E::Bits *packet, u32 (*words)[E::WORDS]) {
+    if ((u64)packet % 16 != 0) return load_packets_any<E, N, REGISTERS>(packet, [](u32) { return true; }, words);
 #pragma unroll
-    for (u32 i = 0; i < E::WORDS; i++) words[i] = 0;
+    for (u32 p = 0; p < N; p++) {
 #pragma unroll
-    for (u32 slot = 0; slot < PACKET; slot++) {
-        if (slot < count) E::set(words, slot, load_element(packet + slot));
+        for (u32 i = 0; i < E::WORDS; i += 4) {
+            Words4 w = load_words4((const u32 *)(packet + p * RUN) + i);
+            for (u32 j = 0; j < 4; j++) words[p][i + j] = w.word[j];
+        }
     }
+    LOADS_FIRST();
 }
 
-// The words of N packets, RUN elements apart, of which the first starts at element `first` of `length`. The lane of an
-// element does not depend on how it is loaded.
-template <typename E, u32 N>
+// The words of N packets of which the tensor may end before; zeros behind its end.
+template <typename E, u32 N, u32 REGISTERS>
 DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u32 length, u32 (*words)[E::WORDS]) {
-    bool aligned = (u64)elements % 16 == 0;
+    u32 behind = PACKET + behind_packet((u64)elements);
+    auto is_whole = [=](u32 p) { return first + p * RUN + behind <= length; };
+    load_packets_any<E, N, REGISTERS>(elements + first, is_whole, words);
 #pragma unroll
     for (u32 p = 0; p < N; p++) {
         u32 index = first + p * RUN;
-        if (aligned && index + PACKET <= length) {
-            load_packet_aligned<E>(elements + index, words[p]);
-        } else {
-            load_packet_scalar<E>(elements + index, index < length ? length - index : 0, words[p]);
+        if (index >= length || is_whole(p)) continue;
+#pragma unroll
+        for (u32 slot = 0; slot < PACKET; slot++) {
+            if (index + slot < length) E::set(words[p], slot, load_element(elements + index + slot));
         }
     }
 }
@@ -121,6 +173,17 @@ struct Chunk {
     u32 dtype;
     u32 dead_bits;
 };
+
+// The part of a list that is this block's. A run, and not every so-manieth chunk, so that a block counts once for what it
+// has of a tensor.
+struct Run {
+    u32 begin, end;
+};
+DEVICE Run run_of_block(u32 count) {
+    u32 each = count / gridDim.x, longer = count - each * gridDim.x;
+    u32 begin = blockIdx.x * each + smaller(blockIdx.x, longer);
+    return {begin, begin + each + (blockIdx.x < longer ? 1 : 0)};
+}
 
 DEVICE Chunk chunk_of(const Common &a, u32 index, u32 tensor) {
     const TensorEntry &entry = a.tensors[tensor];

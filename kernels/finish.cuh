@@ -1,4 +1,4 @@
-// What the last blocks do: a tensor's record from its chunks', and the step's outputs from the records.
+// From chunks to sections, tensors and the step.
 // StepOutputs::finish in src/measure/outputs.rs does the second on the host.
 #pragma once
 #include "health.cuh"
@@ -25,7 +25,7 @@ struct FinishScratch {
 // next call; where it returns true, one has.
 DEVICE bool last_of(u32 &scratch, u32 *counter, u32 count) {
     if (threadIdx.x == 0) {
-        scratch = count_released(counter) == count - 1;
+        scratch = count_released(counter, 1) == count - 1;
         if (scratch) {
             acquire();
             *counter = 0;
@@ -39,35 +39,90 @@ DEVICE bool last_of(u32 &scratch, u32 *counter, u32 count) {
 
 // Merges `count` records that lie `stride` apart.
 template <typename R> DEVICE void merge_records(R *runs, const R *records, u32 stride, u32 count, R *to) {
-    auto item = [&](u64 i) { return load_record(records + i * stride); };
+    auto item = [&](u32 i) { return load_record(records + i * stride); };
     R all = block_fold(runs, count, item, [](const R &x, const R &y) { return merge(x, y); });
     if (threadIdx.x == 0) *to = all;
 }
 
-// Puts a chunk's record, which thread 0 knows, in its slot, and merges what it is the last part of: its span, its
-// tensor. Where that is the tensor, whose record thread 0 has then put at `to`, calls `done`: a function and not an
-// answer, which the compiler kept in a register through every path and asked for again, at the cost of a quarter of the
-// loads that measure has in flight. `parts` has a slot a chunk.
-template <typename R, typename Done>
-DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 index, u32 tensor, R *parts, R *to,
-                        const Done &done) {
-    u32 first = a.tensors[tensor].first_chunk, chunks = a.tensors[tensor].chunk_count;
-    u32 spans = (chunks + SPAN - 1) / SPAN, span_first = index - (index - first) % SPAN;
-    if (threadIdx.x == 0) (chunks == 1 ? *to : parts[index]) = part;
-    if (chunks > 1) {
-        u32 rest = first + chunks - span_first, length = rest < SPAN ? rest : SPAN;
-        if (!last_of(last, a.chunks_done + span_first, length)) return;
-        merge_records(runs, parts + span_first, 1, length, spans == 1 ? to : parts + span_first);
+// Chunks whose records one block merges: eight to a lane. A tensor of more has several sections.
+constexpr u32 SECTION = 8 * LANES;
+
+struct Section {
+    u32 first, length;
+};
+DEVICE Section section_of(const TensorEntry &entry, u32 index) {
+    u32 begin = (index - entry.first_chunk) / SECTION * SECTION;
+    return {entry.first_chunk + begin, smaller(entry.chunk_count - begin, SECTION)};
+}
+
+// Merges the parts of a section in the order of spec::fold_spans, in pairs: of a tensor of more than LANES spans, whose
+// spans are not folded in pairs, up to each span, whose record takes the place of its first part; else all of it, and
+// thread 0 gets it. `runs` may be used again behind a barrier.
+template <typename R> DEVICE R merge_section(R *runs, R *parts, u32 length, bool by_spans) {
+    u32 each = 1; // parts to a lane, a power of two
+    while (each * LANES < length) each *= 2;
+    u32 t = threadIdx.x, begin = t * each, end = smaller(begin + each, length);
+    auto two = [&](u32 first) {
+        R x = load_record(parts + first), y = load_record(parts + smaller(first + 1, length - 1));
+        return first + 1 < end ? merge(x, y) : x;
+    };
+    auto four = [&](u32 first) {
+        R x = two(first);
+        return first + 2 < end ? merge(x, two(first + 2)) : x;
+    };
+    bool has_parts = t < LANES && begin < length;
+    if (has_parts) {
+        runs[t] = four(begin);
+        if (begin + 4 < end) runs[t] = merge(runs[t], four(begin + 4));
     }
-    if (spans > 1) {
-        if (!last_of(last, a.tensors_done + 1 + tensor, spans)) return;
-        merge_records(runs, parts + first, SPAN, spans, to);
+    u32 all = by_spans ? SPAN : SECTION;
+    for (u32 stride = 1; stride * each < smaller(all, length); stride *= 2) {
+        BARRIER();
+        bool merges = has_parts && (t & (2 * stride - 1)) == 0 && begin + stride * each < length;
+        if (merges) runs[t] = merge(runs[t], runs[t + stride]);
+    }
+    if (by_spans && has_parts && begin % SPAN == 0) parts[begin] = runs[t];
+    return t == 0 ? runs[0] : R{};
+}
+
+// Merges what is complete with the last part of a section: that, and where it is the last of its tensor the tensor, whose
+// record thread 0 then puts at `to`, and calls `done`: a function and not an answer, which the compiler kept in a
+// register through every path. By all threads. `parts` has a slot a chunk.
+template <typename R, typename Done>
+DEVICE void finish_section(R *runs, u32 &last, const Common &a, const Section &section, u32 tensor, R *parts, R *to,
+                           const Done &done) {
+    const TensorEntry &entry = a.tensors[tensor];
+    u32 sections = (entry.chunk_count + SECTION - 1) / SECTION, spans = (entry.chunk_count + SPAN - 1) / SPAN;
+    bool by_spans = spans > LANES;
+    R merged = merge_section(runs, parts + section.first, section.length, by_spans);
+    if (threadIdx.x == 0 && !by_spans) (sections == 1 ? *to : parts[section.first]) = merged;
+    BARRIER(); // the runs are free, and what all threads have written is released by the first
+    if (sections > 1) {
+        if (!last_of(last, a.tensors_done + 1 + tensor, sections)) return;
+        merge_records(runs, parts + entry.first_chunk, by_spans ? SPAN : SECTION, by_spans ? spans : sections, to);
     }
     done();
 }
 
+// Puts a chunk's record, which thread 0 knows, in its slot, and merges what it is the last part of: its section, its
+// tensor.
+template <typename R, typename Done>
+DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 index, u32 tensor, R *parts, R *to,
+                        const Done &done) {
+    const TensorEntry &entry = a.tensors[tensor];
+    if (entry.chunk_count == 1) {
+        if (threadIdx.x == 0) *to = part;
+        done();
+        return;
+    }
+    if (threadIdx.x == 0) parts[index] = part;
+    Section section = section_of(entry, index);
+    if (!last_of(last, a.chunks_done + section.first, section.length)) return;
+    finish_section(runs, last, a, section, tensor, parts, to, done);
+}
+
 DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
-    auto item = [&](u64 tensor) {
+    auto item = [&](u32 tensor) {
         // Not the whole record: these are pairs of fields, on whose order `gradprobe.h` asserts.
         const Record &r = a.records[tensor];
         LongPair counts = load_fresh((const u64 *)&r.count), more = load_fresh((const u64 *)&r.inf_count);

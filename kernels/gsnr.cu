@@ -21,7 +21,7 @@ struct GsnrArguments : Common {
 };
 static_assert(sizeof(GsnrArguments) == 112, "src/gsnr/room.rs");
 
-KERNEL(4) gradprobe_gsnr(GsnrArguments a) {
+KERNEL(LANES, 4) gradprobe_gsnr(GsnrArguments a) {
     SHARED(GsnrScratch, scratch);
     // Tensors with nothing to add up have no chunk that would bring them here. Without a second step there is no
     // variance, and nothing is defined.

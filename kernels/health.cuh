@@ -77,7 +77,7 @@ DEVICE u32 tensor_word(const HealthRules &rules, const Record &r, double norm, d
 DEVICE void judge_tensors(StepHealth &step, const StepArguments &a, bool finite) {
     const u32 *exempt = (const u32 *)(a.health_rules + 1);
     double *last_norms = a.last_norms + 1;
-    for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
+    for (u32 i = threadIdx.x; i < a.tensor_count; i += STEP_THREADS) {
         Record r = load_record(a.records + i);
         double norm = sqrt(sum_squares((double)finite_count(r), r.mean_or_zero, r.sum_squared_deviations));
         double param_norm = 0.0;

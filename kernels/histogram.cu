@@ -20,8 +20,8 @@ typedef Bins<SLOTS, COPIES> HistogramScratch;
 
 // Counts the lane's non-zero elements of a chunk, and says how many they are.
 template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Chunk &chunk) {
-    // Eight loads of 16 bytes in flight.
-    constexpr u32 TOGETHER = 8 * 4 / E::WORDS;
+    // Four loads of 16 bytes in flight: 64 KiB in the 1024 threads of a multiprocessor.
+    constexpr u32 TOGETHER = 4 * 4 / E::WORDS;
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;
     u32 nonzeros = 0;
     auto count = [&](const u32(*words)[E::WORDS]) {
@@ -38,16 +38,15 @@ template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Ch
     };
     auto whole = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-#pragma unroll
-        for (u32 p = 0; p < TOGETHER; p++) load_packet_aligned<E>(elements + first + p * RUN, words[p]);
+        load_packets<E, TOGETHER, 16>(elements + first, words);
         count(words);
     };
     auto rest = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-        load_packets_guarded<E, TOGETHER>(elements, first, chunk.length, words);
+        load_packets_guarded<E, TOGETHER, 16>(elements, first, chunk.length, words);
         count(words);
     };
-    for_parts<TOGETHER>(chunk.length, chunk.address % 16 == 0, whole, rest);
+    for_parts<TOGETHER>(chunk.length, behind_packet(chunk.address), whole, rest);
     return nonzeros;
 }
 
@@ -58,20 +57,21 @@ struct HistogramArguments : Common {
 };
 static_assert(sizeof(HistogramArguments) == 88, "src/histogram/room.rs");
 
-KERNEL(8) gradprobe_histogram(HistogramArguments a) {
+KERNEL(LANES, 8) gradprobe_histogram(HistogramArguments a) {
     SHARED(HistogramScratch, scratch);
     scratch.clear();
     BARRIER();
     u32 held = 0, elements = 0, nonzeros = 0;
-    for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
-        u32 tensor = a.chunk_tensors[index], next = index + gridDim.x;
+    Run run = run_of_block(a.chunk_count);
+    for (u32 index = run.begin; index < run.end; index++) {
+        u32 tensor = a.chunk_tensors[index], next = index + 1;
         Chunk chunk = chunk_of(a, index, tensor);
 #define COUNT(E) nonzeros += count_chunk<E>(scratch, chunk)
         FOR_DTYPE(chunk.dtype, COUNT)
 #undef COUNT
         elements += chunk.length;
         held++;
-        if (held < HELD && next < a.chunk_count && (a.one_histogram || a.chunk_tensors[next] == tensor)) continue;
+        if (held < HELD && next < run.end && (a.one_histogram || a.chunk_tensors[next] == tensor)) continue;
         // Zeros are the elements that no lane has counted: one lane adds all, and each takes off its own.
         atomicAdd(&scratch.counts[scratch.place(ZERO_SLOT)], (threadIdx.x == 0 ? elements : 0u) - nonzeros);
         BARRIER();

@@ -5,7 +5,7 @@
 // Writes the lines of the tensors; all threads.
 DEVICE void keep_tensors(const StepArguments &a) {
     HistoryTensor *line = a.history_tensors + a.outputs->step % a.history_steps * a.tensor_count;
-    for (u32 i = threadIdx.x; i < a.tensor_count; i += LANES) {
+    for (u32 i = threadIdx.x; i < a.tensor_count; i += STEP_THREADS) {
         Record r = load_record(a.records + i);
         double finite = (double)finite_count(r);
         auto share = [&](u64 count) { return finite > 0.0 ? (float)((double)count / finite) : 0.0f; };

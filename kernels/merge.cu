@@ -48,11 +48,11 @@ DEVICE Record merged(const MergeArguments &a, const Placement &placement, u32 in
     return all;
 }
 
-// At eight blocks to a multiprocessor ptxas put 24 to 32 bytes a thread into local memory.
-KERNEL(4) gradprobe_merge(MergeArguments a) {
+// At four blocks to a multiprocessor ptxas put 24 to 32 bytes a thread into local memory.
+KERNEL(STEP_THREADS, 2) gradprobe_merge(MergeArguments a) {
     SHARED(FinishScratch, scratch);
     u32 items = a.tensor_count << a.weights;
-    for (u32 i = blockIdx.x * LANES + threadIdx.x; i < items; i += gridDim.x * LANES) {
+    for (u32 i = blockIdx.x * STEP_THREADS + threadIdx.x; i < items; i += gridDim.x * STEP_THREADS) {
         a.records[i] = merged(a, a.placements[i < a.tensor_count ? i : i - a.tensor_count], i);
     }
     BARRIER(); // what all threads of the block have written is released by its first

@@ -21,13 +21,15 @@ typedef unsigned long long u64;
 #include <simt.hpp>
 #else
 #define DEVICE __device__ __forceinline__
-// A kernel of LANES threads a block, with at least BLOCKS blocks to a multiprocessor.
-#define KERNEL(BLOCKS) extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
+// A kernel of THREADS threads a block, with at least BLOCKS blocks to a multiprocessor.
+#define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 // Memory of type T shared by a block, under this name.
 #define SHARED(T, name)                                                                                              \
     __shared__ T name##_memory;                                                                                      \
     T &name = name##_memory
 #define BARRIER() __syncthreads()
+// Keeps the loads of a warp before the first use of one: before sm_90 the compiler had half of them wait. Of all its lanes.
+#define LOADS_FIRST() __syncwarp()
 #define SHUFFLE_DOWN(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
 
 struct alignas(16) Words4 {
@@ -43,6 +45,15 @@ DEVICE Words4 load_words4(const void *address) {
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
         : "l"(address));
+    return w;
+}
+
+// The same, or zeros: no branch, so that several are in flight.
+DEVICE Words4 load_words4_if(bool wanted, const void *address) {
+    Words4 w = {};
+    asm("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(w.word[0]), "+r"(w.word[1]), "+r"(w.word[2]), "+r"(w.word[3])
+        : "l"(address), "r"((u32)wanted));
     return w;
 }
 
@@ -85,11 +96,11 @@ DEVICE u32 load_fresh(const u32 *address) {
     return word;
 }
 
-// Adds 1 to a counter, and gives what it was. What this thread wrote before is there for the block that finds all
-// others counted, once that has passed `acquire`.
-DEVICE u32 count_released(u32 *counter) {
+// Adds to a counter, and gives what it was. What this thread wrote before is there for the block that finds all others
+// counted, once that has passed `acquire`.
+DEVICE u32 count_released(u32 *counter, u32 amount) {
     u32 before;
-    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(amount) : "memory");
     return before;
 }
 DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -103,6 +114,13 @@ template <u32 SELECTOR> DEVICE u32 permute_bytes(u32 a, u32 b) {
     u32 bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "n"(SELECTOR));
     return bytes;
+}
+
+// The lower word of high:low, shifted right by `bits` modulo 32.
+DEVICE u32 shift_right_wide(u32 low, u32 high, u32 bits) {
+    u32 word;
+    asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(bits));
+    return word;
 }
 
 DEVICE float half_to_float(u16 bits) {

@@ -45,7 +45,7 @@ DEVICE double rule(double limit, double norm) { return norm <= limit ? 1.0 : tor
 // Adds a norm to the history of at most MAX_HISTORY steps, in place of the oldest when that is full. All threads; a
 // barrier must follow.
 DEVICE void remember(Clip &clip, const ClipState *state, double *history, u32 capacity) {
-    constexpr u32 EACH = MAX_HISTORY / LANES;
+    constexpr u32 EACH = MAX_HISTORY / STEP_THREADS;
     double *sorted = history + capacity, norm = clip.norm;
     bool full = state->steps >= capacity;
     u32 count = full ? capacity : (u32)state->steps, place = (u32)(state->steps % capacity);
@@ -55,7 +55,7 @@ DEVICE void remember(Clip &clip, const ClipState *state, double *history, u32 ca
     u32 below_norm = 0, below_oldest = 0;
 #pragma unroll
     for (u32 k = 0; k < EACH; k++) {
-        u32 i = threadIdx.x + k * LANES;
+        u32 i = threadIdx.x + k * STEP_THREADS;
         if (i >= count) continue;
         moved[k] = sorted[i];
         below_norm += moved[k] < norm ? 1 : 0;
@@ -68,7 +68,7 @@ DEVICE void remember(Clip &clip, const ClipState *state, double *history, u32 ca
     u32 gone = full ? clip.below[1] : count, to = clip.below[0] - (full && oldest < norm ? 1 : 0);
 #pragma unroll
     for (u32 k = 0; k < EACH; k++) {
-        u32 i = threadIdx.x + k * LANES;
+        u32 i = threadIdx.x + k * STEP_THREADS;
         if (i >= count || i == gone) continue;
         u32 rest = i - (i > gone ? 1 : 0);
         sorted[rest + (rest >= to ? 1 : 0)] = moved[k];
@@ -133,7 +133,7 @@ DEVICE void decide_clip(Clip &clip, u64 *counts, const StepArguments &a) {
     bool by_tensor = a.clip & (CLIP_TENSOR_NORM | CLIP_TENSOR_EMA), by_element = a.clip & (CLIP_VALUE | CLIP_QUANTILE);
     if (clip.skip) {
         if (by_tensor) {
-            for (u32 i = t; i < a.tensor_count; i += LANES) a.coefficients[i] = 1.0f;
+            for (u32 i = t; i < a.tensor_count; i += STEP_THREADS) a.coefficients[i] = 1.0f;
         }
         return;
     }
@@ -159,7 +159,7 @@ DEVICE void decide_clip(Clip &clip, u64 *counts, const StepArguments &a) {
         double global = (a.clip & CLIP_TENSOR_EMA) && a.max_norm > 0.0 ? torch_rule(a.max_norm, clip.norm) : 1.0;
         bool warm = (a.clip & CLIP_TENSOR_EMA) && state->steps < a.clip_steps;
         bool all_finite = clip.norm - clip.norm == 0.0;
-        for (u32 i = t; i < a.tensor_count; i += LANES) {
+        for (u32 i = t; i < a.tensor_count; i += STEP_THREADS) {
             Record r = load_record(a.records + i);
             if (by_element) {
                 bool outside = r.inf_count > 0 || r.max_abs_or_zero > clip.limit;

@@ -9,14 +9,14 @@ constexpr u32 NAN_SLOT = 1021;
 constexpr u32 ZERO_SLOT = 1022;
 static_assert(INFINITY_BITS >> SLOT_SHIFT == INF_SLOT, "src/histogram/mod.rs");
 
-// An estimate of the quantile of |x| over the finite elements, or 0 without any. By all threads, each of which counts
-// some bins; thread 0 gets it. A barrier must follow before `counts` is used again.
+// An estimate of the quantile of |x| over the finite elements, or 0 without any. By all threads, of which LANES count
+// some bins each; thread 0 gets it. A barrier must follow before `counts` is used again.
 DEVICE double quantile_estimate(u64 *counts, const u64 *histogram, double quantile) {
     constexpr u32 EACH = SLOTS / LANES;
     u32 t = threadIdx.x;
     u64 own = 0;
     for (u32 bin = t * EACH; bin < (t + 1) * EACH && bin < INF_SLOT; bin++) own += histogram[bin];
-    counts[t] = own;
+    if (t < LANES) counts[t] = own;
     BARRIER();
     if (t != 0) return 0.0;
     u64 below = histogram[ZERO_SLOT], finite = below;

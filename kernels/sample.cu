@@ -18,7 +18,7 @@ struct SampleArguments : Common {
 };
 static_assert(sizeof(SampleArguments) == 104, "src/samples/room.rs");
 
-KERNEL(8) gradprobe_sample(SampleArguments a) {
+KERNEL(LANES, 8) gradprobe_sample(SampleArguments a) {
     u64 step = a.outputs->step, slot = (step - 1) % a.steps;
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         a.numbers[slot] = a.outputs->found_inf != 0.0f ? step | SAMPLE_NONFINITE : step;

@@ -11,9 +11,6 @@ struct Scan {
     u32 alive; // at or above the dead threshold
 };
 
-DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
-
 DEVICE Scan operator+(const Scan &a, const Scan &b) {
     return {larger(a.max, b.max), smaller(a.min_nonzero_less_one, b.min_nonzero_less_one), a.nonzeros + b.nonzeros,
             a.alive + b.alive};

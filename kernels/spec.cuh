@@ -13,6 +13,9 @@ constexpr u32 ROW = LANES / WARP * TILE;
 constexpr u32 CHUNK = GROUPS * ROW;
 constexpr u32 SPAN = 128;
 
+// Threads of a block that measures, or finishes a step: two to a lane, one for its first groups and one for the others.
+constexpr u32 STEP_THREADS = 2 * LANES;
+
 // f32 bit patterns.
 constexpr u32 LARGE = 0x58800000u;
 constexpr u32 LARGE_SCALE = 0x17800000u;
@@ -20,6 +23,9 @@ constexpr u32 SMALL = 0x27800000u;
 constexpr u32 SMALL_SCALE = 0x70800000u;
 
 constexpr double CENTRED_SHARE = 1.0 / 16.0;
+
+DEVICE constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEVICE constexpr u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 
 // The power of two by which a chunk with this largest finite magnitude (f32 bits) is multiplied before its sums.
 DEVICE float scale_of(u32 max_bits) {

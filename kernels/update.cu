@@ -7,6 +7,7 @@
 //
 // Reads n·size bytes, and reads and writes 8 for each element. The last block counts the step of every tensor.
 #include "finish.cuh"
+#include "parts.cuh"
 
 // Eight elements' means or deviations.
 struct Floats8 {
@@ -42,20 +43,17 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
         store_floats(means + index, mean);
         store_floats(deviations + index, deviation);
     };
-    u32 whole = chunk.address % 16 == 0 ? chunk.length / PACKET * PACKET : 0, index = threadIdx.x * PACKET;
-#pragma unroll 1
-    for (; index < whole; index += LANES * PACKET) {
-        u32 words[E::WORDS];
-        load_packet_aligned<E>(elements + index, words);
-        update(index, words);
-    }
-    // What is left of an aligned chunk, and all of another.
-#pragma unroll 1
-    for (; index < chunk.length; index += LANES * PACKET) {
-        u32 words[E::WORDS];
-        load_packet_scalar<E>(elements + index, chunk.length - index, words);
-        update(index, words);
-    }
+    auto whole = [&](u32 index) {
+        u32 words[1][E::WORDS];
+        load_packets<E, 1, 16>(elements + index, words);
+        update(index, words[0]);
+    };
+    auto end = [&](u32 index) {
+        u32 words[1][E::WORDS];
+        load_packets_guarded<E, 1, 16>(elements, index, chunk.length, words);
+        if (index < chunk.length) update(index, words[0]);
+    };
+    for_parts<1>(chunk.length, behind_packet(chunk.address), whole, end);
 }
 
 struct UpdateArguments : Common {
@@ -70,7 +68,7 @@ static_assert(sizeof(UpdateArguments) == 104, "src/gsnr/room.rs");
 // Whether a tensor has no gradient in this step, which is then no step of it.
 DEVICE bool is_absent(const UpdateArguments &a, u32 tensor) { return !a.addresses[tensor] && a.tensors[tensor].length > 0; }
 
-KERNEL(8) gradprobe_update(UpdateArguments a) {
+KERNEL(LANES, 8) gradprobe_update(UpdateArguments a) {
     SHARED(u32, last);
     float unscale = (float)(1.0 / divisor_of(a.outputs->loss_scale));
     for (u32 from_end = blockIdx.x; from_end < a.chunk_count; from_end += gridDim.x) {

@@ -30,8 +30,8 @@ pub struct Plan(Arc<Contents>);
 #[derive(Debug, PartialEq, Eq)]
 struct Contents {
     tensors: Vec<TensorSpec>,
-    /// First chunk of each tensor, and the number of all chunks at the end.
-    first_chunks: Vec<usize>,
+    /// Of all tensors.
+    chunks: usize,
     /// Types of the weights, where they are measured too.
     weights: Option<Vec<DType>>,
 }
@@ -50,7 +50,6 @@ impl Plan {
         let mut names = HashSet::new();
         let mut elements = 0u64;
         let mut chunks = 0usize;
-        let mut first_chunks = vec![0];
         for TensorSpec { name, len, .. } in &tensors {
             if !names.insert(name) {
                 return Err(Error::DuplicateTensor { name: name.clone() });
@@ -61,9 +60,8 @@ impl Plan {
                 return Err(too_large());
             }
             chunks += usize::try_from(len.div_ceil(CHUNK as u64)).map_err(|_| too_large())?;
-            first_chunks.push(chunks);
         }
-        Ok(Self(Arc::new(Contents { tensors, first_chunks, weights: None })))
+        Ok(Self(Arc::new(Contents { tensors, chunks, weights: None })))
     }
 
     /// The same plan for a probe that can measure the weights beside their gradients, in the same launch: they are as
@@ -73,13 +71,12 @@ impl Plan {
     /// [`Error::TensorCount`] when there are not as many types as tensors.
     pub fn with_weights(self, dtypes: impl IntoIterator<Item = DType>) -> Result<Self, Error> {
         let dtypes: Vec<DType> = dtypes.into_iter().collect();
-        let Contents { tensors, first_chunks, .. } = &*self.0;
+        let Contents { tensors, chunks, .. } = &*self.0;
         let (planned, given) = (tensors.len(), dtypes.len());
         if planned != given {
             return Err(Error::TensorCount { planned, given });
         }
-        let (tensors, first_chunks) = (tensors.clone(), first_chunks.clone());
-        Ok(Self(Arc::new(Contents { tensors, first_chunks, weights: Some(dtypes) })))
+        Ok(Self(Arc::new(Contents { tensors: tensors.clone(), chunks: *chunks, weights: Some(dtypes) })))
     }
 
     /// Types of the weights, one a tensor, in a plan [`with_weights`](Self::with_weights).
@@ -104,12 +101,7 @@ impl Plan {
 
     /// Chunks of all the tensors.
     pub(crate) fn chunks(&self) -> usize {
-        self.0.first_chunks[self.0.tensors.len()]
-    }
-
-    /// The chunks of tensor `index`, numbered through the plan.
-    pub(crate) fn chunks_of(&self, index: usize) -> std::ops::Range<usize> {
-        self.0.first_chunks[index]..self.0.first_chunks[index + 1]
+        self.0.chunks
     }
 
     /// Checks that a step gives what was planned. `None` stands for a tensor that is absent.
@@ -198,8 +190,6 @@ mod tests {
         let plan =
             Plan::new([("a", DType::F32, 0), ("b", DType::F16, n), ("c", DType::BF16, 0), ("d", DType::F32, n + 1)]);
         let plan = plan.unwrap();
-        let ranges: Vec<_> = (0..4).map(|t| plan.chunks_of(t)).collect();
-        assert_eq!(ranges, [0..0, 0..1, 1..1, 1..3]);
         assert_eq!((plan.chunks(), plan.elements(), plan.bytes()), (3, 2 * n + 1, 6 * n + 4));
     }
 

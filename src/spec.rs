@@ -39,7 +39,7 @@ pub const PACKETS: usize = 8;
 pub const GROUP: usize = PACKET * PACKETS;
 /// Lanes of a warp.
 pub const WARP: usize = 32;
-/// Lanes that share a chunk: the threads of a block.
+/// Lanes that share a chunk: the threads of a block, but for those of [`STEP_THREADS`].
 pub const LANES: usize = 128;
 /// Groups of one lane in a chunk.
 pub const GROUPS: usize = 4;
@@ -54,6 +54,8 @@ pub const CHUNK: usize = GROUPS * ROW;
 /// else runs, and a lane's run of merges is a chain of memory and division latencies, about 1500 cycles each: without
 /// spans that is 64 links for 1 GiB of f32, which takes 250 µs to read, with them one.
 pub const SPAN: usize = LANES;
+/// Threads of a block that measures, or finishes a step: two to a lane.
+pub const STEP_THREADS: usize = 2 * LANES;
 
 /// A chunk is read again around its mean when n·mean² is more than this share of its squared deviations.
 pub const CENTRED_SHARE: f64 = 1.0 / 16.0;
@@ -129,6 +131,7 @@ mod tests {
         ] {
             assert_eq!(constant(name), value.to_string(), "{name}");
         }
+        assert_eq!((constant("STEP_THREADS").as_str(), STEP_THREADS), ("2 * LANES", 2 * LANES));
         for (name, value) in
             [("LARGE", LARGE), ("LARGE_SCALE", LARGE_SCALE), ("SMALL", SMALL), ("SMALL_SCALE", SMALL_SCALE)]
         {

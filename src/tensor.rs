@@ -81,6 +81,7 @@ impl<'a> Lent<'a> {
         Self { address, until: Until::Nothing(std::marker::PhantomData) }
     }
 
+    /// Memory of whose use cudarc has this to note.
     #[cfg(feature = "cuda")]
     pub(crate) fn noted(address: u64, note: SyncOnDrop<'a>) -> Self {
         match note {

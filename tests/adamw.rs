@@ -34,7 +34,7 @@ fn run(name: &str, blocks: u32, schedule: Schedule, parameters: &[u64]) {
         return users::launch(ptx, name, blocks, schedule, &parameters);
     }
     // SAFETY: each test gives the kernel what it has in adamw.cu, with addresses of vectors as long as it takes them.
-    unsafe { launch(kernel, blocks, &parameters, schedule) }.unwrap();
+    unsafe { launch(kernel, blocks, 128, &parameters, schedule) }.unwrap();
 }
 
 thread_local! {

@@ -10,7 +10,7 @@ use gradprobe::{Config, Cpu, DType, Plan, Probe, Record};
 use gradprobe_simt::{Entry, Schedule, launch};
 
 /// Threads of a block.
-const THREADS: usize = 128;
+const THREADS: u32 = 128;
 const DEAD_THRESHOLD: f32 = 1e-10;
 
 /// Kernels of crates/simt/epilogue.cu.
@@ -23,7 +23,7 @@ fn run_kernel(name: &str, blocks: u32, parameters: &[&[u8]], schedule: Schedule)
     match users::kernels("crates/simt/epilogue.cu") {
         Some(ptx) => users::launch(ptx, name, blocks, schedule, parameters),
         // SAFETY: the tests give kernels what they expect, with addresses of vectors as long as they take them.
-        None => unsafe { launch(Entry::find(name).unwrap(), blocks, parameters, schedule) }.unwrap(),
+        None => unsafe { launch(Entry::find(name).unwrap(), blocks, THREADS, parameters, schedule) }.unwrap(),
     }
 }
 
@@ -83,7 +83,7 @@ fn complaints(record: &Record, elements: &[f32], blocks: u32) -> Vec<String> {
         }
     };
     let unit = f64::EPSILON / 2.0;
-    let steps = elements.len().div_ceil(THREADS * blocks as usize) as f64 + 1.0;
+    let steps = elements.len().div_ceil((THREADS * blocks) as usize) as f64 + 1.0;
     let linear = (steps + f64::from(blocks) + 40.0) * unit;
     let square = 4.0 * steps * linear;
     let sum_abs: f64 = elements.iter().filter(|x| x.is_finite()).map(|&x| f64::from(x.abs())).sum();

@@ -11,7 +11,7 @@ use common::{
     host::OnHost,
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe,
+    Absent, Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe,
     cuda::{FATBIN, compile},
     device::{Kernel, SOURCE},
     gsnr::GsnrConfig,
@@ -141,7 +141,7 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let data = long();
     let compiled = Compiled { module: Box::leak(Box::new(Module::parse(&ptx).unwrap())), options: Options::default() };
     let device = Simt { ptx: Some(compiled), ..Simt::default() };
-    let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), (SPANS.config)()).unwrap();
+    let mut probe = Probe::new(device, plan(std::slice::from_ref(&data)), clipping()).unwrap();
     // The quietest of five runs.
     let (mut least, mut shortest) = (u64::MAX, f64::MAX);
     for _ in 0..5 {
@@ -194,10 +194,10 @@ fn two_steps(probe: &mut Probe) -> Result<String, Error> {
     Ok(all)
 }
 
-/// A tensor of more than one span of chunks.
-fn two_spans(probe: &mut Probe) -> Result<String, Error> {
-    let data = long();
-    Ok(format!("{:?}", probe.measure_host(&[data.tensor()])?))
+/// A tensor of three sections of chunks. It is absent, which leaves of its chunks what blocks say to each other.
+fn three_sections(probe: &mut Probe) -> Result<String, Error> {
+    probe.measure(&[&Absent])?;
+    Ok(format!("{:?}", probe.wait()?))
 }
 
 fn long() -> Data {
@@ -209,15 +209,19 @@ fn long() -> Data {
 struct Workload {
     config: fn() -> Config,
     run: fn(&mut Probe) -> Result<String, Error>,
-    tensors: fn() -> Vec<Data>,
+    plan: fn() -> Plan,
 }
 
 const STEPS: Workload = Workload {
     config: || clipping().histogram().dot().tracking(GsnrConfig::default()),
     run: two_steps,
-    tensors: || tensors(1),
+    plan: || plan(&tensors(1)),
 };
-const SPANS: Workload = Workload { config: clipping, run: two_spans, tensors: || vec![long()] };
+const SECTIONS: Workload = Workload {
+    config: clipping,
+    run: three_sections,
+    plan: || Plan::new([("sections", DType::BF16, (2 * 1024 + 300) * 32_768)]).unwrap(),
+};
 
 fn clipping() -> Config {
     Config::default().clip(Clip::global_norm(1e-2))
@@ -225,14 +229,14 @@ fn clipping() -> Config {
 
 impl Workload {
     fn of_the_cpu(self) -> String {
-        (self.run)(&mut Probe::new(Cpu, plan(&(self.tensors)()), (self.config)()).unwrap()).unwrap()
+        (self.run)(&mut Probe::new(Cpu, (self.plan)(), (self.config)()).unwrap()).unwrap()
     }
 
     /// `None` when the PTX does what the CPU does; else what it did.
     fn difference(self, module: &'static Module, options: Options, seed: u64, expected: &str) -> Option<String> {
         let compiled = Compiled { module, options };
         let device = Simt { schedule: Schedule::Shuffled(seed), blocks: 5, ptx: Some(compiled) };
-        let mut probe = Probe::new(device, plan(&(self.tensors)()), (self.config)()).unwrap();
+        let mut probe = Probe::new(device, (self.plan)(), (self.config)()).unwrap();
         match (self.run)(&mut probe) {
             Ok(seen) if seen == expected => None,
             Ok(_) => Some("other results".to_owned()),
@@ -334,7 +338,7 @@ const MUTATIONS: &[Mutation] = mutations! {
     "fence at the scope of the block": MEASURE "fence.acq_rel.gpu" STEPS => |line| line.replace("gpu", "cta");
     "release weakened in dot": DOT "atom.release.gpu" STEPS => |line| line.replace("release", "relaxed");
     "fence gone in dot": DOT "fence.acq_rel.gpu" STEPS => gone;
-    "fence of spans gone": MEASURE "fence.acq_rel.gpu" [1] SPANS => gone;
+    "fence of sections gone": MEASURE "fence.acq_rel.gpu" [1] SECTIONS => gone;
     "first fma of f32 split": MEASURE "fma.rn.f32" STEPS => split_fma;
     "fma of f64 split": MEASURE "fma.rn.f64" STEPS => split_fma;
     "prmt as __byte_perm makes it": MEASURE "prmt.b32" STEPS => |line| line.replace("64953", "30001");
@@ -356,7 +360,7 @@ const MUTATIONS: &[Mutation] = mutations! {
     };
     "magnitudes keep a sign": MEASURE "2147450879" STEPS => |line| line.replacen("2147450879", "2147450880", 1);
     "counters not set back": MEASURE "fence.acq_rel.gpu -> st.global.u32" STEPS => gone;
-    "counter of spans not set back": MEASURE "fence.acq_rel.gpu -> st.global.u32" [1] SPANS => gone;
+    "counter of sections not set back": MEASURE "fence.acq_rel.gpu -> st.global.u32" [1] SECTIONS => gone;
     "f16 rounded to zero": CLIP "cvt.rn.f16.f32" STEPS => |line| line.replace(".rn", ".rz");
     "sums of f64 rounded to zero": MEASURE "cvt.rn.f32.f64" STEPS => |line| line.replace(".rn", ".rz");
     "smallest for largest": MEASURE "max.u32" STEPS => |line| line.replace("max", "min");
@@ -377,11 +381,11 @@ fn whatever_is_made_wrong_in_it_is_noticed() {
     // What is right takes some three million instructions of warps.
     let checked = Options { limit: 50 << 20, ..Options::default() };
     let unchecked = Options { checks_races: false, ..checked };
-    let expected = [STEPS.of_the_cpu(), SPANS.of_the_cpu()];
-    let expected_of = |mutation: &Mutation| &expected[usize::from((mutation.by.tensors)().len() == 1)];
+    let expected = [STEPS.of_the_cpu(), SECTIONS.of_the_cpu()];
+    let expected_of = |mutation: &Mutation| &expected[usize::from((mutation.by.plan)().tensors().len() == 1)];
     for (name, ptx) in all_ptx() {
         let whole: &'static Module = Box::leak(Box::new(Module::parse(ptx).unwrap()));
-        for (workload, expected) in [STEPS, SPANS].iter().zip(&expected) {
+        for (workload, expected) in [STEPS, SECTIONS].iter().zip(&expected) {
             for options in [checked, unchecked] {
                 assert_eq!(workload.difference(whole, options, 1, expected), None, "{name}: nothing is wrong here");
             }
@@ -392,9 +396,9 @@ fn whatever_is_made_wrong_in_it_is_noticed() {
         let text = mutation.of(&ptx);
         let module: &'static Module =
             Box::leak(Box::new(Module::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", mutation.name))));
-        // The fence of a span comes so soon behind that of its last chunk that in some orders, of these about one in four, the
+        // The fence of a tensor's sections comes so soon behind that of its last section that in some orders, of these about one in four, the
         // one does the other's work. Whatever else is wrong any order shows.
-        let orders = if mutation.name == "fence of spans gone" { 1..=SEEDS } else { 1..=1 };
+        let orders = if mutation.name == "fence of sections gone" { 1..=SEEDS } else { 1..=1 };
         let mut found = orders.map(|seed| mutation.by.difference(module, checked, seed, expected_of(mutation)));
         match found.find_map(|difference| difference) {
             Some(how) => println!("mutant: {}: {how}", mutation.name),
@@ -403,7 +407,7 @@ fn whatever_is_made_wrong_in_it_is_noticed() {
         // What the memory shows to whoever looks at results alone, by one seed or another; between the two fences something is
         // published by rare chance only.
         let words = ["release", "fence"];
-        let is_of_order = words.iter().any(|word| mutation.name.contains(word)) && !mutation.name.contains("spans");
+        let is_of_order = words.iter().any(|word| mutation.name.contains(word)) && !mutation.name.contains("sections");
         let differs = |seed| mutation.by.difference(module, unchecked, seed, expected_of(mutation)).is_some();
         if is_of_order && !(0..SEEDS).any(differs) {
             missed.push(mutation.name);

@@ -18,11 +18,16 @@ use gradprobe::{
         },
         nvrtc::Ptx,
     },
-    device::{ClipArguments, Common, StepArguments, TensorEntry},
+    device::{ClipArguments, Common, Kernel, StepArguments, TensorEntry},
 };
 use half::{bf16, f16};
 use serde_json::Value;
 use std::{fs, path::Path, ptr, sync::Arc, time::Duration};
+
+/// Elements of a chunk.
+const CHUNK: u64 = 32 << 10;
+/// Elements of a small tensor, which a warp measures, at most.
+const TILE: u64 = 2048;
 
 /// Turns of each variant in each case.
 const TURNS: usize = 15;
@@ -33,19 +38,14 @@ enum Launch {
     Two,
     /// The clip may start while the measurement ends.
     Programmatic,
-    /// One kernel, all of whose blocks run at the same time.
-    Cooperative,
 }
 
 struct Variant {
     name: String,
-    chunk: u64,
-    threads: u32,
     same_bits: bool,
     launch: Launch,
     measure: CudaFunction,
     clip: CudaFunction,
-    step: Option<CudaFunction>,
     multiprocessors: u32,
 }
 
@@ -58,43 +58,33 @@ impl Variant {
         let launch = match facts["launch"].as_str().unwrap() {
             "two" => Launch::Two,
             "programmatic" => Launch::Programmatic,
-            "cooperative" => Launch::Cooperative,
             other => panic!("{name}: launch {other:?}"),
         };
         Self {
-            chunk: facts["chunk"].as_u64().unwrap(),
-            threads: facts["threads"].as_u64().unwrap().try_into().unwrap(),
             same_bits: facts["same_bits"].as_bool().unwrap(),
             measure: module.load_function("gradprobe_measure").unwrap(),
             clip: module.load_function("gradprobe_clip").unwrap(),
-            step: (launch == Launch::Cooperative).then(|| module.load_function("gradprobe_step").unwrap()),
             multiprocessors: context.attribute(MULTIPROCESSORS).unwrap().try_into().unwrap(),
             launch,
             name,
         }
     }
 
-    fn config(&self, function: &CudaFunction, arguments: &Launched) -> LaunchConfig {
-        let resident = function.occupancy_max_active_blocks_per_multiprocessor(self.threads, 0, None).unwrap();
+    fn config(&self, kernel: Kernel, function: &CudaFunction, arguments: &Launched) -> LaunchConfig {
+        let threads = kernel.threads();
+        let resident = function.occupancy_max_active_blocks_per_multiprocessor(threads, 0, None).unwrap();
         let blocks = arguments.step.0.common.chunk_count.min(resident * self.multiprocessors);
-        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (self.threads, 1, 1), shared_mem_bytes: 0 }
+        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
     }
 
     fn measure(&self, stream: &CudaStream, arguments: &Launched) {
         let mut launch = stream.launch_builder(&self.measure);
         launch.arg(&arguments.step);
         // SAFETY: the kernel takes these arguments, whose tables and tensors live as long as the case.
-        unsafe { launch.launch(self.config(&self.measure, arguments)) }.unwrap();
+        unsafe { launch.launch(self.config(Kernel::Measure, &self.measure, arguments)) }.unwrap();
     }
 
     fn step(&self, stream: &CudaStream, arguments: &Launched) {
-        if let Some(step) = &self.step {
-            let mut launch = stream.launch_builder(step);
-            launch.arg(&arguments.step);
-            // SAFETY: as above, and the launch is refused if the blocks do not fit at once.
-            unsafe { launch.launch_cooperative(self.config(step, arguments)) }.unwrap();
-            return;
-        }
         self.measure(stream, arguments);
         if self.launch == Launch::Programmatic {
             return self.clip_programmatically(stream, arguments);
@@ -102,12 +92,12 @@ impl Variant {
         let mut launch = stream.launch_builder(&self.clip);
         launch.arg(&arguments.clip);
         // SAFETY: as above.
-        unsafe { launch.launch(self.config(&self.clip, arguments)) }.unwrap();
+        unsafe { launch.launch(self.config(Kernel::Clip, &self.clip, arguments)) }.unwrap();
     }
 
     /// cudarc has no call for it.
     fn clip_programmatically(&self, stream: &CudaStream, arguments: &Launched) {
-        let config = self.config(&self.clip, arguments);
+        let config = self.config(Kernel::Clip, &self.clip, arguments);
         let mut attribute = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -117,7 +107,7 @@ impl Variant {
             gridDimX: config.grid_dim.0,
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: self.threads,
+            blockDimX: config.block_dim.0,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: 0,
@@ -154,11 +144,11 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(stream: &Arc<CudaStream>, tensors: &[RawTensor], chunk: u64, max_norm: f64) -> Self {
+    fn new(stream: &Arc<CudaStream>, tensors: &[RawTensor], max_norm: f64) -> Self {
         let (mut entries, mut chunk_tensors) = (Vec::new(), Vec::new());
         for (tensor, index) in tensors.iter().zip(0u32..) {
             let (dtype, length) = tensor.shape().unwrap();
-            let chunk_count = u32::try_from(length.div_ceil(chunk)).unwrap();
+            let chunk_count = u32::try_from(length.div_ceil(CHUNK)).unwrap();
             // The magnitude of 1e-10, or the least above it.
             let dead_bits = match dtype {
                 DType::F32 => 1e-10f32.to_bits(),
@@ -196,8 +186,10 @@ impl Tables {
             chunk_count: u32::try_from(chunks).unwrap(),
             tensor_count: u32::try_from(count).unwrap(),
         };
-        let (clip_state, busy_tensors) = (address(&kept[6]), common.tensor_count);
-        let step = StepArguments { common, max_norm, busy_tensors, clip_state, ..StepArguments::zeroed() };
+        // The tensors of a case are all small, or none is.
+        let is_small = entries[0].length <= TILE;
+        let (clip_state, large_chunks) = (address(&kept[6]), if is_small { 0 } else { common.chunk_count });
+        let step = StepArguments { common, max_norm, large_chunks, clip_state, ..StepArguments::zeroed() };
         let clip = ClipArguments { common, clip_state, ..ClipArguments::zeroed() };
         let arguments = Launched { step: Parameter(step), clip: Parameter(clip) };
         Self { arguments, outputs, _kept: kept }
@@ -220,11 +212,11 @@ fn case<T: Element + DeviceRepr + Into<f32>>(
 ) {
     let max_norm = share.map_or(0.0, |share| gradients.max_norm(share));
     let places = gradients.places();
-    let tables = |variant: &Variant, max_norm: f64| -> Vec<Tables> {
-        (0..places).map(|place| Tables::new(stream, &gradients.tensors(place), variant.chunk, max_norm)).collect()
+    let tables = |max_norm: f64| -> Vec<Tables> {
+        (0..places).map(|place| Tables::new(stream, &gradients.tensors(place), max_norm)).collect()
     };
-    let all: Vec<Vec<Tables>> = variants.iter().map(|variant| tables(variant, max_norm)).collect();
-    let after = tables(&variants[0], 0.0);
+    let all: Vec<Vec<Tables>> = variants.iter().map(|_| tables(max_norm)).collect();
+    let after = tables(0.0);
 
     let mut times: Vec<Vec<Duration>> = vec![Vec::new(); variants.len()];
     let mut norms = Vec::new();

@@ -18,17 +18,17 @@ static DEVICE void epilogue(const float *from, float *to, u64 length, float dead
     }
     gradprobe::write_record<LANES>(statistics, threadIdx.x, scratch, slots + blockIdx.x);
 }
-KERNEL(1) gradprobe_simt_epilogue(const float *from, float *to, u64 length, float dead_threshold,
+KERNEL(LANES, 1) gradprobe_simt_epilogue(const float *from, float *to, u64 length, float dead_threshold,
                                   gradprobe_record *slots) {
     epilogue(from, to, length, dead_threshold, slots, false);
 }
-KERNEL(1) gradprobe_simt_epilogue_tiles(const float *from, float *to, u64 length, float dead_threshold,
+KERNEL(LANES, 1) gradprobe_simt_epilogue_tiles(const float *from, float *to, u64 length, float dead_threshold,
                                         gradprobe_record *slots) {
     epilogue(from, to, length, dead_threshold, slots, true);
 }
 
 // Merges `count` records, and writes the result behind them: as of runs, then as of parts of one buffer.
-KERNEL(1) gradprobe_simt_epilogue_merge(gradprobe_record *slots, u32 count) {
+KERNEL(LANES, 1) gradprobe_simt_epilogue_merge(gradprobe_record *slots, u32 count) {
     if (threadIdx.x != 0) return;
     gradprobe_record runs = gradprobe::empty_record(), parts = runs;
     for (u32 i = 0; i < count; i++) {

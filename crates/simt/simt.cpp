@@ -28,23 +28,23 @@ static void neighbours(u32 *words, bool barrier) {
     if (barrier) BARRIER();
     words[threadIdx.x] = seen.lane[(threadIdx.x + 1) % LANES];
 }
-KERNEL(1) gradprobe_simt_with_barrier(u32 *words) { neighbours(words, true); }
-KERNEL(1) gradprobe_simt_missing_barrier(u32 *words) { neighbours(words, false); }
-KERNEL(1) gradprobe_simt_divergent_barrier(u32 *) {
+KERNEL(LANES, 1) gradprobe_simt_with_barrier(u32 *words) { neighbours(words, true); }
+KERNEL(LANES, 1) gradprobe_simt_missing_barrier(u32 *words) { neighbours(words, false); }
+KERNEL(LANES, 1) gradprobe_simt_divergent_barrier(u32 *) {
     if (threadIdx.x < 100) BARRIER();
 }
-KERNEL(1) gradprobe_simt_two_barriers(u32 *) {
+KERNEL(LANES, 1) gradprobe_simt_two_barriers(u32 *) {
     if (threadIdx.x < 64) {
         BARRIER();
     } else {
         BARRIER();
     }
 }
-KERNEL(1) gradprobe_simt_divergent_shuffle(u32 *) {
+KERNEL(LANES, 1) gradprobe_simt_divergent_shuffle(u32 *) {
     if (threadIdx.x % WARP < 16) SHUFFLE_DOWN(1u, 1u);
 }
-KERNEL(1) gradprobe_simt_misaligned(u32 *words) { load_words4((const u8 *)words + 4); }
-KERNEL(1) gradprobe_simt_unset_shared(u32 *words) {
+KERNEL(LANES, 1) gradprobe_simt_misaligned(u32 *words) { load_words4((const u8 *)words + 4); }
+KERNEL(LANES, 1) gradprobe_simt_unset_shared(u32 *words) {
     SHARED(u32, word);
     if (threadIdx.x == 0) words[blockIdx.x] = word;
     word = 0;

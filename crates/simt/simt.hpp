@@ -34,11 +34,13 @@ struct SimtIndex {
 #define gridDim (SimtIndex{gradprobe_simt_state.grid})
 
 #define DEVICE inline
-#define KERNEL(BLOCKS) extern "C" void
+#define KERNEL(THREADS, BLOCKS) extern "C" void
 // One to a kernel: each has the same place.
 #define SHARED(T, name) T &name = *static_cast<T *>(simt_shared(sizeof(T)))
 // Programming Guide, "Synchronization Functions" and "Warp Shuffle Functions".
 #define BARRIER() gradprobe_simt_barrier(__FILE__, __LINE__)
+// Says nothing but the order of loads to a compiler.
+#define LOADS_FIRST()
 #define SHUFFLE_DOWN(value, delta) simt_shuffle_down(value, delta, __LINE__)
 
 inline void *simt_shared(uint64_t bytes) {
@@ -83,7 +85,11 @@ template <typename T> T atomicOr(T *address, T value) {
     return old;
 }
 // PTX ISA, "atom" and "fence". Blocks run one after the other: there is nothing to order.
-inline u32 count_released(u32 *counter) { return (*counter)++; }
+inline u32 count_released(u32 *counter, u32 amount) {
+    u32 before = *counter;
+    *counter = before + amount;
+    return before;
+}
 inline void acquire() {}
 
 struct alignas(16) Words4 {
@@ -99,6 +105,7 @@ inline Words4 load_words4(const void *address) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) gradprobe_simt_fault("misaligned load of 16 bytes");
     return *static_cast<const Words4 *>(address);
 }
+inline Words4 load_words4_if(bool wanted, const void *address) { return wanted ? load_words4(address) : Words4{}; }
 inline Words4 load_words4_to_change(u64 address) { return load_words4(reinterpret_cast<const void *>(address)); }
 inline void store_words4(u64 address, const Words4 &words) {
     if (address % 16 != 0) gradprobe_simt_fault("misaligned store of 16 bytes");
@@ -172,6 +179,9 @@ template <u32 SELECTOR> inline u32 permute_bytes(u32 a, u32 b) {
     }
     return result;
 }
+
+// PTX ISA, "shf": "The .r modifier shifts right", "the 32-bit result is the lower word of [b:a] >> n", "n = c & 0x1f".
+inline u32 shift_right_wide(u32 low, u32 high, u32 bits) { return (u32)(((u64)high << 32 | low) >> (bits & 31)); }
 
 // Math API, "SIMD Intrinsics": "min(a + b, c)", of a sum that wraps; "per-halfword" of each half alone.
 inline u32 __viaddmin_u32(u32 a, u32 b, u32 c) { return a + b < c ? a + b : c; }

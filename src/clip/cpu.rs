@@ -4,8 +4,10 @@
 use super::ClipHeader;
 use crate::{
     Element, HostTensorMut, StepOutputs,
-    device::cpu::Memory,
-    dtype::sealed::Bits,
+    device::cpu::{
+        Memory,
+        dispatch::{self, InstructionSet, Work},
+    },
     probe::Common,
     spec::{CHUNK, TILE},
     tensor::with_elements,
@@ -40,22 +42,50 @@ pub(crate) struct Clipping {
 /// Clips in place. A product that is NaN is written as the quiet NaN with no payload, so that the bits do not depend on
 /// the machine.
 pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
-    for elements in elements.chunks_mut(TILE) {
-        let mut buffer = [0.0; TILE];
-        let wide = &mut buffer[..elements.len()];
-        Bits::widen_slice(elements, wide);
-        for x in wide.iter_mut() {
-            let mut product = if how.zero_nonfinite && !x.is_finite() { 0.0 } else { *x * how.coefficient };
-            // Not `clamp`: a NaN passes both comparisons.
-            if product > how.limit {
-                product = how.limit;
-            }
-            if product < -how.limit {
-                product = -how.limit;
-            }
-            *x = if product.is_nan() { f32::NAN } else { product };
+    dispatch::run(Clip { elements, how });
+}
+
+struct Clip<'a, E> {
+    elements: &'a mut [E],
+    how: Clipping,
+}
+
+impl<E: Element> Work for Clip<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, set: impl InstructionSet) {
+        let Clipping { coefficient, limit, zero_nonfinite } = self.how;
+        let canonical = |product: f32| if product.is_nan() { f32::NAN } else { product };
+        if limit == f32::INFINITY && !zero_nonfinite {
+            return self.change(|x| canonical(x * coefficient), set);
         }
-        Bits::narrow_slice(wide, elements);
+        let value = |x: f32| {
+            let mut product = if zero_nonfinite && !x.is_finite() { 0.0 } else { x * coefficient };
+            // Not `clamp`: a NaN passes both comparisons.
+            if product > limit {
+                product = limit;
+            }
+            if product < -limit {
+                product = -limit;
+            }
+            canonical(product)
+        };
+        self.change(value, set);
+    }
+}
+
+impl<E: Element> Clip<'_, E> {
+    /// A tile at a time, while the next one is on its way from memory.
+    #[inline(always)]
+    fn change(self, value: impl Fn(f32) -> f32 + Copy, set: impl InstructionSet) {
+        let mut rest = self.elements;
+        while !rest.is_empty() {
+            let (tile, after) = rest.split_at_mut(TILE.min(rest.len()));
+            set.prefetch(&after[..TILE.min(after.len())]);
+            E::change(tile, value, set);
+            rest = after;
+        }
     }
 }
 

@@ -13,12 +13,18 @@ pub use crate::{
 pub use cpu::Cpu;
 pub use host::{HostMemory, HostRead};
 
-use crate::{Error, probe::Arguments, spec::LANES, tensor::Place};
+use crate::{
+    Error,
+    probe::Arguments,
+    spec::{LANES, STEP_THREADS},
+    tensor::Place,
+};
 use std::any::Any;
 
-/// Declares the kernels: name, entry point, arguments, and what does the same on the CPU. kernels/README.md says what each does.
+/// Declares the kernels: name, entry point, threads of a block, arguments, and what does the same on the CPU.
+/// kernels/README.md says what each does.
 macro_rules! kernels {
-    ($($kernel:ident = $entry:literal, $arguments:ty, $cpu:path;)*) => {
+    ($($kernel:ident = $entry:literal, $threads:expr, $arguments:ty, $cpu:path;)*) => {
         /// The kernels, by the names they are compiled under.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Kernel {
@@ -34,6 +40,12 @@ macro_rules! kernels {
                 match self { $(Kernel::$kernel => $entry,)* }
             }
 
+            /// Threads of a block.
+            #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
+            pub const fn threads(self) -> u32 {
+                match self { $(Kernel::$kernel => $threads as u32,)* }
+            }
+
             /// Does on the CPU what the kernel does.
             fn run(self, memory: &cpu::Memory, arguments: &[u8]) {
                 match self { $(Kernel::$kernel => $cpu(memory, bytemuck::from_bytes(arguments)),)* }
@@ -47,22 +59,16 @@ macro_rules! kernels {
 }
 
 kernels! {
-    Measure = "gradprobe_measure", StepArguments, crate::measure::cpu::run;
-    Clip = "gradprobe_clip", crate::clip::ClipArguments, crate::clip::cpu::run;
-    Update = "gradprobe_update", crate::gsnr::UpdateArguments, crate::gsnr::cpu::update;
-    Gsnr = "gradprobe_gsnr", crate::gsnr::GsnrArguments, crate::gsnr::cpu::gsnr;
-    Adam = "gradprobe_adam", crate::gsnr::AdamArguments, crate::gsnr::cpu::adam;
-    Histogram = "gradprobe_histogram", crate::histogram::HistogramArguments, crate::histogram::cpu::run;
-    Dot = "gradprobe_dot", crate::dot::DotArguments, crate::dot::cpu::run;
-    Adaptive = "gradprobe_adaptive", crate::clip::AdaptiveArguments, crate::clip::adaptive::cpu::run;
-    Sample = "gradprobe_sample", crate::samples::SampleArguments, crate::samples::cpu::run;
-    Merge = "gradprobe_merge", crate::ranks::MergeArguments, crate::ranks::cpu::run;
-}
-
-impl Kernel {
-    /// Threads of a block, for each of them.
-    #[expect(clippy::cast_possible_truncation, reason = "a block has at most 1024 threads")]
-    pub const THREADS: u32 = LANES as u32;
+    Measure = "gradprobe_measure", STEP_THREADS, StepArguments, crate::measure::cpu::run;
+    Clip = "gradprobe_clip", LANES, crate::clip::ClipArguments, crate::clip::cpu::run;
+    Update = "gradprobe_update", LANES, crate::gsnr::UpdateArguments, crate::gsnr::cpu::update;
+    Gsnr = "gradprobe_gsnr", LANES, crate::gsnr::GsnrArguments, crate::gsnr::cpu::gsnr;
+    Adam = "gradprobe_adam", LANES, crate::gsnr::AdamArguments, crate::gsnr::cpu::adam;
+    Histogram = "gradprobe_histogram", LANES, crate::histogram::HistogramArguments, crate::histogram::cpu::run;
+    Dot = "gradprobe_dot", LANES, crate::dot::DotArguments, crate::dot::cpu::run;
+    Adaptive = "gradprobe_adaptive", LANES, crate::clip::AdaptiveArguments, crate::clip::adaptive::cpu::run;
+    Sample = "gradprobe_sample", LANES, crate::samples::SampleArguments, crate::samples::cpu::run;
+    Merge = "gradprobe_merge", STEP_THREADS, crate::ranks::MergeArguments, crate::ranks::cpu::run;
 }
 
 /// The kernels as one source without includes, for NVRTC.
@@ -155,7 +161,7 @@ pub unsafe trait Device: Send {
     /// When there is not enough.
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error>;
 
-    /// Runs a kernel with `blocks` blocks of [`Kernel::THREADS`] threads and the bytes of its one parameter, aligned to 8.
+    /// Runs a kernel with `blocks` blocks and the bytes of its one parameter, aligned to 8.
     ///
     /// # Safety
     /// They are the kernel's `Arguments`; the addresses in them are those of this device's buffers, of the sizes
@@ -173,6 +179,14 @@ pub unsafe trait Device: Send {
     /// # Errors
     /// When the device fails.
     fn is_capturing(&self) -> Result<bool, Error>;
+
+    /// Told, before launches are recorded, that they may run again at any time without another word of it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn expect_graphs(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Told of the memory, by address and bytes, of the tensors that the next launches read, or change: for devices that
     /// check accesses. What it gives is dropped when those launches are queued.

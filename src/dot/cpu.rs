@@ -5,7 +5,7 @@ use crate::{
     Element, HostTensor,
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     spec::{self, CHUNK, LANES, PACKET, PACKETS, ROW, TILE, WARP},
     tensor::with_elements,
@@ -49,14 +49,16 @@ impl Slots {
 
     /// Adds the pairs in which both are finite, and says how many are not.
     #[inline(always)]
-    fn add_tile<A: Element, B: Element>(&mut self, a: &[A; TILE], b: &[B; TILE]) -> u32 {
+    fn add_tile<A: Element, B: Element>(&mut self, a: &[A; TILE], b: &[B; TILE], set: impl InstructionSet) -> u32 {
         const { assert!(TILE == PACKETS * RUN) };
         // Loops as short as these are vectorised.
         let (mut x, mut y, mut nonfinite) = ([0.0; TILE], [0.0; TILE], 0);
+        A::widen(a, &mut x, set);
+        B::widen(b, &mut y, set);
         for i in 0..TILE {
-            let finite = a[i].magnitude().into() < A::INFINITY && b[i].magnitude().into() < B::INFINITY;
-            x[i] = if finite { a[i].widen_finite() } else { 0.0 };
-            y[i] = if finite { b[i].widen_finite() } else { 0.0 };
+            let finite = x[i].is_finite() && y[i].is_finite();
+            x[i] = if finite { x[i] } else { 0.0 };
+            y[i] = if finite { y[i] } else { 0.0 };
             nonfinite += u32::from(!finite);
         }
         for first in (0..RUN).step_by(TOGETHER) {
@@ -101,15 +103,15 @@ impl<A: Element, B: Element> Work for Multiply<'_, A, B> {
     type Output = Dot;
 
     #[inline(always)]
-    fn run(self) -> Dot {
+    fn run(self, set: impl InstructionSet) -> Dot {
         const { assert!(WARPS == ROW / TILE) };
         let mut warps = [Slots::ZERO; WARPS];
         let mut nonfinite_count = 0;
         for (index, (a, b)) in self.a.chunks(TILE).zip(self.b.chunks(TILE)).enumerate() {
             let slots = &mut warps[index % WARPS];
             nonfinite_count += u64::from(match (<&[A; TILE]>::try_from(a), <&[B; TILE]>::try_from(b)) {
-                (Ok(a), Ok(b)) => slots.add_tile(a, b),
-                _ => slots.add_tile(&padded(a), &padded(b)),
+                (Ok(a), Ok(b)) => slots.add_tile(a, b, set),
+                _ => slots.add_tile(&padded(a), &padded(b), set),
             });
         }
         let sums = spec::fold(LANES, |lane| warps[lane / WARP].lane(lane % WARP), Dot::merge).unwrap_or_default();

@@ -7,7 +7,7 @@ use crate::{
     clip::divisor,
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     measure::narrow,
     probe::TensorEntry,
@@ -110,21 +110,27 @@ impl<E: Element> Work for Update<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let state = self.means.iter_mut().zip(self.deviations);
-        if self.steps == 1 {
-            for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
-                (*mean, *deviation) = (x.widen_finite() * self.unscale, 0.0);
-            }
-            return;
-        }
+    fn run(self, set: impl InstructionSet) {
+        let mut wide = [0.0; 1024];
         #[expect(clippy::cast_precision_loss, reason = "rounded the same on every backend")]
         let (share, rest) = (1.0 / self.steps as f32, (self.steps - 1) as f32 / self.steps as f32);
-        for (&x, (mean, deviation)) in self.elements.iter().zip(state) {
-            let x = x.widen_finite() * self.unscale;
-            let gap = x - *mean;
-            *mean = gap.mul_add(share, *mean);
-            *deviation = (gap * rest).mul_add(gap, *deviation);
+        let state = self.means.chunks_mut(wide.len()).zip(self.deviations.chunks_mut(wide.len()));
+        for (elements, (means, deviations)) in self.elements.chunks(wide.len()).zip(state) {
+            let wide = &mut wide[..elements.len()];
+            E::widen(elements, wide, set);
+            let state = means.iter_mut().zip(deviations);
+            if self.steps == 1 {
+                for (x, (mean, deviation)) in wide.iter().zip(state) {
+                    (*mean, *deviation) = (x * self.unscale, 0.0);
+                }
+                continue;
+            }
+            for (x, (mean, deviation)) in wide.iter().zip(state) {
+                let x = x * self.unscale;
+                let gap = x - *mean;
+                *mean = gap.mul_add(share, *mean);
+                *deviation = (gap * rest).mul_add(gap, *deviation);
+            }
         }
     }
 }
@@ -159,7 +165,7 @@ impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
     type Output = (GsnrSums, Vec<u32>);
 
     #[inline(always)]
-    fn run(self) -> (GsnrSums, Vec<u32>) {
+    fn run(self, _: impl InstructionSet) -> (GsnrSums, Vec<u32>) {
         let mut lanes = [GsnrSums::default(); LANES];
         let mut bins = vec![0; BINS];
         let one = 1.0 + self.scaling.ratio_shift;

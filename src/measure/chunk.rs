@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Element, Record,
-    device::cpu::dispatch::Work,
+    device::cpu::dispatch::{InstructionSet, Work},
     spec::{CENTRED_SHARE, TILE, scale_of},
 };
 
@@ -25,29 +25,29 @@ impl<E: Element> Work for Measure<'_, E> {
     type Output = Record;
 
     #[inline(always)]
-    fn run(self) -> Record {
-        chunk(self.elements, self.dead_bits)
+    fn run(self, set: impl InstructionSet) -> Record {
+        chunk(self.elements, self.dead_bits, set)
     }
 }
 
 #[inline(always)]
-fn chunk<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
+fn chunk<E: Element>(elements: &[E], dead_bits: E::Word, set: impl InstructionSet) -> Record {
     let mut scan = Scan::new();
-    let sums = sums(elements, E::zeroed(), |x: E| x.widen_finite(), |tile| scan.add(tile, dead_bits));
+    let sums = sums(elements, E::zeroed(), |x| x, |tile, next| scan.add_tile(tile, next, dead_bits, set), set);
     let max = scan.max.into();
     if max >= E::INFINITY {
-        return with_nonfinite(elements, dead_bits);
+        return with_nonfinite(elements, dead_bits, set);
     }
     let mut record = scan.record::<E>(elements.len());
     let scale = scale_of(record.max_abs_or_zero);
-    let sums = if scale == 1.0 { sums } else { careful_sums(elements, scale, 0.0) };
-    set_moments(&mut record, elements, scale, sums);
+    let sums = if scale == 1.0 { sums } else { careful_sums(elements, scale, 0.0, set) };
+    set_moments(&mut record, elements, scale, sums, set);
     record
 }
 
 /// [`chunk`] where some elements are NaN or Inf.
 #[inline(always)]
-fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
+fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word, set: impl InstructionSet) -> Record {
     let nonfinite = || elements.iter().map(|x| x.magnitude().into()).filter(|&bits: &u32| bits >= E::INFINITY);
     let inf_count = nonfinite().filter(|&bits| bits == E::INFINITY).count() as u64;
     let nan_count = nonfinite().count() as u64 - inf_count;
@@ -70,20 +70,20 @@ fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word) -> Record {
         ..scan.record::<E>(elements.len())
     };
     let scale = scale_of(record.max_abs_or_zero);
-    set_moments(&mut record, elements, scale, careful_sums(elements, scale, 0.0));
+    set_moments(&mut record, elements, scale, careful_sums(elements, scale, 0.0, set), set);
     record
 }
 
 /// The sums of x·scale − shift over the finite elements.
 #[inline(always)]
-fn careful_sums<E: Element>(elements: &[E], scale: f32, shift: f32) -> Sums {
-    let value = |x: E| if x.magnitude().into() < E::INFINITY { x.widen_finite() * scale - shift } else { 0.0 };
-    sums(elements, E::NAN, value, |_| ())
+fn careful_sums<E: Element>(elements: &[E], scale: f32, shift: f32, set: impl InstructionSet) -> Sums {
+    let value = |x: f32| if x.is_finite() { x * scale - shift } else { 0.0 };
+    sums(elements, E::NAN, value, |_, _| (), set)
 }
 
 /// Mean, deviations and Σ|x| from the sums of the scaled elements, read again around the mean where it is too large.
 #[inline(always)]
-fn set_moments<E: Element>(record: &mut Record, elements: &[E], scale: f32, sums: Sums) {
+fn set_moments<E: Element>(record: &mut Record, elements: &[E], scale: f32, sums: Sums, set: impl InstructionSet) {
     if record.finite_count() == 0 {
         return;
     }
@@ -93,7 +93,7 @@ fn set_moments<E: Element>(record: &mut Record, elements: &[E], scale: f32, sums
     if sums.sum * mean > CENTRED_SHARE * deviations {
         #[expect(clippy::cast_possible_truncation, reason = "any shift near the mean will do")]
         let shift = mean as f32;
-        let (rest_of_mean, around_mean) = centred(&careful_sums(elements, scale, shift), count);
+        let (rest_of_mean, around_mean) = centred(&careful_sums(elements, scale, shift, set), count);
         mean = f64::from(shift) + rest_of_mean;
         deviations = around_mean;
     }

@@ -2,7 +2,9 @@
 
 use crate::{
     Element, Record,
+    device::cpu::dispatch::InstructionSet,
     dtype::sealed::{Bits, Word},
+    spec::TILE,
 };
 
 /// What the magnitude bits of some elements say.
@@ -27,18 +29,41 @@ impl<W: Word> Scan<W> {
     /// Adds these elements: at most 65,535 of them, so that a 16-bit count cannot wrap.
     #[inline(always)]
     pub(super) fn add<E: Element + Bits<Word = W>>(&mut self, elements: &[E], dead_bits: W) {
-        let (mut max, mut min, mut nonzeros, mut dead) = (W::default(), W::MAX, W::default(), W::default());
+        let (mut max, mut min, mut zeros, mut dead) = (W::default(), W::MAX, W::default(), W::default());
+        let one_if = |condition: bool| if condition { W::ONE } else { W::default() };
         for x in elements {
             let magnitude = x.magnitude();
             max = max.max(magnitude);
             min = min.min(magnitude.decrement());
-            nonzeros = nonzeros.add(magnitude.min(W::ONE));
-            dead = dead.add(if magnitude < dead_bits { W::ONE } else { W::default() });
+            // Conditions as they are here, a count takes two vector instructions; of a minimum of 1 and a magnitude the
+            // compiler makes three, and of an unsigned comparison on AVX2 four.
+            zeros = zeros.add(one_if(magnitude == W::default()));
+            dead = dead.add(one_if(magnitude.is_below(dead_bits)));
         }
         self.max = self.max.max(max);
         self.min_nonzero_less_one = self.min_nonzero_less_one.min(min);
-        self.zeros += elements.len() as u64 - u64::from(Into::<u32>::into(nonzeros));
+        self.zeros += u64::from(Into::<u32>::into(zeros));
         self.dead += u64::from(Into::<u32>::into(dead));
+    }
+
+    /// Adds the elements of a tile, and asks for those of the next while it does. The memory is then busy while the
+    /// sums of this tile are made: without, the whole took 1.2 to 1.4 times as long. A quarter of a tile at a time:
+    /// there are not as many requests in flight as a tile has lines, and asking for all at once took 1.05 to 1.25 times
+    /// as long.
+    #[inline(always)]
+    pub(super) fn add_tile<E: Element + Bits<Word = W>>(
+        &mut self,
+        tile: &[E],
+        next: &[E],
+        dead_bits: W,
+        set: impl InstructionSet,
+    ) {
+        const PART: usize = TILE / 4;
+        let mut next = next.chunks(PART);
+        for part in tile.chunks(PART) {
+            set.prefetch(next.next().unwrap_or_default());
+            self.add(part, dead_bits);
+        }
     }
 
     /// A record, without moments, of that many elements: these and such as are not finite.

@@ -63,8 +63,8 @@ pub struct Common {
 pub struct StepArguments {
     /// The common part.
     pub common: Common,
-    /// Tensors that have elements, of those that this launch measures.
-    pub busy_tensors: u32,
+    /// Chunks before those of tensors of a tile at most, which are measured warp by warp.
+    pub large_chunks: u32,
     /// Whether this launch measures the weights too, whose tables and records are behind those of the tensors.
     pub weights: u32,
     /// [`Config::non_finite`].

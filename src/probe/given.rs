@@ -111,7 +111,7 @@ impl Core {
 
     fn told<'a>(&self, mut given: Given<'a>, planned: Planned, changed: bool) -> Result<Given<'a>, Error> {
         // A rank may hold nothing of a step in which others do.
-        let any = self.step.busy_tensors == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
+        let any = self.step.common.chunk_count == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
         if planned == Planned::Gradients && !any && self.config.features.ranks.is_none() {
             return Err(Error::AllAbsent);
         }

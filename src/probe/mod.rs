@@ -14,7 +14,7 @@ use crate::{
     clip::ClipArguments,
     device::{Buffer, Device, counting::Counting},
     features::Rooms,
-    spec::CHUNK,
+    spec::{CHUNK, TILE},
 };
 use bytemuck::Zeroable;
 use reports::Reports;
@@ -22,8 +22,8 @@ use std::sync::atomic::Ordering;
 
 /// Measures gradients where they are, and clips them.
 ///
-/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory is allocated then, and
-/// stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
+/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory of the device is
+/// allocated then, and stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
 /// or [`wait`](Self::wait). What a step looks like is the same on every device:
 ///
 /// ```
@@ -162,6 +162,7 @@ impl Probe {
             weights => Some(self.core.read(&place, weights, Planned::Weights)?),
         };
         self.core.place(&tensors, weights.as_ref())?;
+        self.core.device.expect_graphs()?;
         self.core.promised = true;
         weights.map_or(Ok(()), Given::finish)?;
         tensors.finish()
@@ -229,8 +230,7 @@ impl Probe {
             crate::histogram::launch_of_all(core)?;
         }
         let lists = 1 + u32::from(weights);
-        let busy_tensors = lists * core.step.busy_tensors;
-        let step = StepArguments { weights: u32::from(weights), busy_tensors, ..core.step };
+        let step = StepArguments { weights: u32::from(weights), ..core.step };
         let chunks = lists * step.common.chunk_count;
         match &self.rooms.ranks {
             Some(ranks) => ranks.launch_measure(core, chunks, step)?,
@@ -290,17 +290,28 @@ impl Core {
         let mut entries = Vec::with_capacity(all_tensors);
         let mut chunk_tensors = Vec::with_capacity(all_chunks);
         for (index, &dtype) in dtypes.iter().enumerate() {
-            let (list, tensor) = if index < tensor_count { (0, index) } else { (1, index - tensor_count) };
-            let chunks = plan.chunks_of(tensor);
+            let len = plan.tensors()[index % tensor_count].len;
             entries.push(TensorEntry {
-                length: plan.tensors()[tensor].len,
-                first_chunk: (list * chunk_count + chunks.start) as u32,
-                chunk_count: chunks.len() as u32,
+                length: len,
+                first_chunk: 0,
+                chunk_count: len.div_ceil(CHUNK as u64) as u32,
                 dtype: dtype.code(),
                 dead_bits: dtype.threshold_bits(f64::from(config.dead_threshold)),
             });
-            chunk_tensors.extend(chunks.map(|_| index as u32));
         }
+        // In each list the chunks of small tensors come last.
+        let is_small = |entry: &TensorEntry| entry.length <= TILE as u64;
+        for (list, members) in entries.chunks_mut(tensor_count.max(1)).enumerate() {
+            for small in [false, true] {
+                for (index, entry) in members.iter_mut().enumerate().filter(|(_, entry)| is_small(entry) == small) {
+                    entry.first_chunk = chunk_tensors.len() as u32;
+                    let tensor = (list * tensor_count + index) as u32;
+                    chunk_tensors.extend((0..entry.chunk_count).map(|_| tensor));
+                }
+            }
+        }
+        let large = entries[..tensor_count].iter().filter(|entry| !is_small(entry));
+        let large_chunks = large.map(|entry| entry.chunk_count).sum();
 
         let device_of = &*device;
         let upload = |bytes: &[u8]| uploaded(device_of, bytes);
@@ -330,7 +341,7 @@ impl Core {
         let step = StepArguments {
             common,
             max_norm: config.clip.max_norm().unwrap_or(0.0),
-            busy_tensors: plan.tensors().iter().filter(|tensor| tensor.len > 0).count() as u32,
+            large_chunks,
             policy: config.non_finite as u32,
             clip: config.clip.code(),
             clip_threshold,

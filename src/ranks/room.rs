@@ -81,7 +81,7 @@ impl RankLists {
         // SAFETY: both are buffers of the probe's, which live as long as it, with room for one list and for one a rank.
         #[allow(unsafe_code, reason = "the addresses are the probe's own")]
         unsafe { self.communicator.all_gather(own, self.lists.address(), bytes) }?;
-        let pieces = (step.common.tensor_count << step.weights).div_ceil(Kernel::THREADS);
+        let pieces = (step.common.tensor_count << step.weights).div_ceil(Kernel::Merge.threads());
         let (lists, placements) = (self.lists.address(), self.tables[0].address());
         let (list_count, list_length) = (self.communicator.ranks(), self.length);
         core.launch(pieces, &MergeArguments { step, lists, placements, list_count, list_length })

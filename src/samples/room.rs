@@ -81,7 +81,7 @@ impl Room<'_, Samples> {
             return Err(Error::NotMeasured);
         }
         core.place(&tensors, None)?;
-        let pieces = u32::try_from(memory.places.len().div_ceil(Kernel::THREADS as usize)).unwrap_or(u32::MAX);
+        let pieces = u32::try_from(memory.places.len().div_ceil(Kernel::Sample.threads() as usize)).unwrap_or(u32::MAX);
         let numbers = memory.ring.address();
         let arguments = SampleArguments {
             common: core.step.common,

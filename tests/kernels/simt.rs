@@ -52,6 +52,28 @@ fn no_order_and_no_grid_changes_a_bit() {
     demand_none(&complaints);
 }
 
+/// Three sections of chunks that merge in pairs: as many as 1, 3 and 7 blocks have, in runs that end within them, with a
+/// number of its own in each chunk.
+#[test]
+fn sections_merge_in_the_order_of_the_cpu() {
+    const CHUNK: usize = 32 << 10;
+    const LENGTH: usize = (2 * 1024 + 300) * CHUNK - 5;
+    let mut map = memmap2::MmapOptions::new().len(2 * LENGTH).no_reserve_swap().map_anon().unwrap();
+    let elements: &mut [u16] = bytemuck::cast_slice_mut(&mut map);
+    for chunk in elements.chunks_mut(CHUNK).zip(1u16..) {
+        let (chunk, number) = chunk;
+        chunk[usize::from(number) % chunk.len()] = half::bf16::from_f32(f32::from(number) * 1e-3).to_bits();
+    }
+    let tensor = HostTensor::BF16(bytemuck::cast_slice(elements));
+    let plan = Plan::new([("sections", DType::BF16, LENGTH as u64)]).unwrap();
+    let expected = Probe::new(Cpu, plan.clone(), Config::default()).unwrap().measure_host(&[tensor]).unwrap();
+    for blocks in if short() { &[7][..] } else { &[1, 3, 7] } {
+        let device = Simt { blocks: *blocks, ..Simt::default() };
+        let report = Probe::new(device, plan.clone(), Config::default()).unwrap().measure_host(&[tensor]).unwrap();
+        assert_eq!(bytemuck::bytes_of(&report.records()[0]), bytemuck::bytes_of(&expected.records()[0]), "{blocks}");
+    }
+}
+
 /// 2^32 + 1 elements in a mapping of zero pages, of which a few hold numbers: an offset cut to 32 bits would find them
 /// elsewhere, or not at all.
 #[test]

@@ -3,7 +3,7 @@
 use std::{cmp::Ordering, ops::Range};
 
 /// One instruction.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Instruction {
     pub address: u64,
     /// With its modifiers: `LDG.E.128.CONSTANT`.
@@ -127,7 +127,8 @@ pub struct Cost {
     pub least_fp64: usize,
     /// And on the one that has the most.
     pub most_fp64: usize,
-    /// Fences for the whole GPU, on the one that has the most.
+    /// Fences for the whole GPU, on the one that has the fewest, and on the one that has the most.
+    pub least_fences: usize,
     pub most_fences: usize,
     /// The waits for errors of earlier writes that go with fences, on the one that has the most.
     pub most_error_barriers: usize,
@@ -143,6 +144,7 @@ impl Cost {
             acquires: self.acquires + one(instruction.is("CCTL.IVALL")),
             least_fp64: self.least_fp64 + one(fp64 && !instruction.guarded),
             most_fp64: self.most_fp64 + one(fp64),
+            least_fences: self.least_fences + one(instruction.is_fence()),
             most_fences: self.most_fences + one(instruction.is_fence()),
             most_error_barriers: self.most_error_barriers + one(instruction.is("ERRBAR")),
         }
@@ -156,6 +158,7 @@ impl Cost {
             Ordering::Equal => Self {
                 least_fp64: self.least_fp64.min(other.least_fp64),
                 most_fp64: self.most_fp64.max(other.most_fp64),
+                least_fences: self.least_fences.min(other.least_fences),
                 most_fences: self.most_fences.max(other.most_fences),
                 most_error_barriers: self.most_error_barriers.max(other.most_error_barriers),
                 ..self
@@ -177,8 +180,13 @@ impl Listing {
         &self.0
     }
 
-    /// How many instructions of a span are of some kind.
-    pub fn count(&self, span: &Range<usize>, kind: impl Fn(&Instruction) -> bool) -> usize {
+    /// How many instructions are of some kind.
+    pub fn count(&self, kind: impl Fn(&Instruction) -> bool) -> usize {
+        self.0.iter().filter(|instruction| kind(instruction)).count()
+    }
+
+    /// And how many of a span.
+    pub fn count_in(&self, span: &Range<usize>, kind: impl Fn(&Instruction) -> bool) -> usize {
         self.0[span.clone()].iter().filter(|instruction| kind(instruction)).count()
     }
 
@@ -210,10 +218,10 @@ impl Listing {
         outermost
     }
 
-    /// The 16-byte loads of a span that are issued before any of their results is used.
-    pub fn loads_in_flight(&self, span: &Range<usize>) -> usize {
+    /// The 16-byte loads that are issued before any of their results is used.
+    pub fn loads_in_flight(&self) -> usize {
         let mut loaded: Vec<Range<u32>> = Vec::new();
-        for instruction in &self.0[span.clone()] {
+        for instruction in &self.0 {
             let mut registers = instruction.registers();
             if instruction.is_vector_load() {
                 let first = registers.next().expect("a load has a destination");
@@ -247,9 +255,44 @@ impl Listing {
         costs.pop().flatten()
     }
 
+    /// The shortest way through a loop: where a tensor's address is a multiple of 16 bytes, if that is asked.
+    pub fn shortest_way(&self, span: &Range<usize>) -> Self {
+        self.way(span, |_| -1)
+    }
+
+    /// The way through a loop, once round, whose instructions weigh most; of a loop in it once as well. As with paths, calls
+    /// return and `BRA.DIV` is not taken.
+    pub fn way(&self, span: &Range<usize>, weight: impl Fn(&Instruction) -> i64) -> Self {
+        let last = span.end - 1;
+        let successors = |index: usize| {
+            let instruction = &self.0[index];
+            let taken = instruction.is("BRA") && !instruction.is("BRA.DIV");
+            let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
+            let next = (!instruction.ends()).then_some(index + 1);
+            jump.into_iter().chain(next).filter(move |&s| s > index && s <= last)
+        };
+        // From each instruction on: the weight of the best way, and where that goes next.
+        let mut best: Vec<Option<(i64, usize)>> = vec![None; span.len()];
+        for index in span.clone().rev() {
+            let rest = successors(index).filter_map(|next| Some((best[next - span.start]?.0, next))).max();
+            let own = weight(&self.0[index]);
+            best[index - span.start] =
+                if index == last { Some((own, last)) } else { rest.map(|(rest, next)| (own + rest, next)) };
+        }
+        let mut way = Vec::new();
+        let mut index = span.start;
+        loop {
+            way.push(self.0[index].clone());
+            if index == last {
+                return Self(way);
+            }
+            index = best[index - span.start].expect("there is a way round a loop").1;
+        }
+    }
+
     /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.
     pub fn loops_by_barriers(&self) -> Vec<Range<usize>> {
-        let waits = |span: &Range<usize>| self.count(span, |code| code.is("BAR.SYNC")) > 0;
+        let waits = |span: &Range<usize>| self.count_in(span, |code| code.is("BAR.SYNC")) > 0;
         let loops: Vec<_> = self.loops().into_iter().filter(waits).collect();
         loops.iter().filter(|outer| !loops.iter().any(|inner| lies_in(inner, outer))).cloned().collect()
     }
@@ -266,12 +309,12 @@ impl Listing {
     /// function, and mostly have one of 32 bits beside it, for where these are enough.
     pub fn divisions(&self, span: &Range<usize>) -> usize {
         let called: Vec<_> = self.0.iter().filter_map(|code| self.called(code)).collect();
-        let divides = |function: &Range<usize>| self.count(function, Instruction::is_wide_division_seed) > 0;
-        let calls = self.count(span, |code| self.called(code).is_some_and(|function| divides(&function)));
+        let divides = |function: &Range<usize>| self.count_in(function, Instruction::is_wide_division_seed) > 0;
+        let calls = self.count_in(span, |code| self.called(code).is_some_and(|function| divides(&function)));
         let in_place = span.clone().filter(|index| {
             self.0[*index].is_wide_division_seed() && !called.iter().any(|function| function.contains(index))
         });
-        let narrow = self.count(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
+        let narrow = self.count_in(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
         narrow.max(calls + in_place.count())
     }
 }

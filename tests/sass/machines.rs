@@ -8,8 +8,6 @@ use crate::{
 use gradprobe::device::Kernel;
 use std::{fmt, ops::Range, sync::OnceLock};
 
-/// Threads of a block.
-pub const THREADS: usize = Kernel::THREADS as usize;
 const KIB: usize = 1 << 10;
 
 /// An architecture. What a multiprocessor has is from the table of compute capabilities in NVIDIA's CUDA C++ Programming
@@ -30,8 +28,6 @@ pub struct Architecture {
     pub bytes_in_flight: usize,
     /// Instructions an element in the hot loops of measure, for each dtype: at most these.
     pub instructions: [f64; 3],
-    /// Loads of 16 bytes there before the first of them is used: at least these. A turn has 8.
-    pub loads: [usize; 3],
     /// Instructions in the loops of clip for 16 bytes read and written, of histogram for an element, and of dot for a pair, at
     /// most.
     pub clip: usize,
@@ -41,16 +37,7 @@ pub struct Architecture {
     pub histogram_branches: usize,
     /// How the histogram adds to shared memory.
     pub count: &'static str,
-    /// Fences for the whole GPU in a chunk of measure that finishes nothing: the release that counts it.
-    pub fences: usize,
-    /// Integer divisions in the steps of folds, at most; none in kernels that are not named.
-    pub fold_divisions: &'static [(Kernel, usize)],
 }
-
-/// `t % (2 * stride)` in `block_fold`, where the compiler does not see a power of two. At most these, by the kernel's
-/// folds; the change that takes them out of the kernels lowers them here.
-const REMAINDERS: &[(Kernel, usize)] =
-    &[(Kernel::Measure, 3), (Kernel::Gsnr, 2), (Kernel::Adam, 2), (Kernel::Dot, 2), (Kernel::Merge, 1)];
 
 /// What all have in common, or most: the fields below say where an architecture differs.
 const COMMON: Architecture = Architecture {
@@ -62,20 +49,16 @@ const COMMON: Architecture = Architecture {
     bytes_a_cycle: 0.0,
     bytes_in_flight: 0,
     instructions: [0.0; 3],
-    loads: [0; 3],
     clip: 150,
     histogram: 15.0,
     dot: 20.0,
     histogram_branches: 2,
     count: "ATOMS.POPC.INC",
-    fences: 1,
-    fold_divisions: REMAINDERS,
 };
 
 /// Of all seven. The bytes in flight are those of CUB's `arch_to_min_bytes_in_flight`, for the card it names there.
 pub static ARCHITECTURES: [Architecture; 7] = [
-    // Before sm_90 there is no instruction for the least of two sums, two halves at once, and 4 of a group's 8 loads of 16
-    // bits are issued before the first is used, 7 of 8 for f32. That is today's, and a floor: it is enough for the memory.
+    // Before sm_90 there is no instruction for the least of two sums, two halves at once.
     Architecture {
         number: 75,
         threads: 1024,
@@ -85,7 +68,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 5.9,        // RTX 2080 Ti: 616 GB/s, 68 at 1.545 GHz
         bytes_in_flight: 12 * KIB, // a V100's, whose multiprocessor gets twice as much
         instructions: [14.5, 14.0, 14.0],
-        loads: [7, 4, 4],
         count: "ATOMS.ADD",
         histogram_branches: 3, // it leaves the loop in two places
         ..COMMON
@@ -96,7 +78,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 13.4, // A100: 2039 GB/s, 108 at 1.41 GHz
         bytes_in_flight: 16 * KIB,
         instructions: [14.5, 14.0, 14.0],
-        loads: [7, 4, 4],
         ..COMMON
     },
     Architecture {
@@ -107,7 +88,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 6.7,        // RTX 3090: 936 GB/s, 82 at 1.695 GHz
         bytes_in_flight: 16 * KIB, // an A100's, whose multiprocessor gets twice as much
         instructions: [14.5, 14.0, 14.0],
-        loads: [7, 4, 4],
         ..COMMON
     },
     Architecture {
@@ -118,7 +98,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 3.1,        // RTX 4090: 1008 GB/s, 128 at 2.52 GHz
         bytes_in_flight: 16 * KIB, // an A100's, whose multiprocessor gets four times as much
         instructions: [14.5, 14.0, 14.0],
-        loads: [7, 4, 4],
         ..COMMON
     },
     Architecture {
@@ -128,7 +107,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 16.5, // H200: 132 at 1.98 GHz, and 4.3 TB/s that were measured (kernels/TUNING.md)
         bytes_in_flight: 48 * KIB,
         instructions: [22.0, 12.0, 12.0],
-        loads: [8, 6, 6],
         ..COMMON
     },
     // A B200 wants 64 KiB in flight, which f32 has. Six loads of 16 bits in four blocks are 48: today's, and a floor. Its
@@ -141,8 +119,6 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 27.5, // B200: 8 TB/s, 148 at 1.965 GHz
         bytes_in_flight: 48 * KIB,
         instructions: [16.5, 9.0, 9.0],
-        loads: [8, 6, 6],
-        fold_divisions: &[],
         ..COMMON
     },
     Architecture {
@@ -154,9 +130,7 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         bytes_a_cycle: 4.4,        // RTX 5090: 1792 GB/s, 170 at 2.41 GHz
         bytes_in_flight: 16 * KIB, // an A100's: 1792 GB/s for a whole microsecond are 10 KiB a multiprocessor
         instructions: [18.0, 10.0, 10.0],
-        loads: [8, 6, 6],
         dot: 32.0, // today's: of the 480 instructions for 16 pairs 298 are NOP, which the compiler puts between those of f64
-        fold_divisions: &[],
         ..COMMON
     },
 ];
@@ -168,10 +142,10 @@ impl Architecture {
     }
 
     /// Blocks with this usage that fit on a multiprocessor.
-    pub fn resident_blocks(&self, usage: Usage) -> usize {
-        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * THREADS);
+    pub fn resident_blocks(&self, usage: Usage, threads: usize) -> usize {
+        let by_registers = 65_536 / (usage.registers.next_multiple_of(8) * threads);
         let by_shared = self.shared.checked_div(usage.shared + self.reserved).unwrap_or(self.blocks);
-        by_registers.min(by_shared).min(self.threads / THREADS).min(self.blocks)
+        by_registers.min(by_shared).min(self.threads / threads).min(self.blocks)
     }
 }
 
@@ -190,9 +164,11 @@ pub struct Code {
 }
 
 impl Code {
-    /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for a span's first loads.
-    pub fn bytes_in_flight(&self, span: &Range<usize>) -> usize {
-        self.architecture.resident_blocks(self.usage) * THREADS * self.listing.loads_in_flight(span) * 16
+    /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for the first loads of a way through
+    /// this code.
+    pub fn bytes_in_flight(&self, way: &Listing) -> usize {
+        let threads = self.kernel.threads() as usize;
+        self.architecture.resident_blocks(self.usage, threads) * threads * way.loads_in_flight() * 16
     }
 }
 

@@ -62,8 +62,6 @@ fn read(ptx: String) -> Outcome<Arc<gradprobe_ptx::Module>> {
     Ok(kernels)
 }
 
-/// Of a block, for every kernel here.
-const THREADS: u32 = 128;
 /// Multiprocessors of the device, and blocks of either kernel that one holds: few, so that a block has many chunks.
 const MULTIPROCESSORS: c_int = 3;
 const RESIDENT_BLOCKS: c_int = 4;
@@ -385,8 +383,8 @@ entry_points! {
         shared_bytes: usize,
         _flags: c_uint,
     ) {
-        FUNCTIONS.get(function);
-        if u32::try_from(threads) != Ok(THREADS) || shared_bytes != 0 {
+        let fits = |threads| (1..=FUNCTIONS.get(function).kernel().max_threads()).contains(&threads);
+        if !u32::try_from(threads).is_ok_and(fits) || shared_bytes != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
         give!(blocks, RESIDENT_BLOCKS);
@@ -410,8 +408,9 @@ entry_points! {
         if function.context != context || stream.context != context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
-        let shape = (blocks_y, blocks_z, threads, threads_y, threads_z, shared_bytes);
-        if blocks == 0 || shape != (1, 1, THREADS, 1, 1, 0) || !extra.is_null() {
+        let fits = (1..=function.kernel().max_threads()).contains(&threads);
+        let others = (blocks_y, blocks_z, threads_y, threads_z, shared_bytes);
+        if blocks == 0 || !fits || others != (1, 1, 1, 1, 0) || !extra.is_null() {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
         let parameters = function.kernel().parameter_bytes().enumerate().map(|(index, bytes)| {

@@ -4,6 +4,7 @@ use crate::{
     Outcome, die,
     functions::Function,
     handles::Registry,
+    hold,
     memory::{self, demand_at_work},
     nccl::Rank,
     stream::STREAMS,
@@ -44,6 +45,9 @@ impl Work {
                 run_kernel(function, blocks, threads, parameters);
             }
             Work::Copy { to, from, bytes } => {
+                if memory::is_page_locked(to, bytes) {
+                    hold::wait();
+                }
                 memory::demand_not_freed(to);
                 memory::demand_not_freed(from);
                 // SAFETY: one side was live device memory when the copy was asked for, the other the caller's, and both

@@ -24,13 +24,16 @@
 //!
 //! It is NCCL as well, as much of it as gathers records, when it is loaded as `libnccl.so`: ranks are streams, of one device.
 //!
-//! Two functions no other driver has tell which calls were made: `gradprobe_host_driver_trace_begin` and `…_end`.
+//! Two functions no other driver has tell which calls were made, `gradprobe_host_driver_trace_begin` and `…_end`; a third
+//! holds copies to page-locked memory, `gradprobe_host_driver_hold_copies`, so that a stream that should wait for one and
+//! does not is seen.
 #![allow(unsafe_code, reason = "C functions that get addresses, and device memory that is host memory")]
 
 mod context;
 mod functions;
 mod graph;
 mod handles;
+mod hold;
 mod memory;
 mod nccl;
 mod stream;

@@ -310,6 +310,7 @@ fn integers(to: &mut HashMap<String, Meaning>) {
         "popc.b32" | "popc.b64" => |a| u64::from(a.count_ones());
         "clz.b32" => |a| u64::from((a as u32).leading_zeros());
         "clz.b64" => |a| u64::from(a.leading_zeros());
+        "shf.r.wrap.b32" => |a, b, c| (b << 32 | a & 0xffff_ffff) >> (c & 31) & 0xffff_ffff;
         "prmt.b32" => |a, b, c| permute(a, b, c);
         "dp4a.s32.s32" => |a, b, c| dot_signed(a, b, c);
         "dp4a.u32.u32" => |a, b, c| dot_unsigned(a, b, c);
@@ -418,6 +419,8 @@ mod tests {
     fn instructions_do_what_the_isa_says() {
         let (one, nan, minus_zero) = (1f32.to_bits().into(), 0x7f80_0001, 0x8000_0000);
         for (opcode, [a, b, c], expected) in [
+            ("shf.r.wrap.b32", [0x8001_7fff, 0x1234_8056, 16], 0x8056_8001),
+            ("shf.r.wrap.b32", [0x8001_7fff, 0x1234_8056, 32], 0x8001_7fff),
             ("prmt.b32", [0x8001_7fff, 0x1234_8056, 0xfdb9], 0x00ff_ff00),
             ("prmt.b32", [0x8001_7fff, 0x1234_8056, 0x7531], 0x1280_807f),
             ("prmt.b32", [0x3322_1100, 0x7766_5544, 0x0123], 0x0011_2233),

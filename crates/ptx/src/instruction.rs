@@ -93,6 +93,9 @@ pub(crate) enum Operation {
         by: Register,
     },
     Barrier,
+    WarpBarrier {
+        members: Register,
+    },
     Shuffle {
         mode: Shuffle,
         to: Register,
@@ -339,6 +342,10 @@ impl<'a> Decoder<'a> {
             }
             ("bar" | "barrier", [Operand::Literal(0)]) => {
                 matches!(opcode, "bar.sync" | "barrier.sync.aligned").then_some(Operation::Barrier)
+            }
+            ("bar", [members]) if opcode == "bar.warp.sync" => {
+                let members = self.source(members).map(|members| self.fitting(members, "bar.warp.sync.b32", 0));
+                members.map(|members| Operation::WarpBarrier { members })
             }
             ("shfl", _) => self.shuffle(opcode, operands),
             ("fence" | "membar", []) => match opcode {

@@ -64,6 +64,11 @@ struct Block {
 }
 
 impl Kernel {
+    /// Threads that a block of it may have: what it was compiled for.
+    pub fn max_threads(&self) -> u32 {
+        self.max_threads
+    }
+
     /// Runs `blocks` blocks of `threads` threads, each parameter given by its bytes, and returns when all have ended.
     ///
     /// # Safety

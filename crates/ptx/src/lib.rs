@@ -14,7 +14,8 @@
 //! * A register or byte may be loaded without a value, but nothing done with it.
 //! * What several threads of a block read, or changed atomically, between two barriers comes before another access only by
 //!   what orders all of them: a barrier. Atomic operations at the scope of a block order nothing.
-//! * A shuffle takes one mask of all its lanes, none of which has ended.
+//! * A shuffle, and a barrier of a warp, takes one mask of all its lanes, none of which has ended; such a barrier orders no
+//!   accesses to memory.
 //!
 //! It is laxer in two things. Of a vector that is loaded whole nvcc says by `.pragma "used_bytes_mask"` which bytes it wants,
 //! and the others may have no value. And types are not held against the registers' declarations, which ptxas does.

@@ -39,7 +39,8 @@ enum Wait {
     /// It can run.
     No,
     Barrier,
-    Shuffle,
+    /// For lanes of its warp.
+    Lanes,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -162,7 +163,7 @@ impl Warp {
                 let place = match group.wait {
                     Wait::No => format!("are at line {line}"),
                     Wait::Barrier => format!("wait at the barrier in line {line}"),
-                    Wait::Shuffle => format!("wait at the shuffle in line {line}"),
+                    Wait::Lanes => format!("wait for others of their warp in line {line}"),
                 };
                 (place, group.lanes.count_ones())
             })
@@ -193,7 +194,7 @@ impl Warp {
             if other != index && here.next == there.next && here.wait == there.wait {
                 self.groups[index].lanes |= there.lanes;
                 // Whoever waits for more lanes looks again.
-                if here.wait == Wait::Shuffle {
+                if here.wait == Wait::Lanes {
                     self.groups[index].wait = Wait::No;
                 }
                 self.groups.swap_remove(other);
@@ -224,7 +225,10 @@ impl Warp {
             work.lanes += u64::from(lanes.count_ones());
             let here = &mut self.groups[current];
             here.next += 1;
-            let meets = matches!(instruction.operation, Operation::Barrier | Operation::Shuffle { .. });
+            let meets = matches!(
+                instruction.operation,
+                Operation::Barrier | Operation::WarpBarrier { .. } | Operation::Shuffle { .. }
+            );
             if meets && lanes != 0 && lanes != group.lanes {
                 // Those whose guard is false go on.
                 here.lanes = lanes;
@@ -256,15 +260,15 @@ impl Warp {
                     here.next -= 1;
                     here.wait = Wait::Barrier;
                 }
-                Operation::Shuffle { members, .. } if lanes != 0 => {
+                operation @ (Operation::Shuffle { members, .. } | Operation::WarpBarrier { members }) if lanes != 0 => {
                     let lane = lanes.trailing_zeros();
                     let members = self.read(*members, lanes, around.kernel).map_err(stop)?[lane as usize] as u32;
                     if members & !lanes & self.alive != 0 {
                         let here = &mut self.groups[current];
                         here.next -= 1;
-                        here.wait = Wait::Shuffle;
+                        here.wait = Wait::Lanes;
                     } else {
-                        self.shuffle(&instruction.operation, lanes, members, around.kernel).map_err(stop)?;
+                        self.together(operation, lanes, members, around.kernel).map_err(stop)?;
                     }
                 }
                 operation if lanes != 0 => self.execute(operation, lanes, around).map_err(stop)?,
@@ -418,7 +422,11 @@ impl Warp {
                 }
             }
             Operation::BlockFence => {}
-            Operation::Branch { .. } | Operation::Exit | Operation::Barrier | Operation::Shuffle { .. } => {
+            Operation::Branch { .. }
+            | Operation::Exit
+            | Operation::Barrier
+            | Operation::WarpBarrier { .. }
+            | Operation::Shuffle { .. } => {
                 unreachable!("changes the way of the lanes")
             }
         }
@@ -470,15 +478,17 @@ impl Warp {
         Ok(())
     }
 
-    /// PTX ISA, "shfl.sync". All lanes of `members` are here.
-    fn shuffle(
+    /// PTX ISA, "bar.warp.sync" and "shfl.sync". All lanes of `members` are here.
+    fn together(
         &mut self,
         operation: &Operation,
         lanes: u32,
         members: u32,
         kernel: &Kernel,
     ) -> Result<(), (Option<u32>, FaultKind)> {
-        let Operation::Shuffle { mode, to, valid, value, by, clamp, members: mask } = operation else { return Ok(()) };
+        let (Operation::Shuffle { members: mask, .. } | Operation::WarpBarrier { members: mask }) = operation else {
+            return Ok(());
+        };
         let fault = |lane: u32, what: String| (Some(lane), FaultKind::Shuffle { what });
         if let Some(lane) = each(members & !lanes).next() {
             return Err(fault(lane, format!("the mask {members:#x} names lane {lane}, which does not come")));
@@ -493,6 +503,7 @@ impl Warp {
         if let Some(lane) = each(lanes & !members).next() {
             return Err(fault(lane, format!("lane {lane} is not in its mask {members:#x}")));
         }
+        let Operation::Shuffle { mode, to, valid, value, by, clamp, .. } = operation else { return Ok(()) };
         let (values, by, clamp) =
             (self.read(*value, lanes, kernel)?, self.read(*by, lanes, kernel)?, self.read(*clamp, lanes, kernel)?);
         let (mut results, mut inside) = ([0; LANES as usize], [0; LANES as usize]);

@@ -5,13 +5,11 @@
 //! there and sometimes not.
 
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
-use gradprobe::device::Kernel;
 use std::{
     cell::{Cell, RefCell},
     ffi::{CStr, c_char},
 };
 
-const THREADS: usize = Kernel::THREADS as usize;
 const WARP: usize = 32;
 /// Of each fiber. The kernels' frames are a few hundred bytes, some thousand under the sanitizers.
 const STACK_BYTES: usize = 256 << 10;
@@ -155,7 +153,7 @@ fn order(schedule: Schedule, random: &mut fastrand::Rng, n: usize) -> Vec<usize>
     order
 }
 
-/// Runs a kernel with `blocks` blocks, and with the bytes of its parameters.
+/// Runs a kernel with `blocks` blocks of `threads` threads, and with the bytes of its parameters.
 ///
 /// # Safety
 /// The parameters must be what the kernel expects, with host addresses.
@@ -163,7 +161,13 @@ fn order(schedule: Schedule, random: &mut fastrand::Rng, n: usize) -> Vec<usize>
 /// # Errors
 /// When the parameters are not as many, or as large, as the kernel's; when threads wait for others that never come, or a
 /// load is misaligned: what, and where.
-pub unsafe fn launch(entry: Entry, blocks: u32, parameters: &[&[u8]], schedule: Schedule) -> Result<(), String> {
+pub unsafe fn launch(
+    entry: Entry,
+    blocks: u32,
+    threads: u32,
+    parameters: &[&[u8]],
+    schedule: Schedule,
+) -> Result<(), String> {
     let (name, sizes) = (entry.name(), entry.parameter_bytes());
     let given: Vec<usize> = parameters.iter().map(|parameter| parameter.len()).collect();
     if !given.iter().copied().eq(sizes.iter().map(|&size| size as usize)) {
@@ -172,11 +176,11 @@ pub unsafe fn launch(entry: Entry, blocks: u32, parameters: &[&[u8]], schedule: 
     let mut addresses = [std::ptr::null(); Entry::MAX_PARAMETERS];
     addresses.iter_mut().zip(parameters).for_each(|(address, parameter)| *address = parameter.as_ptr());
     // SAFETY: the caller vouches for the parameters, whose bytes stay until this returns.
-    run(move || unsafe { (entry.0.call)(addresses.as_ptr()) }, blocks, schedule)
+    run(move || unsafe { (entry.0.call)(addresses.as_ptr()) }, (blocks, threads), schedule)
 }
 
 /// Runs what each thread of a launch does.
-fn run(body: impl Fn() + Copy + 'static, blocks: u32, schedule: Schedule) -> Result<(), String> {
+fn run(body: impl Fn() + Copy + 'static, (blocks, threads): (u32, u32), schedule: Schedule) -> Result<(), String> {
     let seed = if let Schedule::Shuffled(seed) = schedule { seed } else { 0 };
     let mut random = fastrand::Rng::with_seed(seed);
     let shared_bytes = gradprobe_simt_shared_bytes();
@@ -191,24 +195,26 @@ fn run(body: impl Fn() + Copy + 'static, blocks: u32, schedule: Schedule) -> Res
             // SAFETY: `shared` outlives the block and has that many bytes.
             unsafe { gradprobe_simt_enter(thread, block, blocks, shared.as_mut_ptr().cast(), shared_bytes) };
         };
-        run_block(body, schedule, &mut random, enter).map_err(|fault| format!("block {block}: {fault}"))?;
+        run_block(body, threads as usize, schedule, &mut random, enter)
+            .map_err(|fault| format!("block {block}: {fault}"))?;
     }
     Ok(())
 }
 
 fn run_block(
     body: impl Fn() + Copy + 'static,
+    threads: usize,
     schedule: Schedule,
     random: &mut fastrand::Rng,
     mut enter: impl FnMut(usize),
 ) -> Result<(), String> {
-    YIELDERS.with_borrow_mut(|yielders| yielders.resize(THREADS, std::ptr::null()));
-    let mut fibers: Vec<Fiber> = (0..THREADS).map(|_| fiber(body)).collect::<Result<_, _>>()?;
-    let mut states = [State::Ready(0); THREADS];
+    YIELDERS.with_borrow_mut(|yielders| yielders.resize(threads, std::ptr::null()));
+    let mut fibers: Vec<Fiber> = (0..threads).map(|_| fiber(body)).collect::<Result<_, _>>()?;
+    let mut states = vec![State::Ready(0); threads];
     let mut fault = None;
     while fault.is_none() {
         let mut progress = false;
-        for thread in order(schedule, random, THREADS) {
+        for thread in order(schedule, random, threads) {
             if let State::Ready(input) = states[thread] {
                 progress = true;
                 enter(thread);

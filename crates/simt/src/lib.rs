@@ -129,7 +129,7 @@ unsafe impl Device for Simt {
         let Some(Compiled { module, options }) = self.ptx else {
             let entry = Entry::find(kernel.entry()).ok_or_else(|| failed("no such kernel".to_owned()))?;
             // SAFETY: the caller's promise.
-            return unsafe { launch(entry, blocks, &[arguments], self.schedule) }.map_err(failed);
+            return unsafe { launch(entry, blocks, kernel.threads(), &[arguments], self.schedule) }.map_err(failed);
         };
         // Another for each kernel and size, and the same whenever a test is run.
         let options = Options {
@@ -139,7 +139,7 @@ unsafe impl Device for Simt {
         // SAFETY: as above; and an address that is none of this device's or the lent tensors' is refused.
         let ran = module
             .kernel(kernel.entry())
-            .and_then(|found| unsafe { found.launch(blocks, Kernel::THREADS, &[arguments], options) });
+            .and_then(|found| unsafe { found.launch(blocks, kernel.threads(), &[arguments], options) });
         ran.map(drop).map_err(|fault| failed(fault.to_string()))
     }
 

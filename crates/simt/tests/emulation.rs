@@ -1,20 +1,20 @@
 //! The emulation finds what it is there to find: each wrong kernel of `simt.cpp` is caught, and the right one is not.
 #![allow(unsafe_code, reason = "launches kernels with addresses")]
 
-use gradprobe::device::Kernel;
 use gradprobe_simt::{Entry, Schedule, launch};
 
-const THREADS: usize = Kernel::THREADS as usize;
+/// Of a block.
+const THREADS: u32 = 128;
 
 /// Runs a kernel whose one output is a word for each thread, or for each block.
 fn run(kernel: &str, blocks: u32, schedule: Schedule) -> Result<Vec<u32>, String> {
     // Aligned to 16 bytes, and with room beyond what a misaligned load touches.
-    let mut words = vec![0u128; THREADS];
+    let mut words = vec![0u128; THREADS as usize];
     let address = (words.as_mut_ptr() as u64).to_ne_bytes();
     let entry = Entry::find(&format!("gradprobe_simt_{kernel}")).unwrap();
     // SAFETY: the kernels of simt.cpp use up to THREADS words there.
-    unsafe { launch(entry, blocks, &[&address], schedule) }?;
-    Ok(bytemuck::cast_slice(&words)[..THREADS].to_vec())
+    unsafe { launch(entry, blocks, THREADS, &[&address], schedule) }?;
+    Ok(bytemuck::cast_slice(&words)[..THREADS as usize].to_vec())
 }
 
 fn schedules() -> impl Iterator<Item = Schedule> {
@@ -22,7 +22,7 @@ fn schedules() -> impl Iterator<Item = Schedule> {
 }
 
 fn neighbours() -> Vec<u32> {
-    (1..=Kernel::THREADS).map(|neighbour| neighbour % Kernel::THREADS).collect()
+    (1..=THREADS).map(|neighbour| neighbour % THREADS).collect()
 }
 
 #[test]
@@ -77,6 +77,6 @@ fn a_user_s_kernel_is_found_by_its_name_and_wants_all_its_parameters() {
     // Three addresses and two numbers.
     assert_eq!((kernel.name(), kernel.parameter_bytes()), ("count_step", &[8, 8, 8, 4, 4][..]));
     // SAFETY: it does not run.
-    let error = unsafe { launch(kernel, 1, &[&[0; 8], &[0; 8]], Schedule::Forward) }.unwrap_err();
+    let error = unsafe { launch(kernel, 1, THREADS, &[&[0; 8], &[0; 8]], Schedule::Forward) }.unwrap_err();
     assert_eq!(error, "count_step has parameters of [8, 8, 8, 4, 4] bytes, not [8, 8]");
 }

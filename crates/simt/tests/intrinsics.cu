@@ -22,8 +22,8 @@ struct Row {
     DEVICE void put_double(double value) { put(double_to_bits(value)); }
 };
 
-KERNEL(1) integers(const u64 *from, u64 *to) {
-    Row row(from, to, 10);
+KERNEL(LANES, 1) integers(const u64 *from, u64 *to) {
+    Row row(from, to, 12);
     u32 a = row.word(0), b = row.word(1), c = row.word(2);
     row.put(permute_bytes<0xfdb9>(a, b));
     row.put(permute_bytes<0x3210>(a, b));
@@ -35,22 +35,24 @@ KERNEL(1) integers(const u64 *from, u64 *to) {
     row.put(permute_bytes<0x5555>(a, b));
     row.put((u32)__dp4a((int)a, (int)b, (int)c));
     row.put(__viaddmin_u32(a, b, c));
+    row.put(shift_right_wide(a, b, c));
+    row.put(shift_right_wide(a, b, 16));
 }
 
-KERNEL(1) pairs(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) pairs(const u64 *from, u64 *to) {
     Row row(from, to, 2);
     row.put(__vmaxu2(row.word(0), row.word(1)));
     row.put(__viaddmin_u16x2(row.word(0), row.word(1), row.word(2)));
 }
 
-KERNEL(1) halves(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) halves(const u64 *from, u64 *to) {
     Row row(from, to, 4);
     row.put_float(half_to_float((u16)row.word(0)));
     for (u32 i = 1; i < 4; i++) row.put(float_to_half(row.number(i)));
 }
 
 // Bits to numbers and back are one movement to a compiler; the comparisons ask what the numbers are.
-KERNEL(1) casts(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) casts(const u64 *from, u64 *to) {
     Row row(from, to, 4);
     row.put(float_to_bits(bits_to_float(row.word(0))));
     row.put(double_to_bits(bits_to_double(row.in[1])));
@@ -59,8 +61,10 @@ KERNEL(1) casts(const u64 *from, u64 *to) {
 }
 
 // Each from another place of the row.
-KERNEL(1) memory(const u64 *from, u64 *to) {
-    Row row(from, to, 16);
+KERNEL(LANES, 1) memory(const u64 *from, u64 *to) {
+    Row row(from, to, 24);
+    Words4 wanted = load_words4_if(row.word(0) % 2 != 0, row.in + 2), other = load_words4_if(row.word(0) % 2 == 0, row.in);
+    LOADS_FIRST();
     Words4 read = load_words4(row.in), changed = load_words4_to_change((u64)(row.in + 2));
     for (u32 i = 0; i < 4; i++) row.put(read.word[i]);
     for (u32 i = 0; i < 4; i++) row.put(changed.word[i]);
@@ -73,6 +77,9 @@ KERNEL(1) memory(const u64 *from, u64 *to) {
     row.put(load_element((const u16 *)row.in + 9));
     prefetch((u64)row.in);
     store_words4((u64)(row.out + 14), Words4{{read.word[3], read.word[2], changed.word[1], changed.word[0]}});
+    row.column = 16;
+    for (u32 i = 0; i < 4; i++) row.put(wanted.word[i]);
+    for (u32 i = 0; i < 4; i++) row.put(other.word[i]);
 }
 
 // What a cell held goes to one column, what it holds then to the next: all eight bytes, for nothing beside it may change.
@@ -82,7 +89,7 @@ template <typename T, typename Change> DEVICE void change(Row &row, const Change
     row.put(by((T *)cell, (T)row.in[1]));
     row.column++;
 }
-KERNEL(1) atomics(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) atomics(const u64 *from, u64 *to) {
     Row row(from, to, 15);
     change<u32>(row, [](u32 *cell, u32 by) { return atomicAdd(cell, by); });
     change<u64>(row, [](u64 *cell, u64 by) { return atomicAdd(cell, by); });
@@ -93,14 +100,14 @@ KERNEL(1) atomics(const u64 *from, u64 *to) {
     // Counted twice, to see what the first left, and set back, as a kernel must do with its counters.
     u64 *counter = row.out + 14;
     *counter = row.in[0];
-    u32 before = count_released((u32 *)counter);
+    u32 before = count_released((u32 *)counter, 1);
     row.put(before);
-    row.put(count_released((u32 *)counter));
+    row.put(count_released((u32 *)counter, (u32)row.in[1]));
     acquire();
     *(u32 *)counter = before;
 }
 
-KERNEL(1) floats(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) floats(const u64 *from, u64 *to) {
     Row row(from, to, 9);
     float a = row.number(0), b = row.number(1), c = row.number(2);
     row.put_float(fabsf(a));
@@ -114,7 +121,7 @@ KERNEL(1) floats(const u64 *from, u64 *to) {
     row.put_double((double)a);
 }
 
-KERNEL(1) doubles(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) doubles(const u64 *from, u64 *to) {
     Row row(from, to, 10);
     double a = row.wide(0), b = row.wide(1), c = row.wide(2);
     row.put_double(sqrt(a));
@@ -130,7 +137,7 @@ KERNEL(1) doubles(const u64 *from, u64 *to) {
 }
 
 // Of doubles to integers only those that have a value in C++: the kernels convert no others.
-KERNEL(1) conversions(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) conversions(const u64 *from, u64 *to) {
     Row row(from, to, 5);
     row.put_double((double)row.in[0]);
     row.put_double((double)row.word(0));
@@ -145,7 +152,7 @@ struct Exchange {
     u64 words[LANES];
     u32 largest, sum;
 };
-KERNEL(1) threads(const u64 *from, u64 *to) {
+KERNEL(LANES, 1) threads(const u64 *from, u64 *to) {
     Row row(from, to, 10);
     SHARED(Exchange, exchange);
     u32 lane = threadIdx.x, distance = blockIdx.x;

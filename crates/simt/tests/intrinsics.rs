@@ -73,6 +73,8 @@ const GROUPS: [Group; 10] = [
             ("permute_bytes", Bits),
             ("__dp4a", Bits),
             ("__viaddmin_u32", Bits),
+            ("shift_right_wide", Bits),
+            ("shift_right_wide", Bits),
         ],
         rows: |random| mixed(random, &INTEGERS, |random| [0; IN].map(|_| u64::from(random.u32(..)))),
     },
@@ -120,6 +122,14 @@ const GROUPS: [Group; 10] = [
             ("load_element", Bits),
             ("store_words4", Bits),
             ("store_words4", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
+            ("load_words4_if", Bits),
         ],
         rows: |random| (0..1024).map(|_| [0; IN].map(|_| random.u64(..))).collect(),
     },
@@ -448,7 +458,7 @@ fn by_emulation(header: &str, optimisation: &str, folder: &Path, inputs: &[Input
             let words = [address("run"), address(group.kernel), from, to].map(u64::to_ne_bytes);
             let parameters = words.each_ref().map(<[u8; 8]>::as_slice);
             // SAFETY: functions of the types that adamw.cpp gives them, and memory for as many rows as there are threads.
-            unsafe { launch(loaded, inputs.blocks(), &parameters, Schedule::Forward) }
+            unsafe { launch(loaded, inputs.blocks(), THREADS, &parameters, Schedule::Forward) }
                 .unwrap_or_else(|fault| panic!("{}: {fault}", group.kernel));
         })
     };
@@ -532,13 +542,26 @@ const WRONG: &[Wrong] = &[
     ),
     ("atomicMin", "has numbers with a sign", "if (value < old)", "if ((long long)value < (long long)old)"),
     ("atomicOr", "is an exclusive or", "old | value", "old ^ value"),
-    ("count_released", "gives the new count", "(*counter)++", "++*counter"),
+    (
+        "count_released",
+        "gives the new count",
+        "*counter = before + amount;\n    return before;",
+        "return *counter = before + amount;",
+    ),
     (
         "load_words4",
         "takes the next two words for the last",
         "return *static_cast<const Words4 *>(address);",
         "Words4 all = *static_cast<const Words4 *>(address);\n    all.word[3] = all.word[2];\n    return all;",
     ),
+    (
+        "load_words4_if",
+        "loads what is not wanted",
+        "return wanted ? load_words4(address) : Words4{};",
+        "return load_words4(address);",
+    ),
+    ("shift_right_wide", "takes the higher word for the lower", "((u64)high << 32 | low)", "((u64)low << 32 | high)"),
+    ("shift_right_wide", "shifts by all of the amount", ">> (bits & 31));", ">> (bits & 63));"),
     ("load_fresh", "exchanges x and y", "{address[0], address[1]}", "{address[1], address[0]}"),
     (
         "load_element",

@@ -12,7 +12,7 @@ use crate::{
     },
     device::cpu::{
         Memory,
-        dispatch::{self, Work},
+        dispatch::{self, InstructionSet, Work},
     },
     measure::narrow,
     spec::{self, CHUNK, LANES, PACKET},
@@ -88,14 +88,17 @@ impl<E: Element> Work for Squares<'_, E> {
     type Output = (f64, u64);
 
     #[inline(always)]
-    fn run(self) -> (f64, u64) {
+    fn run(self, set: impl InstructionSet) -> (f64, u64) {
         // Element i is slot i % PACKET of lane i / PACKET % LANES.
         let mut sums = [0f64; LANES * PACKET];
         let mut nonfinite = 0u64;
+        let mut wide = [0.0; LANES * PACKET];
         for elements in self.0.chunks(sums.len()) {
-            for (sum, &x) in sums.iter_mut().zip(elements) {
-                let finite = x.magnitude().into() < E::INFINITY;
-                let x = f64::from(if finite { x.widen_finite() } else { 0.0 });
+            let wide = &mut wide[..elements.len()];
+            E::widen(elements, wide, set);
+            for (sum, &x) in sums.iter_mut().zip(&*wide) {
+                let finite = x.is_finite();
+                let x = f64::from(if finite { x } else { 0.0 });
                 *sum = x.mul_add(x, *sum);
                 nonfinite += u64::from(!finite);
             }

@@ -2,7 +2,7 @@
 //!
 //! Each kernel is a function over slices in the room of its feature. Chunks are spread over rayon's threads; within one,
 //! loops over fixed-size arrays are left to the compiler to vectorise under the best instruction set of the machine
-//! (`dispatch`). Neither changes a bit.
+//! (`dispatch`). Neither changes a bit. kernels/TUNING.md has what was measured of them.
 
 pub(crate) mod dispatch;
 mod memory;
@@ -15,6 +15,14 @@ use crate::{Error, tensor::Place};
 /// The CPU as a device. Everything has happened when a call returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cpu;
+
+impl Cpu {
+    /// The instruction set its loops run under: `avx512`, `avx2` or `portable` on x86-64, elsewhere the architecture. The
+    /// environment variable `GRADPROBE_CPU`, read at the first use, lowers it to one of these; the bits stay the same.
+    pub fn instruction_set(self) -> &'static str {
+        dispatch::name()
+    }
+}
 
 // SAFETY: buffers are memory of the host's own, and nothing is queued.
 #[allow(unsafe_code, reason = "implements a trait that addresses are trusted of")]

@@ -24,6 +24,19 @@ impl<'a> Copied<'a> {
     /// # Errors
     /// The driver's.
     pub fn of(bytes: &'a [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
+        Self::new(bytes, stream).map(Self::lent)
+    }
+
+    /// A copy to be changed, which [`finish`](Self::finish) copies back.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn of_mut(bytes: &'a mut [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
+        let copied = Self::new(bytes, stream)?;
+        Ok(Self { back: Some(bytes), ..copied }.lent())
+    }
+
+    fn new(bytes: &[u8], stream: &Arc<CudaStream>) -> Result<Self, Error> {
         const ALIGNMENT: usize = 16;
         // SAFETY: only what was copied there is read.
         let memory =
@@ -36,20 +49,11 @@ impl<'a> Copied<'a> {
             // From page-locked memory the copy is not over when the call returns.
             stream.synchronize().map_err(failed("waiting for a copy"))?;
         }
-        let copied = Self { _memory: memory, address, back: None, stream: Arc::clone(stream) };
-        Ok(Lent { address, until: Until::Copied(Box::new(copied)) })
+        Ok(Self { _memory: memory, address, back: None, stream: Arc::clone(stream) })
     }
 
-    /// A copy to be changed, which [`finish`](Self::finish) copies back.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn of_mut(bytes: &'a mut [u8], stream: &Arc<CudaStream>) -> Result<Lent<'a>, Error> {
-        let Lent { address, until: Until::Copied(copied) } = Copied::of(bytes, stream)? else {
-            return Ok(Lent::at(0));
-        };
-        let Copied { _memory, stream, .. } = *copied;
-        Ok(Lent { address, until: Until::Copied(Box::new(Self { _memory, address, back: Some(bytes), stream })) })
+    fn lent(self) -> Lent<'a> {
+        Lent { address: self.address, until: Until::Copied(Box::new(self)) }
     }
 
     /// Copies back what was to be changed, and waits.

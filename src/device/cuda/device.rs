@@ -1,20 +1,26 @@
 //! A CUDA stream as a [`Device`]: everything is ordered on it, and nothing waits but a read that is waited for.
 
-use super::{driver::failed, module};
+use super::{
+    driver::failed,
+    module,
+    pinned::{Pinned, Uploads},
+    streams::{PinnedRead, Streams},
+};
 use crate::{
     Error,
     device::{Buffer, Device, Kernel, Read},
     tensor::Place,
 };
 use cudarc::driver::{
-    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, result,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, result,
     sys::{self, CUdevice_attribute_enum as Attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus as Status},
 };
-use std::{cell::Cell, mem, ptr::NonNull, sync::Arc};
+use std::{cell::RefCell, mem, sync::Arc};
 
 /// A stream of a CUDA device, as a device of a probe.
 pub struct Cuda {
-    stream: Arc<CudaStream>,
+    streams: Arc<Streams>,
+    uploads: RefCell<Uploads>,
     /// In the order of [`Kernel::ALL`], with the blocks that fill the device.
     kernels: Vec<(CudaFunction, u32)>,
 }
@@ -34,16 +40,20 @@ impl Cuda {
         let function = |kernel: Kernel| {
             let function = module.load_function(kernel.entry()).map_err(failed("looking up a kernel"))?;
             let blocks = function
-                .occupancy_max_active_blocks_per_multiprocessor(Kernel::THREADS, 0, None)
+                .occupancy_max_active_blocks_per_multiprocessor(kernel.threads(), 0, None)
                 .map_err(failed("asking for the occupancy"))?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
         let kernels = Kernel::ALL.iter().map(|&kernel| function(kernel)).collect::<Result<_, _>>()?;
-        Ok(Self { kernels, stream: Arc::clone(stream) })
+        Ok(Self { streams: Arc::new(Streams::new(stream)?), uploads: RefCell::default(), kernels })
     }
 
-    fn bind(&self) -> Result<(), Error> {
-        self.stream.context().bind_to_thread().map_err(failed("making the context current"))
+    /// The stream, for what may change results.
+    fn stream(&self) -> Result<&Arc<CudaStream>, Error> {
+        let stream = &self.streams.main;
+        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        self.streams.await_copies()?;
+        Ok(stream)
     }
 
     fn kernel(&self, kernel: Kernel) -> &(CudaFunction, u32) {
@@ -56,27 +66,29 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
         // Waiting would break a capture, and where it fails nothing is known: better left.
-        if is_capturing(&self.stream) != Ok(false) || self.stream.synchronize().is_err() {
+        if is_capturing(&self.streams.main) != Ok(false) || self.streams.main.synchronize().is_err() {
             mem::forget(mem::take(&mut self.kernels));
         }
         self.kernels.clear();
     }
 }
 
-fn is_capturing(stream: &CudaStream) -> Result<bool, Error> {
+pub(super) fn is_capturing(stream: &CudaStream) -> Result<bool, Error> {
     let status = stream.capture_status().map_err(failed("asking for the capture status"))?;
     Ok(status != Status::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What was allocated on a stream, and is freed in its order.
-struct Freed(Option<CudaSlice<u8>>);
+/// What was allocated on the probe's stream, and is freed in its order.
+struct Freed {
+    slice: Option<CudaSlice<u8>>,
+    streams: Arc<Streams>,
+}
 
 impl Drop for Freed {
     fn drop(&mut self) {
-        // In a capture the free would become a part of the graph.
-        if let Some(slice) = self.0.take()
-            && is_capturing(cudarc::driver::DeviceSlice::stream(&slice)) != Ok(false)
-        {
+        let slice = self.slice.take();
+        // In a capture the free would become a part of the graph; and a copy beside the stream may not be over.
+        if is_capturing(&self.streams.main) != Ok(false) || self.streams.await_copies().is_err() {
             mem::forget(slice);
         }
     }
@@ -102,63 +114,6 @@ impl Drop for Relaxed {
     }
 }
 
-/// Page-locked memory a copy arrives in, and the event that says it has. cudarc's own `PinnedHostSlice` records no
-/// event in a context with one stream, and its memory is write-combined, which is slow to read.
-struct PinnedRead {
-    memory: NonNull<u8>,
-    bytes: usize,
-    event: CudaEvent,
-    /// Whether the event is known to have come: what is asked for once is not asked for again.
-    arrived: Cell<bool>,
-    stream: Arc<CudaStream>,
-}
-
-// SAFETY: the memory belongs to this value alone; the device writes to it only between `start` and the event.
-unsafe impl Send for PinnedRead {}
-
-impl Drop for PinnedRead {
-    fn drop(&mut self) {
-        let _relaxed = Relaxed::new();
-        // A copy may be under way. Errors have nowhere to go, and memory that may still be written is better left.
-        if self.arrived.get() || self.event.synchronize().is_ok() {
-            // SAFETY: allocated by `malloc_host`, and no copy to it is under way.
-            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
-        }
-    }
-}
-
-impl Read for PinnedRead {
-    fn start(&mut self, from: &Buffer) -> Result<(), Error> {
-        self.stream.context().bind_to_thread().map_err(failed("making the context current"))?;
-        debug_assert!(self.bytes <= from.bytes());
-        self.arrived.set(false);
-        // SAFETY: the memory holds that many bytes, and no copy to it is under way: only idle reads are started.
-        let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.bytes) };
-        // SAFETY: the buffer holds at least as many bytes, and the memory outlives the copy: its `drop` waits for it.
-        unsafe { result::memcpy_dtoh_async(memory, from.address(), self.stream.cu_stream()) }
-            .map_err(failed("copying the results to the host"))?;
-        self.event.record(&self.stream).map_err(failed("recording an event"))
-    }
-
-    fn is_complete(&self) -> Result<bool, Error> {
-        if !self.arrived.get() {
-            let _relaxed = Relaxed::new();
-            self.arrived.set(self.event.try_is_complete().map_err(failed("asking for an event"))?);
-        }
-        Ok(self.arrived.get())
-    }
-
-    fn wait(&self) -> Result<&[u8], Error> {
-        if !self.arrived.get() {
-            let _relaxed = Relaxed::new();
-            self.event.synchronize().map_err(failed("waiting for the results"))?;
-            self.arrived.set(true);
-        }
-        // SAFETY: initialised when allocated, and the copy recorded before the event has arrived.
-        Ok(unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.bytes) })
-    }
-}
-
 // SAFETY: buffers are allocations of their own, freed in the order of the stream, and so not before what uses them; reads
 // wait for their copies; the module outlives its kernels.
 unsafe impl Device for Cuda {
@@ -167,7 +122,7 @@ unsafe impl Device for Cuda {
     }
 
     fn place(&self) -> Place {
-        Place::Stream(Arc::clone(&self.stream))
+        Place::Stream(Arc::clone(&self.streams.main))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
@@ -176,54 +131,36 @@ unsafe impl Device for Cuda {
             _ => failed("allocating device memory")(error),
         };
         // SAFETY: the callers write before they read, or leave that to the kernels.
-        let slice = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(out_of_memory)?;
-        let address = slice.device_ptr(&self.stream).0;
+        let slice = unsafe { self.streams.main.alloc::<u8>(bytes) }.map_err(out_of_memory)?;
+        let address = slice.device_ptr(&self.streams.main).0;
+        let owner = Freed { slice: Some(slice), streams: Arc::clone(&self.streams) };
         // SAFETY: so many bytes lie there until the slice is dropped.
-        Ok(unsafe { Buffer::new(address, bytes, Freed(Some(slice))) })
+        Ok(unsafe { Buffer::new(address, bytes, owner) })
     }
 
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
-        let count = bytes.len().min(to.bytes());
-        if count == 0 {
-            return Ok(());
-        }
-        self.bind()?;
-        // SAFETY: the buffer holds that many bytes. From pageable memory the driver copies to a buffer of its own
-        // before it returns, so `bytes` may go; on the device the copy is ordered by the stream.
-        unsafe { result::memcpy_htod_async(to.address(), &bytes[..count], self.stream.cu_stream()) }
-            .map_err(failed("copying to the device"))
+        self.uploads.borrow_mut().upload(bytes, to, self.stream()?)
     }
 
     fn clear(&self, buffer: &Buffer) -> Result<(), Error> {
-        self.bind()?;
+        let stream = self.stream()?;
         // SAFETY: the buffer has that many bytes.
-        unsafe { result::memset_d8_async(buffer.address(), 0, buffer.bytes(), self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(buffer.address(), 0, buffer.bytes(), stream.cu_stream()) }
             .map_err(failed("clearing device memory"))
     }
 
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
-        self.bind()?;
-        let _relaxed = Relaxed::new();
-        let event = self.stream.context().new_event(None).map_err(failed("making an event"))?;
-        let out_of_memory = |error: cudarc::driver::DriverError| match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },
-            _ => failed("allocating page-locked memory")(error),
-        };
-        // SAFETY: freed in `drop`, once.
-        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(out_of_memory)?;
-        let memory = NonNull::new(memory.cast::<u8>()).ok_or(Error::OutOfMemory { bytes: bytes as u64 })?;
-        // SAFETY: `bytes` bytes were just allocated there.
-        unsafe { memory.write_bytes(0, bytes) };
-        Ok(Box::new(PinnedRead { memory, bytes, event, arrived: Cell::new(true), stream: Arc::clone(&self.stream) }))
+        let memory = Pinned::new(self.streams.main.context(), bytes)?;
+        Ok(Box::new(PinnedRead { memory, streams: Arc::clone(&self.streams) }))
     }
 
     unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
-        self.bind()?;
-        let (grid, block) = ((blocks, 1, 1), (Kernel::THREADS, 1, 1));
+        let stream = self.stream()?;
+        let (grid, block) = ((blocks, 1, 1), (kernel.threads(), 1, 1));
         let mut parameters = [arguments.as_ptr().cast_mut().cast()];
         let function = self.kernel(kernel).0.cu_function();
         // SAFETY: the kernel takes one struct by value, of as many bytes, and the caller vouches for the addresses in it.
-        unsafe { result::launch_kernel(function, grid, block, 0, self.stream.cu_stream(), &mut parameters) }
+        unsafe { result::launch_kernel(function, grid, block, 0, stream.cu_stream(), &mut parameters) }
             .map_err(failed(kernel.entry()))
     }
 
@@ -232,6 +169,10 @@ unsafe impl Device for Cuda {
     }
 
     fn is_capturing(&self) -> Result<bool, Error> {
-        is_capturing(&self.stream)
+        is_capturing(&self.streams.main)
+    }
+
+    fn expect_graphs(&self) -> Result<(), Error> {
+        self.streams.expect_graphs()
     }
 }

@@ -30,7 +30,31 @@
 //! holds, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are not
 //! legal in it: capture with its event tracking off, or give a `RawTensor`.
 //!
+//! [`poll`](crate::Probe::poll) copies a step's results on a stream of the probe's own, between none of a trainer's
+//! kernels; the next launch waits for the copy, on the device. After the first `bind` it copies on the stream of the
+//! launches: a graph is replayed without the probe's knowing, and would not wait.
+//!
+//! What is uploaded, such as the addresses of gradients that have moved, goes through page-locked memory, which is used
+//! again when its copy is over. A host that is more than four uploads ahead of the device allocates more of it rather than
+//! wait: in the end as much as was under way at one time.
+//!
 //! What sets values is refused during a capture ([`Error::UploadInCapture`](crate::Error::UploadInCapture)).
+//!
+//! # What cudarc's event tracking costs
+//!
+//! In a context with more streams than the default one, such as that of [`stream`], cudarc has the probe's stream wait
+//! for the events of each slice it is given and records another: for n slices `measure` makes 2 n calls of the driver
+//! beside its launch, `step` 3 n, also where all slices are of the probe's own stream. A probe cannot leave them out. Safe
+//! code may have written a slice on any stream, which only the slice's events tell; and what writes it next, on any stream,
+//! waits for the probe only by what was recorded. There are three ways to none of these calls:
+//!
+//! * the default stream, `context.default_stream()`, with no other stream made by cudarc in that context (the probe's own
+//!   for copies does not count);
+//! * `unsafe { context.disable_event_tracking() }` before the slices are made: order between streams is then the caller's
+//!   matter;
+//! * [`RawTensor`](crate::RawTensor), whose maker vouches for that order.
+//!
+//! # Errors
 //!
 //! An error may stem from an earlier asynchronous call, of the caller's or of a `drop`: CUDA and cudarc report those
 //! with whatever call comes next.
@@ -42,6 +66,8 @@ mod driver;
 mod module;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod pinned;
+mod streams;
 mod tensor;
 
 pub(crate) use copied::Copied;

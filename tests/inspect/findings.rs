@@ -1,30 +1,11 @@
 //! What the inspector says is wrong: findings and verdict, as JSON and for a terminal, on the models of `tests/data`.
 
+use super::{command, golden, text};
 use serde_json::{Value, json};
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name).with_extension("safetensors")
-}
 
 /// Standard output of a run on the CPU, or on the device that the arguments name.
 fn inspect(arguments: &[&str], files: &[&str]) -> String {
-    let test = std::env::current_exe().unwrap();
-    let name = format!("inspect{}", std::env::consts::EXE_SUFFIX);
-    let binary = test.parent().and_then(Path::parent).unwrap().join("examples").join(name);
-    assert!(binary.exists(), "{} is missing: cargo build --example inspect", binary.display());
-    let mut command = Command::new(binary);
-    command.args(arguments).args(files.iter().map(|name| golden(name)));
-    if !arguments.contains(&"--device") {
-        command.args(["--device", "cpu"]);
-    }
-    let output = command.output().unwrap();
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && complaint.is_empty(), "{}: {complaint}", output.status);
-    String::from_utf8(output.stdout).unwrap()
+    text(command(arguments).args(files.iter().map(|name| golden(name))).output().unwrap())
 }
 
 /// The report by a preset.

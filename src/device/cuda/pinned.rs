@@ -1,0 +1,177 @@
+//! Page-locked memory: the only memory of the host's that copies do not wait for.
+
+use super::{device::Relaxed, driver::failed};
+use crate::{Error, device::Buffer};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys::CUresult};
+use std::{cell::Cell, collections::VecDeque, ptr::NonNull, sync::Arc};
+
+/// Page-locked memory, and the event that says that the last copy from or to it is over. cudarc's own `PinnedHostSlice`
+/// records no event in a context with one stream, and its memory is write-combined, which is slow to read.
+pub(super) struct Pinned {
+    memory: NonNull<u8>,
+    bytes: usize,
+    over: Arc<CudaEvent>,
+    /// Whether the event is known to have come: what is asked for once is not asked for again.
+    is_over: Cell<bool>,
+}
+
+// SAFETY: the memory belongs to this value alone; the device uses it only until the event.
+unsafe impl Send for Pinned {}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A copy may be under way. Errors have nowhere to go, and memory that may still be used is better left.
+        if self.wait().is_ok() {
+            let _relaxed = Relaxed::new();
+            // SAFETY: allocated by `malloc_host`, and no copy from or to it is under way.
+            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
+        }
+    }
+}
+
+impl Pinned {
+    /// This many bytes, at least 1, all 0.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or the driver's.
+    pub fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, Error> {
+        let _relaxed = Relaxed::new();
+        context.bind_to_thread().map_err(failed("making the context current"))?;
+        let over = Arc::new(context.new_event(None).map_err(failed("making an event"))?);
+        let out_of_memory = |error: DriverError| match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },
+            _ => failed("allocating page-locked memory")(error),
+        };
+        // SAFETY: freed in `drop`, once.
+        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(out_of_memory)?;
+        let memory = NonNull::new(memory.cast::<u8>()).ok_or(Error::OutOfMemory { bytes: bytes as u64 })?;
+        // SAFETY: `bytes` bytes were just allocated there.
+        unsafe { memory.write_bytes(0, bytes) };
+        Ok(Self { memory, bytes, over, is_over: Cell::new(true) })
+    }
+
+    /// The event that [`download`](Self::download) records.
+    pub fn event(&self) -> &Arc<CudaEvent> {
+        &self.over
+    }
+
+    /// Whether no copy is under way; never waits.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn is_over(&self) -> Result<bool, Error> {
+        if !self.is_over.get() {
+            let _relaxed = Relaxed::new();
+            self.is_over.set(self.over.try_is_complete().map_err(failed("asking for an event"))?);
+        }
+        Ok(self.is_over.get())
+    }
+
+    /// Waits for the copy that is under way, and gives the memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn wait(&self) -> Result<&[u8], Error> {
+        if !self.is_over.get() {
+            let _relaxed = Relaxed::new();
+            self.over.synchronize().map_err(failed("waiting for a copy"))?;
+            self.is_over.set(true);
+        }
+        // SAFETY: initialised when allocated, and no copy is under way.
+        Ok(unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.bytes) })
+    }
+
+    /// Copies the start of a buffer here, in the order of the stream.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn download(&mut self, from: &Buffer, stream: &CudaStream) -> Result<(), Error> {
+        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        let count = self.bytes.min(from.bytes());
+        // SAFETY: there are so many bytes, which nobody else uses.
+        let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), count) };
+        // SAFETY: the buffer holds as many bytes, and the memory outlives the copy: its `drop` waits for it.
+        unsafe { result::memcpy_dtoh_async(memory, from.address(), stream.cu_stream()) }
+            .map_err(failed("copying results to the host"))?;
+        self.note(stream)
+    }
+
+    /// Copies these bytes, no more than either holds, to the start of a buffer, in the order of the stream. No copy from
+    /// here may be under way.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn upload(&mut self, bytes: &[u8], to: &Buffer, stream: &CudaStream) -> Result<(), Error> {
+        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        let count = bytes.len().min(self.bytes).min(to.bytes());
+        // SAFETY: there are so many bytes, which nobody else uses.
+        let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), count) };
+        memory.copy_from_slice(&bytes[..count]);
+        // SAFETY: the buffer holds as many bytes, and the memory outlives the copy and is not changed before its end:
+        // `drop` waits for it, and so does who uploads again.
+        unsafe { result::memcpy_htod_async(to.address(), memory, stream.cu_stream()) }
+            .map_err(failed("copying to the device"))?;
+        self.note(stream)
+    }
+
+    /// A copy has been queued.
+    fn note(&mut self, stream: &CudaStream) -> Result<(), Error> {
+        self.is_over.set(false);
+        let recorded = self.over.record(stream);
+        if recorded.is_err() {
+            // Nothing will tell of the end of this copy. Where it cannot be waited for either, the context is lost, and
+            // there are no copies any more.
+            let _ = stream.synchronize();
+        }
+        recorded.map_err(failed("recording an event"))
+    }
+}
+
+/// Page-locked memory for copies to the device, used again once its copy is over. Where none is free, there is more of it
+/// rather than a wait: as many pieces in the end as copies were under way at one time.
+#[derive(Default)]
+pub(super) struct Uploads {
+    /// The one that was used longest ago first.
+    slots: VecDeque<Pinned>,
+}
+
+impl Uploads {
+    /// Before one is used again, there are so many that are large enough. The tables of a probe that is made leave them, and
+    /// a host that is no further ahead of the device allocates none in a step.
+    const SLOTS: usize = 4;
+    /// The memory is locked by the page.
+    const PAGE: usize = 4096;
+
+    /// Copies these bytes, no more than the buffer holds, to its start, in the order of the stream: the same for all
+    /// copies. They may change once this returns.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or the driver's.
+    pub fn upload(&mut self, bytes: &[u8], to: &Buffer, stream: &Arc<CudaStream>) -> Result<(), Error> {
+        let bytes = &bytes[..bytes.len().min(to.bytes())];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let mut slot = match self.free(bytes.len())? {
+            Some(slot) => slot,
+            None => Pinned::new(stream.context(), bytes.len().next_multiple_of(Self::PAGE))?,
+        };
+        let uploaded = slot.upload(bytes, to, stream);
+        self.slots.push_back(slot);
+        uploaded
+    }
+
+    /// A slot of at least so many bytes from which no copy is under way, if there are enough. Copies of one stream end in
+    /// order: if the oldest is not over, none is.
+    fn free(&mut self, bytes: usize) -> Result<Option<Pinned>, Error> {
+        let mut large = self.slots.iter().enumerate().filter(|(_, slot)| slot.bytes >= bytes);
+        let oldest = large.next();
+        if large.count() + 1 < Self::SLOTS {
+            return Ok(None);
+        }
+        match oldest {
+            Some((index, slot)) if slot.is_over()? => Ok(self.slots.remove(index)),
+            _ => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The probe's stream, and one beside it on which results go to the host, so that no copy is between a trainer's kernels.
+
+use super::{
+    device::{Relaxed, is_capturing},
+    driver::failed,
+    pinned::Pinned,
+};
+use crate::{
+    Error,
+    device::{Buffer, Read},
+};
+use cudarc::driver::{
+    CudaEvent, CudaStream,
+    result::stream::{self, StreamKind},
+};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A probe's stream and the one beside it.
+pub(super) struct Streams {
+    pub main: Arc<CudaStream>,
+    /// Ours, though cudarc takes it for borrowed: one of its own making would have it track the uses of all slices of the
+    /// context by events.
+    side: Arc<CudaStream>,
+    /// What was launched before the last copy on the side.
+    launched: CudaEvent,
+    copies: Mutex<Copies>,
+}
+
+/// What is copied on the side.
+#[derive(Default)]
+struct Copies {
+    /// The end of the last copy, which is that of all of them, until the probe's stream waits for it.
+    last: Option<Arc<CudaEvent>>,
+    /// Whether graphs may be replayed, which do not wait: then nothing is copied on the side.
+    graphs: bool,
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        let _relaxed = Relaxed::new();
+        // Errors have nowhere to go. Work that is queued is still done.
+        if self.main.context().bind_to_thread().is_ok() {
+            // SAFETY: made by `new`, and nobody else has it.
+            let _ = unsafe { stream::destroy(self.side.cu_stream()) };
+        }
+    }
+}
+
+impl Streams {
+    /// # Errors
+    /// The driver's.
+    pub fn new(main: &Arc<CudaStream>) -> Result<Self, Error> {
+        let _relaxed = Relaxed::new();
+        let context = main.context();
+        let launched = context.new_event(None).map_err(failed("making an event"))?;
+        let side = stream::create(StreamKind::NonBlocking).map_err(failed("making a stream"))?;
+        // SAFETY: a stream of the context, which `new_event` has made current; it is destroyed when this is dropped.
+        let side = unsafe { context.wrap_borrowed_stream(side) };
+        Ok(Self { main: Arc::clone(main), side, launched, copies: Mutex::default() })
+    }
+
+    fn copies(&self) -> MutexGuard<'_, Copies> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is queued next may change what is copied on the side. The host waits for nothing, but during a capture, which
+    /// cannot wait for what is outside of it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn await_copies(&self) -> Result<(), Error> {
+        let mut copies = self.copies();
+        if let Some(last) = &copies.last {
+            if is_capturing(&self.main)? {
+                let _relaxed = Relaxed::new();
+                last.synchronize().map_err(failed("waiting for a copy"))?;
+            } else {
+                self.main.wait(last).map_err(failed("waiting for an event"))?;
+            }
+            copies.last = None;
+        }
+        Ok(())
+    }
+
+    /// From here on graphs may be replayed.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn expect_graphs(&self) -> Result<(), Error> {
+        self.await_copies()?;
+        self.copies().graphs = true;
+        Ok(())
+    }
+
+    /// Copies results to the host, after what was launched before.
+    fn download(&self, from: &Buffer, to: &mut Pinned) -> Result<(), Error> {
+        let mut copies = self.copies();
+        if copies.graphs {
+            return to.download(from, &self.main);
+        }
+        self.launched.record(&self.main).map_err(failed("recording an event"))?;
+        self.side.wait(&self.launched).map_err(failed("waiting for an event"))?;
+        to.download(from, &self.side)?;
+        copies.last = Some(Arc::clone(to.event()));
+        Ok(())
+    }
+}
+
+/// Results on their way to the host.
+pub(super) struct PinnedRead {
+    pub memory: Pinned,
+    pub streams: Arc<Streams>,
+}
+
+impl Read for PinnedRead {
+    fn start(&mut self, from: &Buffer) -> Result<(), Error> {
+        self.streams.download(from, &mut self.memory)
+    }
+
+    fn is_complete(&self) -> Result<bool, Error> {
+        self.memory.is_over()
+    }
+
+    fn wait(&self) -> Result<&[u8], Error> {
+        self.memory.wait()
+    }
+}
