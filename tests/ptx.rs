@@ -11,7 +11,7 @@ use common::{
     host::OnHost,
 };
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe,
+    Absent, Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Tensor,
     cuda::{FATBIN, compile},
     device::{Kernel, SOURCE},
     gsnr::GsnrConfig,
@@ -153,6 +153,35 @@ fn the_interpreter_is_fast_enough_for_the_table() {
     let rate = least as f64 / shortest;
     println!("ptx: {:.0} million instructions of threads a second", rate / 1e6);
     assert!(rate > AT_LEAST, "{rate:.0} instructions of threads a second");
+}
+
+/// A fence for the whole GPU makes a block wait: one for each section of chunks that it has a part of, and
+/// not one a chunk. The tensors are absent, which changes nothing of that.
+#[test]
+fn a_block_waits_once_for_its_part_of_a_section() {
+    const CHUNK: u64 = 32_768;
+    let Some(ptx) = embedded() else { return };
+    let module: &'static Module = Box::leak(Box::new(Module::parse(&ptx).unwrap()));
+    let fences = |lengths: &[u64], blocks: u32| {
+        let options = Options { checks_races: false, ..Options::default() };
+        let device = Simt { blocks, ptx: Some(Compiled { module, options }), ..Simt::default() };
+        let plan = Plan::new(lengths.iter().enumerate().map(|(i, &length)| (format!("{i}"), DType::BF16, length)));
+        let mut probe = Probe::new(device, plan.unwrap(), Config::default()).unwrap();
+        let before = total().fences;
+        probe.measure(&vec![&Absent as &dyn Tensor; lengths.len()]).unwrap();
+        total().fences - before
+    };
+    // 1 GiB of bf16 on the 132 multiprocessors of an H200, two blocks to each: 16384 chunks.
+    let one = fences(&[1 << 29], 264);
+    println!("ptx: {one} fences for 1 GiB of bf16 in one tensor");
+    assert!(one <= 600, "{one} fences");
+    // A tenth of 290 tensors of 3.7 M elements and of the multiprocessors: 113 chunks a tensor, 126 a block.
+    let (tensors, blocks) = (29, 26);
+    assert_eq!(3_700_000_u64.div_ceil(CHUNK), 113);
+    let many = fences(&vec![3_700_000; tensors], blocks);
+    let runs = tensors as u64 + u64::from(blocks) - 1;
+    println!("ptx: {many} fences for {tensors} tensors of 3.7 M elements in {runs} runs of a block and tensor");
+    assert!(many <= 2 * runs, "{many} fences in {runs} runs");
 }
 
 /// Few elements of each type, several chunks long, and of some a share of zeros and of what counts as dead.

@@ -33,19 +33,24 @@ VARIANTS = {
     "f32-halves-together": dict(
         why="f32 with all 16 loads of a group in flight, in the registers of one block: 64 KiB as well, and only half "
         "of them while a chunk merges. Expected slower",
-        edits=[("E::WORDS == PACKET ? 1 : 2;", "2;"), ("KERNEL(STEP_THREADS, 2) gradprobe_measure", "KERNEL(STEP_THREADS, 1) gradprobe_measure")],
+        edits=[("E::WORDS == PACKET ? PACKETS / 2 : PACKETS;", "PACKETS;"), ("KERNEL(STEP_THREADS, 2) gradprobe_measure", "KERNEL(STEP_THREADS, 1) gradprobe_measure")],
     ),
     "f32-lines-in-one-load": dict(
         why="each load of a warp 512 bytes in one piece, where it is now every other 16 bytes of 1 KiB, the rest of which "
         "the next load takes from L1. Expected the same, or a few percent faster. Changes the lane of an f32 element",
         edits=[
             (
-                "Words4 w = load_words4((const u32 *)packet + i);",
-                "Words4 w = load_words4((const u32 *)packet + "
+                "Words4 w = load_words4((const u32 *)(packet + p * RUN) + i);",
+                "Words4 w = load_words4((const u32 *)(packet + p * RUN) + "
                 "(E::WORDS == PACKET ? (int)(i / 4 * 128) - (int)(threadIdx.x % 32 * 4) : (int)i));",
             )
         ],
         same_bits=False,
+    ),
+    "loads-as-they-come": dict(
+        why="a group's loads where the compiler puts them, which before sm_90 is half of them behind the first use: expected "
+        "the same where two blocks fill the memory's queue anyway, else slower",
+        edits=[("#define LOADS_FIRST() __syncwarp()", "#define LOADS_FIRST()")],
     ),
     "no-allocate": dict(why="gradients are read once: no line of L1 for them", edits=loads("L1::no_allocate.")),
     "evict-first": dict(why="the same, for L1's order", edits=loads("L1::evict_first.")),

@@ -114,6 +114,13 @@ pub(crate) enum Operation {
     },
 }
 
+impl Operation {
+    /// Whether it waits for earlier writes to be seen by the whole GPU.
+    pub fn is_fence(&self) -> bool {
+        matches!(self, Self::Fence | Self::Atomic { order: Order { release: true, of_block: false, .. }, .. })
+    }
+}
+
 /// Where and what a memory operation reads or writes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Access {

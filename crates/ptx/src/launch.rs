@@ -45,6 +45,8 @@ pub struct Statistics {
     pub instructions: u64,
     /// Instructions of threads: each instruction of a warp counts the lanes in which it ran.
     pub lane_instructions: u64,
+    /// Times that a thread waited for its writes to be seen by the whole GPU: fences, and atomic operations that release.
+    pub fences: u64,
 }
 
 thread_local! {
@@ -103,9 +105,11 @@ impl Kernel {
             seeds.insert(options.seed);
             total.instructions += work.instructions;
             total.lane_instructions += work.lanes;
+            total.fences += work.fences;
         });
         result.map_err(|fault| Error::Fault(Box::new(fault)))?;
-        Ok(Statistics { launches: 1, seeds: 1, instructions: work.instructions, lane_instructions: work.lanes })
+        let Work { instructions, lanes, fences } = work;
+        Ok(Statistics { launches: 1, seeds: 1, instructions, lane_instructions: lanes, fences })
     }
 
     fn run(

@@ -89,6 +89,7 @@ impl Drop for Warp {
 pub(crate) struct Work {
     pub instructions: u64,
     pub lanes: u64,
+    pub fences: u64,
 }
 
 impl Warp {
@@ -223,6 +224,9 @@ impl Warp {
             let stop = |(lane, kind)| Stop { line: instruction.line, lane, kind };
             let lanes = self.guarded(instruction, group.lanes, around.kernel).map_err(stop)?;
             work.lanes += u64::from(lanes.count_ones());
+            if instruction.operation.is_fence() {
+                work.fences += u64::from(lanes.count_ones());
+            }
             let here = &mut self.groups[current];
             here.next += 1;
             let meets = matches!(
