@@ -70,11 +70,11 @@ def counts():
         if test := re.match(r"test (?:\w+::)*(\w+) \.\.\. (.*)", line):
             kernel, line = test[1], test[2]
         if part := re.match(r"sm_(\d+), (\w+): ([\d.]+) instructions an element", line):
-            found["measure", int(part[1]), part[2]] = float(part[3])
+            found["measure", int(part[1]), part[2].lower()] = float(part[3])
         if part := re.match(r"sm_(\d+), (\w+): (\d+) instructions a group, (\d+) misaligned", line):
-            found["misaligned", int(part[1]), part[2]] = int(part[4]) / 64
+            found["misaligned", int(part[1]), part[2].lower()] = int(part[4]) / 64
         if part := re.match(r"sm_(\d+), (\w+): (\d+) f64 instructions a chunk", line):
-            found["f64 a chunk", int(part[1]), part[2]] = int(part[3])
+            found["f64 a chunk", int(part[1]), part[2].lower()] = int(part[3])
         if part := re.match(r"sm_(\d+): \d+ KiB in flight, (\d+) instructions for 16 bytes", line):
             key = "clip", int(part[1])
             found[key] = max(found.get(key, 0), int(part[2]))

@@ -66,10 +66,11 @@ DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const 
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
 }
 
-// The packets of a group of a chunk that may end in it.
+// A group of a chunk that may begin anywhere, and end in it.
 template <typename E> DEVICE LaneSums guarded_sums(Scanner<E> &scanner, const Chunk &chunk, u32 first) {
-    return group_sums<E, PACKETS / 2>(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
-        load_packets_guarded<E, PACKETS / 2, 32>((const typename E::Bits *)chunk.address, from, chunk.length, words);
+    constexpr u32 N = PACKETS / 2, TOGETHER = E::WORDS == PACKET ? 1 : N;
+    return group_sums<E, N>(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
+        load_packets_guarded<E, N, TOGETHER>((const typename E::Bits *)chunk.address, from, chunk.length, words);
     });
 }
 
@@ -78,17 +79,18 @@ template <typename E> DEVICE LaneSums guarded_sums(Scanner<E> &scanner, const Ch
 template <typename E> DEVICE Lane fast_lane(const Chunk &chunk, const Share &share) {
     static_assert(GROUPS == 4, "two groups to a thread");
     u32 lane = share.lane % WARP * PACKET, group = share.group, tile = group * ROW + share.lane / WARP * TILE;
-    u32 whole = TILE + behind_packet(chunk.address);
     Scanner<E> scanner;
     LaneSums all = {};
     // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
     constexpr u32 TOGETHER = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;
     auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-        load_packets<E, TOGETHER, 32>((const typename E::Bits *)chunk.address + first, words);
+        load_packets_aligned<E, TOGETHER>((const typename E::Bits *)chunk.address + first, words);
     };
+    if (chunk.address % 16 == 0) {
 #pragma unroll 1
-    for (; group < share.end && tile + whole <= chunk.length; group++, tile += ROW) {
-        all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane, load));
+        for (; group < share.end && tile + TILE <= chunk.length; group++, tile += ROW) {
+            all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane, load));
+        }
     }
 #pragma unroll 1
     for (; group < share.end; group++, tile += ROW) {

@@ -70,17 +70,17 @@ template <typename A, typename B> DEVICE Dot dot_lane(const Chunk &a, const Chun
     };
     auto whole = [&](u32 first) {
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
-        load_packets<A, TOGETHER, 16>(as + first, x);
-        load_packets<B, TOGETHER, 16>(bs + first, y);
+        load_packets_aligned<A, TOGETHER>(as + first, x);
+        load_packets_aligned<B, TOGETHER>(bs + first, y);
         add(x, y);
     };
     auto rest = [&](u32 first) {
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
-        load_packets_guarded<A, TOGETHER, 16>(as, first, a.length, x);
-        load_packets_guarded<B, TOGETHER, 16>(bs, first, a.length, y);
+        load_packets_guarded<A, TOGETHER, 1>(as, first, a.length, x);
+        load_packets_guarded<B, TOGETHER, 1>(bs, first, a.length, y);
         add(x, y);
     };
-    for_parts<TOGETHER>(a.length, larger(behind_packet(a.address), behind_packet(b.address)), whole, rest);
+    for_parts<TOGETHER>(a.length, (a.address | b.address) % 16 == 0, whole, rest);
     const Dot *s = slots;
     return merge(merge(merge(s[0], s[1]), merge(s[2], s[3])), merge(merge(s[4], s[5]), merge(s[6], s[7])));
 }

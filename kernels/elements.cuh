@@ -61,19 +61,15 @@ template <typename E> DEVICE u32 magnitude(u32 bits) { return bits & (E::MAX_MAG
 // From an address that is no multiple of 16 bytes, a packet is cut out of the aligned groups of 16 bytes it lies in: that
 // reads up to 14 bytes before the tensor and after the packet, and of one load more a packet 4 to 8 instructions follow.
 
-// Elements that must follow a packet in its tensor, for all that is loaded for it to be there.
-DEVICE u32 behind_packet(u64 address) { return address % 16 == 0 ? 0 : PACKET; }
-
 // The words that a packet is cut out of.
 template <typename E> struct Around {
     u32 words[E::WORDS + 4];
 
-    // Zeros if not `wanted`.
-    DEVICE void load(const typename E::Bits *packet, bool wanted) {
-        u64 offset = (u64)packet % 16, from = (u64)packet - offset;
+    // From an aligned address, by `load`.
+    template <typename Load> DEVICE void fill(const u32 *from, const Load &load) {
 #pragma unroll
         for (u32 i = 0; i < E::WORDS + 4; i += 4) {
-            Words4 w = load_words4_if(wanted && (offset != 0 || i < E::WORDS), (const u32 *)from + i);
+            Words4 w = load(from + i, i == E::WORDS);
             for (u32 j = 0; j < 4; j++) words[i + j] = w.word[j];
         }
     }
@@ -90,18 +86,20 @@ template <typename E, u32 N, u32 FIRST> DEVICE void cut_packets(const Around<E> 
     for (u32 p = 0; p < N; p++) around[p].template cut<FIRST>(bits, words[p]);
 }
 
-// Of N packets, those of which `is_wanted(p)`; zeros for the others. REGISTERS may hold what they are cut out of: more of
-// them keep more loads in flight, or go to local memory.
-template <typename E, u32 N, u32 REGISTERS, typename Wanted>
-DEVICE void load_packets_any(const typename E::Bits *packet, const Wanted &is_wanted, u32 (*words)[E::WORDS]) {
-    constexpr u32 TOGETHER = smaller(N, larger(1, REGISTERS / (E::WORDS + 4)));
+// N packets, TOGETHER of them at a time, by `load(p, address, is_last)`.
+template <typename E, u32 N, u32 TOGETHER, typename Load>
+DEVICE void load_packets_any(const typename E::Bits *packet, const Load &load, u32 (*words)[E::WORDS]) {
     // The same for all: a branch, where selects would be two for each word.
     u32 offset = (u32)((u64)packet % 16), bits = offset % 4 * 8;
+    const u32 *from = (const u32 *)((u64)packet - offset);
 #pragma unroll
     for (u32 first = 0; first < N; first += TOGETHER) {
         Around<E> around[TOGETHER];
 #pragma unroll
-        for (u32 p = 0; p < TOGETHER; p++) around[p].load(packet + (first + p) * RUN, is_wanted(first + p));
+        for (u32 p = 0; p < TOGETHER; p++) {
+            around[p].fill(from + (first + p) * (RUN / PACKET * E::WORDS),
+                           [&](const u32 *address, bool is_last) { return load(first + p, address, is_last); });
+        }
         LOADS_FIRST();
         switch (offset / 4) {
         case 0: cut_packets<E, TOGETHER, 0>(around, bits, words + first); break;
@@ -112,10 +110,8 @@ DEVICE void load_packets_any(const typename E::Bits *packet, const Wanted &is_wa
     }
 }
 
-// The words of N packets, behind the last of which the tensor has `behind_packet` elements.
-template <typename E, u32 N, u32 REGISTERS>
-DEVICE void load_packets(const typename E::Bits *packet, u32 (*words)[E::WORDS]) {
-    if ((u64)packet % 16 != 0) return load_packets_any<E, N, REGISTERS>(packet, [](u32) { return true; }, words);
+// The words of N packets, from an address that is a multiple of 16 bytes.
+template <typename E, u32 N> DEVICE void load_packets_aligned(const typename E::Bits *packet, u32 (*words)[E::WORDS]) {
 #pragma unroll
     for (u32 p = 0; p < N; p++) {
 #pragma unroll
@@ -127,12 +123,21 @@ DEVICE void load_packets(const typename E::Bits *packet, u32 (*words)[E::WORDS])
     LOADS_FIRST();
 }
 
-// The words of N packets of which the tensor may end before; zeros behind its end.
-template <typename E, u32 N, u32 REGISTERS>
+// The words of N packets of a lane, from any address of a tensor that may end before; zeros behind its end. Of a misaligned one
+// TOGETHER packets are loaded before one of them is cut: more of them go to local memory. By all lanes of a warp.
+template <typename E, u32 N, u32 TOGETHER>
 DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u32 length, u32 (*words)[E::WORDS]) {
-    u32 behind = PACKET + behind_packet((u64)elements);
-    auto is_whole = [=](u32 p) { return first + p * RUN + behind <= length; };
-    load_packets_any<E, N, REGISTERS>(elements + first, is_whole, words);
+    if (first - threadIdx.x % WARP * PACKET + N * RUN + PACKET <= length) {
+        auto load = [](u32, const u32 *address, bool) { return load_words4(address); };
+        return load_packets_any<E, N, TOGETHER>(elements + first, load, words);
+    }
+    bool is_aligned = (u64)elements % 16 == 0;
+    // All that is loaded for a packet is there.
+    auto is_whole = [=](u32 p) { return first + p * RUN + PACKET + (is_aligned ? 0 : PACKET) <= length; };
+    auto load = [=](u32 p, const u32 *address, bool is_last) {
+        return load_words4_if(is_whole(p) && !(is_last && is_aligned), address);
+    };
+    load_packets_any<E, N, TOGETHER>(elements + first, load, words);
 #pragma unroll
     for (u32 p = 0; p < N; p++) {
         u32 index = first + p * RUN;

@@ -38,15 +38,15 @@ template <typename E> DEVICE u32 count_chunk(HistogramScratch &scratch, const Ch
     };
     auto whole = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-        load_packets<E, TOGETHER, 16>(elements + first, words);
+        load_packets_aligned<E, TOGETHER>(elements + first, words);
         count(words);
     };
     auto rest = [&](u32 first) {
         u32 words[TOGETHER][E::WORDS];
-        load_packets_guarded<E, TOGETHER, 16>(elements, first, chunk.length, words);
+        load_packets_guarded<E, TOGETHER, 1>(elements, first, chunk.length, words);
         count(words);
     };
-    for_parts<TOGETHER>(chunk.length, behind_packet(chunk.address), whole, rest);
+    for_parts<TOGETHER>(chunk.length, chunk.address % 16 == 0, whole, rest);
     return nonzeros;
 }
 

@@ -2,15 +2,18 @@
 #pragma once
 #include "elements.cuh"
 
-// Calls `whole` with the lane's first element of each part of which all the warp's packets and as many elements as
-// `behind` says lie in the chunk, and `rest` for the parts after those that have elements. By all lanes of a warp.
+// Calls `whole` with the lane's first element of each part of which all the warp's packets lie in the chunk, as long as
+// `aligned` says that these are at multiples of 16 bytes, and `rest` for the parts after those that have elements. By all lanes
+// of a warp.
 template <u32 N, typename Whole, typename Rest>
-DEVICE void for_parts(u32 length, u32 behind, const Whole &whole, const Rest &rest) {
+DEVICE void for_parts(u32 length, bool aligned, const Whole &whole, const Rest &rest) {
     constexpr u32 PARTS = GROUPS * PACKETS / N;
     u32 warp = threadIdx.x / WARP * TILE, lane = threadIdx.x % WARP * PACKET, part = 0;
     auto first = [&] { return part * N / PACKETS * ROW + warp + part * N % PACKETS * RUN; };
+    if (aligned) {
 #pragma unroll 1
-    for (; part < PARTS && first() + N * RUN + behind <= length; part++) whole(first() + lane);
+        for (; part < PARTS && first() + N * RUN <= length; part++) whole(first() + lane);
+    }
 #pragma unroll 1
     for (; part < PARTS && first() < length; part++) rest(first() + lane);
 }

@@ -24,8 +24,8 @@ constexpr u32 SMALL_SCALE = 0x70800000u;
 
 constexpr double CENTRED_SHARE = 1.0 / 16.0;
 
-DEVICE constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-DEVICE constexpr u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 
 // The power of two by which a chunk with this largest finite magnitude (f32 bits) is multiplied before its sums.
 DEVICE float scale_of(u32 max_bits) {

@@ -45,15 +45,15 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
     };
     auto whole = [&](u32 index) {
         u32 words[1][E::WORDS];
-        load_packets<E, 1, 16>(elements + index, words);
+        load_packets_aligned<E, 1>(elements + index, words);
         update(index, words[0]);
     };
     auto end = [&](u32 index) {
         u32 words[1][E::WORDS];
-        load_packets_guarded<E, 1, 16>(elements, index, chunk.length, words);
+        load_packets_guarded<E, 1, 1>(elements, index, chunk.length, words);
         if (index < chunk.length) update(index, words[0]);
     };
-    for_parts<1>(chunk.length, behind_packet(chunk.address), whole, end);
+    for_parts<1>(chunk.length, chunk.address % 16 == 0, whole, end);
 }
 
 struct UpdateArguments : Common {

@@ -28,9 +28,10 @@ fn bytes_that_are_summed_are_spread_signs() {
     for architecture in &ARCHITECTURES {
         let mut sums = 0;
         for code in all.iter().filter(|code| code.architecture.number == architecture.number) {
-            let of_bytes = code.listing.count(|instruction| instruction.is("IDP.4A"));
+            let whole = 0..code.listing.instructions().len();
+            let of_bytes = code.listing.count(&whole, |instruction| instruction.is("IDP.4A"));
             let spreads = |instruction: &Instruction| instruction.byte_selector().is_some_and(|s| s & 0x8888 == 0x8888);
-            let spread = code.listing.count(spreads);
+            let spread = code.listing.count(&whole, spreads);
             assert_eq!(of_bytes, spread, "{code}: sums of bytes and spread signs");
             sums += of_bytes;
         }
@@ -44,7 +45,7 @@ fn nothing_goes_to_local_memory() {
     let (Some(all), Some(usage)) = (everything(), dump::usage()) else { return };
     for code in all {
         let local = |instruction: &Instruction| instruction.is("LDL") || instruction.is("STL");
-        let found = code.listing.count(local);
+        let found = code.listing.count(&(0..code.listing.instructions().len()), local);
         assert_eq!(found, 0, "{code}: loads and stores of local memory");
     }
     let usages = dump::parse_usage(usage);

@@ -40,6 +40,11 @@ impl Instruction {
         self.is("LDG") || self.is("LD")
     }
 
+    /// Whether it runs in some lanes alone, or not at all.
+    pub fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+
     /// A load of 16 bytes from global memory.
     pub fn is_vector_load(&self) -> bool {
         self.is("LDG.128") || self.is("LD.128")
@@ -180,13 +185,8 @@ impl Listing {
         &self.0
     }
 
-    /// How many instructions are of some kind.
-    pub fn count(&self, kind: impl Fn(&Instruction) -> bool) -> usize {
-        self.0.iter().filter(|instruction| kind(instruction)).count()
-    }
-
-    /// And how many of a span.
-    pub fn count_in(&self, span: &Range<usize>, kind: impl Fn(&Instruction) -> bool) -> usize {
+    /// How many instructions of a span are of some kind.
+    pub fn count(&self, span: &Range<usize>, kind: impl Fn(&Instruction) -> bool) -> usize {
         self.0[span.clone()].iter().filter(|instruction| kind(instruction)).count()
     }
 
@@ -218,10 +218,10 @@ impl Listing {
         outermost
     }
 
-    /// The 16-byte loads that are issued before any of their results is used.
-    pub fn loads_in_flight(&self) -> usize {
+    /// The 16-byte loads of a span that are issued before any of their results is used.
+    pub fn loads_in_flight(&self, span: &Range<usize>) -> usize {
         let mut loaded: Vec<Range<u32>> = Vec::new();
-        for instruction in &self.0 {
+        for instruction in &self.0[span.clone()] {
             let mut registers = instruction.registers();
             if instruction.is_vector_load() {
                 let first = registers.next().expect("a load has a destination");
@@ -244,10 +244,7 @@ impl Listing {
             let instruction = &self.0[index];
             assert!(!instruction.jumps_anywhere(), "{:#x}: where this jumps is not known", instruction.address);
             let cost = cost.with(instruction);
-            let taken = instruction.is("BRA") && !instruction.is("BRA.DIV");
-            let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
-            let next = (!instruction.ends()).then_some(index + 1);
-            for successor in jump.into_iter().chain(next).filter(|&s| s > index && s <= to) {
+            for successor in self.successors(index).filter(|&successor| successor <= to) {
                 let known = &mut costs[successor - from];
                 *known = Some(known.map_or(cost, |known| known.or(cost)));
             }
@@ -255,44 +252,39 @@ impl Listing {
         costs.pop().flatten()
     }
 
-    /// The shortest way through a loop: where a tensor's address is a multiple of 16 bytes, if that is asked.
-    pub fn shortest_way(&self, span: &Range<usize>) -> Self {
-        self.way(span, |_| -1)
+    /// Where paths go on behind an instruction, and not back: calls return, but for those that are a way to the kernel's own code.
+    fn successors(&self, index: usize) -> impl Iterator<Item = usize> {
+        let instruction = &self.0[index];
+        let is_call = instruction.is("CALL") && self.called(instruction).is_some();
+        let taken = !is_call && !instruction.is("BRA.DIV");
+        let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
+        let next = (!instruction.ends()).then_some(index + 1);
+        jump.into_iter().chain(next).filter(move |&successor| successor > index)
     }
 
-    /// The way through a loop, once round, whose instructions weigh most; of a loop in it once as well. As with paths, calls
-    /// return and `BRA.DIV` is not taken.
+    /// The way through a loop, once round and once through each loop in it, whose instructions weigh most.
     pub fn way(&self, span: &Range<usize>, weight: impl Fn(&Instruction) -> i64) -> Self {
         let last = span.end - 1;
-        let successors = |index: usize| {
-            let instruction = &self.0[index];
-            let taken = instruction.is("BRA") && !instruction.is("BRA.DIV");
-            let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
-            let next = (!instruction.ends()).then_some(index + 1);
-            jump.into_iter().chain(next).filter(move |&s| s > index && s <= last)
-        };
-        // From each instruction on: the weight of the best way, and where that goes next.
+        // From each instruction on: the weight of the best way to the last, and where that goes next.
         let mut best: Vec<Option<(i64, usize)>> = vec![None; span.len()];
-        for index in span.clone().rev() {
-            let rest = successors(index).filter_map(|next| Some((best[next - span.start]?.0, next))).max();
-            let own = weight(&self.0[index]);
-            best[index - span.start] =
-                if index == last { Some((own, last)) } else { rest.map(|(rest, next)| (own + rest, next)) };
+        best[last - span.start] = Some((0, last));
+        for index in (span.start..last).rev() {
+            let ways = self.successors(index).filter(|&next| next <= last);
+            let rest = ways.filter_map(|next| Some((best[next - span.start]?.0, next))).max();
+            best[index - span.start] = rest.map(|(rest, next)| (weight(&self.0[index]) + rest, next));
         }
-        let mut way = Vec::new();
+        let mut way = vec![self.0[span.start].clone()];
         let mut index = span.start;
-        loop {
-            way.push(self.0[index].clone());
-            if index == last {
-                return Self(way);
-            }
+        while index != last {
             index = best[index - span.start].expect("there is a way round a loop").1;
+            way.push(self.0[index].clone());
         }
+        Self(way)
     }
 
     /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.
     pub fn loops_by_barriers(&self) -> Vec<Range<usize>> {
-        let waits = |span: &Range<usize>| self.count_in(span, |code| code.is("BAR.SYNC")) > 0;
+        let waits = |span: &Range<usize>| self.count(span, |code| code.is("BAR.SYNC")) > 0;
         let loops: Vec<_> = self.loops().into_iter().filter(waits).collect();
         loops.iter().filter(|outer| !loops.iter().any(|inner| lies_in(inner, outer))).cloned().collect()
     }
@@ -309,12 +301,12 @@ impl Listing {
     /// function, and mostly have one of 32 bits beside it, for where these are enough.
     pub fn divisions(&self, span: &Range<usize>) -> usize {
         let called: Vec<_> = self.0.iter().filter_map(|code| self.called(code)).collect();
-        let divides = |function: &Range<usize>| self.count_in(function, Instruction::is_wide_division_seed) > 0;
-        let calls = self.count_in(span, |code| self.called(code).is_some_and(|function| divides(&function)));
+        let divides = |function: &Range<usize>| self.count(function, Instruction::is_wide_division_seed) > 0;
+        let calls = self.count(span, |code| self.called(code).is_some_and(|function| divides(&function)));
         let in_place = span.clone().filter(|index| {
             self.0[*index].is_wide_division_seed() && !called.iter().any(|function| function.contains(index))
         });
-        let narrow = self.count_in(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
+        let narrow = self.count(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
         narrow.max(calls + in_place.count())
     }
 }

@@ -109,8 +109,7 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         instructions: [22.0, 12.0, 12.0],
         ..COMMON
     },
-    // A B200 wants 64 KiB in flight, which f32 has. Six loads of 16 bits in four blocks are 48: today's, and a floor. Its
-    // memory hides 149 instructions for 16 bytes both ways and 9.3 an element of 16 bits: the clip of f16 has 164, and the
+    // A B200 wants 64 KiB in flight, which measure has, and dot has 48: today's, and a floor. Its memory hides 149 instructions for 16 bytes both ways and 9.3 an element of 16 bits: the clip of f16 has 164, and the
     // histogram 13. These too are today's, and ceilings.
     Architecture {
         number: 100,
@@ -164,11 +163,10 @@ pub struct Code {
 }
 
 impl Code {
-    /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for the first loads of a way through
-    /// this code.
-    pub fn bytes_in_flight(&self, way: &Listing) -> usize {
+    /// Bytes that a multiprocessor has under way while the lanes of all its blocks wait for a span's first loads.
+    pub fn bytes_in_flight(&self, span: &Range<usize>) -> usize {
         let threads = self.kernel.threads() as usize;
-        self.architecture.resident_blocks(self.usage, threads) * threads * way.loads_in_flight() * 16
+        self.architecture.resident_blocks(self.usage, threads) * threads * self.listing.loads_in_flight(span) * 16
     }
 }
 

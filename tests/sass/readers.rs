@@ -50,10 +50,10 @@ fn listings_are_read() {
     assert_eq!(Listing::of("none", SAMPLE).instructions().len(), 0);
 
     let all = 0..addresses.len();
-    assert_eq!(code.count_in(&all, Instruction::is_load), 4);
-    assert_eq!(code.count_in(&all, Instruction::is_vector_load), 3);
-    assert_eq!(code.count_in(&all, Instruction::is_fp64), 5, "F2F.F64, DADD, DMUL, MUFU.RCP64H, DADD");
-    assert_eq!(code.count_in(&all, |instruction| instruction.is("LD")), 0, "LDG is no LD");
+    assert_eq!(code.count(&all, Instruction::is_load), 4);
+    assert_eq!(code.count(&all, Instruction::is_vector_load), 3);
+    assert_eq!(code.count(&all, Instruction::is_fp64), 5, "F2F.F64, DADD, DMUL, MUFU.RCP64H, DADD");
+    assert_eq!(code.count(&all, |instruction| instruction.is("LD")), 0, "LDG is no LD");
     let selectors: Vec<u32> = code.instructions().iter().filter_map(|code| code.byte_selector()).collect();
     assert_eq!(selectors, [0xfdb9], "one is a register");
 }
@@ -67,8 +67,8 @@ fn loops_are_those_that_a_branch_back_closes() {
     assert_eq!(code.outermost(|span| span.len() < 0x10), [0x1..0x8, 0xe..0x13]);
     assert!(lies_in(&(1..8), &(0..16)) && !lies_in(&(0..16), &(0..16)) && !lies_in(&(14..19), &(0..16)));
     // The third load comes after the use of what the first has brought.
-    assert_eq!(code.way(&(0x1..0x8), |_| 1).loads_in_flight(), 2);
-    assert_eq!(code.way(&(0x5..0x8), |_| 1).loads_in_flight(), 1);
+    assert_eq!(code.loads_in_flight(&(0x1..0x8)), 2);
+    assert_eq!(code.loads_in_flight(&(0x5..0x8)), 1);
 }
 
 #[test]
