@@ -42,23 +42,28 @@ DEVICE u32 chunk_element(const Chunk &chunk, u32 index) {
                                     : load_element((const u16 *)chunk.address + index);
 }
 
-// A lane's group, N packets at once. `load` puts those from an element on into words.
-template <typename E, u32 N, typename Load>
+// Packets of a group at once: for all of f32 there are no registers.
+template <typename E> constexpr u32 AT_ONCE = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;
+
+// A lane's group. `load` puts AT_ONCE packets from an element on into words.
+template <typename E, typename Load>
 DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const Load &load) {
-    LaneSums slots[PACKET] = {};
+    LaneSums slots[PACKET];
+    // Whatever is added to -0 is what it was.
+    for (u32 slot = 0; slot < PACKET; slot++) slots[slot] = {-0.0f, -0.0f, -0.0f};
 #pragma unroll 1
-    for (u32 begin = 0; begin < PACKETS; begin += N) {
-        u32 words[N][E::WORDS];
+    for (u32 begin = 0; begin < PACKETS; begin += AT_ONCE<E>) {
+        u32 words[AT_ONCE<E>][E::WORDS];
         load(first + begin * RUN, words);
+        LOADS_FIRST();
 #pragma unroll
-        for (u32 p = 0; p < N; p++) scanner.add(words[p], dead_bits);
+        for (u32 p = 0; p < AT_ONCE<E>; p++) scanner.add(words[p], dead_bits);
 #pragma unroll
-        for (u32 p = 0; p < N; p += PACKETS / 2) {
+        for (u32 p = 0; p < AT_ONCE<E>; p += PACKETS / 2) {
             for (u32 slot = 0; slot < PACKET; slot++) {
                 float x[PACKETS / 2];
                 for (u32 i = 0; i < PACKETS / 2; i++) x[i] = E::widen(E::element(words[p + i], slot));
-                LaneSums sums = pair(x[0], x[1]) + pair(x[2], x[3]);
-                slots[slot] = begin + p == 0 ? sums : slots[slot] + sums;
+                slots[slot] = slots[slot] + (pair(x[0], x[1]) + pair(x[2], x[3]));
             }
         }
     }
@@ -68,9 +73,9 @@ DEVICE LaneSums group_sums(Scanner<E> &scanner, u32 dead_bits, u32 first, const 
 
 // A group of a chunk that may begin anywhere, and end in it.
 template <typename E> DEVICE LaneSums guarded_sums(Scanner<E> &scanner, const Chunk &chunk, u32 first) {
-    constexpr u32 N = PACKETS / 2, TOGETHER = E::WORDS == PACKET ? 1 : N;
-    return group_sums<E, N>(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
-        load_packets_guarded<E, N, TOGETHER>((const typename E::Bits *)chunk.address, from, chunk.length, words);
+    constexpr u32 TOGETHER = E::WORDS == PACKET ? 2 : 4;
+    return group_sums(scanner, chunk.dead_bits, first, [&](u32 from, u32(*words)[E::WORDS]) {
+        load_packets_guarded<E, AT_ONCE<E>, TOGETHER>((const typename E::Bits *)chunk.address, from, chunk.length, words);
     });
 }
 
@@ -82,14 +87,13 @@ template <typename E> DEVICE Lane fast_lane(const Chunk &chunk, const Share &sha
     Scanner<E> scanner;
     LaneSums all = {};
     // The hot loop: whole tiles, no conditions, 128 bytes in flight for each lane.
-    constexpr u32 TOGETHER = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;
     auto load = [&](u32 first, u32(*words)[E::WORDS]) {
-        load_packets_aligned<E, TOGETHER>((const typename E::Bits *)chunk.address + first, words);
+        load_packets_aligned<E, AT_ONCE<E>>((const typename E::Bits *)chunk.address + first, words);
     };
     if (chunk.address % 16 == 0) {
 #pragma unroll 1
         for (; group < share.end && tile + TILE <= chunk.length; group++, tile += ROW) {
-            all = joined(group, all, group_sums<E, TOGETHER>(scanner, chunk.dead_bits, tile + lane, load));
+            all = joined(group, all, group_sums(scanner, chunk.dead_bits, tile + lane, load));
         }
     }
 #pragma unroll 1

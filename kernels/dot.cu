@@ -43,6 +43,14 @@ struct DotScratch {
     u32 last;
 };
 
+// A packet that may be misaligned, or end behind the chunk. Element by element: to cut it out of what is aligned would take more
+// registers than there are.
+template <typename E> DEVICE void load_rest(const typename E::Bits *elements, u32 index, u32 length, u32 (*words)[E::WORDS]) {
+    if ((u64)elements % 16 == 0 && index + PACKET <= length) return load_packets_aligned<E, 1>(elements + index, words);
+    for (u32 i = 0; i < E::WORDS; i++) (*words)[i] = 0;
+    load_packet_scalar<E>(elements + index, index < length ? length - index : 0, *words);
+}
+
 // What a lane adds up of a chunk; the count is set later.
 template <typename A, typename B> DEVICE Dot dot_lane(const Chunk &a, const Chunk &b) {
     // Eight loads of 16 bytes in flight, or six.
@@ -72,12 +80,17 @@ template <typename A, typename B> DEVICE Dot dot_lane(const Chunk &a, const Chun
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
         load_packets_aligned<A, TOGETHER>(as + first, x);
         load_packets_aligned<B, TOGETHER>(bs + first, y);
+        LOADS_FIRST();
         add(x, y);
     };
     auto rest = [&](u32 first) {
         u32 x[TOGETHER][A::WORDS], y[TOGETHER][B::WORDS];
-        load_packets_guarded<A, TOGETHER, 1>(as, first, a.length, x);
-        load_packets_guarded<B, TOGETHER, 1>(bs, first, a.length, y);
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) {
+            u32 index = first + p * RUN;
+            load_rest<A>(as, index, a.length, x + p);
+            load_rest<B>(bs, index, a.length, y + p);
+        }
         add(x, y);
     };
     for_parts<TOGETHER>(a.length, (a.address | b.address) % 16 == 0, whole, rest);

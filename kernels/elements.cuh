@@ -58,56 +58,46 @@ struct BF16 : Halves {
 template <typename E> DEVICE u32 magnitude(u32 bits) { return bits & (E::MAX_MAGNITUDE >> 1); }
 
 // Packets lie RUN elements apart, the first at element `first`; the lane of an element does not depend on how it is loaded.
-// From an address that is no multiple of 16 bytes, a packet is cut out of the aligned groups of 16 bytes it lies in: that
-// reads up to 14 bytes before the tensor and after the packet, and of one load more a packet 4 to 8 instructions follow.
+// From an address that is no multiple of 16 bytes, a packet is cut out of the aligned groups of 16 bytes it lies in: one load
+// more a packet, and 4 to 8 instructions behind it. These reach to both sides: nothing outside of the chunk is read.
 
-// The words that a packet is cut out of.
-template <typename E> struct Around {
-    u32 words[E::WORDS + 4];
-
-    // From an aligned address, by `load`.
-    template <typename Load> DEVICE void fill(const u32 *from, const Load &load) {
+// N packets, TOGETHER of them at a time, by `load(p, address, is_last)`: words of which word FIRST is the first that is all a
+// packet's, or in which it begins at bit `bits`.
+template <typename E, u32 N, u32 TOGETHER, u32 FIRST, typename Load>
+DEVICE void cut_packets(const u32 *from, u32 bits, const Load &load, u32 (*words)[E::WORDS]) {
 #pragma unroll
-        for (u32 i = 0; i < E::WORDS + 4; i += 4) {
-            Words4 w = load(from + i, i == E::WORDS);
-            for (u32 j = 0; j < 4; j++) words[i + j] = w.word[j];
+    for (u32 begin = 0; begin < N; begin += TOGETHER) {
+        u32 around[TOGETHER][E::WORDS + 4];
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) {
+            const u32 *packet = from + (begin + p) * (RUN / PACKET * E::WORDS);
+#pragma unroll
+            for (u32 i = 0; i < E::WORDS + 4; i += 4) {
+                Words4 w = load(begin + p, packet + i, i == E::WORDS);
+                for (u32 j = 0; j < 4; j++) around[p][i + j] = w.word[j];
+            }
+        }
+        LOADS_FIRST();
+#pragma unroll
+        for (u32 p = 0; p < TOGETHER; p++) {
+            const u32 *w = around[p] + FIRST;
+            for (u32 i = 0; i < E::WORDS; i++) {
+                words[begin + p][i] = E::WORDS == PACKET ? w[i] : shift_right_wide(w[i], w[i + 1], bits);
+            }
         }
     }
-    // Of a packet whose first whole word is word FIRST, or begins in it.
-    template <u32 FIRST> DEVICE void cut(u32 bits, u32 *packet) const {
-        for (u32 i = 0; i < E::WORDS; i++) {
-            packet[i] = E::WORDS == PACKET ? words[FIRST + i] : shift_right_wide(words[FIRST + i], words[FIRST + i + 1], bits);
-        }
-    }
-};
-
-template <typename E, u32 N, u32 FIRST> DEVICE void cut_packets(const Around<E> *around, u32 bits, u32 (*words)[E::WORDS]) {
-#pragma unroll
-    for (u32 p = 0; p < N; p++) around[p].template cut<FIRST>(bits, words[p]);
 }
-
-// N packets, TOGETHER of them at a time, by `load(p, address, is_last)`.
 template <typename E, u32 N, u32 TOGETHER, typename Load>
 DEVICE void load_packets_any(const typename E::Bits *packet, const Load &load, u32 (*words)[E::WORDS]) {
     // The same for all: a branch, where selects would be two for each word.
     u32 offset = (u32)((u64)packet % 16), bits = offset % 4 * 8;
     const u32 *from = (const u32 *)((u64)packet - offset);
-#pragma unroll
-    for (u32 first = 0; first < N; first += TOGETHER) {
-        Around<E> around[TOGETHER];
-#pragma unroll
-        for (u32 p = 0; p < TOGETHER; p++) {
-            around[p].fill(from + (first + p) * (RUN / PACKET * E::WORDS),
-                           [&](const u32 *address, bool is_last) { return load(first + p, address, is_last); });
-        }
-        LOADS_FIRST();
-        switch (offset / 4) {
-        case 0: cut_packets<E, TOGETHER, 0>(around, bits, words + first); break;
-        case 1: cut_packets<E, TOGETHER, 1>(around, bits, words + first); break;
-        case 2: cut_packets<E, TOGETHER, 2>(around, bits, words + first); break;
-        default: cut_packets<E, TOGETHER, 3>(around, bits, words + first); break;
-        }
+    if (offset < 8) {
+        if (offset < 4) return cut_packets<E, N, TOGETHER, 0>(from, bits, load, words);
+        return cut_packets<E, N, TOGETHER, 1>(from, bits, load, words);
     }
+    if (offset < 12) return cut_packets<E, N, TOGETHER, 2>(from, bits, load, words);
+    return cut_packets<E, N, TOGETHER, 3>(from, bits, load, words);
 }
 
 // The words of N packets, from an address that is a multiple of 16 bytes.
@@ -120,20 +110,30 @@ template <typename E, u32 N> DEVICE void load_packets_aligned(const typename E::
             for (u32 j = 0; j < 4; j++) words[p][i + j] = w.word[j];
         }
     }
-    LOADS_FIRST();
+}
+
+// Puts the elements of a packet that there are into its words, one by one.
+template <typename E> DEVICE void load_packet_scalar(const typename E::Bits *packet, u32 count, u32 *words) {
+#pragma unroll
+    for (u32 slot = 0; slot < PACKET; slot++) {
+        if (slot < count) E::set(words, slot, load_element(packet + slot));
+    }
 }
 
 // The words of N packets of a lane, from any address of a tensor that may end before; zeros behind its end. Of a misaligned one
 // TOGETHER packets are loaded before one of them is cut: more of them go to local memory. By all lanes of a warp.
 template <typename E, u32 N, u32 TOGETHER>
 DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u32 length, u32 (*words)[E::WORDS]) {
-    if (first - threadIdx.x % WARP * PACKET + N * RUN + PACKET <= length) {
+    bool is_aligned = (u64)elements % 16 == 0;
+    u32 begin = first - threadIdx.x % WARP * PACKET; // the warp's
+    if ((is_aligned || begin > 0) && begin + N * RUN + PACKET <= length) {
         auto load = [](u32, const u32 *address, bool) { return load_words4(address); };
         return load_packets_any<E, N, TOGETHER>(elements + first, load, words);
     }
-    bool is_aligned = (u64)elements % 16 == 0;
-    // All that is loaded for a packet is there.
-    auto is_whole = [=](u32 p) { return first + p * RUN + PACKET + (is_aligned ? 0 : PACKET) <= length; };
+    auto is_whole = [=](u32 p) {
+        u32 index = first + p * RUN;
+        return is_aligned ? index + PACKET <= length : index > 0 && index + 2 * PACKET <= length;
+    };
     auto load = [=](u32 p, const u32 *address, bool is_last) {
         return load_words4_if(is_whole(p) && !(is_last && is_aligned), address);
     };
@@ -141,11 +141,8 @@ DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u3
 #pragma unroll
     for (u32 p = 0; p < N; p++) {
         u32 index = first + p * RUN;
-        if (index >= length || is_whole(p)) continue;
-#pragma unroll
-        for (u32 slot = 0; slot < PACKET; slot++) {
-            if (index + slot < length) E::set(words[p], slot, load_element(elements + index + slot));
-        }
+        if (is_whole(p)) continue;
+        load_packet_scalar<E>(elements + index, index < length ? length - index : 0, words[p]);
     }
 }
 

@@ -7,7 +7,6 @@
 //
 // Reads n·size bytes, and reads and writes 8 for each element. The last block counts the step of every tensor.
 #include "finish.cuh"
-#include "parts.cuh"
 
 // Eight elements' means or deviations.
 struct Floats8 {
@@ -43,17 +42,20 @@ template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means,
         store_floats(means + index, mean);
         store_floats(deviations + index, deviation);
     };
-    auto whole = [&](u32 index) {
+    u32 whole = chunk.address % 16 == 0 ? chunk.length / PACKET * PACKET : 0, index = threadIdx.x * PACKET;
+#pragma unroll 1
+    for (; index < whole; index += LANES * PACKET) {
         u32 words[1][E::WORDS];
         load_packets_aligned<E, 1>(elements + index, words);
         update(index, words[0]);
-    };
-    auto end = [&](u32 index) {
-        u32 words[1][E::WORDS];
-        load_packets_guarded<E, 1, 1>(elements, index, chunk.length, words);
-        if (index < chunk.length) update(index, words[0]);
-    };
-    for_parts<1>(chunk.length, chunk.address % 16 == 0, whole, end);
+    }
+    // What is left of an aligned chunk, and all of another, whose state is most of what is read.
+#pragma unroll 1
+    for (; index < chunk.length; index += LANES * PACKET) {
+        u32 words[E::WORDS] = {};
+        load_packet_scalar<E>(elements + index, chunk.length - index, words);
+        update(index, words);
+    }
 }
 
 struct UpdateArguments : Common {

@@ -33,7 +33,7 @@ VARIANTS = {
     "f32-halves-together": dict(
         why="f32 with all 16 loads of a group in flight, in the registers of one block: 64 KiB as well, and only half "
         "of them while a chunk merges. Expected slower",
-        edits=[("E::WORDS == PACKET ? PACKETS / 2 : PACKETS;", "PACKETS;"), ("KERNEL(STEP_THREADS, 2) gradprobe_measure", "KERNEL(STEP_THREADS, 1) gradprobe_measure")],
+        edits=[("AT_ONCE = E::WORDS == PACKET ? PACKETS / 2 : PACKETS;", "AT_ONCE = PACKETS;"), ("KERNEL(STEP_THREADS, 2) gradprobe_measure", "KERNEL(STEP_THREADS, 1) gradprobe_measure")],
     ),
     "f32-lines-in-one-load": dict(
         why="each load of a warp 512 bytes in one piece, where it is now every other 16 bytes of 1 KiB, the rest of which "

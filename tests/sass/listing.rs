@@ -3,7 +3,7 @@
 use std::{cmp::Ordering, ops::Range};
 
 /// One instruction.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Instruction {
     pub address: u64,
     /// With its modifiers: `LDG.E.128.CONSTANT`.
@@ -244,7 +244,7 @@ impl Listing {
             let instruction = &self.0[index];
             assert!(!instruction.jumps_anywhere(), "{:#x}: where this jumps is not known", instruction.address);
             let cost = cost.with(instruction);
-            for successor in self.successors(index).filter(|&successor| successor <= to) {
+            for successor in self.successors(index).filter(|&successor| successor > index && successor <= to) {
                 let known = &mut costs[successor - from];
                 *known = Some(known.map_or(cost, |known| known.or(cost)));
             }
@@ -252,34 +252,48 @@ impl Listing {
         costs.pop().flatten()
     }
 
-    /// Where paths go on behind an instruction, and not back: calls return, but for those that are a way to the kernel's own code.
+    /// Where paths go on behind an instruction: calls return, but for those that are a way to the kernel's own code.
     fn successors(&self, index: usize) -> impl Iterator<Item = usize> {
         let instruction = &self.0[index];
         let is_call = instruction.is("CALL") && self.called(instruction).is_some();
         let taken = !is_call && !instruction.is("BRA.DIV");
         let jump = instruction.target().filter(|_| taken).and_then(|address| self.index(address));
         let next = (!instruction.ends()).then_some(index + 1);
-        jump.into_iter().chain(next).filter(move |&successor| successor > index)
+        jump.into_iter().chain(next)
     }
 
-    /// The way through a loop, once round and once through each loop in it, whose instructions weigh most.
-    pub fn way(&self, span: &Range<usize>, weight: impl Fn(&Instruction) -> i64) -> Self {
-        let last = span.end - 1;
-        // From each instruction on: the weight of the best way to the last, and where that goes next.
-        let mut best: Vec<Option<(i64, usize)>> = vec![None; span.len()];
-        best[last - span.start] = Some((0, last));
-        for index in (span.start..last).rev() {
-            let ways = self.successors(index).filter(|&next| next <= last);
-            let rest = ways.filter_map(|next| Some((best[next - span.start]?.0, next))).max();
-            best[index - span.start] = rest.map(|(rest, next)| (weight(&self.0[index]) + rest, next));
+    /// The instructions from each of a loop on that are executed up to one of it, by the shortest way past none that is barred.
+    fn steps_to(&self, to: usize, span: &Range<usize>, is_barred: impl Fn(&Instruction) -> bool) -> Vec<Option<usize>> {
+        let mut steps = vec![None; span.len()];
+        steps[to - span.start] = Some(1);
+        // A jump back needs another round.
+        loop {
+            let before = steps.clone();
+            for index in span.clone().rev().filter(|&index| index != to && !is_barred(&self.0[index])) {
+                let rest = self.successors(index).filter(|next| span.contains(next) && *next != span.start);
+                let rest = rest.filter_map(|next| steps[next - span.start]).min();
+                steps[index - span.start] = rest.map(|rest| rest + 1);
+            }
+            if steps == before {
+                return steps;
+            }
         }
-        let mut way = vec![self.0[span.start].clone()];
-        let mut index = span.start;
-        while index != last {
-            index = best[index - span.start].expect("there is a way round a loop").1;
-            way.push(self.0[index].clone());
-        }
-        Self(way)
+    }
+
+    /// Instructions that are executed once round a loop, and once through each loop in it, by the shortest way that comes by an
+    /// instruction of `some` kind and by none that is barred: of those by each such instruction the longest.
+    pub fn once_round(
+        &self,
+        span: &Range<usize>,
+        some: impl Fn(&Instruction) -> bool,
+        is_barred: impl Fn(&Instruction) -> bool,
+    ) -> Option<usize> {
+        let to_the_end = self.steps_to(span.end - 1, span, &is_barred);
+        let by_one = span.clone().filter(|&index| some(&self.0[index])).filter_map(|by| {
+            let until = self.steps_to(by, span, &is_barred)[0]?;
+            Some(until - 1 + to_the_end[by - span.start]?)
+        });
+        by_one.max()
     }
 
     /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.

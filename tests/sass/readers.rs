@@ -69,6 +69,8 @@ fn loops_are_those_that_a_branch_back_closes() {
     // The third load comes after the use of what the first has brought.
     assert_eq!(code.loads_in_flight(&(0x1..0x8)), 2);
     assert_eq!(code.loads_in_flight(&(0x5..0x8)), 1);
+    assert_eq!(code.once_round(&(0x1..0x8), Instruction::is_vector_load, |_| false), Some(7));
+    assert_eq!(code.once_round(&(0x1..0x8), Instruction::is_vector_load, |load| load.is("LDG.U16")), None);
 }
 
 #[test]

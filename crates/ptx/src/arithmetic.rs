@@ -368,7 +368,7 @@ fn moves_and_conversions(to: &mut HashMap<String, Meaning>) {
         // Between integers: the destination's lowest bits, or the source's value in more of them.
         "cvt.u16.u8" | "cvt.u32.u8" | "cvt.u64.u8" => |a| a & 0xff;
         "cvt.u16.u32" | "cvt.u16.u64" | "cvt.s16.s32" | "cvt.s16.u32" | "cvt.u32.u16" | "cvt.u64.u16" => |a| a & 0xffff;
-        "cvt.u32.u64" | "cvt.s32.s64" | "cvt.s32.u64" | "cvt.u32.s64" | "cvt.u64.u32" | "cvt.s64.u32" => |a| a & 0xffff_ffff;
+        "cvt.s32.s64" | "cvt.s32.u64" | "cvt.u32.s64" | "cvt.u64.u32" | "cvt.s64.u32" => |a| a & 0xffff_ffff;
         "cvt.s32.s16" => |a| of_signed32(i32::from(signed16(a)));
         "cvt.s64.s32" => |a| of_signed64(i64::from(signed32(a)));
         "cvt.rn.f32.u16" => |a| of_f32(f32::from(a as u16));

@@ -66,6 +66,11 @@ pub(crate) enum Operation {
         from: Vec<Register>,
         bits: u32,
     },
+    /// Takes the lower half.
+    Lower {
+        to: Register,
+        from: Register,
+    },
     Unpack {
         to: Vec<Option<Register>>,
         from: Register,
@@ -361,6 +366,9 @@ impl<'a> Decoder<'a> {
                 "fence.acq_rel.cta" | "fence.sc.cta" | "membar.cta" => Some(Operation::BlockFence),
                 _ => None,
             },
+            ("cvt", [to, from]) if opcode == "cvt.u32.u64" => {
+                self.destination(to).zip(self.source(from)).map(|(to, from)| Operation::Lower { to, from })
+            }
             (_, [Operand::Name(to), from @ ..]) => self.compute(opcode, to, from),
             _ => None,
         })

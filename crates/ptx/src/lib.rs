@@ -11,7 +11,8 @@
 //! * Threads that have ended do not count at a barrier ("barrier" counts those "in the CTA").
 //! * A prefetch must be of memory that is there ("prefetch" is a hint).
 //! * What a releasing operation counts up must be set back by the end of the launch.
-//! * A register or byte may be loaded without a value, but nothing done with it.
+//! * A register or byte may be loaded without a value, but nothing done with it; one may be packed with a register before it, of
+//!   which alone is taken again.
 //! * What several threads of a block read, or changed atomically, between two barriers comes before another access only by
 //!   what orders all of them: a barrier. Atomic operations at the scope of a block order nothing.
 //! * A shuffle, and a barrier of a warp, takes one mask of all its lanes, none of which has ended; such a barrier orders no

@@ -68,6 +68,8 @@ pub(crate) struct Warp {
     result: Stored,
     /// The lanes in which a register has a value.
     defined: Vec<u32>,
+    /// Of the others, those lanes whose lower half has one: nvcc packs a pair, and takes the first of it out again.
+    lower_defined: Vec<u32>,
     groups: Vec<Group>,
     /// Lanes that there are, and those that have not ended.
     all: u32,
@@ -109,6 +111,7 @@ impl Warp {
         });
         // What is left in the others has no value.
         let defined = kernel.defined.clone();
+        let lower_defined = vec![0; defined.len()];
         for &(register, special) in &kernel.special {
             *registers[register as usize] = std::array::from_fn(|lane| {
                 u64::from(match special {
@@ -129,6 +132,7 @@ impl Warp {
             registers,
             result: Box::new([0; LANES as usize]),
             defined,
+            lower_defined,
             groups,
             all,
             alive: all,
@@ -351,13 +355,29 @@ impl Warp {
             }
             Operation::Pack { to, from, bits } => {
                 let mut result = [0; LANES as usize];
+                let mut without_upper = 0;
                 for (index, &register) in from.iter().enumerate() {
-                    let part = self.read(register, lanes, kernel)?;
-                    for (result, part) in result.iter_mut().zip(part) {
+                    if index > 0 && index + 1 == from.len() {
+                        without_upper = lanes & !self.defined[register as usize];
+                    } else {
+                        self.read(register, lanes, kernel)?;
+                    }
+                    let part = &self.registers[register as usize];
+                    for (result, part) in result.iter_mut().zip(part.iter()) {
                         *result |= (part & (u64::MAX >> (64 - bits))) << (*bits * index as u32);
                     }
                 }
-                self.write(*to, lanes, &result);
+                let to = *to as usize;
+                self.write(to as Register, lanes, &result);
+                self.defined[to] &= !without_upper;
+                self.lower_defined[to] = if from.len() == 2 { without_upper } else { 0 };
+            }
+            Operation::Lower { to, from } => {
+                if lanes & !self.lower_defined[*from as usize] != 0 {
+                    self.read(*from, lanes & !self.lower_defined[*from as usize], kernel)?;
+                }
+                let lower = self.registers[*from as usize].map(|whole| whole & 0xffff_ffff);
+                self.write(*to, lanes, &lower);
             }
             Operation::Unpack { to, from, bits } => {
                 let whole = *self.read(*from, lanes, kernel)?;
@@ -477,6 +497,7 @@ impl Warp {
                 each(lanes).filter(|&lane| missing[lane as usize] >> (index as u64 * access.width) & element != 0)
             {
                 self.defined[register as usize] &= !(1 << lane);
+                self.lower_defined[register as usize] = 0;
             }
         }
         Ok(())
