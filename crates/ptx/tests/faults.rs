@@ -195,9 +195,9 @@ fn barriers_and_shuffles_count_their_threads() {
     waits(fault(&two(16), 1, 32));
 
     // The lanes of a warp meet wherever they come from, but all that are named.
-    let meets = format!("setp.lt.s32 %p1, %r1, 16;\n@%p1 bra A;\nmov.u32 %r9, 1;\nA:\nbar.warp.sync -1;\n");
+    let meets = "setp.lt.s32 %p1, %r1, 16;\n@%p1 bra A;\nmov.u32 %r9, 1;\nA:\nbar.warp.sync -1;\n";
     for options in seeds() {
-        launch(&meets, 1, 32, options).unwrap();
+        launch(meets, 1, 32, options).unwrap();
     }
     assert!(matches!(fault("bar.warp.sync 65535;", 1, 32), FaultKind::Shuffle { .. }));
     waits(fault("setp.lt.s32 %p1, %r1, 16;\n@%p1 bra A;\nbar.warp.sync -1;\nbra DONE;\nA:\nbar.sync 0;\nDONE:", 1, 32));
