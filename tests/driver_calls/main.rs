@@ -193,9 +193,11 @@ impl Gradients {
     }
 }
 
-/// A probe of [`Gradients`].
+/// A probe of [`Gradients`], whose tables are on the device: while one is on its way, the next upload takes memory of its own.
 fn probe(stream: &Arc<CudaStream>, config: Config) -> Probe {
-    Probe::new(Cuda::new(stream).unwrap(), Gradients::plan(), config).unwrap()
+    let probe = Probe::new(Cuda::new(stream).unwrap(), Gradients::plan(), config).unwrap();
+    stream.synchronize().unwrap();
+    probe
 }
 
 /// A config under which every step is clipped.
@@ -203,14 +205,14 @@ fn clipping() -> Config {
     Config::new().clip(Clip::global_norm(1.0))
 }
 
-/// Compares the calls of a step, but for those of [`BYSTANDERS`].
-#[track_caller]
 /// Outputs, and a record and a health word of each tensor.
 fn report(tensors: usize) -> String {
     let bytes = size_of::<StepOutputs>() + tensors * (size_of::<Record>() + size_of::<u32>());
     format!("cuMemcpyDtoHAsync_v2 {bytes} bytes page-locked")
 }
 
+/// Compares the calls of a step, but for those of [`BYSTANDERS`].
+#[track_caller]
 fn assert_calls(step: &str, calls: &[String], expected: &[&str]) {
     println!("{step}:");
     calls.iter().for_each(|call| println!("    {call}"));
