@@ -15,6 +15,7 @@ mod checkers;
 mod checkers_gsnr;
 mod cpu;
 mod declared;
+mod harness;
 mod health;
 mod health_run;
 mod oracle;

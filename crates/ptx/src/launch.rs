@@ -6,7 +6,7 @@ use crate::{
     instruction::Kernel,
     order::Clock,
     shared::Shared,
-    warp::{LANES, Stop, Surroundings, Warp, Work, join},
+    warp::{LANES, Stop, Surroundings, Warp, join},
 };
 use std::{cell::RefCell, collections::BTreeSet};
 
@@ -98,18 +98,17 @@ impl Kernel {
         for (&(place, length), given) in self.parameters.iter().zip(parameters) {
             bytes[place as usize..(place + length) as usize].copy_from_slice(given);
         }
-        let mut work = Work::default();
+        let mut work = Statistics { launches: 1, seeds: 1, ..Statistics::default() };
         let result = self.run(blocks, threads, &bytes, options, &mut work);
         TOTAL.with_borrow_mut(|(total, seeds)| {
             total.launches += 1;
             seeds.insert(options.seed);
             total.instructions += work.instructions;
-            total.lane_instructions += work.lanes;
+            total.lane_instructions += work.lane_instructions;
             total.fences += work.fences;
         });
         result.map_err(|fault| Error::Fault(Box::new(fault)))?;
-        let Work { instructions, lanes, fences } = work;
-        Ok(Statistics { launches: 1, seeds: 1, instructions, lane_instructions: lanes, fences })
+        Ok(work)
     }
 
     fn run(
@@ -118,7 +117,7 @@ impl Kernel {
         threads: u32,
         parameters: &[u8],
         options: Options,
-        work: &mut Work,
+        work: &mut Statistics,
     ) -> Result<(), Fault> {
         let mut random = fastrand::Rng::with_seed(options.seed);
         let mut global = Global::new(random.u64(..), options.checks_races, options.is_adversarial);

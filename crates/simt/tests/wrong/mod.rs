@@ -1,0 +1,93 @@
+//! Wrong definitions of intrinsics, each of which the comparison with PTX must find.
+
+/// A wrong definition: the function, what is wrong with it, and the text of simt.hpp that is replaced.
+pub type Wrong = (&'static str, &'static str, &'static str, &'static str);
+
+pub const WRONG: &[Wrong] = &[
+    (
+        "permute_bytes",
+        "copies where it should spread the sign, as __byte_perm",
+        "if (nibble & 8) byte = byte & 0x80u ? 0xffu : 0;",
+        "",
+    ),
+    ("permute_bytes", "takes a for b", "(u64)b << 32 | a;", "(u64)a << 32 | b;"),
+    ("permute_bytes", "puts the first byte on top", "result |= byte << 8 * i;", "result |= byte << 8 * (3 - i);"),
+    ("__dp4a", "has bytes without a sign", "(int8_t)(b >> 8 * i)", "(uint8_t)(b >> 8 * i)"),
+    ("__dp4a", "leaves out the last byte", "for (int i = 0; i < 4; i++) sum +=", "for (int i = 0; i < 3; i++) sum +="),
+    ("__vmaxu2", "has halves with a sign", "(a & 0xffffu) > (b & 0xffffu)", "(int16_t)a > (int16_t)b"),
+    ("__vmaxu2", "takes whole words", "return high << 16 | low;\n}\n", "return a > b ? a : b;\n}\n"),
+    (
+        "__viaddmin_u32",
+        "has a sum that does not wrap",
+        "return a + b < c ? a + b : c;",
+        "return a + b >= a && a + b < c ? a + b : c;",
+    ),
+    ("__viaddmin_u32", "has words with a sign", "a + b < c ?", "(int)(a + b) < (int)c ?"),
+    ("__viaddmin_u16x2", "carries from half to half", "((a >> 16) + (b >> 16)) & 0xffffu", "(a + b) >> 16"),
+    (
+        "__viaddmin_u16x2",
+        "has sums that do not wrap",
+        "u32 low = (a + b) & 0xffffu",
+        "u32 low = (a & 0xffffu) + (b & 0xffffu)",
+    ),
+    ("half_to_float", "takes subnormals for 0", "exponent == 0 ? fraction :", "exponent == 0 ? 0 :"),
+    ("half_to_float", "has no Inf", "exponent == 0x1f", "exponent == 0x20"),
+    ("float_to_half", "cuts", "std::nearbyint(", "std::trunc("),
+    ("float_to_half", "rounds ties away from 0", "std::nearbyint(", "std::round("),
+    ("float_to_half", "stops at the largest number", "(u16)(sign | 0x7c00u)", "(u16)(sign | 0x7bffu)"),
+    ("float_to_half", "has Inf too early", "magnitude >= 65520.0", "magnitude > 65504.0"),
+    (
+        "float_to_half",
+        "takes subnormals for 0",
+        "if (magnitude >= 65520.0)",
+        "if (magnitude < 0x1p-14) return sign;\n    if (magnitude >= 65520.0)",
+    ),
+    ("float_to_half", "makes Inf of NaN", "return 0x7fff;", "return 0x7c00;"),
+    ("float_to_half", "loses the sign of 0", "(u16)(bits >> 16 & 0x8000u)", "(u16)(value < 0 ? 0x8000u : 0)"),
+    ("double_to_bits", "keeps the lower word", "memcpy(&bits, &value, 8)", "bits = 0, memcpy(&bits, &value, 4)"),
+    ("atomicAdd", "gives the new value", "*address = old + value;\n    return old;", "return *address = old + value;"),
+    (
+        "atomicMax",
+        "gives the new value",
+        "if (value > old) *address = value;\n    return old;",
+        "if (value > old) *address = value;\n    return *address;",
+    ),
+    ("atomicMin", "has numbers with a sign", "if (value < old)", "if ((long long)value < (long long)old)"),
+    ("atomicOr", "is an exclusive or", "old | value", "old ^ value"),
+    (
+        "count_released",
+        "gives the new count",
+        "*counter = before + amount;\n    return before;",
+        "return *counter = before + amount;",
+    ),
+    (
+        "load_words4",
+        "takes the next two words for the last",
+        "return *static_cast<const Words4 *>(address);",
+        "Words4 all = *static_cast<const Words4 *>(address);\n    all.word[3] = all.word[2];\n    return all;",
+    ),
+    (
+        "load_words4_if",
+        "loads what is not wanted",
+        "return wanted ? load_words4(address) : Words4{};",
+        "return load_words4(address);",
+    ),
+    ("shift_right_wide", "takes the higher word for the lower", "((u64)high << 32 | low)", "((u64)low << 32 | high)"),
+    ("shift_right_wide", "shifts by all of the amount", ">> (bits & 31));", ">> (bits & 63));"),
+    ("load_fresh", "exchanges x and y", "{address[0], address[1]}", "{address[1], address[0]}"),
+    (
+        "load_element",
+        "spreads the sign of a half",
+        "load_element(const u16 *address) { return *address; }",
+        "load_element(const u16 *address) { return (u32)(short)*address; }",
+    ),
+    (
+        "store_words4",
+        "leaves the last word",
+        "*reinterpret_cast<Words4 *>(address) = words;",
+        "memcpy(reinterpret_cast<void *>(address), &words, 12);",
+    ),
+    ("SHUFFLE_DOWN", "takes 32 bits of 64", "memcpy(&bits, &value, sizeof(T));", "memcpy(&bits, &value, 4);"),
+    ("SHUFFLE_DOWN", "has the lanes of a half warp", "(bits, delta, line);", "(bits, delta % 16, line);"),
+    ("BARRIER", "does not wait", "gradprobe_simt_barrier(__FILE__, __LINE__)", "(void)0"),
+];
