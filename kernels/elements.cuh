@@ -87,6 +87,8 @@ DEVICE void cut_packets(const u32 *from, u32 bits, const Load &load, u32 (*words
         }
     }
 }
+
+// The same from any address, of which `load` is given the aligned ones around it.
 template <typename E, u32 N, u32 TOGETHER, typename Load>
 DEVICE void load_packets_any(const typename E::Bits *packet, const Load &load, u32 (*words)[E::WORDS]) {
     // The same for all: a branch, where selects would be two for each word.
@@ -112,7 +114,7 @@ template <typename E, u32 N> DEVICE void load_packets_aligned(const typename E::
     }
 }
 
-// Puts the elements of a packet that there are into its words, one by one.
+// Loads the first `count` elements of a packet into its words, one by one; the others stay.
 template <typename E> DEVICE void load_packet_scalar(const typename E::Bits *packet, u32 count, u32 *words) {
 #pragma unroll
     for (u32 slot = 0; slot < PACKET; slot++) {

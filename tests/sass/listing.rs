@@ -262,24 +262,6 @@ impl Listing {
         jump.into_iter().chain(next)
     }
 
-    /// The instructions from each of a loop on that are executed up to one of it, by the shortest way past none that is barred.
-    fn steps_to(&self, to: usize, span: &Range<usize>, is_barred: impl Fn(&Instruction) -> bool) -> Vec<Option<usize>> {
-        let mut steps = vec![None; span.len()];
-        steps[to - span.start] = Some(1);
-        // A jump back needs another round.
-        loop {
-            let before = steps.clone();
-            for index in span.clone().rev().filter(|&index| index != to && !is_barred(&self.0[index])) {
-                let rest = self.successors(index).filter(|next| span.contains(next) && *next != span.start);
-                let rest = rest.filter_map(|next| steps[next - span.start]).min();
-                steps[index - span.start] = rest.map(|rest| rest + 1);
-            }
-            if steps == before {
-                return steps;
-            }
-        }
-    }
-
     /// Instructions that are executed once round a loop, and once through each loop in it, by the shortest way that comes by an
     /// instruction of `some` kind and by none that is barred: of those by each such instruction the longest.
     pub fn once_round(
@@ -288,12 +270,19 @@ impl Listing {
         some: impl Fn(&Instruction) -> bool,
         is_barred: impl Fn(&Instruction) -> bool,
     ) -> Option<usize> {
-        let to_the_end = self.steps_to(span.end - 1, span, &is_barred);
-        let by_one = span.clone().filter(|&index| some(&self.0[index])).filter_map(|by| {
-            let until = self.steps_to(by, span, &is_barred)[0]?;
-            Some(until - 1 + to_the_end[by - span.start]?)
-        });
-        by_one.max()
+        let last = span.len() - 1;
+        let open: Vec<_> = self.0[span.clone()].iter().map(|code| !is_barred(code)).collect();
+        let (mut after, mut before) = (vec![Vec::new(); span.len()], vec![Vec::new(); span.len()]);
+        for index in (0..last).filter(|&index| open[index]) {
+            let inside = self.successors(span.start + index).filter(|next| span.contains(next) && *next != span.start);
+            for next in inside.map(|next| next - span.start).filter(|&next| open[next] || next == last) {
+                after[index].push(next);
+                before[next].push(index);
+            }
+        }
+        let (to, from) = (steps(&after, 0), steps(&before, last));
+        let by_one = (0..span.len()).filter(|&index| some(&self.0[span.start + index]));
+        by_one.filter_map(|by| Some(to[by]? + from[by]? + 1)).max()
     }
 
     /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.
@@ -323,6 +312,23 @@ impl Listing {
         let narrow = self.count(span, |code| code.is_division_seed() && !code.is_wide_division_seed());
         narrow.max(calls + in_place.count())
     }
+}
+
+/// By how many edges each node can be reached from one.
+fn steps(edges: &[Vec<usize>], from: usize) -> Vec<Option<usize>> {
+    let mut steps = vec![None; edges.len()];
+    steps[from] = Some(0);
+    let mut reached = vec![from];
+    for index in 0.. {
+        let Some(&node) = reached.get(index) else { break };
+        for &next in &edges[node] {
+            if steps[next].is_none() {
+                steps[next] = steps[node].map(|steps: usize| steps + 1);
+                reached.push(next);
+            }
+        }
+    }
+    steps
 }
 
 /// Whether a span lies in another that is not the same.
