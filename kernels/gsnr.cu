@@ -12,6 +12,12 @@ DEVICE GsnrRecord record_of(const Track &track) {
     return r;
 }
 
+// What is tracked is what is wanted.
+struct TrackedSource {
+    static DEVICE float deviation(float, float spread) { return spread; }
+    static DEVICE const GsnrSums &whole(const GsnrSums &sums) { return sums; }
+};
+
 struct GsnrArguments : Common {
     const Track *tracks; // of the tensors
     const float *means;  // of the tracked elements
@@ -34,12 +40,11 @@ KERNEL(LANES, 4) gradprobe_gsnr(GsnrArguments a) {
             a.gsnr_records[i] = with_sums(record_of(track), 0, scaling_of(track), GsnrSums{}, no_median());
         }
     }
-    auto element = [](double mean, double deviation) { return Spread{mean * mean, deviation}; };
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];
         const Track &track = a.tracks[tensor];
         if (track.offset == UNTRACKED || track.steps < 2) continue;
         reduce(scratch, a, index, tensor, a.bins + (u64)track.slot * BINS, a.gsnr_records, a.means + track.offset,
-               a.deviations + track.offset, element, scaling_of(track), record_of(track));
+               a.deviations + track.offset, TrackedSource{}, scaling_of(track), record_of(track));
     }
 }

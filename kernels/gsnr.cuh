@@ -23,7 +23,7 @@ constexpr u32 BIN_SHIFT = 19;
 // What a chunk, and then a tensor, adds up over its elements.
 struct GsnrSums {
     u64 defined, below_one;
-    double ratios, deviations, squared_means;
+    double ratios, spreads, squared_means;
     u64 nonfinite;
 };
 static_assert(sizeof(GsnrSums) == 48, "src/gsnr/mod.rs");
@@ -37,11 +37,6 @@ struct GsnrRecord {
 };
 static_assert(sizeof(GsnrRecord) == 104, "src/gsnr/mod.rs");
 
-// What is known of an element: its squared mean, and what over Scaling::degrees is its variance.
-struct Spread {
-    double square, deviation;
-};
-
 struct Scaling {
     double degrees, effective_steps, ratio_shift;
 };
@@ -52,7 +47,8 @@ DEVICE Scaling scaling_of(const Track &track) {
 // What is the same for all tensors at a step of Adam, before the table of their moments: src/gsnr/adam.rs.
 struct AdamStep {
     Scaling scaling;
-    double mean_scale, square_scale; // by which the moments are freed of their start from 0
+    double square_scale; // frees squares of the first moment of its start from 0
+    double spread_scale; // the second moment, beside those: src/gsnr/adam.rs
     u32 steps, reserved;
 };
 static_assert(sizeof(AdamStep) == 48, "src/gsnr/adam.rs");
@@ -62,7 +58,7 @@ struct AdamMoments {
 };
 
 DEVICE GsnrSums merge(const GsnrSums &a, const GsnrSums &b) {
-    return {a.defined + b.defined, a.below_one + b.below_one, a.ratios + b.ratios, a.deviations + b.deviations,
+    return {a.defined + b.defined, a.below_one + b.below_one, a.ratios + b.ratios, a.spreads + b.spreads,
             a.squared_means + b.squared_means, a.nonfinite + b.nonfinite};
 }
 

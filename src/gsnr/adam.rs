@@ -1,7 +1,7 @@
 //! Signal and noise from the two moments that Adam keeps of each gradient, with no state of our own.
 
-use super::Scaling;
-use crate::{DType, Error, Plan, Tensor};
+use super::{GsnrSums, Scaling, cpu::Source};
+use crate::{DType, Error, Plan, Tensor, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 
 /// A step of Adam, or of an optimizer that keeps the same moments: what its moments are worth as statistics.
@@ -73,21 +73,49 @@ pub struct AdamMoments<'a> {
 #[repr(C)]
 pub(crate) struct Adam {
     pub scaling: Scaling,
-    /// 1 / (1 − β1^t) and 1 / (1 − β2^t).
-    mean_scale: f64,
+    /// m̂² / m², 1 / (1 − β1^t)².
     square_scale: f64,
+    /// v̂ / v, 1 / (1 − β2^t), over that.
+    spread_scale: f64,
     pub steps: u32,
     pub reserved: u32,
 }
 const _: () = assert!(size_of::<Adam>() == 48);
 
 impl Adam {
-    /// An element's m̂² and v̂ − m̂².
+    pub(crate) fn source(&self) -> AdamSource {
+        let Self { square_scale, spread_scale, .. } = *self;
+        let scale = narrow(spread_scale);
+        AdamSource { square_scale, spread_scale, scale, rest: narrow(spread_scale - f64::from(scale)) }
+    }
+}
+
+/// The source of v̂ − m̂² in units of `square_scale`: what m² and v times `spread_scale` leave, each in a pair of f32, of which the
+/// lower holds what the upper rounded off.
+#[derive(Clone, Copy)]
+pub(crate) struct AdamSource {
+    square_scale: f64,
+    spread_scale: f64,
+    /// The latter in a pair.
+    scale: f32,
+    rest: f32,
+}
+
+impl Source for AdamSource {
     #[inline(always)]
-    pub(crate) fn element(&self, exp_avg: f64, exp_avg_sq: f64) -> (f64, f64) {
-        let mean = exp_avg * self.mean_scale;
-        let square = mean * mean;
-        (square, exp_avg_sq * self.square_scale - square)
+    fn deviation(&self, exp_avg: f32, exp_avg_sq: f32) -> f32 {
+        let (square, spread) = (exp_avg * exp_avg, exp_avg_sq * self.scale);
+        let square_rest = exp_avg.mul_add(exp_avg, -square);
+        let spread_rest = exp_avg_sq.mul_add(self.rest, exp_avg_sq.mul_add(self.scale, -spread));
+        spread - square + (spread_rest - square_rest)
+    }
+
+    fn whole(&self, sums: GsnrSums) -> GsnrSums {
+        GsnrSums {
+            spreads: self.square_scale * (self.spread_scale * sums.spreads - sums.squared_means),
+            squared_means: sums.squared_means * self.square_scale,
+            ..sums
+        }
     }
 }
 
@@ -116,8 +144,8 @@ impl AdamStep {
                 effective_steps: 1.0 / noise_share,
                 ratio_shift: noise_share,
             },
-            mean_scale: 1.0 / seen,
-            square_scale: 1.0 / (1.0 - power(beta2, step)),
+            square_scale: 1.0 / (seen * seen),
+            spread_scale: seen * seen / (1.0 - power(beta2, step)),
             steps: step,
             reserved: 0,
         })

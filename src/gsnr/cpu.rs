@@ -63,8 +63,7 @@ pub(crate) fn gsnr(memory: &Memory, a: &GsnrArguments) {
         let place = track.offset as usize..(track.offset + entry.length) as usize;
         let (mut sums, mut bins) = Default::default();
         if track.steps >= 2 {
-            let element = |mean: f64, deviation: f64| (mean * mean, deviation);
-            (sums, bins) = reduce(&means[place.clone()], &deviations[place], element, track.scaling());
+            (sums, bins) = reduce(&means[place.clone()], &deviations[place], TrackedSource, track.scaling());
         }
         *record = GsnrRecord::of_track(track, entry.length, &sums, &bins);
     });
@@ -86,8 +85,7 @@ pub(crate) fn adam(memory: &Memory, a: &AdamArguments) {
     given.for_each(|((moments, entry), record)| {
         let count = usize::try_from(entry.length).unwrap_or(usize::MAX);
         let [exp_avg, exp_avg_sq] = moments.map(|address| memory.slice(address, count));
-        let element = |exp_avg: f64, exp_avg_sq: f64| adam.element(exp_avg, exp_avg_sq);
-        let (sums, bins) = reduce(exp_avg, exp_avg_sq, element, adam.scaling);
+        let (sums, bins) = reduce(exp_avg, exp_avg_sq, adam.source(), adam.scaling);
         *record = GsnrRecord::of_steps(adam.steps).with_sums(exp_avg.len() as u64, &adam.scaling, &sums, &bins);
     });
 }
@@ -135,54 +133,74 @@ impl<E: Element> Work for Update<'_, E> {
     }
 }
 
-/// The sums of a tensor and its bins. `element` makes an element's squared mean and deviation from what the two arrays
-/// hold of it.
-fn reduce(
-    means: &[f32],
-    spreads: &[f32],
-    element: impl Fn(f64, f64) -> (f64, f64) + Copy + Sync,
-    scaling: Scaling,
-) -> (GsnrSums, Vec<u32>) {
+/// What two arrays of f32 say of an element's mean and spread.
+pub(crate) trait Source: Copy + Sync {
+    /// An element's squared deviations, times something that is the same for all.
+    fn deviation(&self, mean: f32, spread: f32) -> f32;
+    /// The sums of a tensor, of which `spreads` are then its squared deviations.
+    fn whole(&self, sums: GsnrSums) -> GsnrSums;
+}
+
+/// What is tracked is what is wanted.
+#[derive(Clone, Copy)]
+struct TrackedSource;
+
+impl Source for TrackedSource {
+    #[inline(always)]
+    fn deviation(&self, _: f32, spread: f32) -> f32 {
+        spread
+    }
+
+    fn whole(&self, sums: GsnrSums) -> GsnrSums {
+        sums
+    }
+}
+
+/// The sums of a tensor and its bins.
+fn reduce(means: &[f32], spreads: &[f32], source: impl Source, scaling: Scaling) -> (GsnrSums, Vec<u32>) {
     let chunks = means.par_chunks(CHUNK).zip(spreads.par_chunks(CHUNK));
     let chunks: Vec<(GsnrSums, Vec<u32>)> =
-        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, element, scaling })).collect();
+        chunks.map(|(means, spreads)| dispatch::run(Reduce { means, spreads, source, scaling })).collect();
     let mut bins = vec![0; BINS];
     for (_, chunk) in &chunks {
         bins.iter_mut().zip(chunk).for_each(|(bin, more)| *bin += more);
     }
-    (spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default(), bins)
+    let sums = spec::fold_spans(chunks.len(), |c| chunks[c].0, GsnrSums::add).unwrap_or_default();
+    (source.whole(sums), bins)
 }
 
-/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order, in f64.
-struct Reduce<'a, F> {
+/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order: ratios of f32, sums of f64.
+struct Reduce<'a, S> {
     means: &'a [f32],
     spreads: &'a [f32],
-    element: F,
+    source: S,
     scaling: Scaling,
 }
 
-impl<F: Fn(f64, f64) -> (f64, f64)> Work for Reduce<'_, F> {
+impl<S: Source> Work for Reduce<'_, S> {
     type Output = (GsnrSums, Vec<u32>);
 
     #[inline(always)]
     fn run(self, _: impl InstructionSet) -> (GsnrSums, Vec<u32>) {
         let mut lanes = [GsnrSums::default(); LANES];
         let mut bins = vec![0; BINS];
-        let one = 1.0 + self.scaling.ratio_shift;
+        let (degrees, one) = (narrow(self.scaling.degrees), narrow(1.0 + self.scaling.ratio_shift));
         for (means, spreads) in self.means.chunks(LANES).zip(self.spreads.chunks(LANES)) {
             for ((lane, &mean), &spread) in lanes.iter_mut().zip(means).zip(spreads) {
-                let (square, deviation) = (self.element)(f64::from(mean), f64::from(spread));
-                if !deviation.is_finite() {
+                if !mean.is_finite() || !spread.is_finite() {
                     lane.nonfinite += 1;
                     continue;
                 }
-                lane.squared_means += square;
-                lane.deviations += deviation;
+                lane.squared_means += f64::from(mean) * f64::from(mean);
+                lane.spreads += f64::from(spread);
+                let deviation = self.source.deviation(mean, spread);
                 if deviation > 0.0 {
-                    let ratio = square * self.scaling.degrees / deviation;
+                    // The square may be below all of f32. The quotient is between: a deviation that is not 0 is at least a
+                    // rounding of the squared mean, unless the moments are none of Adam's.
+                    let ratio = (mean / deviation * mean * degrees).min(f32::MAX);
                     lane.defined += 1;
                     lane.below_one += u64::from(ratio < one);
-                    lane.ratios += ratio;
+                    lane.ratios += f64::from(ratio);
                     bins[bin_of(ratio)] += 1;
                 }
             }

@@ -167,9 +167,8 @@ const BIN_SHIFT: u32 = 19;
 
 /// The bin of a ratio.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the nearest f32 is what is wanted")]
-pub(crate) fn bin_of(ratio: f64) -> usize {
-    ((ratio as f32).to_bits() >> BIN_SHIFT) as usize
+pub(crate) fn bin_of(ratio: f32) -> usize {
+    (ratio.to_bits() >> BIN_SHIFT) as usize
 }
 
 /// A number in the middle of a bin: within 3.2 % of all in it. The first bin is below 2^-133: 0.
@@ -199,7 +198,8 @@ pub(crate) struct GsnrSums {
     pub defined: u64,
     pub below_one: u64,
     pub ratios: f64,
-    pub deviations: f64,
+    /// Of what is tracked, the squared deviations; of Adam's moments, the second.
+    pub spreads: f64,
     pub squared_means: f64,
     pub nonfinite: u64,
 }
@@ -211,7 +211,7 @@ impl GsnrSums {
             defined: self.defined + other.defined,
             below_one: self.below_one + other.below_one,
             ratios: self.ratios + other.ratios,
-            deviations: self.deviations + other.deviations,
+            spreads: self.spreads + other.spreads,
             squared_means: self.squared_means + other.squared_means,
             nonfinite: self.nonfinite + other.nonfinite,
         }
@@ -296,7 +296,7 @@ impl GsnrRecord {
         if track.steps < 2 { known } else { known.with_sums(elements, &track.scaling(), sums, bins) }
     }
 
-    /// The record completed by what the elements add up to.
+    /// The record completed by what the elements add up to; `spreads` to their squared deviations.
     #[expect(clippy::cast_precision_loss, reason = "below 2^32")]
     pub(crate) fn with_sums(self, elements: u64, scaling: &Scaling, sums: &GsnrSums, bins: &[u32]) -> Self {
         let Scaling { degrees, effective_steps, ratio_shift } = *scaling;
@@ -306,7 +306,7 @@ impl GsnrRecord {
             nonfinite: sums.nonfinite,
             below_one: sums.below_one,
             sum_ratio: sums.ratios - ratio_shift * sums.defined as f64,
-            sum_variance: sums.deviations / degrees,
+            sum_variance: sums.spreads / degrees,
             sum_squared_mean: sums.squared_means,
             median_or_nan: if sums.defined == 0 { f64::NAN } else { median(bins, sums.defined) - ratio_shift },
             effective_steps,

@@ -26,6 +26,8 @@ pub struct Architecture {
     pub bytes_a_cycle: f64,
     /// Bytes that a multiprocessor must have under way, by Little's law, to keep that memory busy.
     pub bytes_in_flight: usize,
+    /// Lanes whose f64 instructions a multiprocessor does in a cycle.
+    pub fp64: usize,
     /// Instructions an element in the hot loops of measure, for each dtype: at most these.
     pub instructions: [f64; 3],
     /// Instructions in the loops of clip for 16 bytes read and written, of histogram for an element, and of dot for a pair, at
@@ -48,6 +50,7 @@ const COMMON: Architecture = Architecture {
     reserved: KIB,
     bytes_a_cycle: 0.0,
     bytes_in_flight: 0,
+    fp64: 2,
     instructions: [0.0; 3],
     clip: 150,
     histogram: 15.0,
@@ -77,6 +80,7 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         shared: 164 * KIB,
         bytes_a_cycle: 13.4, // A100: 2039 GB/s, 108 at 1.41 GHz
         bytes_in_flight: 16 * KIB,
+        fp64: 32,
         instructions: [14.5, 14.0, 14.0],
         ..COMMON
     },
@@ -106,6 +110,7 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         reserved: 0,
         bytes_a_cycle: 16.5, // H200: 132 at 1.98 GHz, and 4.3 TB/s that were measured (kernels/TUNING.md)
         bytes_in_flight: 48 * KIB,
+        fp64: 64,
         instructions: [22.0, 12.0, 12.0],
         ..COMMON
     },
@@ -117,6 +122,7 @@ pub static ARCHITECTURES: [Architecture; 7] = [
         reserved: 0,
         bytes_a_cycle: 27.5, // B200: 8 TB/s, 148 at 1.965 GHz
         bytes_in_flight: 48 * KIB,
+        fp64: 64,
         instructions: [16.5, 9.0, 9.0],
         ..COMMON
     },

@@ -172,3 +172,28 @@ fn adaptive_reads_by_whole_vectors() {
         }
     }
 }
+
+/// Every sum is one instruction of f64 an element, and nothing else is: beside the 8 bytes that the memory brings meanwhile, half
+/// as long again is allowed them and all others. Not all of a B200's, whose memory hides 37.
+#[test]
+fn ratios_keep_up_with_the_memory_where_f64_is_rare() {
+    const BYTES: usize = 8;
+    const SUMS: usize = 3;
+    for code in all_of(Kernel::Gsnr).chain(all_of(Kernel::Adam)) {
+        let (listing, architecture) = (&code.listing, code.architecture);
+        let counts = |span: &Range<usize>| listing.count(span, |code| code.is(architecture.count));
+        let mut loops = listing.loops();
+        loops.retain(|span| counts(span) > 0 && !loops_in(listing, span).iter().any(|inner| counts(inner) > 0));
+        let [span] = &loops[..] else { panic!("{code}: the loop over elements is one of {loops:?}") };
+        let elements = counts(span);
+        let (executed, fp64) = (span.len() / elements, listing.count(span, Instruction::is_fp64) / elements);
+        let memory = BYTES as f64 / architecture.bytes_a_cycle;
+        let busy = fp64 as f64 / architecture.fp64 as f64 / memory;
+        println!("{code}: {executed} instructions an element, {fp64} of f64, these {busy:.2} of the memory's time");
+        assert_eq!(listing.count(span, Instruction::is_load), 2 * elements, "{code}, {span:?}");
+        assert_eq!(fp64, SUMS, "{code}, {span:?}");
+        assert!(busy <= 1.5, "{code}: f64 takes {busy:.2} of the memory's time");
+        let most = if architecture.number == 100 { 80.0 } else { 1.5 * architecture.hidden_by(BYTES) };
+        assert!(executed as f64 <= most, "{code}: {executed} instructions an element of at most {most:.0}");
+    }
+}
