@@ -2,7 +2,8 @@
 //! tracked step beside a plain loop that moves the same bytes: group `gsnr`, `step` against `plain`; and the clip beside
 //! a plain loop that reads and writes them: group `clip`, `clip` against `plain`.
 //!
-//! 64 tensors of 1 Mi elements each. The ratio of two medians is the figure; either alone is the machine's. With
+//! 64 tensors of 1 Mi elements each, or as many as `GRADPROBE_BENCH_TENSORS` says: where the last cache is larger than they
+//! are, a plain read is not one of memory. The ratio of two medians is the figure; either alone is the machine's. With
 //! `GRADPROBE_CPU=avx2` in the environment no wider instructions are used. `benches/peers_cpu.py` runs this beside
 //! PyTorch and makes one table.
 //!
@@ -19,8 +20,12 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::hint::black_box;
 
-const TENSORS: usize = 64;
 const ELEMENTS: usize = 1 << 20;
+
+/// How many tensors there are.
+fn tensor_count() -> usize {
+    std::env::var("GRADPROBE_BENCH_TENSORS").map_or(64, |count| count.parse().expect("a count of tensors"))
+}
 
 /// Numbers of the size and spread of a gradient: the sum of four uniforms, times 1e-3.
 fn gradient(seed: usize) -> Vec<f32> {
@@ -80,9 +85,10 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     name: &str,
     convert: impl Fn(f32) -> T + Sync,
 ) {
+    let count = tensor_count();
     let mut data: Vec<Vec<T>> =
-        (0..TENSORS).into_par_iter().map(|seed| gradient(seed).into_iter().map(&convert).collect()).collect();
-    let elements = TENSORS * ELEMENTS;
+        (0..count).into_par_iter().map(|seed| gradient(seed).into_iter().map(&convert).collect()).collect();
+    let elements = count * ELEMENTS;
     let bytes = (elements * size_of::<T>()) as u64;
 
     let mut group = criterion.benchmark_group("ceiling");
@@ -90,7 +96,7 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     group.bench_function(BenchmarkId::new(name, elements), |b| b.iter(|| black_box(read(black_box(&data)))));
     group.finish();
 
-    let plan = Plan::new((0..TENSORS).map(|t| (format!("layer.{t}"), T::DTYPE, ELEMENTS as u64))).unwrap();
+    let plan = Plan::new((0..count).map(|t| (format!("layer.{t}"), T::DTYPE, ELEMENTS as u64))).unwrap();
     let config = Config::new().histogram().dot();
     let mut tracking = Probe::new(Cpu, plan.clone(), config.clone().tracking(GsnrConfig::new())).unwrap();
     let mut probe = Probe::new(Cpu, plan.clone(), config).unwrap();
@@ -111,7 +117,7 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
 
     let mut group = criterion.benchmark_group("gsnr");
     group.throughput(Throughput::BytesDecimal(bytes + 16 * elements as u64)).sample_size(20);
-    let mut states: Vec<_> = (0..TENSORS).map(|_| [(); 2].map(|()| vec![0u32; ELEMENTS])).collect();
+    let mut states: Vec<_> = (0..count).map(|_| [(); 2].map(|()| vec![0u32; ELEMENTS])).collect();
     group.bench_function(BenchmarkId::new(format!("{name}/plain"), elements), |b| {
         b.iter(|| plain_update::<T, W>(black_box(&data), black_box(&mut states)));
     });

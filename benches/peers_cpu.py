@@ -1,8 +1,8 @@
 """Times `benches/cpu.rs` and PyTorch on the CPU, by turns, and prints one table for each instruction set.
 
-    python3 benches/peers_cpu.py [--rounds COUNT] [--sets SET ...]
+    python3 benches/peers_cpu.py [--rounds COUNT] [--sets SET ...] [--tensors COUNT]
 
-64 tensors of 2^20 elements, on all cores. Where the machine has AVX-512, both are also held to AVX2: ours by
+Tensors of 2^20 elements, 64 if not told otherwise, on all cores. Where the machine has AVX-512, both are also held to AVX2: ours by
 GRADPROBE_CPU, PyTorch by ATEN_CPU_CAPABILITY. A figure is the median of a round, in the quietest of the rounds. Each
 round times all of them, and its figures go to standard error: rounds that differ are of a busy machine, and PyTorch's
 threads, which wait for each other by spinning, suffer most from one.
@@ -25,17 +25,17 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DTYPES = ["f32", "bf16", "f16"]
-TENSORS, ELEMENTS, SAMPLES = 64, 1 << 20, 15
+ELEMENTS, SAMPLES = 1 << 20, 15
 SETS = {"avx512": "avx512", "avx2": "avx2", "portable": "default"}  # GRADPROBE_CPU, ATEN_CPU_CAPABILITY.
 
 
-def torch_times():
+def torch_times(count):
     """Medians in ms, by dtype and name."""
     import torch
 
     times = {}
     for name, dtype in zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16)):
-        tensors = [(torch.randn(ELEMENTS) * 1e-3).to(dtype) for _ in range(TENSORS)]
+        tensors = [(torch.randn(ELEMENTS) * 1e-3).to(dtype) for _ in range(count)]
         parameters = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
         for parameter, tensor in zip(parameters, tensors):
             parameter.grad = tensor.clone()
@@ -59,9 +59,10 @@ def torch_times():
     return times
 
 
-def run_torch(instruction_set):
+def run_torch(instruction_set, tensors):
     environment = os.environ | {"ATEN_CPU_CAPABILITY": SETS.get(instruction_set, "default")}
-    child = subprocess.run([sys.executable, __file__, "--torch"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--torch", "--tensors", str(tensors)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     return json.loads(child.stdout) if child.returncode == 0 else {dtype: {} for dtype in DTYPES}
 
 
@@ -73,11 +74,11 @@ def build():
     return next(message["executable"] for message in made if message["target"]["name"] == "cpu")
 
 
-def run_bench(executable, instruction_set):
+def run_bench(executable, instruction_set, tensors):
     """The instruction set that it used, and medians in ms, by dtype and name."""
     command = [executable, "--bench", "--noplot", "--warm-up-time", "0.3", "--measurement-time", "0.8"]
     groups = "^(ceiling|measure|clip|histogram)/"
-    environment = os.environ | {"GRADPROBE_CPU": instruction_set}
+    environment = os.environ | {"GRADPROBE_CPU": instruction_set, "GRADPROBE_BENCH_TENSORS": str(tensors)}
     out = subprocess.run([*command, groups], env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     unit = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
     times = {dtype: {} for dtype in DTYPES}
@@ -99,6 +100,10 @@ def machine():
         name += ", family " + re.search(r"cpu family\s*: (.*)", information)[1]
         name += ", model " + re.search(r"model\s*: (.*)", information)[1]
     except (OSError, TypeError):
+        pass
+    try:
+        name += ", last cache " + pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
         pass
     return f"{name}, {os.cpu_count()} cores"
 
@@ -123,18 +128,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["avx512", "avx2"])
+    parser.add_argument("--tensors", type=int, default=64)
     parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.torch:
-        print(json.dumps(torch_times()))
+        print(json.dumps(torch_times(options.tensors)))
         return
     executable, all_times = build(), {}
     for _ in range(options.rounds):
         for asked in options.sets:
-            used, times = run_bench(executable, asked)
+            used, times = run_bench(executable, asked, options.tensors)
             if used != asked and used in options.sets:
                 continue  # The machine has not the set that was asked for, and this one has its own turn.
-            more = run_torch(used)
+            more = run_torch(used, options.tensors)
             times = {dtype: times[dtype] | more[dtype] for dtype in DTYPES}
             print(f"{used}: {json.dumps(times)}", file=sys.stderr, flush=True)
             all_times[used] = quietest(all_times.get(used, {dtype: {} for dtype in DTYPES}), times)
@@ -144,7 +150,7 @@ def main():
         version = f"PyTorch {torch.__version__}"
     except ImportError:
         version = "no PyTorch in this Python"
-    print(f"{machine()}; {version}; ms, the quietest of {options.rounds} rounds\n")
+    print(f"{machine()}; {version}; {options.tensors} tensors; ms, the quietest of {options.rounds} rounds\n")
     for used, times in all_times.items():
         print(f"**{used}**\n\n{table(times)}\n")
 

@@ -53,13 +53,13 @@ struct Clip<'a, E> {
 impl<E: Element> Work for Clip<'_, E> {
     type Output = ();
 
+    /// A part at a time, while the one a tile behind is on its way from memory. Products of finite numbers are no NaN: of 16
+    /// bits, looking for the others beforehand takes a third of the instructions that looking at each product does.
     #[inline(always)]
     fn run(self, set: impl InstructionSet) {
+        /// With a whole tile asked for at once, bf16 took a third longer.
+        const PART: usize = TILE / 4;
         let Clipping { coefficient, limit, zero_nonfinite } = self.how;
-        let canonical = |product: f32| if product.is_nan() { f32::NAN } else { product };
-        if limit == f32::INFINITY && !zero_nonfinite {
-            return self.change(|x| canonical(x * coefficient), set);
-        }
         let value = |x: f32| {
             let mut product = if zero_nonfinite && !x.is_finite() { 0.0 } else { x * coefficient };
             // Not `clamp`: a NaN passes both comparisons.
@@ -69,21 +69,19 @@ impl<E: Element> Work for Clip<'_, E> {
             if product < -limit {
                 product = -limit;
             }
-            canonical(product)
+            if product.is_nan() { f32::NAN } else { product }
         };
-        self.change(value, set);
-    }
-}
-
-impl<E: Element> Clip<'_, E> {
-    /// A tile at a time, while the next one is on its way from memory.
-    #[inline(always)]
-    fn change(self, value: impl Fn(f32) -> f32 + Copy, set: impl InstructionSet) {
+        let may_scale = coefficient.is_finite() && limit == f32::INFINITY;
         let mut rest = self.elements;
         while !rest.is_empty() {
-            let (tile, after) = rest.split_at_mut(TILE.min(rest.len()));
-            set.prefetch(&after[..TILE.min(after.len())]);
-            E::change(tile, value, set);
+            let (part, after) = rest.split_at_mut(PART.min(rest.len()));
+            set.prefetch(after.get(TILE - PART..TILE).unwrap_or_default());
+            let largest = part.iter().fold(E::Word::default(), |largest, x| largest.max(x.magnitude()));
+            if may_scale && largest.into() < E::INFINITY {
+                E::change(part, |x| x * coefficient, set);
+            } else {
+                E::change(part, value, set);
+            }
             rest = after;
         }
     }
