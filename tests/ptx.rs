@@ -401,7 +401,7 @@ const MUTATIONS: &[Mutation] = mutations! {
         format!("ld.shared.u32 {0}, {1};\nadd.u32 {0}, {0}, {2};\nst.shared.u32 {1}, {0};", operands[0], operands[1], operands[2])
     };
     "deviations off by 4": UPDATE "st.global.v4.u32" STEPS => |line| line.replacen(']', "+4]", 1);
-    "roots not taken": GSNR "div.rn.f64" STEPS => |line| line.replace("div", "mul");
+    "products for quotients": GSNR "div.rn.f32" STEPS => |line| line.replace("div", "mul");
 };
 
 /// Orders in which a mutant runs without checks.
