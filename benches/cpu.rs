@@ -1,6 +1,6 @@
 //! What the statistics cost beside a plain read of the same bytes, in one run: group `measure` against `ceiling`; and a
 //! tracked step beside a plain loop that moves the same bytes: group `gsnr`, `step` against `plain`; and the clip beside
-//! a plain loop that reads and writes them: group `clip`, `clip` against `plain`.
+//! a plain loop that reads and writes them: group `clip`, `clip` against `plain`; and AdamW likewise: group `optimizer`.
 //!
 //! 64 tensors of 1 Mi elements each, or as many as `GRADPROBE_BENCH_TENSORS` says: where the last cache is larger than they
 //! are, a plain read is not one of memory. The ratio of two medians is the figure; either alone is the machine's. With
@@ -15,6 +15,7 @@ use gradprobe::{
     Clip, Config, Cpu, DType, Element, Plan, Probe, Tensor, TensorMut,
     gsnr::GsnrConfig,
     health::{Health, Rules},
+    optim::AdamW,
 };
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -170,6 +171,50 @@ fn benches_of<T: Element, W: Pod + Sync + Into<u32>>(
     group.finish();
 }
 
+/// Reads gradient, weight and two moments, and writes the last three: the 28 bytes an element of AdamW.
+fn plain_optimizer(gradients: &[Vec<f32>], kept: &mut [[Vec<f32>; 3]]) {
+    const CHUNK: usize = 1 << 15;
+    gradients.par_iter().zip(kept).for_each(|(gradients, kept)| {
+        let [weights, first, second] = kept.each_mut().map(|list| list.par_chunks_mut(CHUNK));
+        let chunks = gradients.par_chunks(CHUNK).zip(weights).zip(first.zip(second));
+        chunks.for_each(|((gradients, weights), (first, second))| {
+            for (((g, w), m), v) in gradients.iter().zip(weights).zip(first).zip(second) {
+                *m = 0.9 * *m + g;
+                *v += *m;
+                *w -= *v;
+            }
+        });
+    });
+}
+
+/// `step` is AdamW after a measurement, `update` both.
+fn optimizer(criterion: &mut Criterion) {
+    let count = tensor_count();
+    let gradients: Vec<Vec<f32>> = (0..count).into_par_iter().map(gradient).collect();
+    let elements = count * ELEMENTS;
+    let mut group = criterion.benchmark_group("optimizer");
+    group.throughput(Throughput::BytesDecimal(28 * elements as u64)).sample_size(20);
+    let mut kept: Vec<_> = (0..count).map(|_| [(); 3].map(|()| vec![0f32; ELEMENTS])).collect();
+    group.bench_function(BenchmarkId::new("cpu/f32/plain", elements), |b| {
+        b.iter(|| plain_optimizer(black_box(&gradients), black_box(&mut kept)));
+    });
+    drop(kept);
+    let plan = Plan::new((0..count).map(|t| (format!("layer.{t}"), DType::F32, ELEMENTS as u64))).unwrap();
+    let config = Config::new().clip(Clip::global_norm(1.0)).optimizer(AdamW::new(1e-3));
+    let mut probe = Probe::new(Cpu, plan, config).unwrap();
+    let mut weights: Vec<Vec<f32>> = (0..count).map(|_| vec![0.02; ELEMENTS]).collect();
+    let gradients: Vec<&dyn Tensor> = gradients.iter().map(|t| t as _).collect();
+    let mut weights: Vec<&mut dyn TensorMut> = weights.iter_mut().map(|t| t as _).collect();
+    group.bench_function(BenchmarkId::new("cpu/f32/update", elements), |b| {
+        b.iter(|| probe.update(black_box(&gradients), black_box(&mut weights)).unwrap());
+    });
+    probe.measure(&gradients).unwrap();
+    group.bench_function(BenchmarkId::new("cpu/f32/step", elements), |b| {
+        b.iter(|| probe.optimizer().unwrap().step(black_box(&gradients), black_box(&mut weights)).unwrap());
+    });
+    group.finish();
+}
+
 fn diagnose(criterion: &mut Criterion) {
     let parts = ["attn.q", "attn.k", "attn.v", "attn.o", "ln1", "mlp.up", "mlp.down", "ln2"];
     let names = (0..125).flat_map(|layer| parts.map(|part| format!("blocks.{layer}.{part}.weight")));
@@ -189,6 +234,7 @@ fn diagnose(criterion: &mut Criterion) {
 fn benches(criterion: &mut Criterion) {
     println!("instruction set: {}", Cpu.instruction_set());
     diagnose(criterion);
+    optimizer(criterion);
     benches_of::<f32, u32>(criterion, "cpu/f32", |x| x);
     benches_of::<bf16, u16>(criterion, "cpu/bf16", bf16::from_f32);
     benches_of::<f16, u16>(criterion, "cpu/f16", f16::from_f32);

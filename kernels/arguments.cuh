@@ -16,6 +16,14 @@ struct TensorEntry {
 };
 static_assert(sizeof(TensorEntry) == 24, "src/probe/arguments.rs");
 
+// One tensor of a second list.
+struct Other {
+    u64 address;
+    u32 dtype;
+    u32 reserved;
+};
+static_assert(sizeof(Other) == 16, "src/probe/arguments.rs");
+
 constexpr u32 POLICY_SKIP = 0;
 constexpr u32 POLICY_ZERO_NONFINITE = 2;
 

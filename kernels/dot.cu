@@ -30,14 +30,6 @@ DEVICE Dot load_record(const Dot *from) {
     return {counts.x, counts.y, bits_to_double(sums.x), bits_to_double(sums.y), bits_to_double(rest.x), 0};
 }
 
-// One tensor of the second list.
-struct Other {
-    u64 address;
-    u32 dtype;
-    u32 reserved;
-};
-static_assert(sizeof(Other) == 16, "src/dot/mod.rs");
-
 struct DotScratch {
     Dot runs[LANES];
     u32 last;

@@ -148,6 +148,18 @@ DEVICE void load_packets_guarded(const typename E::Bits *elements, u32 first, u3
     }
 }
 
+// A packet of f32 that this thread will write, at a multiple of 16 bytes.
+struct Floats8 {
+    Words4 half[2];
+};
+DEVICE Floats8 load_floats(const float *address) {
+    return {{load_words4_to_change((u64)address), load_words4_to_change((u64)(address + 4))}};
+}
+DEVICE void store_floats(float *address, const Floats8 &floats) {
+    store_words4((u64)address, floats.half[0]);
+    store_words4((u64)(address + 4), floats.half[1]);
+}
+
 // Evaluates a function template for a dtype code that is only known on the device; uniform over a block.
 #define FOR_DTYPE(code, call)                                                                                        \
     switch (code) {                                                                                                  \

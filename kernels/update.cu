@@ -8,18 +8,6 @@
 // Reads n·size bytes, and reads and writes 8 for each element. The last block counts the step of every tensor.
 #include "finish.cuh"
 
-// Eight elements' means or deviations.
-struct Floats8 {
-    Words4 half[2];
-};
-DEVICE Floats8 load_floats(const float *address) {
-    return {{load_words4_to_change((u64)address), load_words4_to_change((u64)(address + 4))}};
-}
-DEVICE void store_floats(float *address, const Floats8 &floats) {
-    store_words4((u64)address, floats.half[0]);
-    store_words4((u64)(address + 4), floats.half[1]);
-}
-
 template <typename E> DEVICE void update_chunk(const Chunk &chunk, float *means, float *deviations, u32 steps,
                                               float unscale) {
     const typename E::Bits *elements = (const typename E::Bits *)chunk.address;

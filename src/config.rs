@@ -103,6 +103,7 @@ impl Config {
             return Err(Error::InvalidConfig { option: "backward_order", expected, value });
         }
         self.features.loss_scale.map_or(Ok(()), |loss_scale| loss_scale.check())?;
+        self.features.optimizer.as_ref().map_or(Ok(()), |optimizer| optimizer.check())?;
         self.clip.check()
     }
 }

@@ -134,6 +134,10 @@ pub(crate) mod sealed {
         const INFINITY: u32;
         /// A quiet NaN.
         const NAN: Self;
+        /// 0.
+        const ZERO: Self;
+        /// The bits as they are.
+        fn bits(self) -> Self::Word;
         /// Bits of |self|.
         fn magnitude(self) -> Self::Word;
         /// The bits of a threshold as a word of this type; `bits` must fit.
@@ -146,6 +150,8 @@ pub(crate) mod sealed {
         fn widen_slice(from: &[Self], to: &mut [f32]);
         /// [`Self::widen_slice`], to be inlined into what is compiled for several instruction sets.
         fn widen(from: &[Self], to: &mut [f32], set: impl InstructionSet);
+        /// The nearest to each of `from`, ties to even.
+        fn narrow(from: &[f32], to: &mut [Self], set: impl InstructionSet);
         /// Makes of each element the nearest to its `value`, ties to even. The only NaN that `value` may return is
         /// [`f32::NAN`].
         fn change(elements: &mut [Self], value: impl Fn(f32) -> f32, set: impl InstructionSet);
@@ -155,6 +161,11 @@ pub(crate) mod sealed {
         type Word = u32;
         const INFINITY: u32 = 0x7f80_0000;
         const NAN: Self = f32::NAN;
+        const ZERO: Self = 0.0;
+        #[inline(always)]
+        fn bits(self) -> u32 {
+            self.to_bits()
+        }
         #[inline(always)]
         fn magnitude(self) -> u32 {
             self.to_bits() & 0x7fff_ffff
@@ -178,6 +189,10 @@ pub(crate) mod sealed {
             to.copy_from_slice(from);
         }
         #[inline(always)]
+        fn narrow(from: &[f32], to: &mut [Self], _: impl InstructionSet) {
+            to.copy_from_slice(from);
+        }
+        #[inline(always)]
         fn change(elements: &mut [Self], value: impl Fn(f32) -> f32, _: impl InstructionSet) {
             for x in elements {
                 *x = value(*x);
@@ -187,11 +202,16 @@ pub(crate) mod sealed {
 
     /// [`Bits`] of a 16-bit type, from the pattern of its +Inf and functions for an element and for many.
     macro_rules! half_bits {
-        ($t:ty, $infinity:literal, $widen:ident, $widen_all:ident, $change:ident) => {
+        ($t:ty, $infinity:literal, $widen:ident, $widen_all:ident, $narrow_all:ident, $change:ident) => {
             impl Bits for $t {
                 type Word = u16;
                 const INFINITY: u32 = $infinity;
                 const NAN: Self = <$t>::NAN;
+                const ZERO: Self = <$t>::ZERO;
+                #[inline(always)]
+                fn bits(self) -> u16 {
+                    self.to_bits()
+                }
                 #[inline(always)]
                 fn magnitude(self) -> u16 {
                     self.to_bits() & 0x7fff
@@ -216,14 +236,18 @@ pub(crate) mod sealed {
                     $widen_all(from, to, set);
                 }
                 #[inline(always)]
+                fn narrow(from: &[f32], to: &mut [Self], set: impl InstructionSet) {
+                    $narrow_all(from, to, set);
+                }
+                #[inline(always)]
                 fn change(elements: &mut [Self], value: impl Fn(f32) -> f32, set: impl InstructionSet) {
                     $change(elements, value, set);
                 }
             }
         };
     }
-    half_bits!(bf16, 0x7f80, widen_bf16, widen_all_bf16, change_bf16);
-    half_bits!(f16, 0x7c00, widen_finite_f16, widen_all_f16, change_f16);
+    half_bits!(bf16, 0x7f80, widen_bf16, widen_all_bf16, narrow_all_bf16, change_bf16);
+    half_bits!(f16, 0x7c00, widen_finite_f16, widen_all_f16, narrow_all_f16, change_f16);
 
     #[inline(always)]
     fn widen_bf16(bits: u16) -> f32 {
@@ -234,6 +258,15 @@ pub(crate) mod sealed {
     fn widen_all_bf16(from: &[bf16], to: &mut [f32], _: impl InstructionSet) {
         for (from, to) in from.iter().zip(to) {
             *to = widen_bf16(from.to_bits());
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_all_bf16(from: &[f32], to: &mut [bf16], _: impl InstructionSet) {
+        for (from, to) in from.iter().zip(to) {
+            let bits = from.to_bits();
+            let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
+            *to = bf16::from_bits(if from.is_nan() { 0x7fc0 } else { rounded as u16 });
         }
     }
 
@@ -259,6 +292,11 @@ pub(crate) mod sealed {
     #[inline(always)]
     fn widen_all_f16(from: &[f16], to: &mut [f32], set: impl InstructionSet) {
         set.widen_f16(from, to);
+    }
+
+    #[inline(always)]
+    fn narrow_all_f16(from: &[f32], to: &mut [f16], set: impl InstructionSet) {
+        set.narrow_f16(from, to);
     }
 
     #[inline(always)]

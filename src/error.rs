@@ -182,13 +182,25 @@ pub enum Error {
         /// Elements.
         length: u64,
     },
-    /// Two tensors of an in-place clip share memory; one would be scaled twice.
-    #[error("tensors {first:?} and {second:?} overlap in memory: an in-place clip would scale it twice")]
+    /// Two tensors share memory, and one of them is changed in place: so would the other be.
+    #[error("tensors {first:?} and {second:?} overlap in memory: what is changed in place would be changed twice")]
     Overlap {
         /// The one with the lower address.
         first: String,
         /// The other.
         second: String,
+    },
+    /// A tensor has a gradient, and there is no weight to be moved by it.
+    #[error("tensor {name:?} has a gradient and no weight to update")]
+    WithoutWeight {
+        /// The tensor's name.
+        name: String,
+    },
+    /// A saved state cannot be restored.
+    #[error("the optimizer's state does not fit: {what}")]
+    StateOfAnotherOptimizer {
+        /// What differs.
+        what: String,
     },
     /// A clip or a wait before any measurement: there is no coefficient and no report yet.
     #[error("nothing has been measured yet: there is no coefficient to clip by and no report to wait for")]

@@ -47,6 +47,7 @@ features! {
     dot: () => crate::dot::Dots;
     samples: crate::samples::SampleConfig => crate::samples::Samples;
     adaptive_clip: crate::clip::AdaptiveClip => crate::clip::AdaptiveUnits;
+    optimizer: crate::optim::Optimizer => crate::optim::OptimizerMemory;
     micro_batches: u32 => crate::micro_batches::MicroBatches;
     ranks: crate::ranks::Ranks => crate::ranks::RankLists;
 }

@@ -33,6 +33,7 @@ pub mod histogram;
 pub mod history;
 mod measure;
 pub mod micro_batches;
+pub mod optim;
 mod plan;
 mod probe;
 pub mod ranks;

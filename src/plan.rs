@@ -84,6 +84,11 @@ impl Plan {
         self.0.weights.as_deref()
     }
 
+    /// Types of the weights that an optimizer moves: those of the gradients unless they are known to be others.
+    pub(crate) fn updated(&self) -> Vec<DType> {
+        self.weights().map_or_else(|| self.tensors().iter().map(|tensor| tensor.dtype).collect(), <[_]>::to_vec)
+    }
+
     /// The tensors in order.
     pub fn tensors(&self) -> &[TensorSpec] {
         &self.0.tensors
@@ -126,6 +131,7 @@ impl Plan {
             let planned = match planned {
                 Planned::Gradients => Some(spec.dtype),
                 Planned::Weights => self.weights().map(|weights| weights[index]),
+                Planned::Updated => Some(self.weights().map_or(spec.dtype, |weights| weights[index])),
                 Planned::Lengths => None,
             };
             if spec.len != len || planned.is_some_and(|planned| planned != dtype) {

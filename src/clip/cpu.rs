@@ -39,6 +39,24 @@ pub(crate) struct Clipping {
     pub zero_nonfinite: bool,
 }
 
+impl Clipping {
+    /// What a step decided, but for coefficients of tensors on their own. `state` is the clip's.
+    pub fn of(outputs: &StepOutputs, state: &[ClipHeader]) -> Self {
+        let clamp = outputs.action & StepOutputs::ACTION_CLAMP != 0;
+        Self {
+            coefficient: outputs.coefficient,
+            limit: if clamp { state[0].limit } else { f32::INFINITY },
+            zero_nonfinite: outputs.action & StepOutputs::ACTION_ZERO_NONFINITE != 0,
+        }
+    }
+
+    /// Of a tensor with this coefficient, where each has one.
+    pub fn of_tensor(self, outputs: &StepOutputs, coefficient: f32) -> Self {
+        let by_tensor = outputs.action & StepOutputs::ACTION_SCALE_TENSORS != 0;
+        if by_tensor { Self { coefficient, ..self } } else { self }
+    }
+}
+
 /// Clips in place. A product that is NaN is written as the quiet NaN with no payload, so that the bits do not depend on
 /// the machine.
 pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
@@ -90,22 +108,14 @@ impl<E: Element> Work for Clip<'_, E> {
 /// What `gradprobe_clip` does.
 pub(crate) fn run(memory: &Memory, a: &ClipArguments) {
     let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
-    let does = |bit: u32| outputs.action & bit != 0;
     if outputs.action == 0 {
         return;
     }
-    let limit = if does(StepOutputs::ACTION_CLAMP) {
-        memory.slice::<ClipHeader>(a.clip_state, 1)[0].limit
-    } else {
-        f32::INFINITY
-    };
-    let zero_nonfinite = does(StepOutputs::ACTION_ZERO_NONFINITE);
-    let by_tensor = does(StepOutputs::ACTION_SCALE_TENSORS)
-        .then(|| memory.slice::<f32>(a.coefficients, a.common.tensor_count as usize));
-    memory.tensors_mut(&a.common).par_iter_mut().enumerate().for_each(|(index, tensor)| {
-        let coefficient = by_tensor.map_or(outputs.coefficient, |coefficients| coefficients[index]);
-        let how = Clipping { coefficient, limit, zero_nonfinite };
-        if by_tensor.is_some() && coefficient == 1.0 && !zero_nonfinite {
+    let how = Clipping::of(outputs, memory.slice(a.clip_state, 1));
+    let coefficients: &[f32] = memory.slice(a.coefficients, a.common.tensor_count as usize);
+    memory.tensors_mut(&a.common).par_iter_mut().zip(coefficients).for_each(|(tensor, coefficient)| {
+        let how = how.of_tensor(outputs, *coefficient);
+        if how.coefficient == 1.0 && how.limit == f32::INFINITY && !how.zero_nonfinite {
             return;
         }
         with_elements!(HostTensorMut, tensor, elements => {

@@ -67,6 +67,7 @@ kernels! {
     Histogram = "gradprobe_histogram", LANES, crate::histogram::HistogramArguments, crate::histogram::cpu::run;
     Dot = "gradprobe_dot", LANES, crate::dot::DotArguments, crate::dot::cpu::run;
     Adaptive = "gradprobe_adaptive", LANES, crate::clip::AdaptiveArguments, crate::clip::adaptive::cpu::run;
+    Optimizer = "gradprobe_optimizer", LANES, crate::optim::OptimizerArguments, crate::optim::cpu::run;
     Sample = "gradprobe_sample", LANES, crate::samples::SampleArguments, crate::samples::cpu::run;
     Merge = "gradprobe_merge", STEP_THREADS, crate::ranks::MergeArguments, crate::ranks::cpu::run;
 }

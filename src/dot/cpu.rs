@@ -1,12 +1,13 @@
 //! Sums over the pairs of elements of two tensors, in f64, in the order of the kernels.
 
-use super::{Dot, DotArguments, Other};
+use super::{Dot, DotArguments};
 use crate::{
     Element, HostTensor,
     device::cpu::{
         Memory,
         dispatch::{self, InstructionSet, Work},
     },
+    probe::Other,
     spec::{self, CHUNK, LANES, PACKET, PACKETS, ROW, TILE, WARP},
     tensor::with_elements,
 };

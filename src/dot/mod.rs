@@ -70,16 +70,6 @@ impl Dot {
     }
 }
 
-/// One tensor of the second list, as the kernel reads it.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub(crate) struct Other {
-    pub address: u64,
-    pub dtype: u32,
-    pub reserved: u32,
-}
-const _: () = assert!(size_of::<Other>() == 16);
-
 /// The dot products of a plan's tensors. `Display` prints a table.
 #[derive(Clone, Debug)]
 pub struct DotReport {

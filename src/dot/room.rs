@@ -1,11 +1,11 @@
 //! Dot products on a device: their memory, the second list's table, the launch, and the read-out.
 
-use super::{Dot, DotReport, Other};
+use super::{Dot, DotReport};
 use crate::{
     Config, Error, Probe, Tensor,
     device::Buffer,
     features::Feature,
-    probe::{Common, Core, Mirrored, Planned, ReadBack, Room, outside_capture, values},
+    probe::{Common, Core, Mirrored, Other, Planned, ReadBack, Room, outside_capture, values},
 };
 use bytemuck::{Pod, Zeroable};
 

@@ -83,6 +83,13 @@ pub(crate) struct Adam {
 const _: () = assert!(size_of::<Adam>() == 48);
 
 impl Adam {
+    /// Σ m̂² − c Σ σ̂², and Σ σ̂², from Σ m² and Σ v.
+    pub(crate) fn signal_and_noise(&self, first_squares: f64, second_sum: f64) -> (f64, f64) {
+        let Scaling { degrees, ratio_shift, .. } = self.scaling;
+        let noise = self.square_scale * (self.spread_scale * second_sum - first_squares) / degrees;
+        (self.square_scale * first_squares - ratio_shift * noise, noise)
+    }
+
     pub(crate) fn source(&self) -> AdamSource {
         let Self { square_scale, spread_scale, .. } = *self;
         let scale = narrow(spread_scale);

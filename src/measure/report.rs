@@ -3,6 +3,7 @@
 use crate::{
     DType, Error, Plan, Record, StepOutputs,
     health::Diagnosis,
+    optim::{Optimizer, UpdateRecord},
     statistics::{self, Value},
 };
 use std::{fmt, sync::Arc};
@@ -20,6 +21,8 @@ pub struct Report {
     /// Words of the tensors, where the probe judges them.
     health_words: Option<Vec<u32>>,
     diagnosis: Option<Arc<Diagnosis>>,
+    /// How far the step moved the tensors, and by which optimizer.
+    updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>,
 }
 
 /// One tensor of a report.
@@ -35,8 +38,12 @@ pub struct TensorReport<'a> {
     pub record: &'a Record,
     /// The statistics of the weight whose gradient it is, if the step measured them.
     pub weight: Option<&'a Record>,
-    /// L2 norm of that weight, if it was measured or given.
+    /// L2 norm of that weight, if it was measured or given, or moved by an optimizer, which measures it after.
     pub param_norm: Option<f64>,
+    /// How far the step has moved that weight, if it did.
+    pub update: Option<&'a UpdateRecord>,
+    /// Signal over noise of the gradients of all steps, by the moments of an AdamW that moved the weight.
+    pub moments: Option<f64>,
 }
 
 impl Report {
@@ -50,7 +57,12 @@ impl Report {
         health_words: Option<Vec<u32>>,
     ) -> Self {
         debug_assert_eq!(plan.tensors().len(), records.len());
-        Self { plan, outputs, records, weights, param_norms: None, health_words, diagnosis: None }
+        Self { plan, outputs, records, weights, param_norms: None, health_words, diagnosis: None, updates: None }
+    }
+
+    /// With how far an optimizer has moved the weights, one a tensor.
+    pub(crate) fn with_updates(self, updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>) -> Self {
+        Self { updates, ..self }
     }
 
     /// With what was found in it.
@@ -118,14 +130,27 @@ impl Report {
         self.weights.as_deref()
     }
 
-    /// Whether the norms of the weights are known.
-    fn has_param_norms(&self) -> bool {
-        self.weights.is_some() || self.param_norms.is_some()
+    /// How far the step has moved each weight, in the plan's order, if the probe has an optimizer. Of a step that is not
+    /// updated yet, or skipped, they have another step's number, or 0.
+    pub fn updates(&self) -> Option<&[UpdateRecord]> {
+        self.updates.as_ref().map(|(_, updates)| &updates[..])
     }
 
+    /// That of a tensor, if it is this step's.
+    fn update(&self, index: usize) -> Option<&UpdateRecord> {
+        self.updates().map(|updates| &updates[index]).filter(|update| update.count > 0 && update.step == self.step())
+    }
+
+    /// Whether the norms of the weights are known.
+    fn has_param_norms(&self) -> bool {
+        self.weights.is_some() || self.param_norms.is_some() || self.updates.is_some()
+    }
+
+    /// Measured before the step, or given; else as the step left it.
     fn param_norm(&self, index: usize) -> Option<f64> {
         let given = self.param_norms.as_ref().map(|norms| norms[index]);
-        given.or_else(|| self.weights.as_ref().map(|weights| weights[index].l2_norm()))
+        let measured = || self.weights.as_ref().map(|weights| weights[index].l2_norm());
+        given.or_else(measured).or_else(|| self.update(index).map(UpdateRecord::weight_norm))
     }
 
     /// The tensors, in the plan's order.
@@ -137,6 +162,8 @@ impl Report {
             record,
             weight: self.weights.as_ref().map(|weights| &weights[index]),
             param_norm: self.param_norm(index),
+            update: self.update(index),
+            moments: self.updates.as_ref().and_then(|(optimizer, _)| self.update(index)?.gsnr(optimizer)),
         })
     }
 }
@@ -150,6 +177,11 @@ impl TensorReport<'_> {
     /// Norm of the gradient over that of its weight; `None` when that is not known, or 0.
     pub fn ratio(&self) -> Option<f64> {
         self.param_norm.filter(|&norm| norm != 0.0).map(|norm| self.record.l2_norm() / norm)
+    }
+
+    /// Cosine of update and gradient: [`UpdateRecord::cosine`].
+    pub fn update_cosine(&self) -> Option<f64> {
+        self.update.and_then(|update| update.cosine(self.record.finite_l2_norm()))
     }
 
     /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:

@@ -107,8 +107,17 @@ pub struct StepArguments {
     pub reserved: u32,
 }
 
+/// One tensor of a second list, as kernels read it.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Other {
+    pub address: u64,
+    pub dtype: u32,
+    pub reserved: u32,
+}
+
 // The other side of these numbers is in kernels/arguments.cuh.
 const _: () = {
     assert!(size_of::<TensorEntry>() == 24 && size_of::<Common>() == 72);
-    assert!(size_of::<StepArguments>() == 208);
+    assert!(size_of::<StepArguments>() == 208 && size_of::<Other>() == 16);
 };

@@ -12,6 +12,8 @@ use std::any::Any;
 pub(crate) enum Planned {
     Gradients,
     Weights,
+    /// The weights that an optimizer moves.
+    Updated,
     /// As long as the gradients, of any dtypes.
     Lengths,
 }
@@ -75,16 +77,21 @@ impl Core {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn write<'a>(&self, place: &'a Place, tensors: &'a mut [&mut dyn TensorMut]) -> Result<Given<'a>, Error> {
+    pub fn write<'a>(
+        &self,
+        place: &'a Place,
+        tensors: &'a mut [&mut dyn TensorMut],
+        planned: Planned,
+    ) -> Result<Given<'a>, Error> {
         let shapes = tensors.iter().map(|tensor| tensor.shape());
-        self.plan.check_by(shapes, Planned::Gradients)?;
+        self.plan.check_by(shapes, planned)?;
         let mut given = Given::with_capacity(tensors.len());
         for (index, tensor) in tensors.iter_mut().enumerate() {
             let shape = tensor.shape();
             let lent = tensor.lend_mut(place);
             self.push(&mut given, index, shape, lent)?;
         }
-        self.told(given, Planned::Gradients, true)
+        self.told(given, planned, true)
     }
 
     #[inline(always)]
@@ -136,7 +143,7 @@ impl Core {
         };
         let all = Chained { tensors: &tensors.tensors, weights: &kept, next: 0 };
         if self.addresses.set(&*self.device, all)? {
-            self.disjoint = false;
+            (self.disjoint, self.apart) = (false, false);
         }
         Ok(())
     }
@@ -153,17 +160,27 @@ impl Core {
         self.check_overlaps(tensors)
     }
 
-    /// An in-place clip would scale shared memory twice.
+    /// What is changed in place would be changed twice.
     ///
     /// # Errors
     /// [`Error::Overlap`].
     pub fn check_overlaps(&mut self, tensors: &Given<'_>) -> Result<(), Error> {
         if !self.disjoint {
-            if let Some([a, b]) = self.ranges(tensors).windows(2).find(|pair| pair[0].1 > pair[1].0) {
-                return Err(Error::Overlap { first: a.2.to_owned(), second: b.2.to_owned() });
-            }
+            disjoint(&self.ranges(tensors), str::to_owned)?;
             self.disjoint = true;
         }
+        Ok(())
+    }
+
+    /// The same of weights that gradients move, which may share memory among themselves but with no weight.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`].
+    pub fn check_update(&mut self, gradients: &Given<'_>, weights: &Given<'_>) -> Result<(), Error> {
+        self.apart = false;
+        disjoint(&self.ranges(weights), weight_of)?;
+        self.check_apart(weights, gradients, |weight, gradient| (weight_of(weight), gradient.to_owned()))?;
+        self.apart = true;
         Ok(())
     }
 
@@ -175,20 +192,40 @@ impl Core {
         ranges
     }
 
-    /// Fails if a weight shares memory with a gradient that is to be changed; the gradients share none.
+    /// Fails if a tensor that is to be changed shares memory with one of the others; those that are changed share none among
+    /// themselves. `names` says how two that do are called.
     ///
     /// # Errors
     /// [`Error::Overlap`].
-    pub fn check_apart(&self, tensors: &Given<'_>, weights: &Given<'_>) -> Result<(), Error> {
-        let ranges = self.ranges(tensors);
-        for (weight, spec) in weights.tensors.iter().zip(self.plan.tensors()).filter(|(weight, _)| weight.len > 0) {
-            let next = ranges.partition_point(|range| range.1 <= weight.address);
-            if let Some(range) = ranges.get(next).filter(|range| range.0 < weight.end()) {
-                return Err(Error::Overlap { first: range.2.to_owned(), second: format!("weight of {}", spec.name) });
+    pub fn check_apart(
+        &self,
+        changed: &Given<'_>,
+        others: &Given<'_>,
+        names: impl Fn(&str, &str) -> (String, String),
+    ) -> Result<(), Error> {
+        let ranges = self.ranges(changed);
+        for (other, spec) in others.tensors.iter().zip(self.plan.tensors()).filter(|(other, _)| other.len > 0) {
+            let next = ranges.partition_point(|range| range.1 <= other.address);
+            if let Some(range) = ranges.get(next).filter(|range| range.0 < other.end()) {
+                let (first, second) = names(range.2, &spec.name);
+                return Err(Error::Overlap { first, second });
             }
         }
         Ok(())
     }
+}
+
+/// Fails if two of these ranges, from the lowest address on, share memory. `name` says how they are called.
+fn disjoint(ranges: &[(u64, u64, &str)], name: impl Fn(&str) -> String) -> Result<(), Error> {
+    match ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+        Some([a, b]) => Err(Error::Overlap { first: name(a.2), second: name(b.2) }),
+        _ => Ok(()),
+    }
+}
+
+/// How the weight of a tensor is called.
+pub(crate) fn weight_of(name: &str) -> String {
+    format!("weight of {name}")
 }
 
 /// Fails unless elements can lie there. Those of an empty tensor lie nowhere.

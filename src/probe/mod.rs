@@ -5,8 +5,9 @@ mod given;
 mod memory;
 mod reports;
 
+pub(crate) use arguments::Other;
 pub use arguments::{Arguments, Common, StepArguments, TensorEntry};
-pub(crate) use given::{Given, Located, Planned, check_address};
+pub(crate) use given::{Given, Located, Planned, check_address, weight_of};
 pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
 
 use crate::{
@@ -55,6 +56,10 @@ pub(crate) struct Core {
     addresses: Mirrored<u64>,
     /// Whether those were found free of overlaps.
     disjoint: bool,
+    /// Whether they were found free of overlaps with the weights that an optimizer moves, and those with one another.
+    pub apart: bool,
+    /// One [`UpdateRecord`](crate::optim::UpdateRecord) a tensor, where an optimizer is declared.
+    pub updates: u64,
     /// Whether a step has been launched.
     pub measured: bool,
     /// Whether somebody has vouched for graphs; see [`Probe::bind`].
@@ -204,7 +209,7 @@ impl Probe {
     /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let place = self.core.device.place();
-        let tensors = self.core.write(&place, tensors)?;
+        let tensors = self.core.write(&place, tensors, Planned::Gradients)?;
         self.core.place_to_change(&tensors)?;
         self.launch_clip()?;
         tensors.finish()
@@ -216,7 +221,7 @@ impl Probe {
     /// Those of [`measure`](Self::measure) and [`clip`](Self::clip).
     pub fn step(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let place = self.core.device.place();
-        let tensors = self.core.write(&place, tensors)?;
+        let tensors = self.core.write(&place, tensors, Planned::Gradients)?;
         self.core.place(&tensors, None)?;
         self.core.check_overlaps(&tensors)?;
         self.launch_step(false)?;
@@ -224,7 +229,7 @@ impl Probe {
         tensors.finish()
     }
 
-    fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
+    pub(crate) fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
         let Self { core, .. } = self;
         if core.config.clip.needs_histogram() {
             crate::histogram::launch_of_all(core)?;
@@ -357,6 +362,8 @@ impl Core {
             step,
             addresses,
             disjoint: false,
+            apart: false,
+            updates: 0,
             measured: false,
             promised: false,
             clip_state,

@@ -5,6 +5,7 @@ use crate::{
     Error, Record, Report, StepOutputs,
     device::{Buffer, Read},
     health::Diagnosis,
+    optim::UpdateRecord,
 };
 use std::{collections::VecDeque, sync::Arc};
 
@@ -33,10 +34,16 @@ impl Reports {
         bytes.extend_from_slice(bytemuck::cast_slice(&vec![Record::EMPTY; records]));
         core.step.health_words = bytes.len() as u64;
         bytes.resize(bytes.len() + words * size_of::<u32>(), 0);
+        if core.config.features.optimizer.is_some() {
+            bytes.resize(bytes.len().next_multiple_of(16), 0);
+            core.updates = bytes.len() as u64;
+            bytes.resize(bytes.len() + words * size_of::<UpdateRecord>(), 0);
+        }
         let results = super::uploaded(&*core.device, &bytes)?;
         core.step.common.outputs = results.address();
         core.step.common.records = results.address() + size_of::<StepOutputs>() as u64;
         core.step.health_words += results.address();
+        core.updates += results.address();
         let idle = (0..READS).map(|_| core.device.read(bytes.len())).collect::<Result<_, _>>()?;
         let reads = VecDeque::with_capacity(READS);
         Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
@@ -119,10 +126,15 @@ impl Probe {
         if is_new || again {
             let (of_records, of_words) = rest.split_at(core.record_count() * size_of::<Record>());
             let mut records: Vec<Record> = values(of_records);
+            let (of_words, of_updates) = of_words.split_at(core.plan.tensors().len() * size_of::<u32>());
             let words = judge.is_some().then(|| values(of_words));
+            let updates = rooms.optimizer.as_ref().map(|optimizer| {
+                let padding = of_updates.len() % size_of::<UpdateRecord>();
+                (optimizer.declared(), values::<UpdateRecord>(&of_updates[padding..]))
+            });
             let weights = records.split_off(core.plan.tensors().len());
             let weights = (outputs.weights != 0).then_some(weights);
-            let made = Report::new(core.plan.clone(), outputs, records, weights, words);
+            let made = Report::new(core.plan.clone(), outputs, records, weights, words).with_updates(updates);
             if is_new {
                 reports.reported = outputs.step;
                 let diagnosis = judge.as_mut().map(|judge| judge.health.diagnose(&made)).transpose()?;

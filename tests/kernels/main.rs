@@ -16,6 +16,7 @@ mod histogram;
 mod history;
 mod loss_scale;
 mod micro_batches;
+mod optimizer;
 mod policies;
 mod ranks;
 mod samples;

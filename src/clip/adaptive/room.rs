@@ -4,7 +4,7 @@ use super::{AdaptiveClip, AdaptiveClipReport, AdaptiveRecord, Units};
 use crate::{
     Config, Error, NonFinitePolicy, Probe, Tensor, TensorMut,
     features::Feature,
-    probe::{Common, Core, Mirrored, Planned, ReadBack, Room, values},
+    probe::{Common, Core, Mirrored, Planned, ReadBack, Room, values, weight_of},
     spec::CHUNK,
 };
 use bytemuck::{Pod, Zeroable};
@@ -93,9 +93,10 @@ impl Room<'_, AdaptiveUnits> {
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut], weights: &[&dyn Tensor]) -> Result<(), Error> {
         let Self { core, memory } = self;
         let place = core.device.place();
-        let (tensors, weights) = (core.write(&place, tensors)?, core.read(&place, weights, Planned::Lengths)?);
+        let (tensors, weights) =
+            (core.write(&place, tensors, Planned::Gradients)?, core.read(&place, weights, Planned::Lengths)?);
         core.place_to_change(&tensors)?;
-        core.check_apart(&tensors, &weights)?;
+        core.check_apart(&tensors, &weights, |gradient, weight| (gradient.to_owned(), weight_of(weight)))?;
         let mut first = 0;
         let mut table = Vec::with_capacity(weights.tensors.len() + 1);
         let zeroes = core.config.non_finite == NonFinitePolicy::ZeroNonFinite;

@@ -16,6 +16,8 @@ pub(crate) trait Work {
 pub trait InstructionSet: Copy {
     /// Exact values, NaN and Inf included.
     fn widen_f16(self, from: &[f16], to: &mut [f32]);
+    /// The nearest to each of `from`, ties to even.
+    fn narrow_f16(self, from: &[f32], to: &mut [f16]);
     /// Makes of each element the nearest to its `value`, ties to even.
     fn change_f16(self, elements: &mut [f16], value: impl Fn(f32) -> f32);
     /// Asks for this memory, which is to be read soon.
@@ -38,6 +40,11 @@ impl InstructionSet for Portable {
             let nonfinite = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
             *to = f32::from_bits(scaled.to_bits() | nonfinite | (bits & 0x8000) << 16);
         }
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, from: &[f32], to: &mut [f16]) {
+        half::slice::HalfFloatSliceExt::convert_from_f32_slice(to, from);
     }
 
     #[inline(always)]
@@ -164,6 +171,17 @@ mod x86 {
             }
             let padded = self.widen(padded(from_rest));
             to_rest.copy_from_slice(&padded[..to_rest.len()]);
+        }
+
+        #[inline(always)]
+        fn narrow_f16(self, from: &[f32], to: &mut [f16]) {
+            let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<8>(), to.as_chunks_mut::<8>());
+            for (from, to) in from.iter().zip(to) {
+                *to = self.narrow(*from);
+            }
+            for (from, to) in from_rest.iter().zip(to_rest) {
+                *to = f16::from_f32(*from);
+            }
         }
 
         /// In registers from the load to the store: by way of a buffer it took half as long again.

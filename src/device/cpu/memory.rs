@@ -53,6 +53,16 @@ impl Memory {
         }
     }
 
+    /// The same, to be changed.
+    pub fn tensor_mut(&self, address: u64, length: u64, dtype: u32) -> HostTensorMut<'_> {
+        let count = usize::try_from(length).unwrap_or(usize::MAX);
+        match dtype {
+            0 => HostTensorMut::F32(self.slice_mut(address, count)),
+            1 => HostTensorMut::F16(self.slice_mut(address, count)),
+            _ => HostTensorMut::BF16(self.slice_mut(address, count)),
+        }
+    }
+
     /// The tensors, to be read.
     pub fn tensors(&self, a: &Common) -> Vec<HostTensor<'_>> {
         let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
@@ -63,14 +73,7 @@ impl Memory {
     /// The tensors, to be changed.
     pub fn tensors_mut(&self, a: &Common) -> Vec<HostTensorMut<'_>> {
         let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
-        let of = |(&address, entry): (&u64, &TensorEntry)| {
-            let count = usize::try_from(entry.length).unwrap_or(usize::MAX);
-            match entry.dtype {
-                0 => HostTensorMut::F32(self.slice_mut(address, count)),
-                1 => HostTensorMut::F16(self.slice_mut(address, count)),
-                _ => HostTensorMut::BF16(self.slice_mut(address, count)),
-            }
-        };
+        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor_mut(address, entry.length, entry.dtype);
         addresses.iter().zip(self.entries(a)).map(of).collect()
     }
 }

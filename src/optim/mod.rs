@@ -1,0 +1,346 @@
+//! Optimizers that take what a measurement decided for nothing: AdamW, SGD and Lion.
+//!
+//! [`Probe::update`] measures the gradients and moves the weights, in two launches for all tensors. Clip coefficient, loss
+//! scale, skip, coefficients of tensors and clamp are applied to each gradient as the optimizer reads it; there is no pass
+//! that clips, and the gradients stay as they are. Of the same read come the numbers of [`UpdateRecord`]: how far the step
+//! has moved each weight.
+//!
+//! ```
+//! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, optim::{AdamW, Group}};
+//!
+//! let (gradient, mut weight) = (vec![0.3f32; 4096], vec![1.0f32; 4096]);
+//! let plan = Plan::new([("linear.weight", DType::F32, 4096)])?;
+//! let adamw = AdamW::new(1e-3).group(Group::new("*bias").weight_decay(0.0).if_any());
+//! let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::global_norm(1.0)).optimizer(adamw))?;
+//! // every step:
+//! probe.update(&[&gradient], &mut [&mut weight])?;
+//! let report = probe.wait()?;
+//! assert!((report.updates().unwrap()[0].ratio().unwrap() - 1e-3).abs() < 1e-4);
+//! # Ok::<(), gradprobe::Error>(())
+//! ```
+//!
+//! # What is computed
+//!
+//! With g the gradient of an element, η the learning rate times that of its group, λ the decay of its group and t the step of
+//! its tensor, all in f32, operation by operation as written, `fma` one rounding:
+//!
+//! | | moments | direction d |
+//! |---|---|---|
+//! | [`AdamW`] | m ← fma(β1, m, (1−β1)·g), v ← fma(β2, v, ((1−β2)·g)·g) | m / fma(√v, (1−β1^t)/√(1−β2^t), (1−β1^t)·ε) |
+//! | [`Sgd`] | m ← fma(μ, m, g); none where μ is 0 | m; with Nesterov fma(μ, m, g) |
+//! | [`Lion`] | c = fma(β1, m, (1−β1)·g), then m ← fma(β2, m, (1−β2)·g) | sign c |
+//!
+//! and w ← fma(−η, fma(λ, w, d), w). The decay is decoupled in all of them: it is no part of the moments. Weights of f16 and
+//! bf16 have an f32 master each, which is what moves; the weight is its nearest. A weight that is no longer the nearest of its
+//! master was set by somebody else, from a checkpoint say, and the master begins anew from it.
+//!
+//! A NaN that reaches a weight or moment, under [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate), has the bits
+//! of the machine; all else has the same bits on every device.
+
+pub(crate) mod cpu;
+mod record;
+mod room;
+mod state;
+
+pub use record::UpdateRecord;
+pub use room::OptimizerMemory;
+pub use state::{OptimizerState, TensorState};
+
+pub(crate) use room::OptimizerArguments;
+
+use crate::{Error, Plan};
+use bytemuck::{Pod, Zeroable};
+use wildmatch::WildMatch;
+
+/// Which optimizer, with its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Optimizer {
+    rule: Rule,
+    learning_rate: f64,
+    betas: [f64; 2],
+    epsilon: f64,
+    weight_decay: f64,
+    groups: Vec<Group>,
+}
+
+/// The number by which the kernel knows it, and its name in a saved state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Rule {
+    AdamW = 0,
+    Momentum = 1,
+    Nesterov = 2,
+    Sgd = 3,
+    Lion = 4,
+}
+
+impl Rule {
+    /// Moments an element.
+    fn moments(self) -> usize {
+        match self {
+            Self::AdamW => 2,
+            Self::Momentum | Self::Nesterov | Self::Lion => 1,
+            Self::Sgd => 0,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "adamw",
+            Self::Momentum | Self::Nesterov => "sgd with momentum",
+            Self::Sgd => "sgd",
+            Self::Lion => "lion",
+        }
+    }
+}
+
+/// Tensors with numbers of their own. Of several groups that a tensor's name matches, the last counts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    pattern: String,
+    learning_rate_factor: f64,
+    weight_decay: Option<f64>,
+    must_match: bool,
+}
+
+impl Group {
+    /// The tensors whose names match: `*` stands for any characters, `?` for one.
+    pub fn new(pattern: impl Into<String>) -> Self {
+        Self { pattern: pattern.into(), learning_rate_factor: 1.0, weight_decay: None, must_match: true }
+    }
+
+    /// With this times the learning rate.
+    #[must_use]
+    pub fn learning_rate_factor(self, factor: f64) -> Self {
+        Self { learning_rate_factor: factor, ..self }
+    }
+
+    /// With this decay.
+    #[must_use]
+    pub fn weight_decay(self, weight_decay: f64) -> Self {
+        Self { weight_decay: Some(weight_decay), ..self }
+    }
+
+    /// Also for plans in which no name matches, which are refused otherwise.
+    #[must_use]
+    pub fn if_any(self) -> Self {
+        Self { must_match: false, ..self }
+    }
+}
+
+/// The methods that all optimizers have.
+macro_rules! common {
+    ($optimizer:ident) => {
+        impl $optimizer {
+            /// With this decay, decoupled: each step subtracts learning rate · decay · weight.
+            #[must_use]
+            pub fn weight_decay(mut self, weight_decay: f64) -> Self {
+                self.0.weight_decay = weight_decay;
+                self
+            }
+
+            /// With numbers of their own for these tensors, no decay on norms and biases say.
+            #[must_use]
+            pub fn group(mut self, group: Group) -> Self {
+                self.0.groups.push(group);
+                self
+            }
+        }
+
+        impl From<$optimizer> for Optimizer {
+            fn from(optimizer: $optimizer) -> Self {
+                optimizer.0
+            }
+        }
+    };
+}
+
+/// AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019), algorithm 2, as PyTorch has it: the decay
+/// is multiplied by the learning rate. Keeps two f32 an element.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamW(Optimizer);
+common!(AdamW);
+
+impl AdamW {
+    /// With β 0.9 and 0.999, ε 1e-8 and a decay of 0.01: PyTorch's.
+    pub fn new(learning_rate: f64) -> Self {
+        Self(Optimizer::new(Rule::AdamW, learning_rate, [0.9, 0.999], 0.01))
+    }
+
+    /// With these decays of the moments, from 0 to below 1.
+    #[must_use]
+    pub fn betas(mut self, beta1: f64, beta2: f64) -> Self {
+        self.0.betas = [beta1, beta2];
+        self
+    }
+
+    /// With this ε, which is added to the root of the second moment.
+    #[must_use]
+    pub fn epsilon(mut self, epsilon: f64) -> Self {
+        self.0.epsilon = epsilon;
+        self
+    }
+}
+
+/// Stochastic gradient descent: plain, with momentum, or with Nesterov's (Sutskever et al., "On the importance of
+/// initialization and momentum in deep learning", ICML 2013), as PyTorch has it without dampening; its decay is decoupled.
+/// Keeps one f32 an element where there is momentum, else nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sgd(Optimizer);
+common!(Sgd);
+
+impl Sgd {
+    /// Without momentum or decay.
+    pub fn new(learning_rate: f64) -> Self {
+        Self(Optimizer::new(Rule::Sgd, learning_rate, [0.0; 2], 0.0))
+    }
+
+    /// With this momentum, from 0 to below 1.
+    #[must_use]
+    pub fn momentum(self, momentum: f64) -> Self {
+        self.with(momentum, Rule::Momentum)
+    }
+
+    /// With this momentum, and a look ahead.
+    #[must_use]
+    pub fn nesterov(self, momentum: f64) -> Self {
+        self.with(momentum, Rule::Nesterov)
+    }
+
+    fn with(mut self, momentum: f64, rule: Rule) -> Self {
+        self.0.betas[0] = momentum;
+        self.0.rule = if momentum == 0.0 { Rule::Sgd } else { rule };
+        self
+    }
+}
+
+/// Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms" (NeurIPS 2023), algorithm 2. Keeps one f32 an element.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lion(Optimizer);
+common!(Lion);
+
+impl Lion {
+    /// With β 0.9 and 0.99 and no decay: the paper's.
+    pub fn new(learning_rate: f64) -> Self {
+        Self(Optimizer::new(Rule::Lion, learning_rate, [0.9, 0.99], 0.0))
+    }
+
+    /// With these decays, from 0 to below 1: of the direction's mean, and of what is kept.
+    #[must_use]
+    pub fn betas(mut self, beta1: f64, beta2: f64) -> Self {
+        self.0.betas = [beta1, beta2];
+        self
+    }
+}
+
+/// What is kept of a tensor from step to step, as the kernel reads it (`kernels/optimizer.cu`).
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct OptimizerTensor {
+    /// Of its first element in the moments.
+    pub offset: u64,
+    /// And in the masters, where it has them.
+    pub master_offset: u64,
+    /// β1^t and β2^t of the next step.
+    powers: [f64; 2],
+    /// (1 − β1^t) / √(1 − β2^t) and 1 − β1^t of the next step.
+    pub corrections: [f32; 2],
+    pub learning_rate_factor: f32,
+    pub weight_decay: f32,
+    pub steps: u32,
+    reserved: [u32; 3],
+}
+const _: () = {
+    assert!(size_of::<OptimizerTensor>() == 64);
+    assert!(std::mem::offset_of!(OptimizerTensor, corrections) == 32);
+    assert!(std::mem::offset_of!(OptimizerTensor, steps) == 48);
+};
+
+impl OptimizerTensor {
+    /// After so many steps: by multiplication, step by step, as the kernel does it.
+    fn after(self, steps: u32, betas: [f64; 2]) -> Self {
+        let before = Self { powers: [1.0; 2], ..self };
+        Self { steps, ..(0..=steps).fold(before, |state, _| state.next(betas)) }
+    }
+
+    /// One step on.
+    pub fn next(self, betas: [f64; 2]) -> Self {
+        let powers = [self.powers[0] * betas[0], self.powers[1] * betas[1]];
+        let corrections = [narrow((1.0 - powers[0]) / (1.0 - powers[1]).sqrt()), narrow(1.0 - powers[0])];
+        Self { powers, corrections, steps: self.steps.wrapping_add(1), ..self }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounded the same on every backend")]
+fn narrow(x: f64) -> f32 {
+    x as f32
+}
+
+impl Optimizer {
+    fn new(rule: Rule, learning_rate: f64, betas: [f64; 2], weight_decay: f64) -> Self {
+        Self { rule, learning_rate, betas, epsilon: 1e-8, weight_decay, groups: Vec::new() }
+    }
+
+    /// β1 and β2, of AdamW.
+    fn adam_betas(&self) -> Option<[f64; 2]> {
+        (self.rule == Rule::AdamW).then_some(self.betas)
+    }
+
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a number outside its range.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let invalid =
+            |option, expected, value: f64| Err(Error::InvalidConfig { option, expected, value: value.to_string() });
+        check_learning_rate(self.learning_rate)?;
+        if let Some(&beta) = self.betas.iter().find(|beta| !(0.0..1.0).contains(*beta)) {
+            let option = if matches!(self.rule, Rule::AdamW | Rule::Lion) { "beta" } else { "momentum" };
+            return invalid(option, "at least 0 and below 1", beta);
+        }
+        // Below, a weight without a gradient would become 0/0.
+        if !(self.epsilon.is_finite() && narrow(self.epsilon) >= f32::MIN_POSITIVE) {
+            return invalid("epsilon", "a normal f32 above 0", self.epsilon);
+        }
+        let decays = self.groups.iter().filter_map(|group| group.weight_decay).chain([self.weight_decay]);
+        for decay in decays {
+            if !(narrow(decay).is_finite() && decay >= 0.0) {
+                return invalid("weight_decay", "finite and not negative", decay);
+            }
+        }
+        for Group { learning_rate_factor, .. } in &self.groups {
+            if !(narrow(*learning_rate_factor).is_finite() && *learning_rate_factor >= 0.0) {
+                return invalid("learning_rate_factor", "finite and not negative", *learning_rate_factor);
+            }
+        }
+        Ok(())
+    }
+
+    /// Factor of the learning rate, and decay, of each tensor.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`] for a group that matches none, and must.
+    fn of_tensors(&self, plan: &Plan) -> Result<Vec<(f32, f32)>, Error> {
+        let groups: Vec<_> = self.groups.iter().map(|group| (WildMatch::new(&group.pattern), group)).collect();
+        let is_unused = |(pattern, group): &&(WildMatch, &Group)| {
+            group.must_match && !plan.tensors().iter().any(|t| pattern.matches(&t.name))
+        };
+        if let Some((_, group)) = groups.iter().find(is_unused) {
+            return Err(Error::NoSuchTensor { pattern: group.pattern.clone() });
+        }
+        let of = |name: &str| {
+            let group = groups.iter().rfind(|(pattern, _)| pattern.matches(name)).map(|(_, group)| *group);
+            let factor = group.map_or(1.0, |group| group.learning_rate_factor);
+            (narrow(factor), narrow(group.and_then(|group| group.weight_decay).unwrap_or(self.weight_decay)))
+        };
+        Ok(plan.tensors().iter().map(|tensor| of(&tensor.name)).collect())
+    }
+}
+
+/// # Errors
+/// [`Error::InvalidConfig`].
+fn check_learning_rate(learning_rate: f64) -> Result<(), Error> {
+    if narrow(learning_rate).is_finite() && learning_rate >= 0.0 {
+        return Ok(());
+    }
+    let (expected, value) = ("finite and not negative", learning_rate.to_string());
+    Err(Error::InvalidConfig { option: "learning_rate", expected, value })
+}
