@@ -212,17 +212,17 @@ template <typename W> struct Packet {
     float gradients[PACKET];
 };
 
-// Moves a chunk, and gives what a lane adds up of it.
+// Moves a chunk, and puts into `lane` what a lane adds up of it: in shared memory, as registers are short.
 template <typename W, typename R>
-DEVICE UpdateRecord move_lane(const Chunk &chunk, const Moved &moved, const Clipping &how, const R &rule) {
+DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved, const Clipping &how, const R &rule) {
     constexpr bool HAS_MASTERS = W::WORDS != PACKET;
     constexpr u32 SIZE = sizeof(typename W::Bits);
     // Packets loaded before the first is used: with one of plain SGD only 32 KiB of a multiprocessor are in flight.
     constexpr u32 AT_ONCE = R::MOMENTS == 0 ? 2 : 1;
     bool is_aligned = (chunk.address | moved.weights) % 16 == 0;
-    UpdateRecord lane = {};
+    lane = {};
     SlotSums slots[PACKET];
-    u32 lost = 0;
+    u32 lost = 0, nonfinite = 0;
     auto load = [&](Packet<W> &packet, u32 index, u32 count) {
         bool is_whole = is_aligned && count == PACKET;
         if (R::MOMENTS > 0) packet.first = load_floats(moved.first + index);
@@ -296,7 +296,7 @@ DEVICE UpdateRecord move_lane(const Chunk &chunk, const Moved &moved, const Clip
             u32 index = first + i / PACKET * RUN + i % PACKET;
             if (index >= chunk.length) break;
             u32 bits = ((const typename W::Bits *)moved.weights)[index];
-            lane.nonfinite_count += magnitude<W>(bits) < W::INFINITY_MAGNITUDE ? 0 : 1;
+            nonfinite += magnitude<W>(bits) < W::INFINITY_MAGNITUDE ? 0 : 1;
         }
     };
     auto whole = [&](u32 first) {
@@ -327,7 +327,7 @@ DEVICE UpdateRecord move_lane(const Chunk &chunk, const Moved &moved, const Clip
     };
     for_parts<PACKETS>(chunk.length, is_aligned, whole, rest);
     lane.lost = lost;
-    return lane;
+    lane.nonfinite_count = nonfinite;
 }
 
 struct OptimizerScratch {
@@ -358,8 +358,8 @@ template <typename R> DEVICE void move_all(OptimizerScratch &scratch, const Opti
                        -learning_rate,
                        state.weight_decay};
         R rule(a, state);
-        UpdateRecord lane = {};
-#define MOVE(W) lane = move_lane<W>(chunk, moved, how, rule)
+        UpdateRecord &lane = scratch.runs[threadIdx.x];
+#define MOVE(W) move_lane<W>(lane, chunk, moved, how, rule)
         FOR_DTYPE(weight.dtype, MOVE)
 #undef MOVE
         UpdateRecord sums = block_fold(scratch.runs, LANES, [&](u64) { return lane; },

@@ -121,6 +121,21 @@ const BESIDE: &[OfTensor] = &[
     row("ratio", "Norm of the gradient over that of the weights", "gradient / weight", EVERYWHERE, |t| {
         t.report.param_norm.map(|_| Value::Number(t.report.ratio()))
     }),
+    row("update_norm", "L2 norm of what an optimizer subtracted from the weights", "weight", EVERYWHERE, |t| {
+        t.report.update.map(|update| Value::Number(Some(update.update_norm())))
+    }),
+    row("update_ratio", "Norm of the update over that of the weights", NONE, EVERYWHERE, |t| {
+        t.report.update.map(|update| Value::Number(update.ratio()))
+    }),
+    row("update_cosine", "Cosine of update and gradient", NONE, EVERYWHERE, |t| {
+        t.report.update.map(|_| Value::Number(t.report.update_cosine()))
+    }),
+    row("update_lost_fraction", "Share of the elements whose update was lost in rounding", SHARE, EVERYWHERE, |t| {
+        t.report.update.map(|update| Value::Number(update.lost_fraction()))
+    }),
+    row("moments_gsnr", "Signal over noise of the gradients, by AdamW's moments", NONE, EVERYWHERE, |t| {
+        t.report.update.map(|_| Value::Number(t.report.moments))
+    }),
     row("gsnr_mean", "Mean signal-to-noise ratio of the elements", NONE, &[Output::Csv, Output::Scalars], |t| {
         number(t.gsnr.and_then(GsnrRecord::mean))
     }),

@@ -56,6 +56,14 @@ pub enum Error {
         /// How many variables there are.
         variables: usize,
     },
+    /// A variable cannot be changed in place.
+    #[error("variable {name:?} cannot be changed in place: {what}")]
+    Memory {
+        /// The variable's name.
+        name: String,
+        /// Why.
+        what: &'static str,
+    },
     /// candle could not copy or give a tensor.
     #[error("variable {name:?}: {source}")]
     Candle {

@@ -25,6 +25,29 @@ pub fn make_own(gradients: &mut GradStore, planned: &[Planned], found: &mut [Fou
     Ok(())
 }
 
+/// Gives every gradient that is in the memory of a variable a copy: while variables are changed, nothing else reads them.
+///
+/// # Errors
+/// [`Error::Memory`] for a variable that is strided, or in the memory of another; [`Error::Candle`] when there is no memory.
+pub fn apart(planned: &[Planned], found: &mut [Found]) -> Result<(), Error> {
+    let mut used: HashSet<usize> = HashSet::new();
+    for (found, planned) in found.iter().zip(planned) {
+        let refuse = |what| Err(Error::Memory { name: planned.name.clone(), what });
+        if !found.variable.is_contiguous() {
+            return refuse("its elements are not in order");
+        }
+        if !used.insert(memory_of(&found.variable)) {
+            return refuse("it is in the memory of another variable");
+        }
+    }
+    for (found, planned) in found.iter_mut().zip(planned) {
+        if let Some(gradient) = found.gradient.as_mut().filter(|gradient| used.contains(&memory_of(gradient))) {
+            *gradient = copied(&planned.name, gradient.force_contiguous())?;
+        }
+    }
+    Ok(())
+}
+
 /// The tensor with its elements in order, a copy of it if they are not.
 ///
 /// # Errors

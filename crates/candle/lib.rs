@@ -4,10 +4,12 @@ mod error;
 mod gradients;
 mod memory;
 mod natural;
+mod optimizer;
 mod variables;
 
 pub use error::Error;
 pub use gradprobe::{Clip, Config, NonFinitePolicy, Report, Rules, clip::LossScale, gsnr::GsnrConfig};
+pub use optimizer::{AdamW, adamw};
 
 use candle_core::{Device, Tensor, TensorId, Var, backprop::GradStore};
 use candle_nn::VarMap;
@@ -119,6 +121,25 @@ impl CandleProbe {
         let tensors = self.in_order(&found, |found| found.gradient.as_ref())?;
         self.measure_tensors(&found, &tensors)?;
         Ok(with_views_mut(&tensors, &self.exchanges, |tensors| self.probe.clip(tensors))?)
+    }
+
+    /// Measures these gradients, which stay as they are, and moves the variables by them, in place and without a copy, with
+    /// the optimizer of [`Config::optimizer`]: [`Probe::update`](gradprobe::Probe::update). A clip is taken into it; a step that is
+    /// to be skipped is left out, on a GPU without the host. While it runs, the variables are out of their tensors: another
+    /// thread that uses them at that moment gets an error from candle, or a panic.
+    ///
+    /// # Errors
+    /// Those of [`measure`](Self::measure), [`Error::Memory`], and [`gradprobe::Error::NotDeclared`]. Nothing is changed then.
+    pub fn update(&mut self, gradients: &GradStore) -> Result<(), Error> {
+        let mut found = self.source.find(&self.planned, gradients)?;
+        gradients::apart(&self.planned, &mut found)?;
+        let gradients = self.in_order(&found, |found| found.gradient.as_ref())?;
+        let of = |found: &Found| found.gradient.as_ref().map(|_| found.variable.as_tensor().clone());
+        let weights: Vec<Option<Tensor>> = found.iter().map(of).collect();
+        let updated = with_views_mut(&weights, &self.exchanges, |weights| {
+            with_views(&gradients, |gradients| self.probe.update(gradients, weights))
+        });
+        Ok(updated?)
     }
 
     /// The oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits: asked every step, it gives of

@@ -215,11 +215,12 @@ pub(crate) fn printable(name: &str) -> String {
 }
 
 /// Columns behind a tensor's name and type: the statistic, the heading and the width.
-const COLUMNS: [(&str, &str, usize); 10] = [
+const COLUMNS: [(&str, &str, usize); 11] = [
     ("count", "elements", 12),
     ("l2_norm", "l2 norm", 10),
     ("param_norm", "param norm", 10),
     ("ratio", "ratio", 10),
+    ("update_ratio", "update", 10),
     ("max_abs", "max |x|", 10),
     ("min_nonzero_abs", "min≠0 |x|", 10),
     ("mean", "mean", 11),
@@ -245,7 +246,13 @@ impl fmt::Display for Report {
         let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
         let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max("tensor".len());
         let of_weights = |name| ["param_norm", "ratio"].contains(&name);
-        let columns = || COLUMNS.into_iter().filter(|&(name, ..)| self.has_param_norms() || !of_weights(name));
+        let columns = || {
+            let known = |name| match name {
+                "update_ratio" => self.updates.is_some(),
+                name => self.has_param_norms() || !of_weights(name),
+            };
+            COLUMNS.into_iter().filter(move |&(name, ..)| known(name))
+        };
         write!(f, "{:width$} {:>5}", "tensor", "dtype")?;
         columns().try_for_each(|(_, heading, width)| write!(f, " {heading:>width$}"))?;
         writeln!(f)?;

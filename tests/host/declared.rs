@@ -12,6 +12,7 @@ use gradprobe::{
     gsnr::{AdamMoments, AdamStep, GsnrConfig},
     histogram::Histogram,
     history::{HistoryStep, HistoryTensor},
+    optim::AdamW,
     ranks::{Placement, Ranks, ThreadCommunicator},
     samples::SampleConfig,
 };
@@ -47,7 +48,7 @@ fn one_rank(placements: impl IntoIterator<Item = Placement>) -> Ranks {
 type Declare = fn(Config, &[u64]) -> Config;
 
 /// Each feature by its name, and how it is declared for a plan whose tensors have these lengths.
-const FEATURES: [(&str, Declare); 11] = [
+const FEATURES: [(&str, Declare); 12] = [
     ("loss scale", |config, _| config.loss_scale(LossScale::dynamic())),
     ("history", |config, _| config.history(5)),
     ("tracking", |config, _| config.tracking(GsnrConfig::new())),
@@ -56,6 +57,7 @@ const FEATURES: [(&str, Declare); 11] = [
     ("dot", |config, _| config.dot()),
     ("samples", |config, _| config.samples(SampleConfig::new(9, 4))),
     ("adaptive clip", |config, lengths| config.adaptive_clip(AdaptiveClip::new(lengths.iter().copied()))),
+    ("optimizer", |config, _| config.optimizer(AdamW::new(1e-3))),
     ("micro-batches", |config, _| config.micro_batches(3)),
     ("ranks", |config, lengths| config.ranks(one_rank(lengths.iter().map(|_| Placement::Replicated)))),
     ("rules", |config, _| config.rules(Rules::default())),
@@ -84,7 +86,7 @@ const CLIPS: [Clip; 8] = [
 fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {
     let (first, second, unchanged) = (&FIRST, &SECOND, [FIRST[0]; 6]);
     let gradients: [&dyn Tensor; 2] = [first, second];
-    let (mut to_clip, mut beside) = (unchanged, SECOND);
+    let (mut to_clip, mut beside, mut moved, mut moved_too) = (unchanged, SECOND, unchanged, SECOND);
     let step = AdamStep { step: 5, beta1: 0.9, beta2: 0.99 };
     let moments = || gradients.map(|tensor| AdamMoments { exp_avg: tensor, exp_avg_sq: tensor });
     let results = vec![
@@ -100,6 +102,13 @@ fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {
         ("Config::histogram", probe.histogram().and_then(|mut histogram| histogram.measure(&gradients).map(drop))),
         ("Config::dot", probe.dot().and_then(|mut dot| dot.launch(&gradients, &gradients))),
         ("Config::dot", probe.dot().and_then(|mut dot| dot.measure(&gradients, &gradients).map(drop))),
+        ("Config::optimizer", probe.update(&gradients, &mut [&mut moved, &mut moved_too])),
+        (
+            "Config::optimizer",
+            probe.optimizer().and_then(|mut room| room.step(&gradients, &mut [&mut moved, &mut moved_too])),
+        ),
+        ("Config::optimizer", probe.optimizer().and_then(|mut room| room.set_learning_rate(0.5))),
+        ("Config::optimizer", probe.optimizer().and_then(|mut room| room.state().map(drop))),
         ("Config::samples", probe.samples().and_then(|mut samples| samples.take(&gradients))),
         ("Config::samples", probe.samples().and_then(|mut samples| samples.report().map(drop))),
         ("Config::micro_batches", probe.micro_batches().and_then(|mut room| room.measure(&gradients))),
@@ -383,6 +392,9 @@ fn features_take_what_is_documented() {
             // Values, numbers of steps, places.
             "samples" => 4 * 9 * 4 + 8 * 4 + 16 * 9,
             "adaptive clip" => 56 * tensors + 32,
+            // Two moments and a master of whole packets; of each tensor what is kept, where the weight is and how far it moved; the
+            // learning rate.
+            "optimizer" => 12 * (100_000 + 8 + 32_768) + (64 + 16 + 80) * tensors + 4,
             "micro-batches" => size_of::<Record>() as u64 * 3 * tensors,
             // Those of the one rank, gathered from its own; for each tensor the placement.
             "ranks" => 2 * size_of::<Record>() as u64 * tensors,
@@ -444,6 +456,12 @@ fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
     assert_eq!((report.records().len(), report.weights().unwrap().len()), (count, count));
     assert_eq!((report.absent().count(), report.health_words().unwrap()), (0, &vec![0; count][..]));
     assert!(report.diagnosis().unwrap().findings().is_empty(), "{what}: {report}");
+
+    let mut moved = vec![no_weight; count];
+    let mut moved: Vec<&mut dyn TensorMut> = moved.iter_mut().map(|tensor| tensor as &mut dyn TensorMut).collect();
+    let mut optimizer = probe.optimizer().unwrap();
+    optimizer.step(&tensors, &mut moved).unwrap();
+    assert_eq!(optimizer.state().unwrap().tensors.len(), count, "{what}");
 
     let mut lists = [none; 4];
     let mut changed: Vec<&mut dyn TensorMut> =
