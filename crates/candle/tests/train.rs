@@ -44,7 +44,7 @@ fn a_healthy_run_learns_and_ends_healthy() {
     let (early, late) = (number(&text, "loss: "), number(&text, " at first, "));
     // Guessing among 62 characters costs ln 62 = 4.13.
     assert!(early < 4.2 && late < early - 0.5, "{text}");
-    assert!(number(&text, "gradprobe ") > 0.0 && (0.0..30.0).contains(&number(&text, "overhead ")), "{text}");
+    assert!(number(&text, "gradprobe ") > 0.0 && text.contains(" ms, AdamW among it\n"), "{text}");
 
     let lines = fs::read_to_string(first.join("steps.jsonl")).unwrap();
     let steps: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -56,6 +56,17 @@ fn a_healthy_run_learns_and_ends_healthy() {
         let svg = fs::read_to_string(first.join("pictures").join(format!("{picture}.svg"))).unwrap();
         assert!(svg.starts_with("<svg"), "{picture}");
     }
+
+    // Candle's AdamW makes much the same run, and may be timed beside.
+    let candle = printed(&["--steps", "60", "--optimizer", "candle"], &second);
+    assert!((number(&candle, " at first, ") - late).abs() < 0.2, "{candle}");
+    assert!(
+        (0.0..30.0).contains(&number(&candle, "overhead ")) && number(&candle, "candle's AdamW ") > 0.0,
+        "{candle}"
+    );
+    let both = printed(&["--steps", "60", "--optimizer", "both"], &second);
+    assert_eq!((number(&both, "loss: "), number(&both, " at first, ")), (early, late), "{both}");
+    assert!((-30.0..30.0).contains(&number(&both, "overhead ")), "{both}");
 
     // The same seed makes the same run; and what a longer one left is replaced.
     let table = |text: &str| text.split_once("\nstep: ").unwrap().0.to_owned();

@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::fault::Fault;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 
 /// Trains a small transformer on Shakespeare and watches its gradients.
@@ -20,6 +20,10 @@ pub struct Options {
     #[arg(long, value_name = "X", default_value_t = 3e-3, value_parser = rate, allow_hyphen_values = true)]
     pub lr: f64,
 
+    /// Whose AdamW moves the weights
+    #[arg(long, value_enum, default_value_t = Choice::Gradprobe)]
+    pub optimizer: Choice,
+
     /// Batches whose gradients are summed before a step; from two on, the noise scale is that of the sums
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub accumulate: u32,
@@ -36,6 +40,17 @@ pub struct Options {
     /// Folder for what is written; what an earlier run left of the same names is replaced
     #[arg(long, value_name = "DIR", default_value = "target/train")]
     pub out: PathBuf,
+}
+
+/// Whose AdamW it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    /// Gradprobe's, which takes clip and skip as it reads the gradients
+    Gradprobe,
+    /// Candle's, behind gradprobe's clip
+    Candle,
+    /// Gradprobe's, and by turns candle's on a copy of the weights, for the time it takes
+    Both,
 }
 
 /// What is wrong with a command line, without the usage and the advice that follow it over several lines.

@@ -1,6 +1,6 @@
 //! What is said at the end: the verdict over all steps, the worst of them in full, what is in the folder, and the cost.
 
-use crate::watch::Seen;
+use crate::{options::Choice, watch::Seen};
 use gradprobe::{FindingKind, Verdict, health::Diagnosis, write::Finished};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,6 +9,16 @@ use std::{
     path::Path,
     time::Duration,
 };
+
+/// Times of all steps together.
+pub struct Costs {
+    pub steps: Duration,
+    /// Of gradprobe in them, its optimizer included.
+    pub gradprobe: Duration,
+    /// Of candle's optimizer, in them or beside them.
+    pub candle: Duration,
+    pub optimizer: Choice,
+}
 
 /// Adds up what the reports said.
 #[derive(Default)]
@@ -42,15 +52,8 @@ impl Summary {
         self.worst.as_ref().map_or(Verdict::Healthy, Diagnosis::verdict)
     }
 
-    /// All of it as text. `losses` are the means at both ends of the run; `training` is the time of all steps, `probe` that
-    /// of gradprobe in it.
-    pub fn text(
-        &self,
-        losses: (f32, f32),
-        (training, probe): (Duration, Duration),
-        finished: &Finished,
-        folder: &Path,
-    ) -> String {
+    /// All of it as text. `losses` are the means at both ends of the run.
+    pub fn text(&self, losses: (f32, f32), costs: &Costs, finished: &Finished, folder: &Path) -> String {
         let mut text = String::new();
         if let Some(worst) = &self.worst {
             let _ = write!(text, "\n{worst}");
@@ -66,13 +69,18 @@ impl Summary {
             "loss: {:.4} at first, {:.4} at last; {clipped} steps clipped, {skipped} skipped",
             losses.0, losses.1
         );
-        let share = 100.0 * probe.as_secs_f64() / training.as_secs_f64();
-        let _ = writeln!(
-            text,
-            "step: {:.2} ms, of which gradprobe {:.2} ms: overhead {share:.2} %",
-            each(training),
-            each(probe)
-        );
+        let share = |more: f64| 100.0 * more / costs.steps.as_secs_f64();
+        let [step, gradprobe, candle] = [costs.steps, costs.gradprobe, costs.candle].map(each);
+        let _ = write!(text, "step: {step:.2} ms, of which gradprobe {gradprobe:.2} ms");
+        let more = costs.gradprobe.as_secs_f64();
+        let _ = match costs.optimizer {
+            Choice::Gradprobe => writeln!(text, ", AdamW among it"),
+            Choice::Candle => writeln!(text, ": overhead {:.2} %; candle's AdamW {candle:.2} ms", share(more)),
+            Choice::Both => {
+                let more = share(more - costs.candle.as_secs_f64());
+                writeln!(text, ", AdamW among it; candle's AdamW and nothing else {candle:.2} ms: overhead {more:.2} %")
+            }
+        };
         let _ = writeln!(text, "written to {}: {}", folder.display(), files(folder));
         if finished.dropped > 0 {
             let _ = writeln!(text, "{} steps were dropped: the disk is too slow", finished.dropped);

@@ -4,13 +4,13 @@ use crate::{
     Result,
     fault::{self, Fault},
     model::{self, Model},
-    options::Options,
-    summary::Summary,
+    options::{Choice, Options},
+    summary::{Costs, Summary},
     table::Table,
     text::Text,
     watch::{Seen, Watch},
 };
-use candle_core::{DType, Device, Tensor, backprop::GradStore};
+use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 use std::{
     io::{self, Write},
@@ -28,10 +28,10 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     let mut variables = VarMap::new();
     let builder = VarBuilder::from_varmap(&variables, DType::F32, device);
     let model = Model::new(text.alphabet(), options.fault == Some(Fault::Sigmoid), &builder)?;
-    let mut watch = Watch::new(&variables, options, device)?;
-    model::seed(&mut variables, &watch.names(), &mut random, device)?;
     let parameters = ParamsAdamW { lr: options.lr, weight_decay: 0.0, ..ParamsAdamW::default() };
-    let mut optimizer = AdamW::new(variables.all_vars(), parameters)?;
+    let mut watch = Watch::new(&variables, options, &parameters, device)?;
+    model::seed(&mut variables, &watch.names(), &mut random, device)?;
+    let mut candle = Candle::new(&variables, options.optimizer, parameters)?;
 
     let mut rate = options.lr;
     let middle = options.steps.div_ceil(2);
@@ -44,7 +44,8 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
             rate *= fault::RATE;
             watch.set_learning_rate(rate)?;
         }
-        optimizer.set_learning_rate(rate * f64::from(step.min(WARM_UP)) / f64::from(WARM_UP));
+        let warm = rate * f64::from(step.min(WARM_UP)) / f64::from(WARM_UP);
+        watch.set_rate(warm)?;
         if strikes(Fault::Dead) {
             fault::kill_units(&variables)?;
         }
@@ -60,20 +61,64 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
             watch.micro_batch(&sum)?;
         }
         training.losses.push(Tensor::stack(&losses, 0)?.sum_all()?);
+        // By turns, so that neither has the caches always after the other.
+        let beside = options.optimizer == Choice::Both && step % 2 == 0;
+        let mut other = if beside { candle.step(&sum, warm)? } else { Duration::ZERO };
         let reports = watch.step(&mut sum)?;
-        if !reports.iter().any(|seen| seen.skip) {
-            optimizer.step(&sum)?;
+        if !beside && !reports.iter().any(|seen| seen.skip) {
+            other += candle.step(&sum, warm)?;
         }
         time += start.elapsed();
+        if options.optimizer == Choice::Both {
+            time -= other;
+        }
         training.show(&reports)?;
     }
     training.show(&watch.rest()?)?;
-    let cost = watch.time();
+    let costs = Costs { steps: time, gradprobe: watch.time(), candle: candle.time, optimizer: options.optimizer };
     let finished = watch.finish();
     let ends = training.ends()?;
-    let said = training.summary.text(ends, (time, cost), &finished, &options.out);
+    let said = training.summary.text(ends, &costs, &finished, &options.out);
     io::stdout().write_all(said.as_bytes())?;
     finished.error.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Candle's AdamW, if it is wanted: on the variables, or on copies of them.
+struct Candle {
+    optimizer: Option<AdamW>,
+    /// The variables, and what it moves of each.
+    variables: Vec<(Var, Var)>,
+    time: Duration,
+}
+
+impl Candle {
+    fn new(variables: &VarMap, choice: Choice, parameters: ParamsAdamW) -> Result<Self> {
+        let of = |variable: Var| -> Result<(Var, Var)> {
+            let moved = if choice == Choice::Both { Var::from_tensor(&variable.copy()?)? } else { variable.clone() };
+            Ok((variable, moved))
+        };
+        let variables = variables.all_vars().into_iter().map(of).collect::<Result<Vec<_>>>()?;
+        let moved = variables.iter().map(|(_, moved)| moved.clone()).collect();
+        let optimizer = if choice == Choice::Gradprobe { None } else { Some(AdamW::new(moved, parameters)?) };
+        Ok(Self { optimizer, variables, time: Duration::ZERO })
+    }
+
+    /// Takes a step, and gives the time of all that.
+    fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<Duration> {
+        let Some(optimizer) = &mut self.optimizer else { return Ok(Duration::ZERO) };
+        let begin = Instant::now();
+        let mut own = GradStore::default();
+        for (variable, moved) in &self.variables {
+            if let Some(gradient) = gradients.get(variable) {
+                own.insert(moved, gradient.clone());
+            }
+        }
+        optimizer.set_learning_rate(learning_rate);
+        let start = Instant::now();
+        optimizer.step(&own)?;
+        self.time += start.elapsed();
+        Ok(begin.elapsed())
+    }
 }
 
 /// What is shown of a run. Losses stay on the device until somebody looks at them.

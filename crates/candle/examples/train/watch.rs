@@ -1,15 +1,18 @@
 //! All that gradprobe does in the run, and how long it takes of it.
 
-use crate::{Result, options::Options};
+use crate::{
+    Result,
+    options::{Choice, Options},
+};
 use candle_core::{Device, backprop::GradStore};
-use candle_nn::VarMap;
+use candle_nn::{ParamsAdamW, VarMap};
 use gradprobe::{
     gsnr::{AccumulationNoise, GsnrReport},
     health::Diagnosis,
     histogram::HistogramReport,
     write::{Background, Entry, Finished, JsonLines, Sink, TensorBoard, charts::ChartFolder},
 };
-use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Report, Rules};
+use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Report, Rules, adamw};
 use std::{
     fs, io,
     path::Path,
@@ -28,6 +31,8 @@ const HISTOGRAMS: u64 = 10;
 /// Measures, clips, diagnoses and writes.
 pub struct Watch {
     probe: CandleProbe,
+    /// Whether its optimizer moves the weights.
+    updates: bool,
     /// On the sums of micro-batches, when there are several in a step.
     accumulation: Option<Accumulation>,
     writers: Background,
@@ -60,16 +65,22 @@ pub struct Seen {
 }
 
 impl Watch {
-    pub fn new(variables: &VarMap, options: &Options, device: &Device) -> Result<Self> {
-        // On a GPU the word that a step is to be skipped comes after it: what is not finite is left out of it instead.
-        let non_finite = if device.is_cuda() { NonFinitePolicy::ZeroNonFinite } else { NonFinitePolicy::Skip };
-        let config = Config::new()
+    pub fn new(variables: &VarMap, options: &Options, parameters: &ParamsAdamW, device: &Device) -> Result<Self> {
+        let updates = options.optimizer != Choice::Candle;
+        // On a GPU the word that a step is to be skipped comes after it, for an optimizer that does not read it there: what is
+        // not finite is left out of it instead.
+        let late = device.is_cuda() && !updates;
+        let non_finite = if late { NonFinitePolicy::ZeroNonFinite } else { NonFinitePolicy::Skip };
+        let config = if updates { Config::new().optimizer(adamw(parameters)) } else { Config::new() };
+        let config = config
             .clip(Clip::global_norm(MAX_NORM))
             .non_finite(non_finite)
             .tracking(GsnrConfig::new().window(WINDOW))
             .histogram()
             .rules(Rules::default().learning_rate(options.lr));
-        let probe = CandleProbe::new(variables, config)?.with_weights()?;
+        let probe = CandleProbe::new(variables, config)?;
+        // An update measures them anyway.
+        let probe = if updates { probe } else { probe.with_weights()? };
         let accumulation = match options.accumulate {
             1 => None,
             micro_batches => {
@@ -79,7 +90,7 @@ impl Watch {
             }
         };
         let writers = Background::new(sinks(&options.out, &probe)?, 256)?;
-        Ok(Self { probe, accumulation, writers, steps: 0, given: 0, histogram: None, time: Duration::ZERO })
+        Ok(Self { probe, updates, accumulation, writers, steps: 0, given: 0, histogram: None, time: Duration::ZERO })
     }
 
     /// The names of the variables, in their natural order.
@@ -90,6 +101,16 @@ impl Watch {
     /// Lets the diagnosis know the learning rate, by which it tells what is too large a gradient.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
         Ok(self.probe.probe().set_rules(Rules::default().learning_rate(learning_rate))?)
+    }
+
+    /// Sets the learning rate of its optimizer.
+    pub fn set_rate(&mut self, learning_rate: f64) -> Result<()> {
+        let start = Instant::now();
+        if self.updates {
+            self.probe.probe().optimizer()?.set_learning_rate(learning_rate)?;
+        }
+        self.time += start.elapsed();
+        Ok(())
     }
 
     /// Looks at the sum of the first micro-batches of a step.
@@ -106,7 +127,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Measures and clips the gradients of a step, and gives the reports that have arrived: on the CPU this step's.
+    /// Measures the gradients of a step, clips them or moves the weights by them, and gives the reports that have arrived: on
+    /// the CPU this step's.
     pub fn step(&mut self, gradients: &mut GradStore) -> Result<Vec<Seen>> {
         let start = Instant::now();
         self.steps += 1;
@@ -115,7 +137,11 @@ impl Watch {
             self.histogram =
                 Some((self.steps, self.probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))?));
         }
-        self.probe.step(gradients)?;
+        if self.updates {
+            self.probe.update(gradients)?;
+        } else {
+            self.probe.step(gradients)?;
+        }
         let mut seen = Vec::new();
         while let Some(measured) = self.probe.poll()? {
             seen.push(self.seen(measured)?);
