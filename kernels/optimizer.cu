@@ -10,7 +10,6 @@
 // Reads and writes 28 bytes an element of f32 under AdamW: gradient, weight and two moments in, the last three out.
 #include "clipping.cuh"
 #include "finish.cuh"
-#include "parts.cuh"
 
 // What is kept of a tensor from step to step, and what its group has of its own: src/optim/mod.rs.
 struct OptimizerTensor {
@@ -61,7 +60,7 @@ DEVICE UpdateRecord load_record(const UpdateRecord *from) {
     return r;
 }
 
-constexpr u32 RULE_ADAMW = 0, RULE_MOMENTUM = 1, RULE_NESTEROV = 2, RULE_SGD = 3;
+constexpr u32 RULE_ADAMW = 0, RULE_NESTEROV = 2, RULE_SGD = 3, RULE_LION = 4;
 
 struct OptimizerArguments : Common {
     const ClipState *clip_state;
@@ -73,41 +72,43 @@ struct OptimizerArguments : Common {
     float *masters;        // of weights of 16 bits
     UpdateRecord *updates; // of the tensors; those of empty ones are cleared by the host, once
     double betas[2];
+    float beta1, rest1, beta2, rest2; // what averages keep, and take of the gradient
     float epsilon;
     u32 rule;
 };
-static_assert(sizeof(OptimizerArguments) == 168, "src/optim/room.rs");
+static_assert(sizeof(OptimizerArguments) == 184, "src/optim/room.rs");
 
-// The rules. `direction` moves the moments of an element and gives what the weight goes against, before decay.
+// The rules. `direction` moves the moments of an element and gives what the weight goes against, before decay. Numbers that are
+// the same for all tensors are read where the launch has them: in registers they crowded out the sums.
 
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2.
 struct AdamW {
     static constexpr u32 MOMENTS = 2;
-    float beta1, rest1, beta2, rest2, root_factor, epsilon;
+    float root_factor, epsilon;
 
     DEVICE AdamW(const OptimizerArguments &a, const OptimizerTensor &state)
-        : beta1((float)a.betas[0]), rest1((float)(1.0 - a.betas[0])), beta2((float)a.betas[1]),
-          rest2((float)(1.0 - a.betas[1])), root_factor(state.corrections[0]), epsilon(a.epsilon * state.corrections[1]) {}
+        : root_factor(state.corrections[0]), epsilon(a.epsilon * state.corrections[1]) {}
 
-    DEVICE float direction(float gradient, float &first, float &second) const {
-        first = fmaf(beta1, first, rest1 * gradient);
-        second = fmaf(beta2, second, rest2 * gradient * gradient);
+    DEVICE float direction(const OptimizerArguments &a, float gradient, float &first, float &second) const {
+        first = fmaf(a.beta1, first, a.rest1 * gradient);
+        second = fmaf(a.beta2, second, a.rest2 * gradient * gradient);
         return first / fmaf(sqrtf(second), root_factor, epsilon);
     }
 };
 
-// Sutskever et al., "On the importance of initialization and momentum in deep learning", as torch has both.
-struct Momentum {
+// One moment, the mean of the gradients with what `beta2` and `rest2` are: of SGD with momentum, Sutskever et al., "On the
+// importance of initialization and momentum in deep learning", as torch has it and Nesterov's; and of Lion, Chen et al.,
+// "Symbolic Discovery of Optimization Algorithms", algorithm 2.
+struct OneMoment {
     static constexpr u32 MOMENTS = 1;
-    float momentum;
-    bool nesterov;
 
-    DEVICE Momentum(const OptimizerArguments &a, const OptimizerTensor &)
-        : momentum((float)a.betas[0]), nesterov(a.rule == RULE_NESTEROV) {}
+    DEVICE OneMoment(const OptimizerArguments &, const OptimizerTensor &) {}
 
-    DEVICE float direction(float gradient, float &first, float &) const {
-        first = fmaf(momentum, first, gradient);
-        return nesterov ? fmaf(momentum, first, gradient) : first;
+    DEVICE float direction(const OptimizerArguments &a, float gradient, float &first, float &) const {
+        float mean = fmaf(a.beta1, first, a.rest1 * gradient);
+        first = fmaf(a.beta2, first, a.rest2 * gradient);
+        if (a.rule == RULE_LION) return mean > 0.0f ? 1.0f : mean < 0.0f ? -1.0f : mean;
+        return a.rule == RULE_NESTEROV ? fmaf(a.beta1, first, gradient) : first;
     }
 };
 
@@ -116,47 +117,29 @@ struct Sgd {
 
     DEVICE Sgd(const OptimizerArguments &, const OptimizerTensor &) {}
 
-    DEVICE float direction(float gradient, float &, float &) const { return gradient; }
-};
-
-// Chen et al., "Symbolic Discovery of Optimization Algorithms", algorithm 2.
-struct Lion {
-    static constexpr u32 MOMENTS = 1;
-    float beta1, rest1, beta2, rest2;
-
-    DEVICE Lion(const OptimizerArguments &a, const OptimizerTensor &)
-        : beta1((float)a.betas[0]), rest1((float)(1.0 - a.betas[0])), beta2((float)a.betas[1]),
-          rest2((float)(1.0 - a.betas[1])) {}
-
-    DEVICE float direction(float gradient, float &first, float &) const {
-        float mean = fmaf(beta1, first, rest1 * gradient);
-        first = fmaf(beta2, first, rest2 * gradient);
-        return mean > 0.0f ? 1.0f : mean < 0.0f ? -1.0f : mean;
-    }
+    DEVICE float direction(const OptimizerArguments &, float gradient, float &, float &) const { return gradient; }
 };
 
 // A chunk of a tensor's state, and how it moves.
 struct Moved {
     u64 weights;
-    float *first, *second, *masters;
+    u64 offset, master_offset; // in the moments and masters
     float rate, decay; // negative learning rate
 };
 
-// The values of a packet of gradients; zeros behind the end. A branch a packet, and not a template: instructions are cheap
-// beside 28 bytes an element.
-template <typename G> DEVICE void load_values(u64 address, u32 count, bool is_whole, float *values) {
-    u32 words[1][G::WORDS];
-    if (is_whole) {
-        load_packets_aligned<G, 1>((const typename G::Bits *)address, words);
-    } else {
-        for (u32 i = 0; i < G::WORDS; i++) words[0][i] = 0;
-        load_packet_scalar<G>((const typename G::Bits *)address, count, words[0]);
+// A packet that may be misaligned, or end before, goes by way of a lane's own shared memory, element by element: unrolled, its loads
+// took so many registers that others were spilled.
+
+// The values of a packet of gradients; zeros behind the end.
+template <typename G> DEVICE void load_values(const typename G::Bits *gradients, u32 count, u32 *staged) {
+#pragma unroll 1
+    for (u32 slot = 0; slot < PACKET; slot++) {
+        staged[slot] = slot < count ? float_to_bits(G::widen(load_element(gradients + slot))) : 0;
     }
-    for (u32 slot = 0; slot < PACKET; slot++) values[slot] = G::widen(G::element(words[0], slot));
 }
 
 // A packet of weights; zeros behind the end.
-template <typename W> DEVICE void load_weights(u64 address, u32 count, bool is_whole, u32 *words) {
+template <typename W> DEVICE void load_weights(u64 address, u32 count, bool is_whole, u32 *words, u32 *staged) {
     if (is_whole) {
 #pragma unroll
         for (u32 i = 0; i < W::WORDS; i += 4) {
@@ -166,14 +149,13 @@ template <typename W> DEVICE void load_weights(u64 address, u32 count, bool is_w
         return;
     }
     const typename W::Bits *weights = (const typename W::Bits *)address;
-    for (u32 i = 0; i < W::WORDS; i++) words[i] = 0;
-#pragma unroll
-    for (u32 slot = 0; slot < PACKET; slot++) {
-        if (slot < count) W::set(words, slot, weights[slot]);
-    }
+#pragma unroll 1
+    for (u32 slot = 0; slot < PACKET; slot++) staged[slot] = slot < count ? weights[slot] : 0;
+    for (u32 slot = 0; slot < PACKET; slot++) W::set(words, slot, staged[slot]);
 }
 
-template <typename W> DEVICE void store_weights(u64 address, u32 count, bool is_whole, const u32 *words) {
+template <typename W>
+DEVICE void store_weights(u64 address, u32 count, bool is_whole, const u32 *words, u32 *staged) {
     if (is_whole) {
 #pragma unroll
         for (u32 i = 0; i < W::WORDS; i += 4) {
@@ -182,10 +164,9 @@ template <typename W> DEVICE void store_weights(u64 address, u32 count, bool is_
         return;
     }
     typename W::Bits *weights = (typename W::Bits *)address;
-#pragma unroll
-    for (u32 slot = 0; slot < PACKET; slot++) {
-        if (slot < count) weights[slot] = (typename W::Bits)W::element(words, slot);
-    }
+    for (u32 slot = 0; slot < PACKET; slot++) staged[slot] = W::element(words, slot);
+#pragma unroll 1
+    for (u32 slot = 0; slot < count; slot++) weights[slot] = (typename W::Bits)staged[slot];
 }
 
 // The nearest of a type to a value. A NaN has no payload.
@@ -214,69 +195,71 @@ template <typename W> struct Packet {
 
 // Moves a chunk, and puts into `lane` what a lane adds up of it: in shared memory, as registers are short.
 template <typename W, typename R>
-DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved, const Clipping &how, const R &rule) {
+DEVICE void move_lane(UpdateRecord &lane, u32 *staged, const OptimizerArguments &a, const Chunk &chunk, const Moved &moved, const Clipping &how,
+                      const R &rule) {
     constexpr bool HAS_MASTERS = W::WORDS != PACKET;
     constexpr u32 SIZE = sizeof(typename W::Bits);
-    // Packets loaded before the first is used: with one of plain SGD only 32 KiB of a multiprocessor are in flight.
-    constexpr u32 AT_ONCE = R::MOMENTS == 0 ? 2 : 1;
+    // Packets loaded before the first is used: with one, less than 48 KiB of a multiprocessor are in flight but under AdamW.
+    constexpr u32 AT_ONCE = R::MOMENTS + (HAS_MASTERS ? 1 : 0) < 2 ? 2 : 1;
     bool is_aligned = (chunk.address | moved.weights) % 16 == 0;
     lane = {};
     SlotSums slots[PACKET];
-    u32 lost = 0, nonfinite = 0;
+    u32 lost = 0;
     auto load = [&](Packet<W> &packet, u32 index, u32 count) {
         bool is_whole = is_aligned && count == PACKET;
-        if (R::MOMENTS > 0) packet.first = load_floats(moved.first + index);
-        if (R::MOMENTS > 1) packet.second = load_floats(moved.second + index);
-        if (HAS_MASTERS) packet.masters = load_floats(moved.masters + index);
-        load_weights<W>(moved.weights + index * SIZE, count, is_whole, packet.weights);
-#define LOAD(G) load_values<G>(chunk.address + index * sizeof(typename G::Bits), count, is_whole, packet.gradients)
-        FOR_DTYPE(chunk.dtype, LOAD)
-#undef LOAD
+        if (R::MOMENTS > 0) packet.first = load_floats(a.first + (moved.offset + index));
+        if (R::MOMENTS > 1) packet.second = load_floats(a.second + (moved.offset + index));
+        if (HAS_MASTERS) packet.masters = load_floats(a.masters + (moved.master_offset + index));
+        load_weights<W>(moved.weights + index * SIZE, count, is_whole, packet.weights, staged);
     };
     auto move = [&](Packet<W> &packet, u32 index, u32 count) {
 #pragma unroll
-        for (u32 slot = 0; slot < PACKET; slot++) {
-            float gradient = packet.gradients[slot];
-            gradient = gradient - gradient == 0.0f || how.nonfinite_kept ? gradient : 0.0f;
-            float clipped = gradient * how.coefficient;
-            if (clipped > how.limit) clipped = how.limit;
-            if (clipped < -how.limit) clipped = -how.limit;
-            u32 bits = W::element(packet.weights, slot);
-            float before = W::widen(bits);
-            if (HAS_MASTERS) {
-                // Of other bits than the weight, the master is one of a weight that somebody has set since.
-                float master = bits_to_float(float_of(packet.masters, slot));
-                before = nearest<W>(master) == bits ? master : before;
+        for (u32 half = 0; half < 2; half++) { // stored as soon as it is known
+#pragma unroll
+            for (u32 slot = half * 4; slot < half * 4 + 4; slot++) {
+                float gradient = packet.gradients[slot];
+                gradient = gradient - gradient == 0.0f || how.nonfinite_kept ? gradient : 0.0f;
+                float clipped = gradient * how.coefficient;
+                if (clipped > how.limit) clipped = how.limit;
+                if (clipped < -how.limit) clipped = -how.limit;
+                u32 bits = W::element(packet.weights, slot);
+                float before = W::widen(bits);
+                if (HAS_MASTERS) {
+                    // Of other bits than the weight, the master is one of a weight that somebody has set since.
+                    float master = bits_to_float(float_of(packet.masters, slot));
+                    before = nearest<W>(master) == bits ? master : before;
+                }
+                float mean = 0.0f, square = 0.0f;
+                if (R::MOMENTS > 0) mean = bits_to_float(float_of(packet.first, slot));
+                if (R::MOMENTS > 1) square = bits_to_float(float_of(packet.second, slot));
+                float direction = fmaf(moved.decay, before, rule.direction(a, clipped, mean, square));
+                float after = fmaf(moved.rate, direction, before), stored = after;
+                if (R::MOMENTS > 0) float_of(packet.first, slot) = float_to_bits(mean);
+                if (R::MOMENTS > 1) float_of(packet.second, slot) = float_to_bits(square);
+                if (HAS_MASTERS) {
+                    u32 narrow = nearest<W>(after);
+                    float_of(packet.masters, slot) = float_to_bits(after);
+                    stored = W::widen(narrow);
+                    W::set(packet.weights, slot, narrow);
+                } else {
+                    W::set(packet.weights, slot, float_to_bits(after));
+                }
+                lost += after == before && direction != 0.0f ? 1 : 0;
+                SlotSums &sums = slots[slot];
+                sums.update_squares = fmaf(direction, direction, sums.update_squares);
+                sums.weight_squares = fmaf(stored, stored, sums.weight_squares);
+                sums.dot = fmaf(direction, gradient, sums.dot);
+                if (R::MOMENTS > 1) {
+                    sums.first_squares = fmaf(mean, mean, sums.first_squares);
+                    sums.second_sum += square;
+                }
             }
-            float mean = 0.0f, square = 0.0f;
-            if (R::MOMENTS > 0) mean = bits_to_float(float_of(packet.first, slot));
-            if (R::MOMENTS > 1) square = bits_to_float(float_of(packet.second, slot));
-            float direction = fmaf(moved.decay, before, rule.direction(clipped, mean, square));
-            float after = fmaf(moved.rate, direction, before), stored = after;
-            if (R::MOMENTS > 0) float_of(packet.first, slot) = float_to_bits(mean);
-            if (R::MOMENTS > 1) float_of(packet.second, slot) = float_to_bits(square);
-            if (HAS_MASTERS) {
-                u32 narrow = nearest<W>(after);
-                float_of(packet.masters, slot) = float_to_bits(after);
-                stored = W::widen(narrow);
-                W::set(packet.weights, slot, narrow);
-            } else {
-                W::set(packet.weights, slot, float_to_bits(after));
-            }
-            lost += after == before && direction != 0.0f ? 1 : 0;
-            SlotSums &sums = slots[slot];
-            sums.update_squares = fmaf(direction, direction, sums.update_squares);
-            sums.weight_squares = fmaf(stored, stored, sums.weight_squares);
-            sums.dot = fmaf(direction, gradient, sums.dot);
-            if (R::MOMENTS > 1) {
-                sums.first_squares = fmaf(mean, mean, sums.first_squares);
-                sums.second_sum += square;
-            }
+            u64 at = index + half * 4;
+            if (R::MOMENTS > 0) store_words4((u64)(a.first + (moved.offset + at)), packet.first.half[half]);
+            if (R::MOMENTS > 1) store_words4((u64)(a.second + (moved.offset + at)), packet.second.half[half]);
+            if (HAS_MASTERS) store_words4((u64)(a.masters + (moved.master_offset + at)), packet.masters.half[half]);
         }
-        if (R::MOMENTS > 0) store_floats(moved.first + index, packet.first);
-        if (R::MOMENTS > 1) store_floats(moved.second + index, packet.second);
-        if (HAS_MASTERS) store_floats(moved.masters + index, packet.masters);
-        store_weights<W>(moved.weights + index * SIZE, count, is_aligned && count == PACKET, packet.weights);
+        store_weights<W>(moved.weights + index * SIZE, count, is_aligned && count == PACKET, packet.weights, staged);
     };
     auto begin = [&] {
         for (u32 slot = 0; slot < PACKET; slot++) slots[slot] = {};
@@ -289,6 +272,8 @@ DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved
         lane.dot += (double)tile.dot;
         lane.first_squares += (double)tile.first_squares;
         lane.second_sum += (double)tile.second_sum;
+        lane.lost += lost;
+        lost = 0;
         // Where a sum of squares is not finite, an element may be none.
         if (tile.weight_squares < bits_to_float(INFINITY_BITS)) return;
 #pragma unroll 1
@@ -296,7 +281,7 @@ DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved
             u32 index = first + i / PACKET * RUN + i % PACKET;
             if (index >= chunk.length) break;
             u32 bits = ((const typename W::Bits *)moved.weights)[index];
-            nonfinite += magnitude<W>(bits) < W::INFINITY_MAGNITUDE ? 0 : 1;
+            lane.nonfinite_count += magnitude<W>(bits) < W::INFINITY_MAGNITUDE ? 0 : 1;
         }
     };
     auto whole = [&](u32 first) {
@@ -306,7 +291,18 @@ DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved
             Packet<W> packets[AT_ONCE];
 #pragma unroll
             for (u32 i = 0; i < AT_ONCE; i++) load(packets[i], first + (p + i) * RUN, PACKET);
-            LOADS_FIRST();
+            // A branch, and no template: instructions are cheap beside that many bytes. All loads come before it.
+#define LOAD(G)                                                                                                      \
+    {                                                                                                                \
+        u32 words[AT_ONCE][G::WORDS];                                                                                \
+        load_packets_aligned<G, AT_ONCE>((const typename G::Bits *)chunk.address + first + p * RUN, words);          \
+        LOADS_FIRST();                                                                                               \
+        for (u32 i = 0; i < AT_ONCE; i++) {                                                                          \
+            for (u32 slot = 0; slot < PACKET; slot++) packets[i].gradients[slot] = G::widen(G::element(words[i], slot)); \
+        }                                                                                                            \
+    }
+            FOR_DTYPE(chunk.dtype, LOAD)
+#undef LOAD
 #pragma unroll
             for (u32 i = 0; i < AT_ONCE; i++) move(packets[i], first + (p + i) * RUN, PACKET);
         }
@@ -321,17 +317,26 @@ DEVICE void move_lane(UpdateRecord &lane, const Chunk &chunk, const Moved &moved
             Packet<W> packet;
             u32 count = smaller(chunk.length - index, PACKET);
             load(packet, index, count);
+#define LOAD(G) load_values<G>((const typename G::Bits *)chunk.address + index, count, staged)
+            FOR_DTYPE(chunk.dtype, LOAD)
+#undef LOAD
+            for (u32 slot = 0; slot < PACKET; slot++) packet.gradients[slot] = bits_to_float(staged[slot]);
             move(packet, index, count);
         }
         end(first);
     };
-    for_parts<PACKETS>(chunk.length, is_aligned, whole, rest);
-    lane.lost = lost;
-    lane.nonfinite_count = nonfinite;
+    u32 first = threadIdx.x / WARP * TILE + threadIdx.x % WARP * PACKET, end_of_tile = TILE - threadIdx.x % WARP * PACKET;
+    if (is_aligned) {
+#pragma unroll 1
+        for (; first + end_of_tile <= chunk.length; first += ROW) whole(first);
+    }
+#pragma unroll 1
+    for (; first < chunk.length; first += ROW) rest(first);
 }
 
 struct OptimizerScratch {
     UpdateRecord runs[LANES];
+    u32 staged[LANES][PACKET]; // of each lane
     u32 last;
 };
 
@@ -339,27 +344,26 @@ struct OptimizerScratch {
 DEVICE double plain(double sum) { return sum == sum ? sum : bits_to_double(0x7ff8000000000000ull); }
 
 template <typename R> DEVICE void move_all(OptimizerScratch &scratch, const OptimizerArguments &a) {
-    u32 action = a.outputs->action;
-    double unscale = 1.0 / divisor_of(a.outputs->loss_scale);
-    Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS), (action / GRADPROBE_ACTION_ZERO_NONFINITE & 1) - 1};
-    if (action & GRADPROBE_ACTION_CLAMP) how.limit = a.clip_state->limit;
     for (u32 index = blockIdx.x; index < a.chunk_count; index += gridDim.x) {
         u32 tensor = a.chunk_tensors[index];
-        if (action & GRADPROBE_ACTION_SCALE_TENSORS) how.coefficient = a.coefficients[tensor];
         Chunk chunk = chunk_of(a, index, tensor);
         const OptimizerTensor &state = a.states[tensor];
         const Other &weight = a.weights[tensor];
+        // Of each chunk anew, as registers are short.
+        u32 action = a.outputs->action;
+        Clipping how = {a.outputs->coefficient, bits_to_float(INFINITY_BITS),
+                        (action / GRADPROBE_ACTION_ZERO_NONFINITE & 1) - 1};
+        if (action & GRADPROBE_ACTION_CLAMP) how.limit = a.clip_state->limit;
+        if (action & GRADPROBE_ACTION_SCALE_TENSORS) how.coefficient = a.coefficients[tensor];
         u64 before = (u64)(index - a.tensors[tensor].first_chunk) * CHUNK;
-        float learning_rate = *a.learning_rate * state.learning_rate_factor;
         Moved moved = {weight.address + before * (weight.dtype == DTYPE_F32 ? 4 : 2),
-                       a.first + state.offset + before,
-                       a.second + state.offset + before,
-                       a.masters + state.master_offset + before,
-                       -learning_rate,
+                       state.offset + before,
+                       state.master_offset + before,
+                       -(*a.learning_rate * state.learning_rate_factor),
                        state.weight_decay};
         R rule(a, state);
         UpdateRecord &lane = scratch.runs[threadIdx.x];
-#define MOVE(W) move_lane<W>(lane, chunk, moved, how, rule)
+#define MOVE(W) move_lane<W>(lane, scratch.staged[threadIdx.x], a, chunk, moved, how, rule)
         FOR_DTYPE(weight.dtype, MOVE)
 #undef MOVE
         UpdateRecord sums = block_fold(scratch.runs, LANES, [&](u64) { return lane; },
@@ -370,7 +374,8 @@ template <typename R> DEVICE void move_all(OptimizerScratch &scratch, const Opti
         merge_chunk(scratch.runs, scratch.last, a, sums, index, tensor, (UpdateRecord *)a.chunk_parts, updates, [&] {
             if (threadIdx.x != 0) return;
             UpdateRecord &r = *updates;
-            double rate = (double)learning_rate;
+            // Anew, and not kept in registers through every chunk.
+            double rate = (double)(*a.learning_rate * state.learning_rate_factor), unscale = 1.0 / divisor_of(a.outputs->loss_scale);
             r.step = a.outputs->step;
             r.steps = state.steps + (chunk.length > 0 ? 1 : 0);
             if (rate == 0.0) r.lost = 0;
@@ -392,10 +397,8 @@ KERNEL(LANES, 4) gradprobe_optimizer(OptimizerArguments a) {
     }
     switch (a.rule) {
     case RULE_ADAMW: move_all<AdamW>(scratch, a); break;
-    case RULE_MOMENTUM:
-    case RULE_NESTEROV: move_all<Momentum>(scratch, a); break;
     case RULE_SGD: move_all<Sgd>(scratch, a); break;
-    default: move_all<Lion>(scratch, a); break;
+    default: move_all<OneMoment>(scratch, a); break;
     }
     // Steps are counted when all blocks have read them.
     BARRIER();

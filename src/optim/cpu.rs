@@ -8,7 +8,6 @@ use crate::{
         Memory,
         dispatch::{self, InstructionSet, Work},
     },
-    measure::narrow,
     probe::Other,
     spec::{self, CHUNK, LANES, PACKET, ROW, TILE, WARP},
     tensor::with_elements,
@@ -81,7 +80,7 @@ struct Moved<'a> {
 impl Moved<'_> {
     fn update(self, a: &OptimizerArguments, state: &OptimizerTensor, step: u64) -> UpdateRecord {
         let (rate, unscale, has_gradient) = (f64::from(self.rate), self.unscale, !self.gradient.is_empty());
-        let [[beta1, rest1], [beta2, rest2]] = a.betas.map(|beta| [narrow(beta), narrow(1.0 - beta)]);
+        let [[beta1, rest1], [beta2, rest2]] = a.shares;
         let sums = match a.rule {
             rule if rule == Rule::AdamW as u32 => {
                 let [root_factor, epsilon_factor] = state.corrections;

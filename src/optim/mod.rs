@@ -281,6 +281,15 @@ impl Optimizer {
         Self { rule, learning_rate, betas, epsilon: 1e-8, weight_decay, groups: Vec::new() }
     }
 
+    /// What averages keep, and take of the gradient: β and 1 − β; of momentum, which is a sum, μ and 1.
+    fn shares(&self) -> [[f32; 2]; 2] {
+        let [first, second] = self.betas.map(|beta| [narrow(beta), narrow(1.0 - beta)]);
+        match self.rule {
+            Rule::Momentum | Rule::Nesterov => [[first[0], 0.0], [first[0], 1.0]],
+            _ => [first, second],
+        }
+    }
+
     /// β1 and β2, of AdamW.
     fn adam_betas(&self) -> Option<[f64; 2]> {
         (self.rule == Rule::AdamW).then_some(self.betas)

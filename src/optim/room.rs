@@ -35,12 +35,14 @@ pub(crate) struct OptimizerArguments {
     /// One [`UpdateRecord`] a tensor: a result.
     pub updates: u64,
     pub betas: [f64; 2],
+    /// What the averages of both moments keep, and take of the gradient.
+    pub shares: [[f32; 2]; 2],
     pub epsilon: f32,
     /// [`Rule`](super::Rule).
     pub rule: u32,
 }
 // The other side is in kernels/optimizer.cu.
-const _: () = assert!(size_of::<OptimizerArguments>() == 168);
+const _: () = assert!(size_of::<OptimizerArguments>() == 184);
 
 /// An optimizer's state on a device: [`Config::optimizer`], [`Probe::optimizer`].
 pub struct OptimizerMemory {
@@ -134,6 +136,7 @@ impl OptimizerMemory {
             masters: self.masters.address(),
             updates: self.updates,
             betas,
+            shares: self.optimizer.shares(),
             epsilon: narrow(epsilon),
             rule: rule as u32,
         })

@@ -1,6 +1,7 @@
 //! Steps captured into graphs and replayed.
 
 use super::*;
+use gradprobe::optim::AdamW;
 
 #[test]
 fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
@@ -42,7 +43,8 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
 fn nothing_is_captured_that_was_not_bound() {
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
-    let config = clipping().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2);
+    let config =
+        clipping().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2).optimizer(AdamW::new(1e-3));
     let config =
         config.tracking(GsnrConfig::new()).adaptive_clip(AdaptiveClip::new(LENGTHS.map(|length| length as u64)));
     let mut probe = probe(&stream, config);
@@ -53,8 +55,13 @@ fn nothing_is_captured_that_was_not_bound() {
         let mut tensors = tensors.each_mut().map(|tensor| tensor as &mut dyn TensorMut);
         probe.adaptive_clip().unwrap().clip(&mut tensors, &refs(&weights))
     };
+    let update = |probe: &mut Probe| {
+        let mut weights = weights;
+        let mut weights = weights.each_mut().map(|tensor| tensor as &mut dyn TensorMut);
+        probe.update(&refs(&addresses), &mut weights)
+    };
     type Call<'a> = (&'a str, &'a dyn Fn(&mut Probe) -> Result<(), Error>);
-    let calls: [Call; 9] = [
+    let calls: [Call; 10] = [
         ("measure", &|probe| probe.measure(&refs(&addresses))),
         ("clip", &|probe| clip_at(probe, &addresses)),
         ("step", &|probe| {
@@ -67,6 +74,7 @@ fn nothing_is_captured_that_was_not_bound() {
         ("micro-batch", &|probe| probe.micro_batches()?.measure(&refs(&addresses))),
         ("gsnr", &|probe| probe.gsnr()?.launch()),
         ("adaptive clip", &adaptive),
+        ("update", &update),
     ];
     // Where the tensors are, the device knows.
     for (what, call) in calls {

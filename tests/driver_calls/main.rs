@@ -21,6 +21,7 @@ use gradprobe::{
     cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, result, sys},
     device::Device,
     gsnr::GsnrConfig,
+    optim::AdamW,
 };
 use half::{bf16, f16};
 use require::{pointless, skipped};
@@ -300,6 +301,27 @@ fn a_histogram_and_a_dot_product_are_a_launch_each() {
         let calls = trace.of(|| probe.dot().unwrap().launch(&tensors, &tensors).unwrap());
         let dot = ["cuLaunchKernel gradprobe_dot of 12 blocks"];
         assert_calls(&format!("dot {call}"), &calls, &[others, &dot].concat());
+    }
+}
+
+/// Statistics, clip and update are two launches; the learning rate is an upload of 4 bytes.
+#[test]
+fn an_update_is_two_launches() {
+    let Some((trace, stream)) = driver() else { return };
+    let (gradients, mut weights) = (Gradients::new(&stream), Gradients::new(&stream));
+    let mut probe = probe(&stream, clipping().optimizer(AdamW::new(1e-3)));
+    let mut update = |probe: &mut Probe| {
+        let weights = &mut [&mut weights.f32 as _, &mut weights.f16 as _, &mut weights.bf16 as _];
+        trace.of(|| probe.update(&[&gradients.f32, &gradients.f16, &gradients.bf16], weights).unwrap())
+    };
+    update(&mut probe);
+    probe.wait().unwrap();
+    let _held = Held::new(&stream);
+    let optimizer = "cuLaunchKernel gradprobe_optimizer of 12 blocks";
+    for step in 2..=4 {
+        assert_calls(&format!("step {step}"), &update(&mut probe), &[MEASURE, optimizer]);
+        let calls = trace.of(|| probe.optimizer().unwrap().set_learning_rate(0.5).unwrap());
+        assert_calls("learning rate", &calls, &["cuMemcpyHtoDAsync_v2 4 bytes page-locked"]);
     }
 }
 

@@ -50,6 +50,11 @@ impl Instruction {
         self.is("LDG.128") || self.is("LD.128")
     }
 
+    /// A store of 16 bytes to global memory.
+    pub fn is_vector_store(&self) -> bool {
+        self.is("STG.128") || self.is("ST.128")
+    }
+
     /// Occupies the unit for f64: arithmetic, comparisons, conversions from and to f64, and their seeds.
     pub fn is_fp64(&self) -> bool {
         let mut parts = self.opcode.split('.');
