@@ -9,7 +9,8 @@ threads, which wait for each other by spinning, suffer most from one.
 
 PyTorch's *norm* is the norm of all tensors and nothing else: the faster of one call for each tensor and
 `_foreach_norm`. Its *clip* is `clip_grad_norm_`, which measures and clips; ours for that is `measure` and `clip`. The
-*plain* loops move the same bytes and do nothing else. Without PyTorch in this Python, its columns are empty.
+*plain* loops move the same bytes and do nothing else. AdamW is of f32: ours by a measurement that is there, and with it; PyTorch's,
+`fused` and `foreach`, neither measures nor clips. Without PyTorch in this Python, its columns are empty.
 """
 
 import argparse
@@ -56,7 +57,20 @@ def torch_times(count):
             "torch norm": min(median["norm of each"], median["foreach norm"]),
             "torch clip": median["clip"],
         }
+        if name == "f32":
+            for kind in ("fused", "foreach"):
+                optimizer = torch.optim.AdamW(parameters, lr=1e-3, **{kind: True})
+                times[name]["torch " + kind] = median_of(optimizer.step)
     return times
+
+
+def median_of(function):
+    samples = []
+    for _ in range(SAMPLES):
+        start = time.perf_counter()
+        function()
+        samples.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(samples[2:])
 
 
 def run_torch(instruction_set, tensors):
@@ -77,7 +91,7 @@ def build():
 def run_bench(executable, instruction_set, tensors):
     """The instruction set that it used, and medians in ms, by dtype and name."""
     command = [executable, "--bench", "--noplot", "--warm-up-time", "0.3", "--measurement-time", "0.8"]
-    groups = "^(ceiling|measure|clip|histogram)/"
+    groups = "^(ceiling|measure|clip|histogram|optimizer)/"
     environment = os.environ | {"GRADPROBE_CPU": instruction_set, "GRADPROBE_BENCH_TENSORS": str(tensors)}
     out = subprocess.run([*command, groups], env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     unit = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -124,6 +138,15 @@ def table(times):
     return "\n".join(lines)
 
 
+def optimizer_table(t):
+    """AdamW of f32."""
+    plain, step, update = (t["optimizer/" + name] for name in ("plain", "step", "update"))
+    torch = [f"{t[name]:.1f}" if name in t else "" for name in ("torch fused", "torch foreach")]
+    columns = ["plain traffic", "AdamW", "of traffic", "measure, AdamW", "torch fused", "torch foreach"]
+    cells = [f"{plain:.1f}", f"{step:.1f}", f"{plain / step:.2f}", f"{update:.1f}", *torch]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), cells))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -152,7 +175,7 @@ def main():
         version = "no PyTorch in this Python"
     print(f"{machine()}; {version}; {options.tensors} tensors; ms, the quietest of {options.rounds} rounds\n")
     for used, times in all_times.items():
-        print(f"**{used}**\n\n{table(times)}\n")
+        print(f"**{used}**\n\n{table(times)}\n\n{optimizer_table(times['f32'])}\n")
 
 
 if __name__ == "__main__":

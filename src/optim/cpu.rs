@@ -42,14 +42,18 @@ pub(crate) fn run(memory: &Memory, a: &OptimizerArguments) {
     // Of tensors without elements no chunk would set a record.
     let tensors = tensors.filter(|(((((_, entry), _), _), _), _)| entry.length > 0);
     tensors.for_each(|(((((gradient, entry), other), state), update), coefficient)| {
-        let behind = |address: u64, offset: u64| address + offset * size_of::<f32>() as u64;
         let count = gradient.len();
+        // Of what is not kept there is no memory, or another tensor's.
+        let kept = |is_kept: bool, address: u64, offset: u64| {
+            memory.slice_mut(address + offset * size_of::<f32>() as u64, if is_kept { count } else { 0 })
+        };
+        let moments = Rule::moments_of(a.rule);
         let tensor = Moved {
             gradient,
             weight: memory.tensor_mut(other.address, entry.length, other.dtype),
-            first: memory.slice_mut(behind(a.first, state.offset), count),
-            second: memory.slice_mut(behind(a.second, state.offset), count),
-            masters: memory.slice_mut(behind(a.masters, state.master_offset), count),
+            first: kept(moments > 0, a.first, state.offset),
+            second: kept(moments > 1, a.second, state.offset),
+            masters: kept(other.dtype != DType::F32.code(), a.masters, state.master_offset),
             how: how.of_tensor(outputs, *coefficient),
             rate: learning_rate * state.learning_rate_factor,
             decay: state.weight_decay,
@@ -109,8 +113,8 @@ impl Moved<'_> {
     fn by<R: Direction>(self, rule: R) -> UpdateRecord {
         let Self { gradient, weight, first, second, masters, how, rate, decay, .. } = self;
         with_elements!(HostTensor, gradient, gradients => with_elements!(HostTensorMut, weight, weights => {
-            let state = chunks(first, R::MOMENTS > 0).zip(chunks(second, R::MOMENTS > 1));
-            let state = state.zip(chunks(masters, has_masters(weights)));
+            let count = gradients.len().div_ceil(CHUNK);
+            let state = chunks(first, count).zip(chunks(second, count)).zip(chunks(masters, count));
             let pairs = gradients.par_chunks(CHUNK).zip(weights.par_chunks_mut(CHUNK));
             let chunks = pairs.zip(state).map(|((gradients, weights), ((first, second), masters))| {
                 let lists = Lists { gradients, weights, first, second, masters };
@@ -122,16 +126,10 @@ impl Moved<'_> {
     }
 }
 
-fn has_masters<W: Element>(_: &[W]) -> bool {
-    W::DTYPE != DType::F32
-}
-
-/// The chunks of a list that is kept, or as many empty ones.
-fn chunks(kept: &mut [f32], is_kept: bool) -> impl IndexedParallelIterator<Item = &mut [f32]> {
-    let count = kept.len().div_ceil(CHUNK);
-    let mut chunks: Vec<&mut [f32]> =
-        if is_kept { kept.chunks_mut(CHUNK).collect() } else { (0..count).map(|_| <&mut [f32]>::default()).collect() };
-    chunks.truncate(count);
+/// The chunks of a list, as many as there are; those of one that is not kept are empty.
+fn chunks(kept: &mut [f32], count: usize) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+    let mut chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
+    chunks.resize_with(count, Default::default);
     chunks.into_par_iter()
 }
 

@@ -1,6 +1,6 @@
 //! Optimizers that take what a measurement decided for nothing: AdamW, SGD and Lion.
 //!
-//! [`Probe::update`] measures the gradients and moves the weights, in two launches for all tensors. Clip coefficient, loss
+//! [`Probe::update`](crate::Probe::update) measures the gradients and moves the weights, in two launches for all tensors. Clip coefficient, loss
 //! scale, skip, coefficients of tensors and clamp are applied to each gradient as the optimizer reads it; there is no pass
 //! that clips, and the gradients stay as they are. Of the same read come the numbers of [`UpdateRecord`]: how far the step
 //! has moved each weight.
@@ -77,10 +77,15 @@ pub(crate) enum Rule {
 impl Rule {
     /// Moments an element.
     fn moments(self) -> usize {
-        match self {
-            Self::AdamW => 2,
-            Self::Momentum | Self::Nesterov | Self::Lion => 1,
-            Self::Sgd => 0,
+        Self::moments_of(self as u32)
+    }
+
+    /// The same by its number.
+    pub fn moments_of(rule: u32) -> usize {
+        match rule {
+            rule if rule == Self::AdamW as u32 => 2,
+            rule if rule == Self::Sgd as u32 => 0,
+            _ => 1,
         }
     }
 
