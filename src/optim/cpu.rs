@@ -286,7 +286,7 @@ impl<G: Element, W: Element, R: Direction> Work for Move<'_, G, W, R> {
         let count = lists.gradients.len();
         let (mut sums, mut room) = (Sums::ZERO, Room::default());
         for warp in (0..count / TILE).map(|tile| tile % WARPS) {
-            mover.tile(&mut lists, &mut room, &mut sums, warp, set);
+            mover.tile(&mut lists, &mut room, &mut sums, Part { warp, elements: TILE }, set);
         }
         if !lists.gradients.is_empty() {
             // And zeros, which stay zeros.
@@ -301,7 +301,8 @@ impl<G: Element, W: Element, R: Direction> Work for Move<'_, G, W, R> {
                 masters: &mut masters,
             };
             lists.copy_to(&mut tile);
-            mover.tile(&mut tile.again(), &mut room, &mut sums, count / TILE % WARPS, set);
+            let part = Part { warp: count / TILE % WARPS, elements: lists.gradients.len() };
+            mover.tile(&mut tile.again(), &mut room, &mut sums, part, set);
             tile.copy_to(&mut lists);
         }
         sums.record(count)
@@ -316,6 +317,13 @@ struct Mover<R> {
     rate: f32,
     decay: f32,
     rule: R,
+}
+
+/// Whose a tile is, and how many of its elements are no padding.
+#[derive(Clone, Copy)]
+struct Part {
+    warp: usize,
+    elements: usize,
 }
 
 /// Sums of directions' and weights' squares, of directions times gradients, of the first moment's squares, and of the second.
@@ -333,7 +341,7 @@ impl<R: Direction> Mover<R> {
         lists: &mut Lists<'_, G, W>,
         room: &mut Room,
         sums: &mut Sums,
-        warp: usize,
+        part: Part,
         set: impl InstructionSet,
     ) {
         let Lists { gradients, weights, first, second, masters } = lists.take(TILE);
@@ -349,13 +357,13 @@ impl<R: Direction> Mover<R> {
         };
         if W::DTYPE == DType::F32 {
             let kept: &mut Tile = bytemuck::cast_slice_mut(weights).try_into().expect("a tile");
-            self.move_tile::<true>(gradients, taken, kept, first, second, sums, warp, set);
-            sums.count_nonfinite(kept, warp);
+            self.move_tile::<true>(gradients, taken, kept, first, second, sums, part, set);
+            sums.count_nonfinite(kept, part.warp);
             return;
         }
         let (kept, stored): (&mut Tile, &mut Tile) = (masters.try_into().expect("a tile"), tile_of(stored));
         begin_anew(kept, weights, stored, set);
-        self.move_tile::<false>(gradients, taken, kept, first, second, sums, warp, set);
+        self.move_tile::<false>(gradients, taken, kept, first, second, sums, part, set);
         W::narrow(kept, weights, set);
         W::widen(weights, stored, set);
         let mut slots = [0.0; RUN];
@@ -364,8 +372,8 @@ impl<R: Direction> Mover<R> {
                 *slot = weight.mul_add(*weight, *slot);
             }
         }
-        sums.add(WEIGHT, &slots, warp);
-        sums.count_nonfinite(stored, warp);
+        sums.add(WEIGHT, &slots, part.warp);
+        sums.count_nonfinite(stored, part.warp);
     }
 
     #[inline(always)]
@@ -378,17 +386,17 @@ impl<R: Direction> Mover<R> {
         first: &mut Tile,
         second: &mut Tile,
         sums: &mut Sums,
-        warp: usize,
+        part: Part,
         set: impl InstructionSet,
     ) {
         let Clipping { coefficient, limit, zero_nonfinite } = self.how;
         if zero_nonfinite || limit < f32::INFINITY {
             let taken = tile_of(taken);
             self.take(gradients, taken);
-            self.runs::<STORED>(|i| taken[i], kept, first, second, sums, warp, set);
+            self.runs::<STORED>(|i| taken[i], kept, first, second, sums, part, set);
         } else {
             let product = |i: usize| (gradients[i], gradients[i] * coefficient);
-            self.runs::<STORED>(product, kept, first, second, sums, warp, set);
+            self.runs::<STORED>(product, kept, first, second, sums, part, set);
         }
     }
 
@@ -421,14 +429,14 @@ impl<R: Direction> Mover<R> {
         first: &mut Tile,
         second: &mut Tile,
         sums: &mut Sums,
-        warp: usize,
+        part: Part,
         set: impl InstructionSet,
     ) {
         let (rate, decay) = (-self.rate, self.decay);
         // Sums that lie a multiple of 4 KiB apart would wait for one another's stores.
         let mut slots = [[0.0; RUN + TOGETHER]; 5];
         let mut lost = [0u32; TOGETHER];
-        for run in (0..TILE).step_by(RUN) {
+        for run in (0..part.elements).step_by(RUN) {
             for lane in (0..RUN).step_by(TOGETHER) {
                 for list in [&*kept, &*first, &*second] {
                     set.prefetch(
@@ -465,7 +473,7 @@ impl<R: Direction> Mover<R> {
             }
         }
         for (sum, slots) in slots.iter().enumerate() {
-            sums.add(sum, slots, warp);
+            sums.add(sum, slots, part.warp);
         }
         sums.lost += lost.iter().map(|&lost| u64::from(lost)).sum::<u64>();
     }

@@ -204,6 +204,28 @@ impl Exact {
     }
 }
 
+/// So that those formulas are not ours alone: `tests/data/optimizers.py`.
+#[test]
+fn the_formulas_are_those_of_torch_in_float64() {
+    let expected: serde_json::Value = serde_json::from_str(include_str!("../data/optimizers.json")).unwrap();
+    let numbers = |key: &str| -> Vec<f64> { serde_json::from_value(expected[key].clone()).unwrap() };
+    for (rule, _) in optimizers() {
+        for ((i, start), wanted) in numbers("weights").into_iter().enumerate().zip(numbers(rule)) {
+            let mut exact = Exact::new(rule, "weight", start as f32);
+            if matches!(rule, "momentum" | "sgd") {
+                exact.decay = 0.0;
+            }
+            for step in 1..=expected["steps"].as_u64().unwrap() {
+                let whole = (step * 7919 + i as u64 * 104_729) % 1000;
+                let gradient = (whole as f64 - 499.5) / 500.0 / 10f64.powi(i as i32);
+                exact.step(gradient).unwrap_or_else(|| panic!("{rule} {i}: a sign that rounding decides"));
+            }
+            let [seen, _] = exact.weight;
+            assert!((seen - wanted).abs() < 1e-12, "{rule} {i}: {seen}, torch has {wanted}");
+        }
+    }
+}
+
 #[test]
 fn two_hundred_steps_are_the_papers_within_the_roundings() {
     let mut complaints = Vec::new();
