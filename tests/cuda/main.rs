@@ -10,6 +10,7 @@ mod common;
 mod graphs;
 mod loss_scale;
 mod moments;
+mod optimizer;
 #[path = "../require/mod.rs"]
 mod require;
 mod streams;

@@ -143,8 +143,8 @@ fn dot_multiplies_every_pair_of_types_by_whole_vectors() {
 }
 
 /// All that is kept of weights is read and written by whole vectors, three rules of three types of weights; the types of
-/// gradients are told apart within. Even with the instructions of all three, the memory takes longer: 96 bytes a packet of
-/// plain SGD with weights of f32 are the least.
+/// gradients are told apart within. Even if those of all three were executed, the instructions take less time than the memory of
+/// an RTX 4090, an H100 and an H200; of a B200, whose memory is twice as fast, those that are executed.
 #[test]
 fn optimizers_move_whole_vectors() {
     for code in all_of(Kernel::Optimizer) {
@@ -168,7 +168,8 @@ fn optimizers_move_whole_vectors() {
                 span.len(),
                 in_flight >> 10
             );
-            assert!(span.len() as f64 <= code.architecture.hidden_by(bytes), "{code}, {span:?}");
+            let is_bound = [89, 90].contains(&code.architecture.number);
+            assert!(!is_bound || span.len() as f64 <= code.architecture.hidden_by(bytes), "{code}, {span:?}");
             assert_in_flight(code, &span);
         }
     }
