@@ -46,20 +46,6 @@ DEVICE UpdateRecord merge(const UpdateRecord &a, const UpdateRecord &b) {
     return r;
 }
 
-// A record that another block has written in this launch.
-DEVICE UpdateRecord load_record(const UpdateRecord *from) {
-    UpdateRecord r;
-    u64 words[sizeof(UpdateRecord) / 8];
-#pragma unroll
-    for (u32 i = 0; i < sizeof(UpdateRecord) / 8; i += 2) {
-        LongPair pair = load_fresh((const u64 *)from + i);
-        words[i] = pair.x;
-        words[i + 1] = pair.y;
-    }
-    memcpy(&r, words, sizeof r);
-    return r;
-}
-
 constexpr u32 RULE_ADAMW = 0, RULE_NESTEROV = 2, RULE_SGD = 3, RULE_LION = 4;
 
 struct OptimizerArguments : Common {

@@ -18,13 +18,13 @@ DEVICE u64 finite_count(const Record &r) { return r.count - r.nan_count - r.inf_
 // Of elements with these moments.
 DEVICE double sum_squares(double count, double mean, double deviations) { return fma(count * mean, mean, deviations); }
 
-// A record that another block has written in this launch.
-DEVICE Record load_record(const Record *from) {
-    static_assert(sizeof(Record) % 16 == 0, "by pairs of words");
-    Record r;
-    u64 words[sizeof(Record) / 8];
+// A record, of whichever kind, that another block has written in this launch.
+template <typename R> DEVICE R load_record(const R *from) {
+    static_assert(sizeof(R) % 16 == 0, "by pairs of words");
+    R r;
+    u64 words[sizeof(R) / 8];
 #pragma unroll
-    for (u32 i = 0; i < sizeof(Record) / 8; i += 2) {
+    for (u32 i = 0; i < sizeof(R) / 8; i += 2) {
         LongPair pair = load_fresh((const u64 *)from + i);
         words[i] = pair.x;
         words[i + 1] = pair.y;

@@ -50,6 +50,19 @@ impl Clipping {
         }
     }
 
+    /// What is taken of an element. Not by `clamp`: a NaN passes both comparisons.
+    #[inline(always)]
+    pub fn taken(&self, x: f32) -> f32 {
+        let mut product = if self.zero_nonfinite && !x.is_finite() { 0.0 } else { x * self.coefficient };
+        if product > self.limit {
+            product = self.limit;
+        }
+        if product < -self.limit {
+            product = -self.limit;
+        }
+        product
+    }
+
     /// Of a tensor with this coefficient, where each has one.
     pub fn of_tensor(self, outputs: &StepOutputs, coefficient: f32) -> Self {
         let by_tensor = outputs.action & StepOutputs::ACTION_SCALE_TENSORS != 0;
@@ -77,16 +90,10 @@ impl<E: Element> Work for Clip<'_, E> {
     fn run(self, set: impl InstructionSet) {
         /// With a whole tile asked for at once, bf16 took a third longer.
         const PART: usize = TILE / 4;
-        let Clipping { coefficient, limit, zero_nonfinite } = self.how;
+        let how = self.how;
+        let Clipping { coefficient, limit, .. } = how;
         let value = |x: f32| {
-            let mut product = if zero_nonfinite && !x.is_finite() { 0.0 } else { x * coefficient };
-            // Not `clamp`: a NaN passes both comparisons.
-            if product > limit {
-                product = limit;
-            }
-            if product < -limit {
-                product = -limit;
-            }
+            let product = how.taken(x);
             if product.is_nan() { f32::NAN } else { product }
         };
         let may_scale = coefficient.is_finite() && limit == f32::INFINITY;

@@ -90,8 +90,8 @@ impl Moved<'_> {
                 let [root_factor, epsilon_factor] = state.corrections;
                 self.by(AdamW { beta1, rest1, beta2, rest2, root_factor, epsilon: a.epsilon * epsilon_factor })
             }
-            rule if rule == Rule::Momentum as u32 => self.by(Momentum { momentum: beta1 }),
-            rule if rule == Rule::Nesterov as u32 => self.by(Nesterov { momentum: beta1 }),
+            rule if rule == Rule::Momentum as u32 => self.by(Momentum::<false> { momentum: beta1 }),
+            rule if rule == Rule::Nesterov as u32 => self.by(Momentum::<true> { momentum: beta1 }),
             rule if rule == Rule::Sgd as u32 => self.by(Sgd),
             _ => self.by(Lion { beta1, rest1, beta2, rest2 }),
         };
@@ -160,30 +160,16 @@ impl Direction for AdamW {
 }
 
 #[derive(Clone, Copy)]
-struct Momentum {
+struct Momentum<const NESTEROV: bool> {
     momentum: f32,
 }
 
-impl Direction for Momentum {
+impl<const NESTEROV: bool> Direction for Momentum<NESTEROV> {
     const MOMENTS: usize = 1;
     #[inline(always)]
     fn direction(&self, gradient: f32, first: &mut f32, _: &mut f32) -> f32 {
         *first = self.momentum.mul_add(*first, gradient);
-        *first
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Nesterov {
-    momentum: f32,
-}
-
-impl Direction for Nesterov {
-    const MOMENTS: usize = 1;
-    #[inline(always)]
-    fn direction(&self, gradient: f32, first: &mut f32, _: &mut f32) -> f32 {
-        *first = self.momentum.mul_add(*first, gradient);
-        self.momentum.mul_add(*first, gradient)
+        if NESTEROV { self.momentum.mul_add(*first, gradient) } else { *first }
     }
 }
 
@@ -403,18 +389,9 @@ impl<R: Direction> Mover<R> {
     /// What is measured of gradients and what is taken of them, where that is more than a product.
     #[inline(always)]
     fn take(&self, gradients: &Tile, taken: &mut [(f32, f32); TILE]) {
-        let Clipping { coefficient, limit, zero_nonfinite } = self.how;
         for (x, to) in gradients.iter().zip(taken) {
-            let measured = if zero_nonfinite && !x.is_finite() { 0.0 } else { *x };
-            let mut taken = measured * coefficient;
-            // Not `clamp`: a NaN passes both comparisons.
-            if taken > limit {
-                taken = limit;
-            }
-            if taken < -limit {
-                taken = -limit;
-            }
-            *to = (measured, taken);
+            let measured = if self.how.zero_nonfinite && !x.is_finite() { 0.0 } else { *x };
+            *to = (measured, self.how.taken(*x));
         }
     }
 
@@ -526,7 +503,7 @@ impl Sums {
     }
 }
 
-/// Room for a tile, each where it is needed, as to set it to 0 for each chunk took a tenth of the time.
+/// Room for a tile, each where it is needed.
 #[derive(Default)]
 struct Room {
     /// Gradients of 16 bits.

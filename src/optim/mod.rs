@@ -48,7 +48,7 @@ pub use state::{OptimizerState, TensorState};
 
 pub(crate) use room::OptimizerArguments;
 
-use crate::{Error, Plan};
+use crate::{Error, Plan, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 use wildmatch::WildMatch;
 
@@ -274,11 +274,6 @@ impl OptimizerTensor {
         let corrections = [narrow((1.0 - powers[0]) / (1.0 - powers[1]).sqrt()), narrow(1.0 - powers[0])];
         Self { powers, corrections, steps: self.steps.wrapping_add(1), ..self }
     }
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "rounded the same on every backend")]
-fn narrow(x: f64) -> f32 {
-    x as f32
 }
 
 impl Optimizer {

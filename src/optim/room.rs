@@ -2,11 +2,12 @@
 
 #[cfg(doc)]
 use super::UpdateRecord;
-use super::{Optimizer, OptimizerTensor, check_learning_rate, narrow};
+use super::{Optimizer, OptimizerTensor, check_learning_rate};
 use crate::{
     Config, DType, Error, Probe, Tensor, TensorMut,
     device::Buffer,
     features::Feature,
+    measure::narrow,
     probe::{Common, Core, Given, Mirrored, Other, Planned, ReadBack, Room, outside_capture, uploaded},
     spec::PACKET,
 };
@@ -115,11 +116,10 @@ impl OptimizerMemory {
             return Err(Error::WithoutWeight { name: name.clone() });
         }
         let table = weights.tensors.iter().map(|w| Other { address: w.address, dtype: w.dtype.code(), reserved: 0 });
-        let known = self.weights.current();
-        if !core.apart || known.len() != table.len() || !known.iter().copied().eq(table.clone()) {
+        if self.weights.set(&*core.device, table)? || !core.apart {
             core.check_update(gradients, weights)?;
         }
-        self.weights.set(&*core.device, table).map(drop)
+        Ok(())
     }
 
     fn launch(&self, core: &Core) -> Result<(), Error> {

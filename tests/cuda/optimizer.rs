@@ -1,6 +1,7 @@
 //! An optimizer on the GPU: the weights, the state and the report of the CPU, call by call and from a graph.
 
 use super::*;
+use common::host;
 use gradprobe::optim::AdamW;
 
 fn declared() -> Config {
@@ -12,6 +13,11 @@ fn left(probe: &mut Probe) -> (Vec<u8>, gradprobe::optim::OptimizerState) {
     let report = probe.wait().unwrap();
     let state = probe.optimizer().unwrap().state().unwrap();
     (bytemuck::cast_slice(report.updates().unwrap()).to_vec(), state)
+}
+
+/// The same on the CPU.
+fn on_host(cpu: &mut Probe, gradients: &Tensors, weights: &mut Tensors) {
+    cpu.update(&host::refs(&gradients.hosts()), &mut host::refs_mut(&mut weights.hosts_mut())).unwrap();
 }
 
 #[test]
@@ -28,11 +34,7 @@ fn updates_have_the_bits_of_the_cpu() {
         }
         let on_device = OnDevice::new(&stream, &gradients);
         probe.update(&on_device.slices(), &mut weights.slices_mut()).unwrap();
-        let hosts = gradients.hosts();
-        let refs: Vec<&dyn Tensor> = hosts.iter().map(|tensor| tensor as _).collect();
-        let mut moved = expected.hosts_mut();
-        let mut moved: Vec<&mut dyn TensorMut> = moved.iter_mut().map(|tensor| tensor as _).collect();
-        cpu.update(&refs, &mut moved).unwrap();
+        on_host(&mut cpu, &gradients, &mut expected);
         assert!(left(&mut probe) == left(&mut cpu), "step {step}");
         assert!(weights.get() == expected, "step {step}");
     }
@@ -71,11 +73,7 @@ fn a_graph_trains_and_takes_a_learning_rate_that_is_set_between_replays() {
             }
             graph.launch().unwrap();
         }
-        let hosts = tensors.hosts();
-        let read: Vec<&dyn Tensor> = hosts.iter().map(|tensor| tensor as _).collect();
-        let mut moved = expected.hosts_mut();
-        let mut moved: Vec<&mut dyn TensorMut> = moved.iter_mut().map(|tensor| tensor as _).collect();
-        cpu.update(&read, &mut moved).unwrap();
+        on_host(&mut cpu, &tensors, &mut expected);
         assert!(left(&mut probe) == left(&mut cpu), "step {step}");
         assert!(weights.get() == expected, "step {step}");
     }
