@@ -62,6 +62,17 @@ pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
             "lower the learning rate in place of a tight clip, which acts as a cut of it",
             "clip by a percentile or z-score of the last norms (`Clip`)",
         ],
+        FindingKind::UpdateTooLarge => &[LOWER_RATE, WARM_UP, CLIP, "give the tensor a smaller rate (`optim::Group`)"],
+        FindingKind::UpdateLost => &[
+            "keep weights of 16 bits as f32 too, as the optimizers here do",
+            "raise the learning rate, unless its schedule has just ended",
+            "accumulate more micro-batches before each step",
+        ],
+        FindingKind::Stalled => &[
+            "look for what is vanishing between this tensor and the loss",
+            "give the tensor a larger rate (`optim::Group`), or use AdamW, which gives each element a step of its own",
+            "under AdamW, lower ε where the gradients are near it",
+        ],
     }
 }
 

@@ -14,7 +14,7 @@ pub enum Verdict {
     Critical,
 }
 
-/// What is wrong. The number of each is that of its bit in the health words that a device writes.
+/// What is wrong. The number of each below 16 is that of its bit in the health words that a device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum FindingKind {
@@ -46,6 +46,12 @@ pub enum FindingKind {
     Underflow = 12,
     /// A clip that acts too often, or too hard.
     Clipped = 13,
+    /// An update out of proportion to its weights, or that leaves them NaN or infinite.
+    UpdateTooLarge = 14,
+    /// Updates that rounding takes away: the weights stay as they are.
+    UpdateLost = 15,
+    /// A tensor that hardly moves, beside the others.
+    Stalled = 16,
 }
 
 /// One thing that is wrong.
@@ -73,7 +79,7 @@ pub struct Finding {
 
 impl FindingKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [FindingKind; 14] = [
+    pub const ALL: [FindingKind; 17] = [
         Self::Nan,
         Self::Inf,
         Self::Vanishing,
@@ -88,9 +94,15 @@ impl FindingKind {
         Self::Noisy,
         Self::Underflow,
         Self::Clipped,
+        Self::UpdateTooLarge,
+        Self::UpdateLost,
+        Self::Stalled,
     ];
 
-    /// Its name in reports: one lower-case word.
+    /// The bits k of the kinds that a health word has room for: those that a rule on one step may find.
+    pub(super) const OF_WORDS: u32 = 0xffff;
+
+    /// Its name in reports: lower-case words with hyphens between.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nan => "nan",
@@ -107,6 +119,9 @@ impl FindingKind {
             Self::Noisy => "noisy",
             Self::Underflow => "underflow",
             Self::Clipped => "clipped",
+            Self::UpdateTooLarge => "update-too-large",
+            Self::UpdateLost => "update-lost",
+            Self::Stalled => "stalled",
         }
     }
 }

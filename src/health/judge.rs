@@ -1,6 +1,6 @@
 //! The rules in a device's memory, and the words of a step as the CPU writes them.
 
-use super::{Health, Rules, StepNorms, ThresholdRule, step_word, tensor_word};
+use super::{FindingKind, Health, Rules, StepNorms, ThresholdRule, step_word, tensor_word};
 use crate::{
     Config, Error, Plan, Probe, Record,
     device::Buffer,
@@ -41,7 +41,8 @@ impl Health {
         let mut table = Table { count, ..Table::zeroed() };
         table.rules[..rules.len()].copy_from_slice(rules);
         let mut bytes = bytemuck::bytes_of(&table).to_vec();
-        bytes.extend_from_slice(bytemuck::cast_slice(self.exemptions()));
+        let exempt: Vec<u32> = self.exemptions().iter().map(|kinds| kinds & FindingKind::OF_WORDS).collect();
+        bytes.extend_from_slice(bytemuck::cast_slice(&exempt));
         Ok(bytes)
     }
 }

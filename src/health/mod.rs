@@ -16,6 +16,7 @@ mod names;
 mod presets;
 mod rules;
 mod threshold;
+mod updates;
 
 pub use advice::advice;
 pub use baseline::{Baseline, NormRange};

@@ -8,6 +8,7 @@ use super::{
     frontier,
     groups::largest,
     threshold::{NONFINITE, step_word, tensor_word, verdict_of},
+    updates::Updates,
 };
 use crate::{
     Error, Plan, Record, Report, StepOutputs, gsnr::GsnrReport, histogram::HistogramReport, measure::printable,
@@ -50,6 +51,7 @@ struct State {
     total: f64,
     /// Clean steps in a row in which a tensor was vanishing.
     vanishing: Vec<u32>,
+    updates: Updates,
     window: VecDeque<Past>,
     frontier: Option<Frontier>,
 }
@@ -63,12 +65,14 @@ struct Past {
 }
 
 impl State {
-    fn new(tensors: usize) -> Self {
+    fn new(plan: &Plan) -> Self {
+        let tensors = plan.tensors().len();
         Self {
             step: 0,
             norms: vec![0.0; tensors],
             total: 0.0,
             vanishing: vec![0; tensors],
+            updates: Updates::new(plan),
             window: VecDeque::new(),
             frontier: None,
         }
@@ -100,7 +104,7 @@ impl Health {
             exempt,
             order: (0..tensors).rev().collect(),
             layers,
-            state: State::new(tensors),
+            state: State::new(plan),
         })
     }
 
@@ -135,18 +139,9 @@ impl Health {
     /// # Errors
     /// Those of [`new`](Self::new); the rules then stay.
     pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
-        let state = std::mem::replace(&mut self.state, State::new(0));
-        match Self::new(&self.plan, rules) {
-            Ok(new) => {
-                let order = std::mem::take(&mut self.order);
-                *self = Self { state, order, ..new };
-                Ok(())
-            }
-            Err(error) => {
-                self.state = state;
-                Err(error)
-            }
-        }
+        let Self { rules, exempt, layers, .. } = Self::new(&self.plan, rules)?;
+        (self.rules, self.exempt, self.layers) = (rules, exempt, layers);
+        Ok(())
     }
 
     /// For each tensor the bits k of the kinds that do not concern it, as a device needs them.
@@ -156,7 +151,7 @@ impl Health {
 
     /// Forgets all steps and the frontier.
     pub fn reset(&mut self) {
-        self.state = State::new(self.exempt.len());
+        self.state = State::new(&self.plan);
     }
 
     /// Diagnoses the next step.
@@ -180,11 +175,11 @@ impl Health {
         let flow = if clean { self.layers.flow(records) } else { None };
 
         let mut found = Found::new(&self.plan, outputs.step, self.exempt.len());
-        for (index, tensor) in report.tensors().enumerate().filter(|&(index, _)| words[index] != 0) {
+        for (index, record) in report.records().iter().enumerate().filter(|&(index, _)| words[index] != 0) {
             if words[index] & NONFINITE != 0 {
-                found.nonfinite(index, tensor.record);
+                found.nonfinite(index, record);
             } else {
-                self.of_tensor(index, tensor.record, tensor.param_norm.unwrap_or(0.0), clean, &mut found);
+                self.of_tensor(index, record, report.param_norm_before(index), clean, &mut found);
             }
         }
         if united & NONFINITE == 0 && norms.has_elements {
@@ -198,6 +193,7 @@ impl Health {
             self.of_flow(flow, &mut found);
         }
         if clean {
+            self.state.updates.judge(report, &self.rules, &self.exempt, &mut found);
             self.of_spike(outputs.finite_total_norm, records, &mut found);
             self.state.remember(outputs, records, self.rules.window);
             self.of_window(&mut found);
@@ -223,16 +219,18 @@ impl Health {
     /// The words of the tensors, and what the rules on the step look at.
     fn tensor_words(&self, report: &Report) -> (Vec<u32>, StepNorms) {
         let mut norms = StepNorms::new(report.outputs().finite_total_norm, self.state.total);
-        let words = report.tensors().zip(&self.exempt).zip(&self.state.norms).map(|((tensor, &exempt), &last)| {
-            norms.add(tensor.record, exempt);
-            tensor_word(self.rules.thresholds(), tensor.record, tensor.param_norm.unwrap_or(0.0), last, exempt)
+        let of_tensors = report.records().iter().zip(&self.exempt).zip(&self.state.norms).enumerate();
+        let words = of_tensors.map(|(index, ((record, &exempt), &last))| {
+            norms.add(record, exempt);
+            let param_norm = report.param_norm_before(index).unwrap_or(0.0);
+            tensor_word(self.rules.thresholds(), record, param_norm, last, exempt)
         });
         let words = words.collect();
         (words, norms)
     }
 
-    fn of_tensor(&self, index: usize, record: &Record, param_norm: f64, clean: bool, found: &mut Found<'_>) {
-        let exempt = self.exempt[index];
+    fn of_tensor(&self, index: usize, record: &Record, param_norm: Option<f64>, clean: bool, found: &mut Found<'_>) {
+        let (exempt, param_norm) = (self.exempt[index] & FindingKind::OF_WORDS, param_norm.unwrap_or(0.0));
         for rule in self.rules.thresholds() {
             let Some((value, bit)) = rule.of_tensor(record, param_norm, self.state.norms[index]) else { continue };
             if bit & !(exempt | exempt << 16) == 0 {

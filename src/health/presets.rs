@@ -71,6 +71,14 @@ fn default() -> Rules {
     // S4's factor of 100 over the whole depth, by a slope that one layer does not bend.
     rules.flow =
         Some(FlowRule { measure: FlowMeasure::Slope, below: Limits::new(1e-2, 1e-6), above: Limits::new(1e2, 1e6) });
+    // You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017): an update as large as its weight may
+    // diverge. A hundred times CS231n's 1e-3 is worth a look.
+    rules.update_ratio = Limits::new(0.1, 1.0);
+    // The same paper's table 1: gradients over weights lie within a factor of 230 in a healthy network. Here the slowest
+    // of one beside its median.
+    rules.stalled = Limits::warning_below(1e-3);
+    // Zamirai et al., "Revisiting BFloat16 Training" (2020): what rounding takes from small updates is what harms. Half.
+    rules.update_lost = Limits::warning_above(0.5);
     // Nearly every step; and S3's example, a clip 50 times below the typical norm, is critical.
     rules.clipped_fraction = Limits::warning_above(0.9);
     rules.mean_coefficient = Limits::new(0.1, 0.02);

@@ -157,6 +157,15 @@ pub struct Rules {
     pub variation: Limits,
     /// On early over late layers.
     pub flow: Option<FlowRule>,
+    /// On the norm of a layer's update over that of its weights, in three steps in a row: too large above these. Not
+    /// before the step 1 / limit², until which weights that began at 0 may still be small. A layer is the tensors whose names
+    /// differ in the last part alone.
+    pub update_ratio: Limits,
+    /// On the same over the median layer's, for [`least_steps`](Self::least_steps) in a row: stalled below these.
+    pub stalled: Limits,
+    /// On the share of a layer's elements with a gradient that did not move, for [`least_steps`](Self::least_steps) in a
+    /// row: lost above these.
+    pub update_lost: Limits,
     /// On the share of the window's steps that were clipped.
     pub clipped_fraction: Limits,
     /// On the geometric mean of the clip's coefficients over the window, by which the clip cuts the learning rate.
@@ -197,6 +206,9 @@ impl Rules {
             spike: Limits::warning_above(f64::INFINITY),
             variation: Limits::warning_above(f64::INFINITY),
             flow: None,
+            update_ratio: Limits::warning_above(f64::INFINITY),
+            stalled: Limits::warning_below(f64::NEG_INFINITY),
+            update_lost: Limits::warning_above(f64::INFINITY),
             clipped_fraction: Limits::warning_above(f64::INFINITY),
             mean_coefficient: Limits::warning_below(f64::NEG_INFINITY),
             gsnr_median: Limits::warning_below(f64::NEG_INFINITY),
@@ -310,9 +322,10 @@ impl Rules {
             _ => {}
         }
         for rule in &self.thresholds {
-            let Some(statistic) = rule.statistic().filter(|_| rule.kind().is_some()) else {
-                let value = format!("{rule:?}");
-                return Err(Error::InvalidConfig { option: "rule", expected: "made by above or below", value });
+            let of_words = rule.kind().is_some_and(|kind| 1 << kind as u32 & FindingKind::OF_WORDS != 0);
+            let Some(statistic) = rule.statistic().filter(|_| of_words) else {
+                let (expected, value) = ("made by above or below, of any kind but stalled", format!("{rule:?}"));
+                return Err(Error::InvalidConfig { option: "rule", expected, value });
             };
             let share = matches!(statistic, Statistic::ZeroFraction | Statistic::DeadFraction);
             check_limits(
@@ -325,6 +338,9 @@ impl Rules {
         let above = f64::INFINITY;
         check_limits("spike", self.spike, false, above)?;
         check_limits("variation", self.variation, false, above)?;
+        check_limits("update_ratio", self.update_ratio, false, above)?;
+        check_limits("stalled", self.stalled, true, 1.0)?;
+        check_limits("update_lost", self.update_lost, false, 1.0)?;
         check_limits("clipped_fraction", self.clipped_fraction, false, 1.0)?;
         check_limits("mean_coefficient", self.mean_coefficient, true, 1.0)?;
         check_limits("gsnr_median", self.gsnr_median, true, above)?;

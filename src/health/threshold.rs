@@ -8,7 +8,7 @@
 //! **The step.** Its word is the union of its tensors' words and, when no tensor has a NaN or an Inf and some tensor has
 //! an element, of the rules on statistics of the step.
 //!
-//! **A word.** Bit k (0 to 13) is a warning of the [`FindingKind`] number k, bit 16 + k says that it is critical. A
+//! **A word.** Bit k (0 to 15) is a warning of the [`FindingKind`] number k, bit 16 + k says that it is critical. A
 //! critical finding has the upper bit alone.
 //!
 //! **Same bits.** Statistics take +, ·, /, √, fma and comparisons in f64, each correctly rounded, in the order written
@@ -215,6 +215,7 @@ pub fn tensor_word(rules: &[ThresholdRule], record: &Record, param_norm: f64, la
         return 0;
     }
     let bit = |rule: &ThresholdRule| rule.of_tensor(record, param_norm, last_norm).map_or(0, |(_, bit)| bit);
+    let exempt = exempt & FindingKind::OF_WORDS;
     rules.iter().map(bit).fold(0, |word, bit| word | bit) & !(exempt | exempt << 16)
 }
 

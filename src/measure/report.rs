@@ -146,11 +146,15 @@ impl Report {
         self.weights.is_some() || self.param_norms.is_some() || self.updates.is_some()
     }
 
-    /// Measured before the step, or given; else as the step left it.
-    fn param_norm(&self, index: usize) -> Option<f64> {
+    /// Of a weight before the step: given, or measured with the gradients.
+    pub(crate) fn param_norm_before(&self, index: usize) -> Option<f64> {
         let given = self.param_norms.as_ref().map(|norms| norms[index]);
-        let measured = || self.weights.as_ref().map(|weights| weights[index].l2_norm());
-        given.or_else(measured).or_else(|| self.update(index).map(UpdateRecord::weight_norm))
+        given.or_else(|| self.weights.as_ref().map(|weights| weights[index].l2_norm()))
+    }
+
+    /// The same, or else as the step left it.
+    fn param_norm(&self, index: usize) -> Option<f64> {
+        self.param_norm_before(index).or_else(|| self.update(index).map(UpdateRecord::weight_norm))
     }
 
     /// The tensors, in the plan's order.

@@ -47,7 +47,7 @@ const _: () = {
 impl UpdateRecord {
     /// The sums of both; step and steps are the first's.
     #[must_use]
-    pub(super) fn merge(&self, other: &Self) -> Self {
+    pub(crate) fn merge(&self, other: &Self) -> Self {
         Self {
             count: self.count + other.count,
             lost: self.lost + other.lost,

@@ -353,7 +353,7 @@ fn words_findings_and_verdicts_agree_on_any_input() {
                 let worst = found.iter().map(|finding| finding.severity).max().unwrap_or_default();
                 assert_eq!(verdict, worst, "{preset:?} {step} {name}: {word:x} {found:?}");
                 let vanishes = found.iter().any(|finding| finding.kind == FindingKind::Vanishing);
-                for kind in FindingKind::ALL {
+                for &kind in &FindingKind::ALL[..16] {
                     let bits = (word >> kind as u32 & 1, word >> (16 + kind as u32) & 1);
                     let finding = found.iter().find(|finding| finding.kind == kind);
                     if bits != (0, 0) && !(kind == FindingKind::Dead && vanishes) {

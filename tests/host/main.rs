@@ -18,6 +18,7 @@ mod declared;
 mod harness;
 mod health;
 mod health_run;
+mod health_updates;
 mod oracle;
 mod properties;
 mod reads;
