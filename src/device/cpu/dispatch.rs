@@ -21,7 +21,14 @@ pub trait InstructionSet: Copy {
     /// Makes of each element the nearest to its `value`, ties to even.
     fn change_f16(self, elements: &mut [f16], value: impl Fn(f32) -> f32);
     /// Asks for this memory, which is to be read soon.
-    fn prefetch<T>(self, memory: &[T]);
+    #[inline(always)]
+    fn prefetch<T>(self, memory: &[T]) {
+        for line in memory.chunks((64 / size_of::<T>()).max(1)) {
+            self.prefetch_line(line.as_ptr());
+        }
+    }
+    /// Asks for the line at this address, whatever is there.
+    fn prefetch_line<T>(self, address: *const T);
 }
 
 /// Any machine. On aarch64 the loops become vectors of four, as every aarch64 has them.
@@ -62,7 +69,7 @@ impl InstructionSet for Portable {
 
     /// It has no such instruction; the memory is then waited for when it is read.
     #[inline(always)]
-    fn prefetch<T>(self, _: &[T]) {}
+    fn prefetch_line<T>(self, _: *const T) {}
 }
 
 /// [`Work::run`], compiled for this machine.
@@ -196,11 +203,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn prefetch<T>(self, memory: &[T]) {
-            for line in memory.chunks((64 / size_of::<T>()).max(1)) {
-                // SAFETY: a hint, of memory that is there; every x86-64 has it.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-            }
+        fn prefetch_line<T>(self, address: *const T) {
+            // SAFETY: a hint, which no address makes a fault; every x86-64 has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
         }
     }
 
