@@ -50,7 +50,7 @@ fn a_healthy_run_learns_and_ends_healthy() {
     let steps: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(steps.len(), 60);
     assert!(steps.iter().all(|step| step["verdict"] == "healthy" && step["tensors"].as_array().unwrap().len() == 54));
-    assert!(steps[9]["histogram"].is_array() && steps[1]["gsnr"].is_array());
+    assert!(steps[9]["histogram"].is_array() && steps[9]["gsnr"].is_array());
     assert_eq!(fs::read_dir(first.join("tensorboard")).unwrap().count(), 1);
     for picture in ["overview", "norms", "histograms", "gsnr", "norm-by-depth"] {
         let svg = fs::read_to_string(first.join("pictures").join(format!("{picture}.svg"))).unwrap();

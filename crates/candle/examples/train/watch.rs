@@ -25,8 +25,9 @@ pub const MAX_NORM: f64 = 1.0;
 const WINDOW: u32 = 25;
 /// The same of accumulations: how much an earlier one weighs against the next.
 const DECAY: f64 = 0.95;
-/// Steps from one histogram to the next.
-const HISTOGRAMS: u64 = 10;
+/// Steps from one look at elements to the next, histogram and signal to noise: reads of their own, each a quarter of a
+/// millisecond here.
+const LOOKS: u64 = 10;
 
 /// Measures, clips, diagnoses and writes.
 pub struct Watch {
@@ -41,7 +42,15 @@ pub struct Watch {
     given: u64,
     /// Of this step, until its report comes.
     histogram: Option<(u64, HistogramReport)>,
+    noise: Noise,
     time: Duration,
+}
+
+/// Signal and noise as they were last looked at.
+#[derive(Clone, Copy, Default)]
+struct Noise {
+    gsnr: Option<f64>,
+    scale: Option<f64>,
 }
 
 struct Accumulation {
@@ -90,7 +99,17 @@ impl Watch {
             }
         };
         let writers = Background::new(sinks(&options.out, &probe)?, 256)?;
-        Ok(Self { probe, updates, accumulation, writers, steps: 0, given: 0, histogram: None, time: Duration::ZERO })
+        Ok(Self {
+            probe,
+            updates,
+            accumulation,
+            writers,
+            steps: 0,
+            given: 0,
+            histogram: None,
+            noise: Noise::default(),
+            time: Duration::ZERO,
+        })
     }
 
     /// The names of the variables, in their natural order.
@@ -132,8 +151,8 @@ impl Watch {
     pub fn step(&mut self, gradients: &mut GradStore) -> Result<Vec<Seen>> {
         let start = Instant::now();
         self.steps += 1;
-        // A read of its own, and in the pictures one column of many.
-        if self.steps.is_multiple_of(HISTOGRAMS) {
+        // In the pictures one column of many.
+        if self.steps.is_multiple_of(LOOKS) {
             self.histogram =
                 Some((self.steps, self.probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))?));
         }
@@ -159,11 +178,10 @@ impl Watch {
     fn seen(&mut self, measured: Report) -> Result<Seen> {
         let step = measured.step();
         self.given = step;
-        let gsnr = match self.probe.probe().gsnr()?.report() {
-            Ok(gsnr) => Some(gsnr),
-            Err(gradprobe::Error::TooFewSteps { .. }) => None,
-            Err(error) => return Err(error.into()),
-        };
+        let gsnr = if step.is_multiple_of(LOOKS) { self.tracked()? } else { None };
+        if let Some(gsnr) = &gsnr {
+            self.noise = Noise { gsnr: median(gsnr), scale: gsnr.noise_scale() };
+        }
         let diagnosis = measured.diagnosis().ok_or("no rules were given")?.clone();
         let outputs = *measured.outputs();
         let accumulated = self.accumulation.as_ref().map(|accumulation| accumulation.noise.total().noise_scale.value());
@@ -172,8 +190,8 @@ impl Watch {
             norm: outputs.total_norm,
             coefficient: outputs.coefficient_f64,
             skip: outputs.skip != 0,
-            gsnr: gsnr.as_ref().and_then(median),
-            noise_scale: accumulated.unwrap_or_else(|| gsnr.as_ref().and_then(GsnrReport::noise_scale)),
+            gsnr: self.noise.gsnr,
+            noise_scale: accumulated.unwrap_or(self.noise.scale),
             diagnosis,
         };
         let mut entry = Entry::new(measured).with_diagnosis(&seen.diagnosis)?;
@@ -185,6 +203,15 @@ impl Watch {
         }
         self.writers.send(entry);
         Ok(seen)
+    }
+
+    /// Signal and noise of what is tracked.
+    fn tracked(&mut self) -> Result<Option<GsnrReport>> {
+        match self.probe.probe().gsnr()?.report() {
+            Ok(gsnr) => Ok(Some(gsnr)),
+            Err(gradprobe::Error::TooFewSteps { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Host time so far.
