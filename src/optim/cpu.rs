@@ -1,6 +1,9 @@
-//! The optimizers on the CPU: `kernels/optimizer.cu` has the same operations in the same order.
+//! The optimizers on the CPU: `kernels/optimizer.cu` has the same sums in the same order.
 
-use super::{OptimizerArguments, OptimizerTensor, Rule, UpdateRecord};
+use super::{
+    OptimizerArguments, OptimizerTensor, Rule, UpdateRecord,
+    rules::{AdamW, Direction, Lion, Momentum, Sgd},
+};
 use crate::{
     DType, Element, HostTensor, HostTensorMut, StepOutputs,
     clip::{ClipHeader, Clipping, divisor},
@@ -132,81 +135,6 @@ fn chunks(kept: &mut [f32], count: usize) -> impl IndexedParallelIterator<Item =
     let mut chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
     chunks.resize_with(count, Default::default);
     chunks.into_par_iter()
-}
-
-/// A rule: moves the moments of an element and gives what the weight goes against, before decay.
-trait Direction: Copy + Send + Sync {
-    const MOMENTS: usize;
-    fn direction(&self, gradient: f32, first: &mut f32, second: &mut f32) -> f32;
-}
-
-#[derive(Clone, Copy)]
-struct AdamW {
-    beta1: f32,
-    rest1: f32,
-    beta2: f32,
-    rest2: f32,
-    root_factor: f32,
-    epsilon: f32,
-}
-
-impl Direction for AdamW {
-    const MOMENTS: usize = 2;
-    #[inline(always)]
-    fn direction(&self, gradient: f32, first: &mut f32, second: &mut f32) -> f32 {
-        *first = self.beta1.mul_add(*first, self.rest1 * gradient);
-        *second = self.beta2.mul_add(*second, self.rest2 * gradient * gradient);
-        *first / second.sqrt().mul_add(self.root_factor, self.epsilon)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Momentum<const NESTEROV: bool> {
-    momentum: f32,
-}
-
-impl<const NESTEROV: bool> Direction for Momentum<NESTEROV> {
-    const MOMENTS: usize = 1;
-    #[inline(always)]
-    fn direction(&self, gradient: f32, first: &mut f32, _: &mut f32) -> f32 {
-        *first = self.momentum.mul_add(*first, gradient);
-        if NESTEROV { self.momentum.mul_add(*first, gradient) } else { *first }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Sgd;
-
-impl Direction for Sgd {
-    const MOMENTS: usize = 0;
-    #[inline(always)]
-    fn direction(&self, gradient: f32, _: &mut f32, _: &mut f32) -> f32 {
-        gradient
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Lion {
-    beta1: f32,
-    rest1: f32,
-    beta2: f32,
-    rest2: f32,
-}
-
-impl Direction for Lion {
-    const MOMENTS: usize = 1;
-    #[inline(always)]
-    fn direction(&self, gradient: f32, first: &mut f32, _: &mut f32) -> f32 {
-        let mean = self.beta1.mul_add(*first, self.rest1 * gradient);
-        *first = self.beta2.mul_add(*first, self.rest2 * gradient);
-        if mean > 0.0 {
-            1.0
-        } else if mean < 0.0 {
-            -1.0
-        } else {
-            mean
-        }
-    }
 }
 
 /// At most one chunk.

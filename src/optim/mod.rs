@@ -40,6 +40,7 @@
 pub(crate) mod cpu;
 mod record;
 mod room;
+mod rules;
 mod state;
 
 pub use record::UpdateRecord;
