@@ -87,9 +87,9 @@ pub fn scale_of(max_abs: f32) -> f32 {
 /// right, then neighbouring runs in pairs, pairs of pairs, and so on. `None` when there are no items.
 pub fn fold<T>(length: usize, item: impl Fn(usize) -> T, merge: impl Fn(&T, &T) -> T) -> Option<T> {
     let run = length.div_ceil(LANES).max(1);
-    let mut runs: Vec<T> = (0..length.div_ceil(run))
-        .filter_map(|r| (r * run..length.min((r + 1) * run)).map(&item).reduce(|a, b| merge(&a, &b)))
-        .collect();
+    let of_run = |r: usize| (r * run..length.min((r + 1) * run)).map(&item).reduce(|a, b| merge(&a, &b));
+    let mut runs = Vec::with_capacity(length.div_ceil(run));
+    runs.extend((0..length.div_ceil(run)).filter_map(of_run));
     let mut stride = 1;
     while stride < runs.len() {
         for left in (0..runs.len() - stride).step_by(2 * stride) {
@@ -98,6 +98,20 @@ pub fn fold<T>(length: usize, item: impl Fn(usize) -> T, merge: impl Fn(&T, &T) 
         stride *= 2;
     }
     runs.into_iter().next()
+}
+
+/// [`fold`] of a number a lane, where a list of its own would take a sixth of the chunk's time: five of them, in AdamW.
+#[inline(always)]
+pub fn sum_lanes(mut lanes: [f64; LANES]) -> f64 {
+    const { assert!(LANES.is_power_of_two()) };
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for pair in 0..width {
+            lanes[pair] = lanes[2 * pair] + lanes[2 * pair + 1];
+        }
+    }
+    lanes[0]
 }
 
 /// [`fold`] of a tensor's chunks: each span of [`SPAN`] items first, then the spans.
@@ -147,6 +161,14 @@ mod tests {
         assert_eq!(fold(5, |i| i.to_string(), join).unwrap(), "(((01)(23))4)");
         let long = fold(3 * LANES, |i| i.to_string(), join).unwrap();
         assert!(long.trim_start_matches('(').starts_with("01)2)((34)5))"), "runs of three: {long}");
+    }
+
+    #[test]
+    fn lanes_are_added_as_they_are_folded() {
+        let lanes: [f64; LANES] = std::array::from_fn(|lane| 1.0 / (1.0 + lane as f64));
+        let folded = fold(LANES, |lane| lanes[lane], |a, b| a + b).unwrap();
+        assert_eq!(sum_lanes(lanes).to_bits(), folded.to_bits());
+        assert_ne!(lanes.iter().sum::<f64>().to_bits(), folded.to_bits(), "the order matters");
     }
 
     #[test]

@@ -62,15 +62,20 @@ pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
             "lower the learning rate in place of a tight clip, which acts as a cut of it",
             "clip by a percentile or z-score of the last norms (`Clip`)",
         ],
-        FindingKind::UpdateTooLarge => &[LOWER_RATE, WARM_UP, CLIP, "give the tensor a smaller rate (`optim::Group`)"],
+        FindingKind::UpdateTooLarge => &[
+            LOWER_RATE,
+            WARM_UP,
+            CLIP,
+            "give the layer a smaller rate (`optim::Group`)",
+            "keep weights in bf16 or f32 where those of f16 go beyond 65504",
+        ],
         FindingKind::UpdateLost => &[
-            "keep weights of 16 bits as f32 too, as the optimizers here do",
-            "raise the learning rate, unless its schedule has just ended",
-            "accumulate more micro-batches before each step",
+            "raise the learning rate, or that of the layer (`optim::Group`)",
+            "keep the weights smaller: by weight decay, or from the initialisation on",
         ],
         FindingKind::Stalled => &[
             "look for what is vanishing between this tensor and the loss",
-            "give the tensor a larger rate (`optim::Group`), or use AdamW, which gives each element a step of its own",
+            "give the layer a larger rate (`optim::Group`), or use AdamW, which gives each element a step of its own",
             "under AdamW, lower ε where the gradients are near it",
         ],
     }

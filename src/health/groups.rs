@@ -52,10 +52,13 @@ impl Groups {
         Self { of: of.collect(), names: TensorType::ALL.map(|kind| kind.name().to_owned()).into() }
     }
 
-    /// By layer: tensors that only differ in the last part of their names (`weight`, `bias`). A name of one part is a
-    /// layer.
+    /// By layer: tensors that only differ in the last part of their names (`weight`, `bias`), behind a `.`, `/` or `:`. A name of
+    /// one part is a layer, and so is one that ends in a number.
     pub fn by_layer(plan: &Plan) -> Self {
-        Self::by(plan, |name| name.rsplit_once('.').map_or(name, |(layer, _)| layer).to_owned())
+        Self::by(plan, |name| {
+            let parts = name.rsplit_once(['.', '/', ':']).filter(|(_, last)| last.parse::<u64>().is_err());
+            parts.map_or(name, |(layer, _)| layer).to_owned()
+        })
     }
 
     /// By block: tensors with the same number of a layer (`blocks.3`); those without one by the first part of their

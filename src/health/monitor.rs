@@ -144,7 +144,7 @@ impl Health {
         Ok(())
     }
 
-    /// For each tensor the bits k of the kinds that do not concern it, as a device needs them.
+    /// For each tensor the bits k of the kinds that do not concern it.
     pub fn exemptions(&self) -> &[u32] {
         &self.exempt
     }
@@ -192,8 +192,10 @@ impl Health {
         if let Some(flow) = &flow {
             self.of_flow(flow, &mut found);
         }
-        if clean {
+        if outputs.skip == 0 {
             self.state.updates.judge(report, &self.rules, &self.exempt, &mut found);
+        }
+        if clean {
             self.of_spike(outputs.finite_total_norm, records, &mut found);
             self.state.remember(outputs, records, self.rules.window);
             self.of_window(&mut found);

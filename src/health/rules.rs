@@ -157,14 +157,14 @@ pub struct Rules {
     pub variation: Limits,
     /// On early over late layers.
     pub flow: Option<FlowRule>,
-    /// On the norm of a layer's update over that of its weights, in three steps in a row: too large above these. Not
-    /// before the step 1 / limit², until which weights that began at 0 may still be small. A layer is the tensors whose names
-    /// differ in the last part alone.
+    /// On the norm of a layer's update over that of its weights before it, in three steps in a row: too large above these. Not
+    /// before the step 4 / limit², until which weights that began at 0 may still be small. Layers are those of
+    /// [`Groups::by_layer`](super::Groups::by_layer), and exempt where their largest tensor is.
     pub update_ratio: Limits,
     /// On the same over the median layer's, for [`least_steps`](Self::least_steps) in a row: stalled below these.
     pub stalled: Limits,
     /// On the share of a layer's elements with a gradient that did not move, for [`least_steps`](Self::least_steps) in a
-    /// row: lost above these.
+    /// row: lost above these. Not when the median layer moves by a hundredth of the most it did: a schedule has ended.
     pub update_lost: Limits,
     /// On the share of the window's steps that were clipped.
     pub clipped_fraction: Limits,

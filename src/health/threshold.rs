@@ -166,8 +166,11 @@ impl ThresholdRule {
         self.flags & Self::BELOW != 0
     }
 
-    /// The bit of the health word that this value raises; 0 for none.
+    /// The bit of the health word that this value raises; 0 for none, and of a kind that has no bit.
     pub fn bit(&self, value: f64) -> u32 {
+        if self.kind >= u32::BITS / 2 {
+            return 0;
+        }
         let past = |limit: f64| if self.is_below() { value < limit } else { value > limit };
         if past(self.critical) {
             critical_bit(self.kind)

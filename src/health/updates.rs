@@ -1,23 +1,29 @@
 //! How far steps move the weights: too far, hardly, or not at all.
 //!
-//! Judged by layer, the tensors whose names differ in their last part: a bias that began at 0 moves by as much as it is, one
-//! before a normalisation not at all, and both is as it should be. Beside its weight neither counts.
+//! Judged by layer ([`Groups::by_layer`]): a bias that began at 0 moves by as much as it is, one before a normalisation not at
+//! all, and both is as it should be. Beside its weight neither counts.
 
 use super::{
     FindingKind, Groups, Limits, Rules, Verdict,
     found::{Found, percent},
 };
-use crate::{Plan, Report, optim::UpdateRecord};
+use crate::{Plan, Report, TensorReport, optim::UpdateRecord};
 
 /// Updates in a row that are too large before that is a finding. ("For several consecutive steps" is how the literature has it.)
 const PERSISTENCE: u32 = 3;
+/// Share of the largest ratio of the run below which a schedule has ended: what is lost then is meant to be.
+const ENDED: f64 = 1e-2;
 
-/// What is kept of each layer from step to step.
+/// What is kept from step to step.
 #[derive(Clone, Debug)]
 pub(super) struct Updates {
     /// The layer of each tensor.
     layers: Vec<usize>,
+    /// Σ w² of each tensor after its last update; NaN before the first.
+    weight_squares: Vec<f64>,
     runs: Vec<Runs>,
+    /// The largest median ratio so far.
+    peak: f64,
 }
 
 /// For how many updates in a row a layer has been past each limit: that of a warning, and the critical.
@@ -32,6 +38,8 @@ struct Runs {
 #[derive(Clone, Copy, Default)]
 struct Layer {
     update: UpdateRecord,
+    /// Σ w² before the update.
+    weight_squares: f64,
     /// Elements whose gradient is 0.
     zeros: u64,
     /// Its largest tensor, and that one's elements.
@@ -41,24 +49,36 @@ struct Layer {
 impl Updates {
     pub fn new(plan: &Plan) -> Self {
         let groups = Groups::by_layer(plan);
-        let layers = groups.of_tensors().iter().flatten().copied().collect();
-        Self { layers, runs: vec![Runs::default(); groups.names().len()] }
+        let layers: Vec<usize> = groups.of_tensors().iter().flatten().copied().collect();
+        let (weight_squares, runs) = (vec![f64::NAN; layers.len()], vec![Runs::default(); groups.names().len()]);
+        Self { layers, weight_squares, runs, peak: 0.0 }
     }
 
-    /// Judges the next clean step. `exempt` has the bits k of the kinds that do not concern a tensor.
+    /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights. `exempt` has the
+    /// bits k of the kinds that do not concern a tensor.
     pub fn judge(&mut self, report: &Report, rules: &Rules, exempt: &[u32], found: &mut Found<'_>) {
+        let outputs = report.outputs();
         let mut layers = vec![Layer::default(); self.runs.len()];
-        for ((index, tensor), layer) in report.tensors().enumerate().zip(&self.layers) {
+        for (index, tensor) in report.tensors().enumerate() {
             let Some(update) = tensor.update else { continue };
-            if update.nonfinite_count > 0 {
+            // What a NaN of the gradients did is said of them.
+            let is_own = outputs.coefficient_f64.is_finite() && !tensor.record.has_nonfinite();
+            if update.nonfinite_count > 0 && is_own {
                 let (count, all) = (update.nonfinite_count, update.count);
-                let message = format!("it leaves {count} of {all} weights NaN or infinite");
+                let message = format!("the update leaves {count} of {all} weights NaN or infinite");
                 let (kind, values) = (FindingKind::UpdateTooLarge, (to_f64(count), 0.0));
                 found.push(Some(index), kind, Verdict::Critical, values, "nonfinite_weights", message);
             }
-            layers[*layer].add(index, update, tensor.record.zero_count);
+            let before = std::mem::replace(&mut self.weight_squares[index], update.weight_squares);
+            let before = report.param_norm_before(index).map_or(before, |norm| norm * norm);
+            layers[self.layers[index]].add(index, &tensor, update, before);
+        }
+        if outputs.found_inf != 0.0 {
+            return;
         }
         let median = median_ratio(&layers);
+        self.peak = self.peak.max(median);
+        let has_ended = median < ENDED * self.peak;
         for (layer, runs) in layers.iter().zip(&mut self.runs).filter(|(layer, _)| layer.update.count > 0) {
             let index = layer.largest.0;
             let mut add = |kind: FindingKind, passed: Passed, value, rule, message: String| {
@@ -68,17 +88,18 @@ impl Updates {
                 }
             };
             // Comparisons with NaN are false.
-            let ratio = layer.update.ratio().unwrap_or(f64::NAN);
-            let beside = if layer.zeros < layer.update.count { ratio / median } else { f64::NAN };
-            let lost = layer.lost_share();
-            // Weights that began at 0 and moved at random are √steps times as large as an update.
-            let can_tell = |limit: f64| f64::from(layer.update.steps) * limit * limit >= 1.0;
-            let is_past = |limit| ratio > limit && can_tell(limit);
+            let of_before = layer.update.update_norm() / layer.weight_squares.sqrt();
+            // Weights that began at 0 and moved at random are √steps times as large as an update; here twice that.
+            let can_tell = |limit: f64| f64::from(layer.update.steps) * limit * limit >= 4.0;
+            let is_past = |limit| of_before > limit && can_tell(limit);
             if let Some(passed) = persists(&mut runs.too_large, PERSISTENCE, rules.update_ratio, is_past) {
-                let message = format!("{ratio:.3e} of its layer's norm, above {:.3e}", passed.limit);
-                add(FindingKind::UpdateTooLarge, passed, ratio, "update_ratio", message);
+                let message =
+                    format!("its layer's update has {of_before:.3e} of the weights' norm, above {:.3e}", passed.limit);
+                add(FindingKind::UpdateTooLarge, passed, of_before, "update_ratio", message);
             }
             let slow = u32::try_from(rules.least_steps).unwrap_or(u32::MAX);
+            let ratio = layer.ratio().unwrap_or(f64::NAN);
+            let beside = if layer.zeros < layer.update.count { ratio / median } else { f64::NAN };
             if let Some(passed) = persists(&mut runs.stalled, slow, rules.stalled, |limit| beside < limit) {
                 let message = format!(
                     "its layer moves by {ratio:.3e} of its norm, {beside:.3e} of the median layer's, below {:.3e}",
@@ -86,9 +107,10 @@ impl Updates {
                 );
                 add(FindingKind::Stalled, passed, beside, "stalled", message);
             }
+            let lost = if has_ended { f64::NAN } else { layer.lost_share() };
             if let Some(passed) = persists(&mut runs.lost, slow, rules.update_lost, |limit| lost > limit) {
                 let (share, limit) = (percent(lost), percent(passed.limit));
-                let message = format!("rounding leaves {share} % of the layer as it was, above {limit} %");
+                let message = format!("rounding leaves {share} % of its layer as it was, above {limit} %");
                 add(FindingKind::UpdateLost, passed, lost, "update_lost", message);
             }
         }
@@ -96,16 +118,26 @@ impl Updates {
 }
 
 impl Layer {
-    fn add(&mut self, index: usize, update: &UpdateRecord, zeros: u64) {
+    fn add(&mut self, index: usize, tensor: &TensorReport<'_>, update: &UpdateRecord, weight_squares: f64) {
+        // Where ranks hold parts, the record is of all of them and the update of this one's.
+        if tensor.record.count != update.count {
+            return;
+        }
         self.update = update.merge(&self.update);
-        self.zeros += zeros;
+        self.weight_squares += weight_squares;
+        self.zeros += tensor.record.zero_count;
         if update.count > self.largest.1 {
             self.largest = (index, update.count);
         }
     }
 
-    /// Share of the elements with a gradient whose update was lost. Those without one still move by their moments, ever less,
-    /// until that is lost as well, which is no harm: they are taken to be the first that were.
+    /// Norm of the update over that of the weights after it; of those that moved.
+    fn ratio(&self) -> Option<f64> {
+        self.update.ratio().filter(|&ratio| ratio > 0.0 && self.update.weight_squares < f64::INFINITY)
+    }
+
+    /// Share of the elements with a gradient whose update was lost, or more. Those without one still move by their moments, ever
+    /// less, until that is lost as well, which is no harm: they are taken to be the first that were.
     fn lost_share(&self) -> f64 {
         to_f64(self.update.lost.saturating_sub(self.zeros)) / to_f64(self.update.count.saturating_sub(self.zeros))
     }
@@ -130,8 +162,7 @@ fn persists(runs: &mut [u32; 2], least: u32, limits: Limits, is_past: impl Fn(f6
 
 /// Of those that moved.
 fn median_ratio(layers: &[Layer]) -> f64 {
-    let ratios = layers.iter().filter_map(|layer| layer.update.ratio());
-    let mut ratios: Vec<f64> = ratios.filter(|&ratio| ratio > 0.0).collect();
+    let mut ratios: Vec<f64> = layers.iter().filter_map(Layer::ratio).collect();
     let middle = ratios.len() / 2;
     if ratios.is_empty() { f64::NAN } else { *ratios.select_nth_unstable_by(middle, f64::total_cmp).1 }
 }

@@ -427,7 +427,7 @@ impl Sums {
 
     #[inline(always)]
     fn record(&self, count: usize) -> UpdateRecord {
-        let sum = |of: usize| spec::fold(LANES, |lane| self.lanes[of][lane], |a, b| a + b).unwrap_or_default();
+        let sum = |of: usize| spec::sum_lanes(self.lanes[of]);
         UpdateRecord {
             count: count as u64,
             lost: self.lost,

@@ -191,7 +191,8 @@ const NOT_DECLARED: Error = Error::NotDeclared { declare: DECLARE };
 
 impl Room<'_, OptimizerMemory> {
     /// Moves these weights by these gradients, those of the last measurement: one launch, which does not wait. What comes
-    /// between the measurement and this, [`Probe::measure_with_weights`] or a clip by quantile of one's own, is free.
+    /// between the measurement and this, [`Probe::measure_with_weights`] or a clip by quantile of one's own, is free. A report
+    /// that was read before has no updates yet, and its diagnosis is not made anew.
     ///
     /// # Errors
     /// [`Error::NotMeasured`], and those of [`Probe::update`].

@@ -2,7 +2,7 @@
 
 use crate::models::kinds;
 use gradprobe::{
-    Config, Cpu, DType, Error, FindingKind, Plan, Probe, Report, Tensor, TensorMut, Verdict,
+    Clip, Config, Cpu, DType, Error, FindingKind, NonFinitePolicy, Plan, Probe, Report, Tensor, TensorMut, Verdict,
     health::{Diagnosis, Limits, Rules, Statistic, ThresholdRule},
     optim::{Group, Optimizer, Sgd},
 };
@@ -46,31 +46,31 @@ fn of_updates(diagnosis: &Diagnosis) -> Vec<(FindingKind, Verdict)> {
 }
 
 #[test]
-fn updates_as_large_as_the_weights_are_too_large() {
+fn updates_larger_than_the_weights_are_too_large() {
     let mut training = Training::new(&[("a.weight", 100), ("b.weight", 100)], Sgd::new(1.0), Rules::default());
-    // From 1 to −1.5 and back: 1.67 and 2.5 times the weights.
-    let found: Vec<_> = [2.5, -2.5, 2.5].map(|x| training.report(&[x, 1e-3])).into();
-    assert_eq!(of_updates(found[1].diagnosis().unwrap()), []);
-    let diagnosis = found[2].diagnosis().unwrap();
+    // From 1 to −1.5 and back: 2.5 and 1.67 times the weights before; from the fourth step on it can be told.
+    let found: Vec<_> = (0..6).map(|step| training.report(&[if step % 2 == 0 { 2.5 } else { -2.5 }, 1e-3])).collect();
+    assert!(found[..5].iter().all(|report| of_updates(report.diagnosis().unwrap()).is_empty()));
+    let diagnosis = found[5].diagnosis().unwrap();
     assert_eq!(of_updates(diagnosis), [(TOO_LARGE, Verdict::Critical)]);
     let finding = diagnosis.findings().iter().find(|finding| finding.kind == TOO_LARGE).unwrap();
     assert_eq!((finding.tensor.as_deref(), finding.rule, finding.threshold), (Some("a.weight"), "update_ratio", 1.0));
     assert!((finding.value - 2.5 / 1.5).abs() < 1e-6);
-    assert_eq!(finding.message, "1.667e0 of its layer's norm, above 1.000e0, for 3 steps");
+    assert_eq!(finding.message, "its layer's update has 1.667e0 of the weights' norm, above 1.000e0, for 3 steps");
     // A step that does not count neither ends nor adds to what lasts; one within the limit ends it.
     assert_eq!(training.step(&[f32::NAN, 1e-3]), []);
-    assert_eq!(training.step(&[-2.5, 1e-3]), [(TOO_LARGE, Verdict::Critical)]);
+    assert_eq!(training.step(&[2.5, 1e-3]), [(TOO_LARGE, Verdict::Critical)]);
     assert_eq!(training.step(&[1e-3, 1e-3]), []);
-    assert_eq!(training.step(&[2.5, 1e-3]), []);
+    assert_eq!(training.step(&[-2.5, 1e-3]), []);
 }
 
 #[test]
 fn a_tenth_is_a_warning_when_weights_could_have_grown() {
     let mut training = Training::new(&[("a.weight", 100)], Sgd::new(1.0), Rules::default());
-    for step in 1..=110 {
-        // From 1 to 0.7 and back: 0.43 and 0.3 of the weights; from the 100th step on it can be told.
+    for step in 1..=410 {
+        // From 1 to 0.7 and back: 0.3 and 0.43 of the weights; from the 400th step on it can be told.
         let found = training.step(&[if step % 2 == 0 { -0.3 } else { 0.3 }]);
-        let warned: &[_] = if step < 102 { &[] } else { &[(TOO_LARGE, Verdict::Warning)] };
+        let warned: &[_] = if step < 402 { &[] } else { &[(TOO_LARGE, Verdict::Warning)] };
         assert_eq!(found, warned, "{step}");
     }
 }
@@ -82,7 +82,7 @@ fn a_bias_is_judged_with_its_weight() {
     let tensors = [("conv.weight", 1000), ("conv.bias", 10), ("head.weight", 1000), ("head.bias", 10)];
     let mut training = Training::new(&tensors, Sgd::new(1.0), rules);
     training.weights[3].fill(0.0);
-    for step in 0..200 {
+    for step in 0..420 {
         // A bias that turns about 0, as one of a regression to a mean of 0 does, and one before a batch norm.
         let turn = if step % 2 == 0 { 0.01 } else { -0.01 };
         assert_eq!(training.step(&[1e-3 * turn, 1e-12, 1e-2 * turn, turn]), [], "{step}");
@@ -112,6 +112,10 @@ fn a_layer_that_hardly_moves_beside_the_others_is_stalled() {
     assert!((0..32).all(|_| training.step(&[1e-3, 0.0, 0.0, 1e-3]).is_empty()));
     let mut training = Training::new(&tensors, slow, Rules::default().exempt("b.*", &[FindingKind::Stalled]));
     assert!((0..32).all(|_| training.step(&[1e-3; 4]).is_empty()));
+    // Nor of one that is frozen.
+    let frozen = Sgd::new(1.0).group(Group::new("b.*").learning_rate_factor(0.0));
+    let mut training = Training::new(&tensors, frozen, Rules::default());
+    assert!((0..32).all(|_| training.step(&[1e-3; 4]).is_empty()));
 }
 
 #[test]
@@ -137,6 +141,18 @@ fn updates_that_rounding_takes_are_lost_but_not_those_without_a_gradient() {
 }
 
 #[test]
+fn at_the_end_of_a_schedule_nothing_is_lost() {
+    let mut training = Training::new(&[("a.weight", 100)], Sgd::new(1.0), Rules::default());
+    assert_eq!(training.step(&[1e-3]), []);
+    training.probe.optimizer().unwrap().set_learning_rate(1e-6).unwrap();
+    for step in 0..32 {
+        let report = training.report(&[1e-3]);
+        assert_eq!(report.updates().unwrap()[0].lost, 100);
+        assert_eq!(of_updates(report.diagnosis().unwrap()), [], "{step}");
+    }
+}
+
+#[test]
 fn weights_that_overflow_are_critical_at_once() {
     let plan = Plan::new([("a", DType::F32, 2), ("b", DType::F32, 1)]).unwrap().with_weights([DType::F16; 2]).unwrap();
     let config = Config::new().rules(Rules::default()).optimizer(Sgd::new(1.0));
@@ -148,7 +164,19 @@ fn weights_that_overflow_are_critical_at_once() {
     assert_eq!(of_updates(diagnosis), [(TOO_LARGE, Verdict::Critical)]);
     let finding = diagnosis.findings().iter().find(|finding| finding.kind == TOO_LARGE).unwrap();
     assert_eq!((finding.rule, finding.tensor.as_deref(), finding.value), ("nonfinite_weights", Some("a"), 1.0));
-    assert_eq!(finding.message, "it leaves 1 of 2 weights NaN or infinite");
+    assert_eq!(finding.message, "the update leaves 1 of 2 weights NaN or infinite");
+    // Also in a step in which another gradient has a NaN, if it is taken; that of a NaN is said of the gradient alone.
+    for (policy, found) in
+        [(NonFinitePolicy::ZeroNonFinite, &[(TOO_LARGE, Verdict::Critical)][..]), (NonFinitePolicy::Propagate, &[])]
+    {
+        let plan = Plan::new([("a", DType::F32, 1), ("b", DType::F32, 1)]).unwrap();
+        let plan = plan.with_weights([DType::F16; 2]).unwrap();
+        let config = Config::new().non_finite(policy).clip(Clip::global_norm(1e6)).rules(Rules::default());
+        let mut probe = Probe::new(Cpu, plan, config.optimizer(Sgd::new(1.0))).unwrap();
+        let (mut a, mut b) = (vec![f16::ONE], vec![f16::ONE]);
+        probe.update(&[&[-7e4f32], &[f32::NAN]], &mut [&mut a, &mut b]).unwrap();
+        assert_eq!(of_updates(probe.wait().unwrap().diagnosis().unwrap()), found, "{policy:?}");
+    }
 }
 
 #[test]

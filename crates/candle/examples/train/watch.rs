@@ -88,7 +88,7 @@ impl Watch {
             .histogram()
             .rules(Rules::default().learning_rate(options.lr));
         let probe = CandleProbe::new(variables, config)?;
-        // An update measures them anyway.
+        // An update measures its weights anyway.
         let probe = if updates { probe } else { probe.with_weights()? };
         let accumulation = match options.accumulate {
             1 => None,
