@@ -3,14 +3,21 @@
 //! A probe declared with [`Config::ranks`](crate::Config::ranks) leaves one [`Record`] a tensor in each step, which are
 //! gathered from all ranks and merged **in the order of the ranks**, on the device where there is one. So all ranks hold
 //! the same bits, take the same decision and clip by the same coefficient, and no host takes part. Where the elements of
-//! a tensor are, its [`Placement`] says:
+//! a tensor are, its [`Placement`] says, which a [`Mesh`] of named dimensions works out:
 //!
-//! | trainer | placement |
-//! |---|---|
-//! | data parallel, after the all-reduce | [`Placement::Replicated`] |
-//! | tensor parallel, fully sharded (FSDP, ZeRO) | [`Placement::Sharded`] |
-//! | pipeline stages, experts: one rank has it | [`Placement::Ranks`] of that rank |
-//! | sharded over some ranks, replicated over others | [`Placement::Ranks`] of those that make it up once |
+//! | trainer | [`Mesh`] | a tensor's placement |
+//! |---|---|---|
+//! | data parallel, after the all-reduce | `dp` | `mesh.placement([])` |
+//! | fully sharded (FSDP, ZeRO) | `dp` | `mesh.placement([("dp", Sharded)])` |
+//! | sharded in a node, replicated over nodes (HSDP) | `replicate`, `shard` | `mesh.placement([("shard", Sharded)])` |
+//! | tensor and data parallel: a matrix that is cut | `dp`, `tp` | `mesh.placement([("tp", Sharded)])` |
+//! | … a norm, which every rank has | `dp`, `tp` | `mesh.placement([])` |
+//! | fully sharded and tensor parallel | `dp`, `tp` | `mesh.placement([("dp", Sharded), ("tp", Sharded)])` |
+//! | pipeline stage 2, data parallel | `pp`, `dp` | `mesh.placement([("pp", At(2))])` |
+//! | … fully sharded | `pp`, `dp` | `mesh.placement([("pp", At(2)), ("dp", Sharded)])` |
+//! | an expert on rank 1 of its dimension | `dp`, `ep` | `mesh.placement([("ep", At(1))])` |
+//! | all experts in one tensor | `dp`, `ep` | `mesh.placement([("ep", Sharded)])` |
+//! | embeddings tied over the first and last stage, which have summed their gradients | `pp`, `dp` | `mesh.placement([("pp", At(0))])` |
 //!
 //! Every rank plans the same tensors in the same order, with the lengths it holds, 0 where it holds nothing. That their
 //! plans, placements and settings agree is found out when the probes are made, by hashes, before anything is merged.
@@ -44,10 +51,12 @@
 
 mod agreement;
 pub(crate) mod cpu;
+mod mesh;
 mod report;
 mod room;
 mod threads;
 
+pub use mesh::{Along, Mesh};
 pub use report::RankReport;
 pub use room::RankLists;
 

@@ -388,7 +388,8 @@ fn groups_add_up_by_part_layer_block_and_pattern() {
     assert_eq!((norms[1].nonfinite, norms[5].tensors), (1, 0));
     assert_eq!(names(&Groups::by_block(plan)), ["embed", "h.0", "h.1", "lm_head"]);
     assert_eq!(names(&Groups::by_layer(plan)).len(), 5);
-    let other = Plan::new(["conv/weight", "conv/bias", "list.0", "list.1", "a"].map(|name| (name, DType::F32, 1))).unwrap();
+    let other =
+        Plan::new(["conv/weight", "conv/bias", "list.0", "list.1", "a"].map(|name| (name, DType::F32, 1))).unwrap();
     assert_eq!(names(&Groups::by_layer(&other)), ["conv", "list.0", "list.1", "a"]);
     let own = Groups::by_patterns(plan, [("first", "h.0.*"), ("rest", "h.*"), ("first", "embed*")]).unwrap();
     assert_eq!(own.of_tensors(), [Some(0), Some(0), Some(0), Some(1), Some(1), None]);
