@@ -157,9 +157,9 @@ pub struct Rules {
     pub variation: Limits,
     /// On early over late layers.
     pub flow: Option<FlowRule>,
-    /// On the norm of a layer's update over that of its weights before it, in three steps in a row: too large above these. Not
-    /// before the step 4 / limit², until which weights that began at 0 may still be small. Layers are those of
-    /// [`Groups::by_layer`](super::Groups::by_layer), and exempt where their largest tensor is.
+    /// On the norm of a layer's update over that of its weights before it, in three steps in a row, or in one above three times the
+    /// critical one: too large above these. Not before the step 4 / limit², until which weights that began at 0 may still be
+    /// small. Layers are those of [`Groups::by_layer`](super::Groups::by_layer), and exempt where their largest tensor is.
     pub update_ratio: Limits,
     /// On the same over the median layer's, for [`least_steps`](Self::least_steps) in a row: stalled below these.
     pub stalled: Limits,

@@ -11,6 +11,9 @@ use crate::{Plan, Report, TensorReport, optim::UpdateRecord};
 
 /// Updates in a row that are too large before that is a finding. ("For several consecutive steps" is how the literature has it.)
 const PERSISTENCE: u32 = 3;
+/// Times the critical limit at which one update is enough: the weights are then another model's. By `--fault lr` of the example
+/// `train` 19 layers move by 3 to 10 times what they were, once; from there on they are as large as such updates.
+const AT_ONCE: f64 = 3.0;
 /// Share of the largest ratio of the run below which a schedule has ended: what is lost then is meant to be.
 const ENDED: f64 = 1e-2;
 
@@ -83,7 +86,9 @@ impl Updates {
             let index = layer.largest.0;
             let mut add = |kind: FindingKind, passed: Passed, value, rule, message: String| {
                 if exempt[index] & 1 << kind as u32 == 0 {
-                    let (values, message) = ((value, passed.limit), format!("{message}, for {} steps", passed.steps));
+                    let for_steps =
+                        if passed.steps > 1 { format!(", for {} steps", passed.steps) } else { String::new() };
+                    let (values, message) = ((value, passed.limit), message + &for_steps);
                     found.push(Some(index), kind, passed.severity, values, rule, message);
                 }
             };
@@ -92,7 +97,8 @@ impl Updates {
             // Weights that began at 0 and moved at random are √steps times as large as an update; here twice that.
             let can_tell = |limit: f64| f64::from(layer.update.steps) * limit * limit >= 4.0;
             let is_past = |limit| of_before > limit && can_tell(limit);
-            if let Some(passed) = persists(&mut runs.too_large, PERSISTENCE, rules.update_ratio, is_past) {
+            let least = if of_before > AT_ONCE * rules.update_ratio.critical { 1 } else { PERSISTENCE };
+            if let Some(passed) = persists(&mut runs.too_large, least, rules.update_ratio, is_past) {
                 let message =
                     format!("its layer's update has {of_before:.3e} of the weights' norm, above {:.3e}", passed.limit);
                 add(FindingKind::UpdateTooLarge, passed, of_before, "update_ratio", message);

@@ -65,6 +65,18 @@ fn updates_larger_than_the_weights_are_too_large() {
 }
 
 #[test]
+fn one_update_that_leaves_nothing_of_the_weights_is_enough() {
+    let mut training = Training::new(&[("a.weight", 100), ("b.weight", 100)], Sgd::new(1.0), Rules::default());
+    assert!((0..4).all(|_| training.step(&[1e-3, 1e-3]).is_empty()));
+    let report = training.report(&[30.0, 1e-3]);
+    let diagnosis = report.diagnosis().unwrap();
+    assert_eq!(of_updates(diagnosis), [(TOO_LARGE, Verdict::Critical)]);
+    let finding = diagnosis.findings().iter().find(|finding| finding.kind == TOO_LARGE).unwrap();
+    assert_eq!(finding.message, "its layer's update has 3.012e1 of the weights' norm, above 1.000e0");
+    assert_eq!(training.step(&[1.0, 1e-3]), []);
+}
+
+#[test]
 fn a_tenth_is_a_warning_when_weights_could_have_grown() {
     let mut training = Training::new(&[("a.weight", 100)], Sgd::new(1.0), Rules::default());
     for step in 1..=410 {
