@@ -7,7 +7,7 @@ use super::{
     found::{Found, past_above, past_below, percent},
     frontier,
     groups::largest,
-    threshold::{NONFINITE, step_word, tensor_word, verdict_of},
+    threshold::{NONFINITE, count_to_f64, step_word, tensor_word, verdict_of},
     updates::Updates,
 };
 use crate::{
@@ -371,7 +371,7 @@ impl Health {
             // Pure noise of n elements has a signal of 0 ± √(2/n)/k: only what cannot be that far off counts.
             let signal = record.squared_gradient().filter(|_| record.sum_variance > 0.0).and_then(|squared| {
                 let signal = squared / record.sum_variance;
-                let error = (2.0 / to_f64_of_u64(record.defined)).sqrt() / f64::from(record.steps);
+                let error = (2.0 / count_to_f64(record.defined)).sqrt() / f64::from(record.steps);
                 past_below(self.rules.signal, signal + 2.0 * error).map(|passed| (passed, signal))
             });
             if let Some((passed, median)) = median {
@@ -449,10 +449,5 @@ impl State {
 
 #[expect(clippy::cast_precision_loss, reason = "a few steps")]
 fn to_f64(count: usize) -> f64 {
-    count as f64
-}
-
-#[expect(clippy::cast_precision_loss, reason = "below 2^32")]
-fn to_f64_of_u64(count: u64) -> f64 {
     count as f64
 }

@@ -101,7 +101,7 @@ impl Statistic {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "below 2^53")]
-fn count_to_f64(count: u64) -> f64 {
+pub(super) fn count_to_f64(count: u64) -> f64 {
     count as f64
 }
 

@@ -6,6 +6,7 @@
 use super::{
     FindingKind, Groups, Limits, Rules, Verdict,
     found::{Found, percent},
+    threshold::count_to_f64,
 };
 use crate::{Plan, Report, TensorReport, optim::UpdateRecord};
 
@@ -60,6 +61,9 @@ impl Updates {
     /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights. `exempt` has the
     /// bits k of the kinds that do not concern a tensor.
     pub fn judge(&mut self, report: &Report, rules: &Rules, exempt: &[u32], found: &mut Found<'_>) {
+        if report.updates().is_none() {
+            return;
+        }
         let outputs = report.outputs();
         let mut layers = vec![Layer::default(); self.runs.len()];
         for (index, tensor) in report.tensors().enumerate() {
@@ -69,7 +73,7 @@ impl Updates {
             if update.nonfinite_count > 0 && is_own {
                 let (count, all) = (update.nonfinite_count, update.count);
                 let message = format!("the update leaves {count} of {all} weights NaN or infinite");
-                let (kind, values) = (FindingKind::UpdateTooLarge, (to_f64(count), 0.0));
+                let (kind, values) = (FindingKind::UpdateTooLarge, (count_to_f64(count), 0.0));
                 found.push(Some(index), kind, Verdict::Critical, values, "nonfinite_weights", message);
             }
             let before = std::mem::replace(&mut self.weight_squares[index], update.weight_squares);
@@ -145,7 +149,8 @@ impl Layer {
     /// Share of the elements with a gradient whose update was lost, or more. Those without one still move by their moments, ever
     /// less, until that is lost as well, which is no harm: they are taken to be the first that were.
     fn lost_share(&self) -> f64 {
-        to_f64(self.update.lost.saturating_sub(self.zeros)) / to_f64(self.update.count.saturating_sub(self.zeros))
+        count_to_f64(self.update.lost.saturating_sub(self.zeros))
+            / count_to_f64(self.update.count.saturating_sub(self.zeros))
     }
 }
 
@@ -171,9 +176,4 @@ fn median_ratio(layers: &[Layer]) -> f64 {
     let mut ratios: Vec<f64> = layers.iter().filter_map(Layer::ratio).collect();
     let middle = ratios.len() / 2;
     if ratios.is_empty() { f64::NAN } else { *ratios.select_nth_unstable_by(middle, f64::total_cmp).1 }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "below 2^53")]
-fn to_f64(count: u64) -> f64 {
-    count as f64
 }

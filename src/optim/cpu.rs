@@ -427,7 +427,7 @@ impl Sums {
 
     #[inline(always)]
     fn record(&self, count: usize) -> UpdateRecord {
-        let sum = |of: usize| spec::sum_lanes(self.lanes[of]);
+        let sum = |of: usize| spec::fold_lanes(self.lanes[of]);
         UpdateRecord {
             count: count as u64,
             lost: self.lost,

@@ -14,6 +14,7 @@ mod gsnr;
 mod health_words;
 mod histogram;
 mod history;
+mod layouts;
 mod loss_scale;
 mod micro_batches;
 mod optimizer;

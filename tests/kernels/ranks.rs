@@ -12,7 +12,7 @@ use crate::common::{
 use gradprobe::{
     Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, Report, Rules, StepOutputs,
     clip::LossScale,
-    ranks::{Along, Communicator, Mesh, Placement, RankReport, Ranks, ThreadCommunicator},
+    ranks::{Communicator, Placement, RankReport, Ranks, ThreadCommunicator},
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -45,7 +45,7 @@ unsafe impl Communicator for Told {
 }
 
 /// A config with these other ranks.
-fn joined(config: &Config, communicator: ThreadCommunicator, placements: &[Placement]) -> Config {
+pub fn joined(config: &Config, communicator: ThreadCommunicator, placements: &[Placement]) -> Config {
     config.clone().ranks(Ranks::new(Told(communicator), placements.iter().cloned()))
 }
 
@@ -59,7 +59,7 @@ const DEVICES: [Make; 2] = [
 ];
 
 /// What each rank makes of it, in their order.
-fn on_ranks<T: Send>(ranks: u32, run: impl Fn(u32, ThreadCommunicator) -> T + Sync) -> Vec<T> {
+pub fn on_ranks<T: Send>(ranks: u32, run: impl Fn(u32, ThreadCommunicator) -> T + Sync) -> Vec<T> {
     let run = &run;
     thread::scope(|scope| {
         let ends = ThreadCommunicator::group(ranks).into_iter();
@@ -551,82 +551,5 @@ fn parts_of_other_lengths_are_an_error_on_every_rank() {
     let all = on_ranks(5, |rank, end| (0..50u8).map(|i| gather(&end, &[rank as u8, i]).unwrap()).collect::<Vec<_>>());
     for rank in all {
         assert!((0..50).all(|i| rank[usize::from(i)] == [0, i, 1, i, 2, i, 3, i, 4, i]));
-    }
-}
-
-/// Dimensions of a mesh, and how a tensor lies along them.
-type Layout = (&'static [(&'static str, u32)], &'static [(&'static str, Along)]);
-
-/// Those of the documentation's table.
-const LAYOUTS: [Layout; 11] = [
-    (&[("dp", 3)], &[]),
-    (&[("dp", 3)], &[("dp", Along::Sharded)]),
-    (&[("replicate", 2), ("shard", 3)], &[("shard", Along::Sharded)]),
-    (&[("dp", 2), ("tp", 2)], &[("tp", Along::Sharded)]),
-    (&[("dp", 2), ("tp", 2)], &[]),
-    (&[("dp", 2), ("tp", 3)], &[("dp", Along::Sharded), ("tp", Along::Sharded)]),
-    (&[("pp", 3), ("dp", 2)], &[("pp", Along::At(2))]),
-    (&[("pp", 3), ("dp", 2)], &[("pp", Along::At(2)), ("dp", Along::Sharded)]),
-    (&[("dp", 2), ("ep", 2)], &[("ep", Along::At(1))]),
-    (&[("dp", 2), ("ep", 2)], &[("ep", Along::Sharded)]),
-    (&[("pp", 2), ("dp", 2)], &[("pp", Along::At(0))]),
-];
-
-/// What a rank holds of a tensor: by its coordinates along the dimensions, the last of which changes fastest.
-fn held(whole: &[f32], dimensions: &[(&str, u32)], along: &[(&str, Along)], rank: u32) -> Vec<f32> {
-    let mut held = (0, 1); // which part, of how many
-    let mut stride: u32 = dimensions.iter().map(|(_, length)| length).product();
-    for (name, length) in dimensions {
-        stride /= length;
-        let coordinate = rank / stride % length;
-        match along.iter().find(|(other, _)| other == name) {
-            Some((_, Along::Sharded)) => held = (held.0 * length + coordinate, held.1 * length),
-            Some((_, Along::At(at))) if coordinate != *at => return vec![f32::NAN],
-            _ => {}
-        }
-    }
-    // Uneven, and empty where there are more parts than elements.
-    let each = whole.len().div_ceil(held.1 as usize);
-    let cut = |part: u32| whole.len().min(part as usize * each);
-    whole[cut(held.0)..cut(held.0 + 1)].to_vec()
-}
-
-#[test]
-fn every_layout_of_the_table_has_the_norm_of_the_whole() {
-    for (dimensions, along) in LAYOUTS {
-        let mesh = Mesh::new(dimensions.iter().copied()).unwrap();
-        let placement = mesh.placement(along.iter().copied()).unwrap();
-        for len in [7, 1] {
-            let whole: Vec<f32> = (0..len).map(|i| 2.0 + i as f32).collect();
-            let squares: f32 = whole.iter().map(|x| x * x).sum();
-            let seen = on_ranks(mesh.ranks(), |rank, end| {
-                let own = held(&whole, dimensions, along, rank);
-                let config = joined(&Config::default(), end, std::slice::from_ref(&placement));
-                let mut probe =
-                    Probe::new(Cpu, Plan::new([("t", DType::F32, own.len() as u64)]).unwrap(), config).unwrap();
-                let report = probe.measure_host(&[HostTensor::F32(&own)]).unwrap();
-                (report.records()[0].count, report.outputs().total_norm)
-            });
-            for (count, norm) in seen {
-                assert_eq!(count, len, "{dimensions:?} {along:?}");
-                let expected = f64::from(squares).sqrt();
-                assert!((norm / expected - 1.0).abs() < 1e-14, "{dimensions:?} {along:?}: {norm} {expected}");
-            }
-        }
-    }
-}
-
-#[test]
-fn what_no_mesh_has_is_refused() {
-    for dimensions in [&[("dp", 2), ("dp", 2)][..], &[("dp", 0)], &[("dp", 1 << 16), ("tp", 1 << 16)]] {
-        let refused = Mesh::new(dimensions.iter().copied());
-        assert!(matches!(refused, Err(Error::InvalidConfig { option: "mesh", .. })), "{refused:?}");
-    }
-    let mesh = Mesh::new([("dp", 2), ("tp", 4)]).unwrap();
-    assert_eq!((mesh.ranks(), mesh.coordinates(6)), (8, vec![1, 2]));
-    let twice = [("tp", Along::Sharded), ("tp", Along::At(0))];
-    for along in [&[("pp", Along::Sharded)][..], &[("tp", Along::At(4))], &twice] {
-        let refused = mesh.placement(along.iter().copied());
-        assert!(matches!(refused, Err(Error::InvalidConfig { option: "placement", .. })), "{refused:?}");
     }
 }

@@ -107,6 +107,6 @@ impl<E: Element> Work for Squares<'_, E> {
             let s = &sums[lane * PACKET..][..PACKET];
             ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
         };
-        (spec::sum_lanes(std::array::from_fn(lane)), nonfinite)
+        (spec::fold_lanes(std::array::from_fn(lane)), nonfinite)
     }
 }
