@@ -1,5 +1,6 @@
 // What the host hands the kernels and what they hand back: src/probe/arguments.rs and src/measure/outputs.rs hold the other side.
 #pragma once
+#include "exact.cuh"
 #include "gsnr.cuh"
 
 constexpr u32 DTYPE_F32 = 0;
@@ -68,6 +69,14 @@ struct HealthRules {
 };
 static_assert(sizeof(HealthRules) == 2048, "src/health/judge.rs");
 
+// What a step adds up to. Integers, so that neither the order of chunks nor that of ranks is in a bit.
+struct StepSums {
+    u64 squares[LIMBS]; // of the finite elements, before they are unscaled: an exact sum of the chunks' f64
+    u64 nan_count, inf_count, reserved;
+};
+constexpr u32 STEP_WORDS = sizeof(StepSums) / sizeof(u64);
+static_assert(STEP_WORDS == 24 && STEP_WORDS % 2 == 0, "src/measure/exact.rs");
+
 // The loss scale, and the rule it follows.
 struct LossScale {
     float scale;
@@ -101,7 +110,7 @@ struct StepArguments : Common {
     u32 large_chunks; // those before the chunks of tensors of a tile at most
     u32 weights;      // 1: measure them too; their tables and records are behind those of the tensors
     u32 policy;
-    u32 is_part;     // 1: leave records, and the step for another launch to finish
+    u32 is_part;     // 1: leave the step for another launch to finish
     double max_norm; // 0: no clip
     double clip_threshold, clip_smoothing;
     u32 clip; // policy, and its parameters
@@ -115,8 +124,9 @@ struct StepArguments : Common {
     const HealthRules *health_rules; // and behind them the exemptions of the tensors; null when there are none
     double *last_norms;              // of the last clean step, and behind it of its tensors
     u32 *health_words;               // of the tensors
+    StepSums *sums;                  // 0 between steps; null: records alone
     u32 *differing;                  // replicas that differ, 0 between launches; null when there is one rank
     u32 history_steps;
     u32 reserved;
 };
-static_assert(sizeof(StepArguments) == 208, "src/probe/arguments.rs");
+static_assert(sizeof(StepArguments) == 216, "src/probe/arguments.rs");

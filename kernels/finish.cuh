@@ -3,16 +3,10 @@
 #pragma once
 #include "health.cuh"
 
-// What the step needs of a tensor, and of all of them.
-struct StepSums {
-    double squares;
-    u64 nan_count, inf_count;
-};
-
 struct FinishScratch {
     union {
         Record records[LANES];
-        StepSums sums[LANES];
+        StepSums sums;
         u64 counts[LANES];
     };
     Clip clip;
@@ -122,18 +116,14 @@ DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 
 }
 
 DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
-    auto item = [&](u32 tensor) {
-        // Not the whole record: these are pairs of fields, on whose order `gradprobe.h` asserts.
-        const Record &r = a.records[tensor];
-        LongPair counts = load_fresh((const u64 *)&r.count), more = load_fresh((const u64 *)&r.inf_count);
-        LongPair moments = load_fresh((const u64 *)&r.mean_or_zero);
-        double finite = (double)(counts.x - counts.y - more.x);
-        return StepSums{sum_squares(finite, bits_to_double(moments.x), bits_to_double(moments.y)), counts.y, more.x};
-    };
-    auto add = [](const StepSums &x, const StepSums &y) {
-        return StepSums{x.squares + y.squares, x.nan_count + y.nan_count, x.inf_count + y.inf_count};
-    };
-    StepSums all = block_fold<4>(scratch.sums, a.tensor_count, item, add);
+    if (threadIdx.x < STEP_WORDS / 2) {
+        u64 *words = (u64 *)a.sums + 2 * threadIdx.x, *to = scratch.sums.squares + 2 * threadIdx.x;
+        LongPair pair = load_fresh(words);
+        to[0] = pair.x, to[1] = pair.y;
+        words[0] = words[1] = 0;
+    }
+    BARRIER();
+    StepSums &all = scratch.sums;
     if (a.history) keep_tensors(a);
     Clip &clip = scratch.clip;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
@@ -143,7 +133,7 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     bool zero = found && a.policy == POLICY_ZERO_NONFINITE && !skip;
     StepOutputs o = {};
     if (threadIdx.x == 0) {
-        o.finite_total_norm = sqrt(all.squares);
+        o.finite_total_norm = sqrt(rounded(all.squares)) / divisor_of(scale);
         o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
         scratch.health = {0, ~0ull, 0, 0};
         clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, divisor_of(scale), 1.0, 0.0f, 0, 0, {0, 0}};

@@ -2,7 +2,8 @@
 //
 // A block takes a run of the chunks, and a warp the tensors of a tile at most. A chunk's record goes to its own slot; the
 // last block to finish a section of chunks merges their slots in index order, the last section of a tensor those of the
-// sections, and the last block finishes the step. No float is ever added atomically, and no bit depends on the grid.
+// sections, and the last block finishes the step, of which each has added up its chunks as integers. No float is ever added
+// atomically, and no bit depends on the grid.
 //
 // Loads go on while a chunk is merged: one warp does that, another for each chunk, while the others read the next one.
 // What a chunk leaves to be done by all waits until they have. A block counts once for each section of its run.
@@ -18,6 +19,7 @@ struct MeasureScratch {
     u32 left[2];            // what there is still to be done about them
     Measured small[WARPS];
     u32 has_marked[WARPS];
+    StepSums sums; // of the chunks of the block
     FinishScratch finish;
 };
 
@@ -42,14 +44,25 @@ DEVICE void unscale_record(const StepArguments &a, u32 tensor) {
     if (is_scaled(a, tensor)) unscale(a.records[tensor], divisor_of(a.loss_scale->scale));
 }
 
-DEVICE void put_record(const StepArguments &a, u32 tensor, const Record &record) {
+// Adds a chunk of a gradient to what the block adds up; one thread.
+DEVICE void add_chunk(StepSums &sums, const StepArguments &a, u32 tensor, const Record &chunk) {
+    if (tensor >= a.tensor_count) return;
+    add_exactly(sums.squares, sum_squares((double)finite_count(chunk), chunk.mean_or_zero, chunk.sum_squared_deviations));
+    if (chunk.nan_count > 0) atomicAdd(&sums.nan_count, (u64)chunk.nan_count);
+    if (chunk.inf_count > 0) atomicAdd(&sums.inf_count, (u64)chunk.inf_count);
+}
+
+// Puts the record of a tensor that is one chunk; one thread.
+DEVICE void put_record(StepSums &sums, const StepArguments &a, u32 tensor, const Record &record) {
+    add_chunk(sums, a, tensor, record);
     a.records[tensor] = record;
     unscale_record(a, tensor);
 }
 
 // Puts a chunk's record in its place and, if no more of its section follow in the block's run, counts those that there
 // are; by one thread. Says what is left.
-DEVICE u32 put_chunk(const StepArguments &a, const Run &run, u32 index, u32 tensor, const Record &record) {
+DEVICE u32 put_chunk(StepSums &sums, const StepArguments &a, const Run &run, u32 index, u32 tensor, const Record &record) {
+    add_chunk(sums, a, tensor, record);
     const TensorEntry &entry = a.tensors[tensor];
     // To unscale takes as many f64 instructions as to merge: not here, where all chunks come by.
     if (entry.chunk_count == 1 && !is_scaled(a, tensor)) {
@@ -74,7 +87,7 @@ DEVICE void settle(MeasureScratch &scratch, const StepArguments &a, const Run &r
     if (left == READ_AGAIN) {
         ChunkScratch &chunk = scratch.chunks[index % 2];
         measure_again(chunk, chunk_to_measure(a, index, tensor));
-        if (threadIdx.x == 0) scratch.left[index % 2] = put_chunk(a, run, index, tensor, chunk.measured.record);
+        if (threadIdx.x == 0) scratch.left[index % 2] = put_chunk(scratch.sums, a, run, index, tensor, chunk.measured.record);
         BARRIER();
         left = scratch.left[index % 2];
     }
@@ -105,7 +118,7 @@ DEVICE void measure_run(MeasureScratch &scratch, const StepArguments &a, const R
         if (threadIdx.x % WARP != 0) continue;
         Measured &measured = scratch_of_chunk.measured;
         bool is_ordinary = set_ordinary(measured, chunk, totals);
-        scratch.left[index % 2] = is_ordinary ? put_chunk(a, run, index, tensor, measured.record) : READ_AGAIN;
+        scratch.left[index % 2] = is_ordinary ? put_chunk(scratch.sums, a, run, index, tensor, measured.record) : READ_AGAIN;
     }
 }
 
@@ -121,7 +134,7 @@ DEVICE void measure_small(MeasureScratch &scratch, const StepArguments &a, u32 f
         if (threadIdx.x % WARP != 0) continue;
         Measured &measured = scratch.small[warp];
         if (set_ordinary(measured, chunk, totals)) {
-            put_record(a, tensor, measured.record);
+            put_record(scratch.sums, a, tensor, measured.record);
         } else {
             a.records[tensor].count = MARK;
             marked = 1;
@@ -144,7 +157,7 @@ DEVICE void measure_marked(MeasureScratch &scratch, const StepArguments &a, u32 
             if (threadIdx.x == 0) chunk.measured.directions.nonfinite = 1;
             BARRIER();
             measure_again(chunk, chunk_to_measure(a, index, tensor));
-            if (threadIdx.x == 0) put_record(a, tensor, chunk.measured.record);
+            if (threadIdx.x == 0) put_record(scratch.sums, a, tensor, chunk.measured.record);
             BARRIER();
         }
     }
@@ -152,6 +165,9 @@ DEVICE void measure_marked(MeasureScratch &scratch, const StepArguments &a, u32 
 
 KERNEL(STEP_THREADS, 2) gradprobe_measure(StepArguments a) {
     SHARED(MeasureScratch, scratch);
+    u64 *of_block = scratch.sums.squares, *of_step = (u64 *)a.sums;
+    if (threadIdx.x < STEP_WORDS) of_block[threadIdx.x] = 0;
+    BARRIER();
     // Weights come first, so that gradients are what L2 holds when the clip begins.
     for (u32 list = a.weights + 1; list-- > 0;) {
         u32 first = list * a.chunk_count, small = first + a.large_chunks, end = first + a.chunk_count;
@@ -160,7 +176,11 @@ KERNEL(STEP_THREADS, 2) gradprobe_measure(StepArguments a) {
         measure_run(scratch, a, {first + run.begin, first + run.end});
         BARRIER(); // the records are there for the block, and the scratch is free
         measure_marked(scratch, a, small, end);
-        BARRIER(); // the scratch is free for the gradients; what all threads have written is released by the first
+        BARRIER(); // the scratch is free for the gradients
     }
+    if (a.sums && threadIdx.x < STEP_WORDS && of_block[threadIdx.x] != 0) {
+        atomicAdd(&of_step[threadIdx.x], of_block[threadIdx.x]);
+    }
+    BARRIER(); // what all threads have written is released by the first
     if (last_of(scratch.finish.last, a.tensors_done, gridDim.x) && !a.is_part) finish_step(scratch.finish, a);
 }

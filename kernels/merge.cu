@@ -21,7 +21,7 @@ struct MergeArguments : StepArguments {
     u32 list_count;              // ranks
     u32 list_length;             // records of a rank
 };
-static_assert(sizeof(MergeArguments) == 232, "src/ranks/room.rs");
+static_assert(sizeof(MergeArguments) == 240, "src/ranks/room.rs");
 
 // The record of the item at `index` of each list.
 DEVICE Record merged(const MergeArguments &a, const Placement &placement, u32 index) {

@@ -84,6 +84,8 @@ template <typename T> T atomicOr(T *address, T value) {
     *address = old | value;
     return old;
 }
+// CUDA Math API, "Integer Intrinsics": a value between 0 and 64 inclusive.
+inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll((unsigned long long)value); }
 // PTX ISA, "atom" and "fence". Blocks run one after the other: there is nothing to order.
 inline u32 count_released(u32 *counter, u32 amount) {
     u32 before = *counter;

@@ -1,6 +1,6 @@
 //! The measurement on the CPU, and the end of a step.
 
-use super::{Record, StepOutputs, chunk::Measure};
+use super::{Record, StepOutputs, StepSums, chunk::Measure};
 use crate::{
     Clip, Element, HostTensor, NonFinitePolicy,
     clip::{ClipHeader, ClipState, LossScaleState, divisor},
@@ -14,7 +14,8 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// The records of tensors, whose elements were scaled if there is a loss scale. `parts` has one a chunk.
+/// The records of tensors, whose elements were scaled if there is a loss scale. `parts` has one a chunk, and afterwards
+/// those that the tensors have.
 fn measure(
     tensors: &[HostTensor<'_>],
     entries: &[TensorEntry],
@@ -45,6 +46,20 @@ fn measure(
     });
 }
 
+/// The chunks that the tensors have, of room for one a chunk.
+fn parts_of<'a>(
+    tensors: &'a [HostTensor<'_>],
+    entries: &'a [TensorEntry],
+    parts: &'a [Record],
+) -> impl Iterator<Item = &'a Record> {
+    let mut rest = parts;
+    tensors.iter().zip(entries).flat_map(move |(tensor, entry)| {
+        let of_tensor;
+        (of_tensor, rest) = rest.split_at(entry.chunk_count as usize);
+        &of_tensor[..tensor.len().div_ceil(CHUNK)]
+    })
+}
+
 /// The dead threshold as a magnitude of the elements' type: the table's, or that of a step's scale.
 fn word<E: Element>(_: &[E], bits: u32, threshold: Option<f64>) -> <E as Bits>::Word {
     E::word(threshold.map_or(bits, |threshold| E::DTYPE.threshold_bits(threshold)))
@@ -57,7 +72,11 @@ pub(crate) fn run(memory: &Memory, a: &StepArguments) {
     let records: &mut [Record] = memory.slice_mut(common.records, tensors);
     let parts: &mut [Record] = memory.slice_mut(common.chunk_parts, chunks);
     let scale = memory.slice(a.loss_scale, 1).first();
-    measure(&memory.tensors(common), memory.entries(common), parts, scale, records);
+    let gradients = memory.tensors(common);
+    measure(&gradients, memory.entries(common), parts, scale, records);
+    if let [sums] = memory.slice_mut::<StepSums>(a.sums, 1) {
+        sums.add(parts_of(&gradients, memory.entries(common), parts));
+    }
     if a.weights != 0 {
         // Their tables and records are behind those of the gradients, and their chunks behind the gradients' chunks.
         let behind = |address: u64, bytes: usize| address + (tensors * bytes) as u64;
@@ -91,7 +110,8 @@ pub(crate) fn finish(memory: &Memory, a: &StepArguments, differing_replicas: u32
     };
     let last = &mut memory.slice_mut::<StepOutputs>(a.common.outputs, 1)[0];
     let loss_scale = memory.slice_mut(a.loss_scale, 1).first_mut();
-    let mut outputs = StepOutputs::finish(records, NonFinitePolicy::of(a.policy), &mut clip, loss_scale);
+    let sums = std::mem::take(&mut memory.slice_mut::<StepSums>(a.sums, 1)[0]);
+    let mut outputs = StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), &mut clip, loss_scale);
     outputs.step = last.step + 1;
     outputs.differing_replicas = differing_replicas;
     outputs.flags |= if differing_replicas > 0 { StepOutputs::FLAG_REPLICAS } else { 0 };

@@ -2,6 +2,7 @@
 
 mod chunk;
 pub(crate) mod cpu;
+mod exact;
 mod outputs;
 mod record;
 mod report;
@@ -12,6 +13,7 @@ pub use outputs::StepOutputs;
 pub use record::Record;
 pub use report::{Report, TensorReport};
 
+pub(crate) use exact::StepSums;
 pub(crate) use outputs::narrow;
 pub(crate) use record::propagate;
 pub(crate) use report::printable;

@@ -1,10 +1,9 @@
 //! What a step decides for all the tensors together: norms, coefficient, flags. The deferred clip.
 
-use super::{Record, propagate};
+use super::{Record, StepSums, propagate};
 use crate::{
     NonFinitePolicy,
     clip::{ClipState, Decision, LossScaleState, Norms, divisor, is_usable},
-    spec,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -94,9 +93,10 @@ impl StepOutputs {
     /// `flags`: some [`differing_replicas`](Self::differing_replicas).
     pub const FLAG_REPLICAS: u32 = 64;
 
-    /// The outputs of a step from its records: what the last block of the measure kernel does. The number of the step,
+    /// The outputs of a step from its sums and records: what the last block of the measure kernel does. The number of the step,
     /// and what it measured besides, are for the caller to add.
     pub(crate) fn finish(
+        &StepSums { squares, nan_count, inf_count, .. }: &StepSums,
         records: &[Record],
         non_finite: NonFinitePolicy,
         clip: &mut ClipState<'_>,
@@ -104,11 +104,8 @@ impl StepOutputs {
     ) -> Self {
         let scale = loss_scale.as_ref().map_or(1.0, |state| state.scale);
         let (usable, divisor) = (is_usable(scale), divisor(scale));
-        let squares = spec::fold(records.len(), |t| records[t].finite_sum_squares(), |a, b| a + b).unwrap_or(0.0);
-        let nan_count = records.iter().map(|r| r.nan_count).sum();
-        let inf_count = records.iter().map(|r| r.inf_count).sum();
         let found = nan_count + inf_count > 0 || !usable;
-        let finite_total_norm = squares.sqrt();
+        let finite_total_norm = squares.rounded().sqrt() / divisor;
         let total_norm = propagate(nan_count, inf_count, finite_total_norm);
         let skip = found && (non_finite == NonFinitePolicy::Skip || !usable);
         let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite && !skip;

@@ -67,7 +67,7 @@ impl Room<'_, MicroBatches> {
         core.place(&tensors, None)?;
         let first = memory.accumulation.next()? * core.plan.tensors().len() * size_of::<Record>();
         let common = Common { records: memory.lists.address() + first as u64, ..core.step.common };
-        core.launch_chunks(&StepArguments { common, is_part: 1, ..core.step })?;
+        core.launch_chunks(&StepArguments { common, is_part: 1, sums: 0, ..core.step })?;
         tensors.finish()
     }
 

@@ -6,6 +6,7 @@ use crate::device::Kernel;
 use crate::{
     Config, Record, StepOutputs,
     history::{HistoryStep, HistoryTensor},
+    measure::StepSums,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -69,7 +70,7 @@ pub struct StepArguments {
     pub weights: u32,
     /// [`Config::non_finite`].
     pub policy: u32,
-    /// Whether this launch leaves records alone, and the step for [`Kernel::Merge`] to finish.
+    /// Whether this launch leaves the step for another to finish.
     pub is_part: u32,
     /// The norm to which all tensors are clipped together, or 0.
     pub max_norm: f64,
@@ -99,6 +100,8 @@ pub struct StepArguments {
     pub last_norms: u64,
     /// One u32 health word a tensor: a result.
     pub health_words: u64,
+    /// The [`StepSums`], 0 between steps; 0 for records alone.
+    pub sums: u64,
     /// A counter of replicas that differ; 0 when there is one rank.
     pub differing: u64,
     /// Steps of the history.
@@ -119,5 +122,5 @@ pub(crate) struct Other {
 // The other side of these numbers is in kernels/arguments.cuh.
 const _: () = {
     assert!(size_of::<TensorEntry>() == 24 && size_of::<Common>() == 72);
-    assert!(size_of::<StepArguments>() == 208 && size_of::<Other>() == 16);
+    assert!(size_of::<StepArguments>() == 216 && size_of::<Other>() == 16);
 };

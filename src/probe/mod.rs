@@ -15,6 +15,7 @@ use crate::{
     clip::ClipArguments,
     device::{Buffer, Device, counting::Counting},
     features::Rooms,
+    measure::StepSums,
     spec::{CHUNK, TILE},
 };
 use bytemuck::Zeroable;
@@ -327,6 +328,7 @@ impl Core {
             device.allocate((all_chunks * size_of::<Record>()).max(1))?,
             upload(bytemuck::cast_slice(&vec![0u32; all_chunks + all_tensors + 1]))?,
             upload(bytemuck::cast_slice(&vec![1f32; tensor_count]))?,
+            upload(bytemuck::bytes_of(&StepSums::default()))?,
         ];
         let clip_state = upload(bytemuck::cast_slice(&vec![0u64; config.clip.state_words(tensor_count)]))?;
         let address = |index: usize| workspace[index].address();
@@ -354,6 +356,7 @@ impl Core {
             clip_steps,
             clip_state: clip_state.address(),
             coefficients: address(4),
+            sums: address(5),
             ..StepArguments::zeroed()
         };
         Ok(Self {

@@ -25,7 +25,7 @@ pub(crate) struct MergeArguments {
     pub list_length: u32,
 }
 // The other side is in kernels/merge.cu.
-const _: () = assert!(size_of::<MergeArguments>() == 232);
+const _: () = assert!(size_of::<MergeArguments>() == 240);
 
 /// The records of all ranks: [`Config::ranks`], [`Probe::ranks`].
 pub struct RankLists {
