@@ -12,8 +12,9 @@ struct TensorEntry {
     u64 length;
     u32 first_chunk;
     u32 chunk_count;
-    u32 dtype;
-    u32 dead_bits; // the dead threshold as a magnitude of the tensor's dtype
+    u16 dtype;
+    u16 is_uncounted; // 1: a replica, which counts on another rank
+    u32 dead_bits;    // the dead threshold as a magnitude of the tensor's dtype
 };
 static_assert(sizeof(TensorEntry) == 24, "src/probe/arguments.rs");
 
@@ -72,10 +73,20 @@ static_assert(sizeof(HealthRules) == 2048, "src/health/judge.rs");
 // What a step adds up to. Integers, so that neither the order of chunks nor that of ranks is in a bit.
 struct StepSums {
     u64 squares[LIMBS]; // of the finite elements, before they are unscaled: an exact sum of the chunks' f64
-    u64 nan_count, inf_count, reserved;
+    u64 nan_count, inf_count;
+    u64 nonfinite; // chunks with NaN or Inf, of replicas that are not counted as well
 };
 constexpr u32 STEP_WORDS = sizeof(StepSums) / sizeof(u64);
-static_assert(STEP_WORDS == 24 && STEP_WORDS % 2 == 0, "src/measure/exact.rs");
+static_assert(STEP_WORDS == 24, "src/measure/exact.rs");
+
+// What all ranks add up to 0 when they are as they should be: src/ranks/replicas.rs.
+struct CheckSums {
+    u64 state[2];
+    u64 replicas[3];
+    u64 reserved;
+};
+constexpr u32 CHECK_WORDS = sizeof(CheckSums) / sizeof(u64);
+static_assert(CHECK_WORDS == 6, "src/ranks/replicas.rs");
 
 // The loss scale, and the rule it follows.
 struct LossScale {
@@ -125,8 +136,12 @@ struct StepArguments : Common {
     double *last_norms;              // of the last clean step, and behind it of its tensors
     u32 *health_words;               // of the tensors
     StepSums *sums;                  // 0 between steps; null: records alone
-    u32 *differing;                  // replicas that differ, 0 between launches; null when there is one rank
+    CheckSums *check;                // of many ranks: what to add to, 0 before; null when there is one rank
+    CheckSums *checked;              // and where what they add up to is left for the host
+    u64 rank_factors[2];             // of this rank's state
     u32 history_steps;
+    u32 clip_words; // of the clip's state, that are the same on all ranks
+    u32 strict;     // 1: a step in which ranks differ is one to skip
     u32 reserved;
 };
-static_assert(sizeof(StepArguments) == 216, "src/probe/arguments.rs");
+static_assert(sizeof(StepArguments) == 248, "src/probe/arguments.rs");

@@ -9,6 +9,8 @@ struct FinishScratch {
         StepSums sums;
         u64 counts[LANES];
     };
+    CheckSums check;
+    u64 state;
     Clip clip;
     StepHealth health;
     u32 last;
@@ -115,28 +117,80 @@ DEVICE void merge_chunk(R *runs, u32 &last, const Common &a, const R &part, u32 
     finish_section(runs, last, a, section, tensor, parts, to, done);
 }
 
-DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
+// A function of 64 bits that gives no value twice: the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+DEVICE u64 mixed(u64 x) {
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+// Takes words from global memory, that other blocks or launches have added to, and leaves 0 there. A barrier must follow.
+DEVICE void take_words(u64 *to, u64 *from, u32 count) {
+    if (threadIdx.x >= count / 2) return;
+    u64 *words = from + 2 * threadIdx.x;
+    LongPair pair = load_fresh(words);
+    to[2 * threadIdx.x] = pair.x;
+    to[2 * threadIdx.x + 1] = pair.y;
+    words[0] = words[1] = 0;
+}
+
+// Adds what must be the same on all ranks before they decide a step: its number, the loss scale, and what the clip remembers.
+// By all threads, between barriers.
+DEVICE void add_state(FinishScratch &scratch, const StepArguments &a) {
+    if (threadIdx.x == 0) scratch.state = 0;
+    BARRIER();
+    u64 sum = 0;
+    auto add = [&](u32 place, u64 word) { sum += mixed(word + place * 0x9e3779b97f4a7c15ull); };
+    const u64 *words = (const u64 *)a.clip_state;
+    for (u32 i = threadIdx.x; i < a.clip_words; i += STEP_THREADS) add(i, words[i]);
+    if (threadIdx.x == 0) add(a.clip_words, a.outputs->step);
+    if (threadIdx.x == 0 && a.loss_scale) {
+        add(a.clip_words + 1, (u64)float_to_bits(a.loss_scale->scale) << 32 | a.loss_scale->growth_tracker);
+    }
+    if (sum != 0) atomicAdd(&scratch.state, sum);
+    BARRIER();
+    if (threadIdx.x < 2) a.check->state[threadIdx.x] = scratch.state * a.rank_factors[threadIdx.x];
+}
+
+// Leaves a step, of many ranks, to be added up with those of the others; by all threads.
+DEVICE void leave_step(FinishScratch &scratch, const StepArguments &a) {
+    add_state(scratch, a);
+    u64 *limbs = (u64 *)a.sums;
     if (threadIdx.x < STEP_WORDS / 2) {
-        u64 *words = (u64 *)a.sums + 2 * threadIdx.x, *to = scratch.sums.squares + 2 * threadIdx.x;
-        LongPair pair = load_fresh(words);
-        to[0] = pair.x, to[1] = pair.y;
-        words[0] = words[1] = 0;
+        LongPair pair = load_fresh(limbs + 2 * threadIdx.x);
+        scratch.sums.squares[2 * threadIdx.x] = pair.x;
+        scratch.sums.squares[2 * threadIdx.x + 1] = pair.y;
     }
     BARRIER();
+    if (threadIdx.x == 0) carry(scratch.sums.squares);
+    BARRIER();
+    if (threadIdx.x < LIMBS) limbs[threadIdx.x] = scratch.sums.squares[threadIdx.x];
+}
+
+DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
+    take_words((u64 *)&scratch.sums, (u64 *)a.sums, STEP_WORDS);
+    if (a.check) take_words((u64 *)&scratch.check, (u64 *)a.check, CHECK_WORDS);
+    BARRIER();
+    // With nothing to wait for other ranks for, what they add up to is that of the step before.
+    if (a.check && !a.is_part) add_state(scratch, a);
     StepSums &all = scratch.sums;
     if (a.history) keep_tensors(a);
     Clip &clip = scratch.clip;
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     float scale = a.loss_scale ? a.loss_scale->scale : 1.0f;
-    bool usable = is_usable(scale), found = nan_count + inf_count > 0 || !usable;
-    bool skip = found && (a.policy == POLICY_SKIP || !usable);
+    const CheckSums &check = scratch.check;
+    bool state_differs = a.check && (check.state[0] | check.state[1]) != 0;
+    bool replicas_differ = a.check && (check.replicas[0] | check.replicas[1]) != 0;
+    bool refused = a.strict && (state_differs || replicas_differ);
+    bool usable = is_usable(scale), found = all.nonfinite > 0 || !usable;
+    bool skip = (found && (a.policy == POLICY_SKIP || !usable)) || refused;
     bool zero = found && a.policy == POLICY_ZERO_NONFINITE && !skip;
     StepOutputs o = {};
     if (threadIdx.x == 0) {
         o.finite_total_norm = sqrt(rounded(all.squares)) / divisor_of(scale);
         o.total_norm = propagate(nan_count, inf_count, o.finite_total_norm);
         scratch.health = {0, ~0ull, 0, 0};
-        clip = {zero ? o.finite_total_norm : o.total_norm, found ? 0u : 1u, skip ? 1u : 0u, divisor_of(scale), 1.0, 0.0f, 0, 0, {0, 0}};
+        clip = {zero ? o.finite_total_norm : o.total_norm, found || refused ? 0u : 1u, skip ? 1u : 0u, divisor_of(scale), 1.0, 0.0f, 0, 0, {0, 0}};
     }
     BARRIER();
     if (a.health_rules) {
@@ -149,7 +203,7 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     o.total_norm_f32 = narrow(o.total_norm);
     o.coefficient = skip ? 1.0f : narrow(o.coefficient_f64 / clip.divisor);
     o.inverse_coefficient = skip ? 1.0f : narrow(clip.divisor / o.coefficient_f64);
-    o.found_inf = found ? 1.0f : 0.0f;
+    o.found_inf = found || refused ? 1.0f : 0.0f;
     o.skip = skip ? 1 : 0;
     bool scales = o.coefficient != 1.0f, parts = clip.clips_parts;
     bool clips = narrow(o.coefficient_f64) != 1.0f || parts;
@@ -157,17 +211,14 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     o.action = (scales ? GRADPROBE_ACTION_SCALE : 0) | (parts ? part : 0) | (zero ? GRADPROBE_ACTION_ZERO_NONFINITE : 0);
     o.flags = (nan_count > 0 ? GRADPROBE_FLAG_NAN : 0) | (inf_count > 0 ? GRADPROBE_FLAG_INF : 0) |
                 (clips ? GRADPROBE_FLAG_CLIPPED : 0) | (skip ? GRADPROBE_FLAG_SKIP : 0) | (clip.spike ? GRADPROBE_FLAG_SPIKE : 0) |
-                (usable ? 0 : GRADPROBE_FLAG_LOSS_SCALE);
+                (usable ? 0 : GRADPROBE_FLAG_LOSS_SCALE) | (replicas_differ ? GRADPROBE_FLAG_REPLICAS : 0) |
+                (state_differs ? GRADPROBE_FLAG_STATE : 0);
     o.weights = a.weights;
     o.step = a.outputs->step + 1;
     o.nan_count = nan_count;
     o.inf_count = inf_count;
     o.loss_scale = o.next_loss_scale = scale;
-    if (a.differing) {
-        o.differing_replicas = load_fresh(a.differing);
-        o.flags |= o.differing_replicas > 0 ? GRADPROBE_FLAG_REPLICAS : 0;
-        *a.differing = 0;
-    }
+    if (a.check) *a.checked = check;
     if (a.loss_scale) {
         adapt(*a.loss_scale, found);
         o.next_loss_scale = a.loss_scale->scale;

@@ -68,6 +68,7 @@ KERNEL(LANES, 7) gradprobe_histogram(HistogramArguments a) {
     for (u32 index = run.begin; index < run.end; index++) {
         u32 tensor = a.chunk_tensors[index], next = index + 1;
         Chunk chunk = chunk_of(a, index, tensor);
+        if (a.one_histogram && a.tensors[tensor].is_uncounted) chunk.length = 0;
 #define COUNT(E) nonzeros += count_chunk<E>(scratch, chunk)
         FOR_DTYPE(chunk.dtype, COUNT)
 #undef COUNT

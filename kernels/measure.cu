@@ -47,9 +47,13 @@ DEVICE void unscale_record(const StepArguments &a, u32 tensor) {
 // Adds a chunk of a gradient to what the block adds up; one thread.
 DEVICE void add_chunk(StepSums &sums, const StepArguments &a, u32 tensor, const Record &chunk) {
     if (tensor >= a.tensor_count) return;
+    bool nonfinite = chunk.nan_count + chunk.inf_count > 0;
+    if (nonfinite) atomicAdd(&sums.nonfinite, (u64)1);
+    if (a.tensors[tensor].is_uncounted) return;
     add_exactly(sums.squares, sum_squares((double)finite_count(chunk), chunk.mean_or_zero, chunk.sum_squared_deviations));
-    if (chunk.nan_count > 0) atomicAdd(&sums.nan_count, (u64)chunk.nan_count);
-    if (chunk.inf_count > 0) atomicAdd(&sums.inf_count, (u64)chunk.inf_count);
+    if (!nonfinite) return;
+    atomicAdd(&sums.nan_count, (u64)chunk.nan_count);
+    atomicAdd(&sums.inf_count, (u64)chunk.inf_count);
 }
 
 // Puts the record of a tensor that is one chunk; one thread.
@@ -182,5 +186,10 @@ KERNEL(STEP_THREADS, 2) gradprobe_measure(StepArguments a) {
         atomicAdd(&of_step[threadIdx.x], of_block[threadIdx.x]);
     }
     BARRIER(); // what all threads have written is released by the first
-    if (last_of(scratch.finish.last, a.tensors_done, gridDim.x) && !a.is_part) finish_step(scratch.finish, a);
+    if (!last_of(scratch.finish.last, a.tensors_done, gridDim.x)) return;
+    if (!a.is_part) {
+        finish_step(scratch.finish, a);
+    } else if (a.sums) {
+        leave_step(scratch.finish, a);
+    }
 }

@@ -48,18 +48,19 @@ pub enum Error {
         /// The call that declares it.
         declare: &'static str,
     },
-    /// A tensor is said to be where it cannot be.
-    #[error("tensor {name:?} cannot be placed on {what}")]
+    /// A tensor is said to lie as it cannot.
+    #[error("tensor {name:?} cannot be laid out {what}")]
     Placement {
         /// The tensor's name.
         name: String,
-        /// Where.
+        /// How.
         what: String,
     },
-    /// Ranks have different plans, placements or settings.
-    #[error("rank {rank} differs from rank 0: {what}")]
+    /// Ranks cannot work together: one has other settings, or tensors that do not fit to those of the others, or could not
+    /// make its probe. The same on all ranks, but for one that had an error of its own.
+    #[error("rank {rank}: {what}")]
     RankDiffers {
-        /// The first rank that differs from rank 0.
+        /// The rank that differs.
         rank: u32,
         /// In what.
         what: String,

@@ -49,5 +49,5 @@ features! {
     adaptive_clip: crate::clip::AdaptiveClip => crate::clip::AdaptiveUnits;
     optimizer: crate::optim::Optimizer => crate::optim::OptimizerMemory;
     micro_batches: u32 => crate::micro_batches::MicroBatches;
-    ranks: crate::ranks::Ranks => crate::ranks::RankLists;
+    ranks: crate::ranks::Ranks => crate::ranks::RankMemory;
 }

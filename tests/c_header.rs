@@ -92,7 +92,7 @@ macro_rules! step_outputs {
             health,
             loss_scale,
             next_loss_scale,
-            differing_replicas,
+            reserved,
         })
     };
 }
@@ -129,6 +129,7 @@ fn constants() -> Vec<(String, u64)> {
         ("FLAG_SPIKE", StepOutputs::FLAG_SPIKE),
         ("FLAG_LOSS_SCALE", StepOutputs::FLAG_LOSS_SCALE),
         ("FLAG_REPLICAS", StepOutputs::FLAG_REPLICAS),
+        ("FLAG_STATE", StepOutputs::FLAG_STATE),
     ];
     let named = |(name, bit)| (format!("GRADPROBE_{name}"), u64::from(bit));
     bits.into_iter().map(named).chain([("GRADPROBE_NONE".to_owned(), Record::NONE)]).collect()

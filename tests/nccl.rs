@@ -1,4 +1,4 @@
-//! Ranks that exchange their records by NCCL: the bits and decisions that ranks on the CPU have, launch by launch and in a
+//! Ranks that add up their sums by NCCL: the bits and decisions that ranks on the CPU have, launch by launch and in a
 //! replayed graph, with nothing that waits. As many ranks as there are GPUs; in CI the host driver, which is NCCL too, has
 //! three on its one device. Skipped where there is no GPU or no NCCL.
 #![cfg(feature = "nccl")]
@@ -22,7 +22,7 @@ use gradprobe::{
         },
         nccl::safe::Id,
     },
-    ranks::{Placement, Ranks, ThreadCommunicator},
+    ranks::{Along, Communicator, Layout, Mesh, Ranks, ThreadCommunicator},
 };
 use require::{pointless, skipped};
 use std::{sync::Arc, thread};
@@ -72,8 +72,20 @@ fn on_ranks<T: Send, E: Send>(ends: Vec<E>, run: impl Fn(u32, E) -> T + Sync) ->
 
 const NAMES: [&str; 4] = ["sharded", "replicated", "of the last", "none"];
 
-fn placements(ranks: u32) -> [Placement; 4] {
-    [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![ranks - 1]), Placement::Sharded]
+/// Whole tensors of a step: a shard, a replica, what the last rank alone has, and nothing.
+fn ranks_of(communicator: impl Communicator + 'static) -> Ranks {
+    let mesh = Mesh::new([("dp", communicator.ranks())]).unwrap();
+    let how = [Along::Sharded, Along::Replicated, Along::At(communicator.ranks() - 1), Along::Sharded];
+    let is_held = |how: &Along| !matches!(how, Along::At(at) if *at != communicator.rank());
+    let layouts: Vec<Layout> = how.into_iter().filter(is_held).map(|how| mesh.layout([("dp", how)]).unwrap()).collect();
+    Ranks::new(communicator, &mesh, layouts).whole_tensors()
+}
+
+/// Shards alone.
+fn sharded(communicator: impl Communicator + 'static) -> Ranks {
+    let mesh = Mesh::new([("dp", communicator.ranks())]).unwrap();
+    let layout = mesh.layout([("dp", Along::Sharded)]).unwrap();
+    Ranks::alike(communicator, &mesh, layout)
 }
 
 /// The gradients of a rank in a step: shards of other lengths on each, a replica, and what one alone has, with an overflow
@@ -85,7 +97,11 @@ fn gradients(rank: u32, ranks: u32, step: u64) -> Vec<Data> {
     let replica = Tensor::of_values(DType::BF16, 5000, move |i| size * normal(7 + step, i));
     let owned = Tensor::of_values(DType::F16, if rank + 1 == ranks { 333 } else { 0 }, move |i| 8.0 * normal(key, i));
     let owned = if step == 2 && rank + 1 == ranks { owned.with(5, 0x7c00) } else { owned };
-    vec![shard.data(), replica.data(), owned.data(), Tensor::empty(DType::F32).data()]
+    let mut all = vec![shard.data(), replica.data(), owned.data(), Tensor::empty(DType::F32).data()];
+    if rank + 1 < ranks {
+        all.remove(2);
+    }
+    all
 }
 
 fn config() -> Config {
@@ -93,7 +109,8 @@ fn config() -> Config {
 }
 
 fn plan(data: &[Data]) -> Plan {
-    plan_of(NAMES.into_iter().zip(data.iter().map(Data::tensor))).unwrap()
+    let names = NAMES.into_iter().filter(|name| data.len() == NAMES.len() || *name != NAMES[2]);
+    plan_of(names.zip(data.iter().map(Data::tensor))).unwrap()
 }
 
 fn bytes_of(report: &Report) -> Vec<u8> {
@@ -105,7 +122,7 @@ type Run = Vec<(Vec<u8>, Vec<u8>)>;
 
 fn on_cpus(ranks: u32) -> Vec<Run> {
     on_ranks(ThreadCommunicator::group(ranks), |rank, communicator| {
-        let config = config().ranks(Ranks::new(communicator, placements(ranks)));
+        let config = config().ranks(ranks_of(communicator));
         let mut probe = Probe::new(Cpu, plan(&gradients(rank, ranks, 0)), config).unwrap();
         let step = |step| {
             let mut data = gradients(rank, ranks, step);
@@ -183,7 +200,7 @@ fn ranks_on_gpus_have_the_bits_of_ranks_on_cpus() {
         let mut tensors = OnDevice::new(&stream, &first);
         let new = |id| {
             let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
-            let config = config().ranks(Ranks::new(communicator, placements(ranks)));
+            let config = config().ranks(ranks_of(communicator));
             probe(&stream, plan(&first), config).unwrap()
         };
         let mut probe = new(id);
@@ -194,7 +211,7 @@ fn ranks_on_gpus_have_the_bits_of_ranks_on_cpus() {
             tensors.clip(&mut probe);
             launched.push((bytes_of(&probe.wait().unwrap()), tensors.get(&stream)));
         }
-        assert_eq!(probe.ranks().unwrap().report().unwrap().ranks(), ranks);
+        assert_eq!(probe.ranks().unwrap().differing_replicas(), Ok(vec![]));
 
         // The same from the start, in a graph. One communicator a device at a time would do; two on one stream are in order
         // all the same.
@@ -246,12 +263,13 @@ fn ranks_that_differ_are_errors_on_all() {
         // The last has another type; where it is the only one, it agrees with itself.
         let dtype = if rank + 1 == ranks { DType::F16 } else { DType::BF16 };
         let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap();
-        let config = Config::default().ranks(Ranks::new(communicator, [Placement::Sharded]));
+        let config = Config::default().ranks(sharded(communicator));
         probe(&stream, Plan::new([("w", dtype, 1)]).unwrap(), config).err()
     });
     for error in errors {
         match error {
             None => assert_eq!(ranks, 1),
+            // Of two nobody can tell which is odd.
             Some(Error::RankDiffers { rank, .. }) => assert_eq!(rank, ranks - 1),
             Some(other) => panic!("{other}"),
         }
@@ -266,7 +284,7 @@ fn a_communicator_of_another_stream_is_refused() {
     let refused = NcclCommunicator::new(&own, 1, 1, id).unwrap_err();
     assert_eq!(refused.to_string(), "the ranks cannot communicate: there is no rank 1 of 1");
     let communicator = NcclCommunicator::new(&other, 0, 1, id).unwrap();
-    let config = Config::default().ranks(Ranks::new(communicator, [Placement::Sharded]));
+    let config = Config::default().ranks(sharded(communicator));
     for refused in [probe(&own, one(), config.clone()), Probe::new(Cpu, one(), config)] {
         let error = refused.unwrap_err();
         assert!(matches!(error, Error::Communication { .. }), "{error}");
@@ -275,7 +293,7 @@ fn a_communicator_of_another_stream_is_refused() {
     assert_eq!(alone.ranks().map(drop), Err(Error::NotDeclared { declare: "Config::ranks" }));
     // And the other way round: threads exchange memory of the host.
     let threads = ThreadCommunicator::group(1).remove(0);
-    let config = Config::default().ranks(Ranks::new(threads, [Placement::Sharded]));
+    let config = Config::default().ranks(sharded(threads));
     let error = probe(&own, one(), config).unwrap_err();
     assert!(matches!(error, Error::Communication { .. }), "{error}");
 }

@@ -156,7 +156,14 @@ impl Tables {
                 DType::BF16 => (1e-10f32.to_bits() >> 16) + 1,
             };
             let first_chunk = u32::try_from(chunk_tensors.len()).unwrap();
-            entries.push(TensorEntry { length, first_chunk, chunk_count, dtype: dtype as u32, dead_bits });
+            entries.push(TensorEntry {
+                length,
+                first_chunk,
+                chunk_count,
+                dtype: dtype as u16,
+                is_uncounted: 0,
+                dead_bits,
+            });
             chunk_tensors.extend((0..chunk_count).map(|_| index));
         }
         let addresses: Vec<u64> = tensors.iter().map(RawTensor::address).collect();

@@ -46,6 +46,7 @@ typedef uint64_t gradprobe_u64;
 #define GRADPROBE_FLAG_SPIKE 16u      /* the norm is an outlier by the z-score rule */
 #define GRADPROBE_FLAG_LOSS_SCALE 32u /* the loss scale is not finite and above 0, and the step should be skipped */
 #define GRADPROBE_FLAG_REPLICAS 64u   /* ranks hold other bits of a tensor, though they should be replicas */
+#define GRADPROBE_FLAG_STATE 128u     /* ranks have come to this step with other states */
 
 /* `first_nonfinite_index` of a record without a NaN or infinite element. */
 #define GRADPROBE_NONE 0xffffffffffffffffull
@@ -71,7 +72,7 @@ typedef struct gradprobe_step_outputs {
     gradprobe_u32 health;      /* word by the rules of `Config::rules`, 0 when all is well or there are none */
     float loss_scale;          /* what the loss of this step was multiplied by, or 1 */
     float next_loss_scale;     /* and of the next */
-    gradprobe_u32 differing_replicas; /* tensors and weights of which ranks hold other bits, though replicas */
+    gradprobe_u32 reserved;           /* 0 */
 } gradprobe_step_outputs;
 
 GRADPROBE_STATIC_ASSERT(sizeof(gradprobe_step_outputs) == 96, "gradprobe_step_outputs");

@@ -110,6 +110,13 @@ pub(crate) struct LossScaleState {
 const _: () = assert!(size_of::<LossScaleState>() == 32);
 
 impl LossScaleState {
+    /// What is the same on all ranks, and changes.
+    pub fn word(&self) -> u64 {
+        u64::from(self.scale.to_bits()) << 32 | u64::from(self.growth_tracker)
+    }
+}
+
+impl LossScaleState {
     pub fn new(rule: &LossScale, dead_threshold: f32) -> Self {
         Self {
             scale: rule.initial,

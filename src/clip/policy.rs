@@ -186,6 +186,15 @@ impl Clip {
         4 + more
     }
 
+    /// Of those, the words that are the same on all ranks: but for averages of a rank's own tensors, and counts of its own
+    /// elements.
+    pub(crate) fn words_of_all_ranks(&self) -> u32 {
+        match *self {
+            Self::Percentile { history, .. } => 4 + 2 * history,
+            _ => 4,
+        }
+    }
+
     /// Whether tensors have coefficients of their own.
     pub(crate) fn is_by_tensor(&self) -> bool {
         matches!(self, Self::TensorNorm { .. } | Self::TensorEma { .. })

@@ -69,6 +69,8 @@ kernels! {
     Adaptive = "gradprobe_adaptive", LANES, crate::clip::AdaptiveArguments, crate::clip::adaptive::cpu::run;
     Optimizer = "gradprobe_optimizer", LANES, crate::optim::OptimizerArguments, crate::optim::cpu::run;
     Sample = "gradprobe_sample", LANES, crate::samples::SampleArguments, crate::samples::cpu::run;
+    Fingerprint = "gradprobe_fingerprint", LANES, crate::ranks::FingerprintArguments, crate::ranks::fingerprint;
+    Contribute = "gradprobe_contribute", LANES, crate::ranks::ContributeArguments, crate::ranks::contribute;
     Merge = "gradprobe_merge", STEP_THREADS, crate::ranks::MergeArguments, crate::ranks::cpu::run;
 }
 

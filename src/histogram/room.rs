@@ -6,6 +6,7 @@ use crate::{
     clip::ClipHeader,
     features::Feature,
     probe::{Common, Core, Planned, ReadBack, Room, outside_capture, values},
+    ranks::RankMemory,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -87,9 +88,10 @@ impl Room<'_, Histograms> {
     }
 }
 
-/// Counts all tensors in one histogram, for a clip by a quantile: where that keeps it, behind a header.
-pub(crate) fn launch_of_all(core: &Core) -> Result<(), Error> {
+/// Counts all tensors in one histogram, of all ranks, for a clip by a quantile: where that keeps it, behind a header.
+pub(crate) fn launch_of_all(core: &Core, ranks: Option<&RankMemory>) -> Result<(), Error> {
     core.clear_clip_state()?;
     let (common, histograms) = (core.step.common, core.step.clip_state + size_of::<ClipHeader>() as u64);
-    core.launch_chunks(&HistogramArguments { common, histograms, one_histogram: 1, reserved: 0 })
+    core.launch_chunks(&HistogramArguments { common, histograms, one_histogram: 1, reserved: 0 })?;
+    ranks.map_or(Ok(()), |ranks| ranks.add_histogram(histograms, size_of::<Histogram>()))
 }

@@ -9,6 +9,7 @@ use crate::{
     health::{self, RuleTable},
     history::Ring,
     probe::{Common, StepArguments, TensorEntry},
+    ranks::{self, CheckSums},
     spec::{self, CHUNK},
     tensor::with_elements,
 };
@@ -46,20 +47,6 @@ fn measure(
     });
 }
 
-/// The chunks that the tensors have, of room for one a chunk.
-fn parts_of<'a>(
-    tensors: &'a [HostTensor<'_>],
-    entries: &'a [TensorEntry],
-    parts: &'a [Record],
-) -> impl Iterator<Item = &'a Record> {
-    let mut rest = parts;
-    tensors.iter().zip(entries).flat_map(move |(tensor, entry)| {
-        let of_tensor;
-        (of_tensor, rest) = rest.split_at(entry.chunk_count as usize);
-        &of_tensor[..tensor.len().div_ceil(CHUNK)]
-    })
-}
-
 /// The dead threshold as a magnitude of the elements' type: the table's, or that of a step's scale.
 fn word<E: Element>(_: &[E], bits: u32, threshold: Option<f64>) -> <E as Bits>::Word {
     E::word(threshold.map_or(bits, |threshold| E::DTYPE.threshold_bits(threshold)))
@@ -75,7 +62,12 @@ pub(crate) fn run(memory: &Memory, a: &StepArguments) {
     let gradients = memory.tensors(common);
     measure(&gradients, memory.entries(common), parts, scale, records);
     if let [sums] = memory.slice_mut::<StepSums>(a.sums, 1) {
-        sums.add(parts_of(&gradients, memory.entries(common), parts));
+        let mut rest = &*parts;
+        for (tensor, entry) in gradients.iter().zip(memory.entries(common)) {
+            let of_tensor;
+            (of_tensor, rest) = rest.split_at(entry.chunk_count as usize);
+            sums.add(&of_tensor[..tensor.len().div_ceil(CHUNK)], entry.is_uncounted == 0);
+        }
     }
     if a.weights != 0 {
         // Their tables and records are behind those of the gradients, and their chunks behind the gradients' chunks.
@@ -90,12 +82,33 @@ pub(crate) fn run(memory: &Memory, a: &StepArguments) {
         measure(&memory.tensors(&of_weights), memory.entries(&of_weights), parts, None, records);
     }
     if a.is_part == 0 {
-        finish(memory, a, 0);
+        finish(memory, a);
+    } else if let ([check], [sums]) = (memory.slice_mut(a.check, 1), memory.slice_mut::<StepSums>(a.sums, 1)) {
+        add_state(memory, a, check);
+        sums.squares.carry();
     }
 }
 
+/// Adds what must be the same on all ranks before they decide a step.
+fn add_state(memory: &Memory, a: &StepArguments, check: &mut CheckSums) {
+    let words = memory.slice(a.clip_state, a.clip_words as usize).iter().copied();
+    let step = memory.slice::<StepOutputs>(a.common.outputs, 1)[0].step;
+    let scale = memory.slice::<LossScaleState>(a.loss_scale, 1).first().map(LossScaleState::word);
+    check.state =
+        a.rank_factors.map(|factor| ranks::mixed_sum(words.clone().chain([step]).chain(scale)).wrapping_mul(factor));
+}
+
 /// The end of a step whose records are there.
-pub(crate) fn finish(memory: &Memory, a: &StepArguments, differing_replicas: u32) {
+pub(crate) fn finish(memory: &Memory, a: &StepArguments) {
+    let mut differs = 0;
+    if let [check] = memory.slice_mut::<CheckSums>(a.check, 1) {
+        let checked = std::mem::take(check);
+        differs = checked.flags();
+        memory.slice_mut(a.checked, 1)[0] = checked;
+        if a.is_part == 0 {
+            add_state(memory, a, check);
+        }
+    }
     let tensors = a.common.tensor_count as usize;
     let all: &[Record] = memory.slice(a.common.records, tensors << a.weights);
     let (records, of_weights) = all.split_at(tensors);
@@ -111,10 +124,11 @@ pub(crate) fn finish(memory: &Memory, a: &StepArguments, differing_replicas: u32
     let last = &mut memory.slice_mut::<StepOutputs>(a.common.outputs, 1)[0];
     let loss_scale = memory.slice_mut(a.loss_scale, 1).first_mut();
     let sums = std::mem::take(&mut memory.slice_mut::<StepSums>(a.sums, 1)[0]);
-    let mut outputs = StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), &mut clip, loss_scale);
+    let refused = a.strict != 0 && differs != 0;
+    let mut outputs =
+        StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), refused, &mut clip, loss_scale);
     outputs.step = last.step + 1;
-    outputs.differing_replicas = differing_replicas;
-    outputs.flags |= if differing_replicas > 0 { StepOutputs::FLAG_REPLICAS } else { 0 };
+    outputs.flags |= differs;
     outputs.weights = a.weights;
     if let [table] = memory.slice::<RuleTable>(a.health_rules, 1) {
         let exempt = memory.slice(a.health_rules + size_of::<RuleTable>() as u64, tensors);

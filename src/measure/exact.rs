@@ -15,7 +15,8 @@ use bytemuck::{Pod, Zeroable};
 /// below the first limb. They are at most 2^256 each, and 2^54 of them below 2^310; the last limb ends at 2^320.
 ///
 /// A number adds at most 2^32 - 1 to a limb, and 2^32 numbers at most 2^64 - 2^32. A plan has 2^25 chunks. Carried, all
-/// limbs but the last are below 2^32 again, and those of 2^32 ranks may be added.
+/// limbs but the last are below 2^32 again, and those of 2^32 ranks may be added. Where some numbers are negative, which
+/// wraps, a limb is one of two's complement and holds 2^31 of them, 2^63 - 2^31 at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub(crate) struct ExactSum([u64; LIMBS]);
@@ -34,31 +35,35 @@ pub(crate) struct StepSums {
     pub squares: ExactSum,
     pub nan_count: u64,
     pub inf_count: u64,
-    pub reserved: u64,
+    /// Chunks with NaN or Inf, of replicas that are not counted as well.
+    pub nonfinite: u64,
 }
 // The other side is in kernels/arguments.cuh.
 const _: () = assert!(size_of::<StepSums>() == 24 * 8);
 
 impl StepSums {
-    /// Adds chunks.
-    pub fn add<'a>(&mut self, chunks: impl Iterator<Item = &'a Record>) {
+    /// Adds a tensor's chunks.
+    pub fn add(&mut self, chunks: &[Record], is_counted: bool) {
         for chunk in chunks {
-            self.squares.add(chunk.finite_sum_squares());
-            self.nan_count += chunk.nan_count;
-            self.inf_count += chunk.inf_count;
+            self.nonfinite += u64::from(chunk.has_nonfinite());
+            if is_counted {
+                self.squares.add(chunk.finite_sum_squares());
+                self.nan_count += chunk.nan_count;
+                self.inf_count += chunk.inf_count;
+            }
         }
     }
 }
 
 impl ExactSum {
-    /// Adds a finite number that is not negative. Bits below 2^-352 are cut off.
+    /// Adds a finite number. Bits below 2^-352 are cut off.
     #[expect(clippy::cast_possible_truncation, reason = "to the limb")]
     pub fn add(&mut self, value: f64) {
         const FRACTION: u64 = (1 << (f64::MANTISSA_DIGITS - 1)) - 1;
         /// What the exponent field of a number is whose fraction's last bit is the lowest.
         const FIRST: u64 = 1075 - LOWEST as u64;
         let bits = value.to_bits();
-        let (exponent, fraction) = (bits >> 52, (bits & FRACTION) | (FRACTION + 1));
+        let (exponent, fraction) = (bits >> 52 & 0x7ff, (bits & FRACTION) | (FRACTION + 1));
         if exponent + 52 < FIRST {
             return;
         }
@@ -67,7 +72,8 @@ impl ExactSum {
         let parts = u128::from(fraction) << (place % u64::from(LIMB_BITS));
         let first = (place / u64::from(LIMB_BITS)) as usize;
         for (limb, shift) in self.0[first..].iter_mut().zip([0, LIMB_BITS, 2 * LIMB_BITS]) {
-            *limb += (parts >> shift) as u64 & LIMB;
+            let part = (parts >> shift) as u64 & LIMB;
+            *limb = if value < 0.0 { limb.wrapping_sub(part) } else { limb.wrapping_add(part) };
         }
     }
 
@@ -79,7 +85,7 @@ impl ExactSum {
         }
     }
 
-    /// The nearest f64, to even between two.
+    /// The nearest f64, to even between two, of a sum of numbers of which none is negative.
     pub fn rounded(mut self) -> f64 {
         self.carry();
         let top = (2..LIMBS).rev().find(|&k| self.0[k] != 0).unwrap_or(2);
@@ -94,10 +100,32 @@ impl ExactSum {
     }
 }
 
+impl ExactSum {
+    /// The nearest f64 of a sum of any numbers.
+    pub fn rounded_signed(mut self) -> f64 {
+        if !self.carry_signed() {
+            return self.rounded();
+        }
+        self.0 = self.0.map(u64::wrapping_neg);
+        self.carry_signed();
+        -self.rounded()
+    }
+
+    /// Brings all limbs but the last to 0..2^32, where they may be negative, and says whether the sum is.
+    fn carry_signed(&mut self) -> bool {
+        for k in 1..LIMBS {
+            let over = self.0[k - 1].cast_signed() >> LIMB_BITS;
+            self.0[k] = self.0[k].wrapping_add_signed(over);
+            self.0[k - 1] &= LIMB;
+        }
+        self.0[LIMBS - 1].cast_signed() < 0
+    }
+}
+
 impl std::ops::AddAssign<&ExactSum> for ExactSum {
     fn add_assign(&mut self, other: &ExactSum) {
         for (limb, other) in self.0.iter_mut().zip(other.0) {
-            *limb += other;
+            *limb = limb.wrapping_add(other);
         }
     }
 }
@@ -116,9 +144,11 @@ mod tests {
     /// Whether `value` is the nearest f64 to `sum` · 2^-1074, or of two such the even one.
     fn is_nearest(value: f64, sum: &BigUint) -> bool {
         let twice = |number: &BigUint| number << 1u32;
-        let (below, above) = (integer(value.next_down().max(0.0)) + integer(value), integer(value) + integer(value.next_up()));
-        let even = value.to_bits() % 2 == 0;
-        (below < twice(sum) || even && below == twice(sum) || value == 0.0) && (twice(sum) < above || even && above == twice(sum))
+        let (below, above) =
+            (integer(value.next_down().max(0.0)) + integer(value), integer(value) + integer(value.next_up()));
+        let even = value.to_bits().is_multiple_of(2);
+        (below < twice(sum) || even && below == twice(sum) || value == 0.0)
+            && (twice(sum) < above || even && above == twice(sum))
     }
 
     fn check(values: &[f64]) {
@@ -164,6 +194,30 @@ mod tests {
             }
         }
         assert_eq!(ExactSum::default().rounded(), 0.0);
+    }
+
+    #[test]
+    fn signs_cancel() {
+        let mut random = fastrand::Rng::with_seed(17);
+        for length in 1..200 {
+            let numbers: Vec<f64> =
+                (0..length).map(|_| (random.f64() - 0.5) * 2f64.powi(random.i32(-200..200))).collect();
+            let (mut sum, mut other) = (ExactSum::default(), ExactSum::default());
+            let (mut positive, mut negative) = (BigUint::ZERO, BigUint::ZERO);
+            for &x in &numbers {
+                sum.add(x);
+                other.add(-x);
+                *(if x < 0.0 { &mut negative } else { &mut positive }) += integer(x.abs());
+            }
+            let (is_negative, exact) =
+                if positive < negative { (true, negative - positive) } else { (false, positive - negative) };
+            let rounded = sum.rounded_signed();
+            assert!(rounded == 0.0 || (rounded < 0.0) == is_negative);
+            assert!(is_nearest(rounded.abs(), &exact), "{numbers:?}");
+            assert_eq!(other.rounded_signed(), -rounded);
+            sum += &other;
+            assert_eq!(sum.rounded_signed(), 0.0);
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub use outputs::StepOutputs;
 pub use record::Record;
 pub use report::{Report, TensorReport};
 
-pub(crate) use exact::StepSums;
+pub(crate) use exact::{ExactSum, StepSums};
 pub(crate) use outputs::narrow;
-pub(crate) use record::propagate;
+pub(crate) use record::{propagate, to_f64};
 pub(crate) use report::printable;

@@ -29,10 +29,11 @@ pub struct StepOutputs {
     pub coefficient: f32,
     /// loss_scale / coefficient_f64: for optimizers that divide.
     pub inverse_coefficient: f32,
-    /// 1.0 if any element is NaN or infinite, or the loss scale not usable, else 0.0.
+    /// 1.0 if any element is NaN or infinite, on any rank, or the loss scale not usable, or the step to be skipped because ranks
+    /// differ; else 0.0.
     pub found_inf: f32,
-    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, or a
-    /// loss scale that is not usable), else 0.
+    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, a
+    /// loss scale that is not usable, or ranks that differ where that is [strict](crate::ranks::Ranks::strict)), else 0.
     pub skip: i32,
     /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
     pub action: u32,
@@ -53,9 +54,9 @@ pub struct StepOutputs {
     pub loss_scale: f32,
     /// The loss scale of the next step.
     pub next_loss_scale: f32,
-    /// Tensors, and weights where they are measured, of which ranks hold other bits though they should be replicas; 0
-    /// without [`ranks`](crate::ranks).
-    pub differing_replicas: u32,
+    /// 0.
+    #[doc(hidden)]
+    pub reserved: u32,
 }
 
 // The other side of these numbers is in kernels/include/gradprobe.h.
@@ -90,26 +91,34 @@ impl StepOutputs {
     /// `flags`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
     /// skipped whatever the policy, and its numbers are those of the gradients as they are.
     pub const FLAG_LOSS_SCALE: u32 = 32;
-    /// `flags`: some [`differing_replicas`](Self::differing_replicas).
+    /// `flags`: ranks hold other bits of a tensor, though they should be replicas; see [`ranks`](crate::ranks) for of which step.
     pub const FLAG_REPLICAS: u32 = 64;
+    /// `flags`: ranks have come to this step, or the one before, with another step number, loss scale or memory of the clip.
+    pub const FLAG_STATE: u32 = 128;
 
-    /// The outputs of a step from its sums and records: what the last block of the measure kernel does. The number of the step,
+    /// The outputs of a step from its sums and records, `refused` if ranks differ: what the last block of the measure kernel does. The number of the step,
     /// and what it measured besides, are for the caller to add.
     pub(crate) fn finish(
-        &StepSums { squares, nan_count, inf_count, .. }: &StepSums,
+        &StepSums { squares, nan_count, inf_count, nonfinite }: &StepSums,
         records: &[Record],
         non_finite: NonFinitePolicy,
+        refused: bool,
         clip: &mut ClipState<'_>,
         mut loss_scale: Option<&mut LossScaleState>,
     ) -> Self {
         let scale = loss_scale.as_ref().map_or(1.0, |state| state.scale);
         let (usable, divisor) = (is_usable(scale), divisor(scale));
-        let found = nan_count + inf_count > 0 || !usable;
+        let found = nonfinite > 0 || !usable;
         let finite_total_norm = squares.rounded().sqrt() / divisor;
         let total_norm = propagate(nan_count, inf_count, finite_total_norm);
-        let skip = found && (non_finite == NonFinitePolicy::Skip || !usable);
+        let skip = found && (non_finite == NonFinitePolicy::Skip || !usable) || refused;
         let zero = found && non_finite == NonFinitePolicy::ZeroNonFinite && !skip;
-        let norms = Norms { norm: if zero { finite_total_norm } else { total_norm }, finite: !found, skip, divisor };
+        let norms = Norms {
+            norm: if zero { finite_total_norm } else { total_norm },
+            finite: !(found || refused),
+            skip,
+            divisor,
+        };
         let Decision { coefficient: coefficient_f64, clips_parts, spike } = clip.decide(records, &norms);
         let coefficient = if skip { 1.0 } else { narrow(coefficient_f64 / divisor) };
         let clips = narrow(coefficient_f64) != 1.0 || clips_parts;
@@ -124,7 +133,7 @@ impl StepOutputs {
             total_norm_f32: narrow(total_norm),
             coefficient,
             inverse_coefficient: if skip { 1.0 } else { narrow(divisor / coefficient_f64) },
-            found_inf: if found { 1.0 } else { 0.0 },
+            found_inf: if found || refused { 1.0 } else { 0.0 },
             skip: i32::from(skip),
             action: flag(coefficient != 1.0, Self::ACTION_SCALE)
                 | flag(clips_parts, clip.action_on_parts())
@@ -142,7 +151,7 @@ impl StepOutputs {
             health: 0,
             loss_scale: scale,
             next_loss_scale: loss_scale.map_or(1.0, |state| state.scale),
-            differing_replicas: 0,
+            reserved: 0,
         }
     }
 }

@@ -223,7 +223,7 @@ pub(crate) fn propagate(nan_count: u64, inf_count: u64, finite: f64) -> f64 {
 
 /// Counts stay below 2^53, so the conversion is exact.
 #[expect(clippy::cast_precision_loss, reason = "a plan holds at most 2^40 elements")]
-fn to_f64(count: u64) -> f64 {
+pub(crate) fn to_f64(count: u64) -> f64 {
     count as f64
 }
 

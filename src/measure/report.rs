@@ -4,6 +4,7 @@ use crate::{
     DType, Error, Plan, Record, StepOutputs,
     health::Diagnosis,
     optim::{Optimizer, UpdateRecord},
+    ranks::RankCheck,
     statistics::{self, Value},
 };
 use std::{fmt, sync::Arc};
@@ -23,6 +24,7 @@ pub struct Report {
     diagnosis: Option<Arc<Diagnosis>>,
     /// How far the step moved the tensors, and by which optimizer.
     updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>,
+    ranks: Option<RankCheck>,
 }
 
 /// One tensor of a report.
@@ -57,12 +59,23 @@ impl Report {
         health_words: Option<Vec<u32>>,
     ) -> Self {
         debug_assert_eq!(plan.tensors().len(), records.len());
-        Self { plan, outputs, records, weights, param_norms: None, health_words, diagnosis: None, updates: None }
+        let (param_norms, diagnosis, updates, ranks) = (None, None, None, None);
+        Self { plan, outputs, records, weights, param_norms, health_words, diagnosis, updates, ranks }
     }
 
     /// With how far an optimizer has moved the weights, one a tensor.
     pub(crate) fn with_updates(self, updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>) -> Self {
         Self { updates, ..self }
+    }
+
+    /// With what came of comparing ranks.
+    pub(crate) fn with_ranks(self, ranks: Option<RankCheck>) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// Where ranks differ, if there are [others](crate::ranks).
+    pub fn rank_check(&self) -> Option<&RankCheck> {
+        self.ranks.as_ref()
     }
 
     /// With what was found in it.
@@ -282,6 +295,7 @@ impl fmt::Display for Report {
             write!(f, ", step to be skipped")?;
         }
         writeln!(f)?;
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.fmt(f))?;
         self.diagnosis().map_or(Ok(()), |diagnosis| diagnosis.fmt(f))
     }
 }

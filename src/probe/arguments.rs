@@ -27,7 +27,9 @@ pub struct TensorEntry {
     /// Its chunks.
     pub chunk_count: u32,
     /// [`DType::code`](crate::DType).
-    pub dtype: u32,
+    pub dtype: u16,
+    /// Whether it is a replica that counts on another rank.
+    pub is_uncounted: u16,
     /// The dead threshold as a magnitude of its dtype.
     pub dead_bits: u32,
 }
@@ -102,10 +104,18 @@ pub struct StepArguments {
     pub health_words: u64,
     /// The [`StepSums`], 0 between steps; 0 for records alone.
     pub sums: u64,
-    /// A counter of replicas that differ; 0 when there is one rank.
-    pub differing: u64,
+    /// The [`CheckSums`](crate::ranks::CheckSums) to add to; 0 when there is one rank.
+    pub check: u64,
+    /// Where those of all ranks are left for the host.
+    pub checked: u64,
+    /// What this rank's state is multiplied by.
+    pub rank_factors: [u64; 2],
     /// Steps of the history.
     pub history_steps: u32,
+    /// Words of the clip's state that are the same on all ranks.
+    pub clip_words: u32,
+    /// Whether a step in which ranks differ is one to skip.
+    pub strict: u32,
     /// Unused; 0.
     pub reserved: u32,
 }
@@ -122,5 +132,5 @@ pub(crate) struct Other {
 // The other side of these numbers is in kernels/arguments.cuh.
 const _: () = {
     assert!(size_of::<TensorEntry>() == 24 && size_of::<Common>() == 72);
-    assert!(size_of::<StepArguments>() == 216 && size_of::<Other>() == 16);
+    assert!(size_of::<StepArguments>() == 248 && size_of::<Other>() == 16);
 };

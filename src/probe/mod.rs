@@ -16,6 +16,7 @@ use crate::{
     device::{Buffer, Device, counting::Counting},
     features::Rooms,
     measure::StepSums,
+    ranks::Ranks,
     spec::{CHUNK, TILE},
 };
 use bytemuck::Zeroable;
@@ -55,6 +56,8 @@ pub(crate) struct Core {
     pub step: StepArguments,
     /// Of the tensors, and behind them of the weights.
     addresses: Mirrored<u64>,
+    /// The tensor of each chunk, as the kernels have it.
+    pub chunk_tensors: Vec<u32>,
     /// Whether those were found free of overlaps.
     disjoint: bool,
     /// Whether they were found free of overlaps with the weights that an optimizer moves, and those with one another.
@@ -111,19 +114,47 @@ impl Probe {
     /// [`Error::InvalidConfig`] and its like for a declaration that cannot be; [`Error::OutOfMemory`], with the bytes of the
     /// whole probe, after which none of them are held; those of [`Config::ranks`], and the device's.
     pub fn new(device: impl Device + 'static, plan: Plan, config: Config) -> Result<Self, Error> {
-        // What cannot be is refused before other ranks are waited for.
-        let bytes = config.bytes(&plan)?;
-        outside_capture(&device, Error::UploadInCapture)?;
-        let agreed = config.features.ranks.as_ref().map_or(Ok(()), |ranks| ranks.agree(&device, &plan, &config));
-        agreed.and_then(|()| Self::build(Box::new(device), plan, config)).map_err(|error| match error {
-            Error::OutOfMemory { .. } => Error::OutOfMemory { bytes },
-            other => other,
+        let bytes = config.bytes(&plan);
+        let made = match config.features.ranks.clone() {
+            Some(ranks) => Self::among(device, plan, config, &ranks, bytes.clone().map(drop)),
+            None => bytes.clone().and_then(|_| {
+                outside_capture(&device, Error::UploadInCapture)?;
+                Self::build(Box::new(device), plan, config).map_err(|(error, _)| error)
+            }),
+        };
+        made.map_err(|error| match (error, bytes) {
+            (Error::OutOfMemory { .. }, Ok(bytes)) => Error::OutOfMemory { bytes },
+            (other, _) => other,
         })
     }
 
-    fn build(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, Error> {
+    /// One of several, which all have theirs or none; `possible` says whether this one is.
+    fn among(
+        device: impl Device + 'static,
+        plan: Plan,
+        config: Config,
+        ranks: &Ranks,
+        possible: Result<(), Error>,
+    ) -> Result<Self, Error> {
+        ranks.reaches(&device)?;
+        ranks.all_or_none(&device, possible)?;
+        let joined = ranks.join(&device, &plan, &config)?;
+        let config = config.ranks(joined);
+        match Self::build(Box::new(device), plan, config) {
+            Ok(probe) => ranks.all_or_none(&*probe.core.device, Ok(())).map(|()| probe),
+            // Never the probe, which there is not.
+            Err((error, device)) => ranks.all_or_none(&*device, Err(error)),
+        }
+    }
+
+    /// A probe, or why there is none and the device.
+    fn build(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, (Error, Box<dyn Device>)> {
         let mut core = Core::new(device, plan, config)?;
-        Ok(Self { reports: Reports::new(&mut core)?, rooms: Rooms::new(&mut core)?, core })
+        let made = Reports::new(&mut core).and_then(|reports| Ok((reports, Rooms::new(&mut core)?)));
+        match made {
+            Ok((reports, rooms)) => Ok(Self { reports, rooms, core }),
+            Err(error) => Err((error, core.device)),
+        }
     }
 
     /// The plan this probe was made for.
@@ -233,7 +264,7 @@ impl Probe {
     pub(crate) fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
         let Self { core, .. } = self;
         if core.config.clip.needs_histogram() {
-            crate::histogram::launch_of_all(core)?;
+            crate::histogram::launch_of_all(core, self.rooms.ranks.as_ref())?;
         }
         let lists = 1 + u32::from(weights);
         let step = StepArguments { weights: u32::from(weights), ..core.step };
@@ -275,15 +306,25 @@ impl Config {
     /// Those of [`Probe::new`], for a declaration that cannot be.
     pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
         self.check()?;
+        self.features.ranks.as_ref().map_or(Ok(()), |ranks| ranks.check(plan, self))?;
         let device = Counting::default();
-        Probe::build(Box::new(device.clone()), plan.clone(), self.clone())?;
+        Probe::build(Box::new(device.clone()), plan.clone(), self.clone()).map_err(|(error, _)| error)?;
         Ok(device.0.load(Ordering::Relaxed))
     }
 }
 
-impl Core {
+/// What a probe is made of on the device, before its features.
+struct Tables {
+    step: StepArguments,
+    addresses: Mirrored<u64>,
+    chunk_tensors: Vec<u32>,
+    clip_state: Buffer,
+    workspace: Vec<Buffer>,
+}
+
+impl Tables {
     #[expect(clippy::cast_possible_truncation, reason = "2^40 elements are 2^25 chunks; tensors are checked")]
-    fn new(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, Error> {
+    fn new(device: &dyn Device, plan: &Plan, config: &Config) -> Result<Self, Error> {
         let tensor_count = plan.tensors().len();
         let chunk_count = plan.chunks();
         let gradients = plan.tensors().iter().map(|tensor| tensor.dtype);
@@ -293,6 +334,8 @@ impl Core {
         if u32::try_from(all_tensors + all_chunks).is_err() {
             return Err(Error::OutOfMemory { bytes: u64::MAX });
         }
+        let ranks = config.features.ranks.as_ref();
+        let is_uncounted = |index| ranks.is_some_and(|ranks| ranks.is_uncounted(index));
         let mut entries = Vec::with_capacity(all_tensors);
         let mut chunk_tensors = Vec::with_capacity(all_chunks);
         for (index, &dtype) in dtypes.iter().enumerate() {
@@ -301,7 +344,8 @@ impl Core {
                 length: len,
                 first_chunk: 0,
                 chunk_count: len.div_ceil(CHUNK as u64) as u32,
-                dtype: dtype.code(),
+                dtype: dtype as u16,
+                is_uncounted: u16::from(is_uncounted(index % tensor_count)),
                 dead_bits: dtype.threshold_bits(f64::from(config.dead_threshold)),
             });
         }
@@ -319,9 +363,8 @@ impl Core {
         let large = entries[..tensor_count].iter().filter(|entry| !is_small(entry));
         let large_chunks = large.map(|entry| entry.chunk_count).sum();
 
-        let device_of = &*device;
-        let upload = |bytes: &[u8]| uploaded(device_of, bytes);
-        let addresses = Mirrored::new(device_of, all_tensors)?;
+        let upload = |bytes: &[u8]| uploaded(device, bytes);
+        let addresses = Mirrored::new(device, all_tensors)?;
         let workspace = vec![
             upload(bytemuck::cast_slice(&entries))?,
             upload(bytemuck::cast_slice(&chunk_tensors))?,
@@ -359,20 +402,30 @@ impl Core {
             sums: address(5),
             ..StepArguments::zeroed()
         };
-        Ok(Self {
-            plan,
-            config,
-            step,
-            addresses,
-            disjoint: false,
-            apart: false,
-            updates: 0,
-            measured: false,
-            promised: false,
-            clip_state,
-            _workspace: workspace,
-            device,
-        })
+        Ok(Self { step, addresses, chunk_tensors, clip_state, workspace })
+    }
+}
+
+impl Core {
+    fn new(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, (Error, Box<dyn Device>)> {
+        match Tables::new(&*device, &plan, &config) {
+            Ok(Tables { step, addresses, chunk_tensors, clip_state, workspace }) => Ok(Self {
+                plan,
+                config,
+                step,
+                addresses,
+                chunk_tensors,
+                disjoint: false,
+                apart: false,
+                updates: 0,
+                measured: false,
+                promised: false,
+                clip_state,
+                _workspace: workspace,
+                device,
+            }),
+            Err(error) => Err((error, device)),
+        }
     }
 
     /// Launches a kernel for all chunks of the plan.

@@ -6,6 +6,7 @@ use crate::{
     device::{Buffer, Read},
     health::Diagnosis,
     optim::UpdateRecord,
+    ranks::CheckSums,
 };
 use std::{collections::VecDeque, sync::Arc};
 
@@ -39,11 +40,17 @@ impl Reports {
             core.updates = bytes.len() as u64;
             bytes.resize(bytes.len() + words * size_of::<UpdateRecord>(), 0);
         }
+        if core.config.features.ranks.is_some() {
+            bytes.resize(bytes.len().next_multiple_of(16), 0);
+            core.step.checked = bytes.len() as u64;
+            bytes.resize(bytes.len() + size_of::<CheckSums>(), 0);
+        }
         let results = super::uploaded(&*core.device, &bytes)?;
         core.step.common.outputs = results.address();
         core.step.common.records = results.address() + size_of::<StepOutputs>() as u64;
         core.step.health_words += results.address();
         core.updates += results.address();
+        core.step.checked += results.address();
         let idle = (0..READS).map(|_| core.device.read(bytes.len())).collect::<Result<_, _>>()?;
         let reads = VecDeque::with_capacity(READS);
         Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
@@ -127,6 +134,8 @@ impl Probe {
             let (of_records, of_words) = rest.split_at(core.record_count() * size_of::<Record>());
             let mut records: Vec<Record> = values(of_records);
             let (of_words, of_updates) = of_words.split_at(core.plan.tensors().len() * size_of::<u32>());
+            let of_check = if rooms.ranks.is_some() { size_of::<CheckSums>() } else { 0 };
+            let (of_updates, of_ranks) = of_updates.split_at(of_updates.len() - of_check);
             let words = judge.is_some().then(|| values(of_words));
             let updates = rooms.optimizer.as_ref().map(|optimizer| {
                 let padding = of_updates.len() % size_of::<UpdateRecord>();
@@ -134,7 +143,11 @@ impl Probe {
             });
             let weights = records.split_off(core.plan.tensors().len());
             let weights = (outputs.weights != 0).then_some(weights);
-            let made = Report::new(core.plan.clone(), outputs, records, weights, words).with_updates(updates);
+            let ranks =
+                rooms.ranks.as_ref().map(|ranks| ranks.checked(&bytemuck::pod_read_unaligned(of_ranks), &outputs));
+            let made = Report::new(core.plan.clone(), outputs, records, weights, words)
+                .with_updates(updates)
+                .with_ranks(ranks);
             if is_new {
                 reports.reported = outputs.step;
                 let diagnosis = judge.as_mut().map(|judge| judge.health.diagnose(&made)).transpose()?;

@@ -1,16 +1,16 @@
 //! Ranks in a grid of named dimensions.
 
-use super::Placement;
 use crate::Error;
+use std::ops::Range;
 
 /// Ranks in a grid of named dimensions, as PyTorch's `DeviceMesh` has it: rank 1 is the neighbour of rank 0 along the last.
 ///
 /// ```
-/// use gradprobe::ranks::{Along, Mesh, Placement};
+/// use gradprobe::ranks::{Along, Mesh};
 ///
 /// let mesh = Mesh::new([("dp", 2), ("tp", 4)])?;
-/// assert_eq!(mesh.placement([])?, Placement::Replicated);
-/// assert_eq!(mesh.placement([("tp", Along::Sharded)])?, Placement::Ranks(vec![0, 1, 2, 3]));
+/// let norm = mesh.layout([])?; // the same on all ranks
+/// let matrix = mesh.layout([("tp", Along::Sharded)])?; // a part on each rank of a tensor-parallel group
 /// # Ok::<(), gradprobe::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -18,31 +18,51 @@ pub struct Mesh {
     dimensions: Vec<(String, u32)>,
 }
 
-/// Where the elements of a tensor are along a dimension of a [`Mesh`]. Along those that are not named all ranks hold the same.
+/// Where the elements of a tensor are along a dimension of a [`Mesh`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Along {
+    /// All ranks hold the same, as along each dimension that is not named. It counts at coordinate 0.
+    Replicated,
     /// Each rank holds a part, some perhaps none.
     Sharded,
-    /// The ranks at this coordinate hold it, and no others.
+    /// The ranks at this coordinate own it. Others may hold the same, to clip it, say, and it does not count there.
     At(u32),
+}
+
+/// Where the elements of a tensor are along all dimensions: [`Mesh::layout`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    pub(super) along: Vec<Along>,
+    pub(super) part: Option<(Range<u64>, u64)>,
 }
 
 impl Mesh {
     /// With these dimensions and their lengths.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] unless each has a name of its own and a rank, and there are fewer than 2^32 ranks.
+    /// [`Error::InvalidConfig`] unless each has a name of its own and a rank, and there are fewer than 2^31 ranks.
     pub fn new<N: Into<String>>(dimensions: impl IntoIterator<Item = (N, u32)>) -> Result<Self, Error> {
         let dimensions: Vec<(String, u32)> =
             dimensions.into_iter().map(|(name, length)| (name.into(), length)).collect();
         let is_twice =
             |(at, (name, _)): (usize, &(String, u32))| dimensions[..at].iter().any(|(other, _)| other == name);
-        let ranks = dimensions.iter().try_fold(1u32, |ranks, (_, length)| ranks.checked_mul(*length));
+        let ranks =
+            dimensions.iter().try_fold(1i32, |ranks, (_, length)| ranks.checked_mul(i32::try_from(*length).ok()?));
         if dimensions.iter().enumerate().any(is_twice) || ranks.is_none_or(|ranks| ranks == 0) {
-            let expected = "of dimensions with names of their own, each of at least 1, and fewer than 2^32 ranks";
+            let expected = "of dimensions with names of their own, each of at least 1, and fewer than 2^31 ranks";
             return Err(Error::InvalidConfig { option: "mesh", expected, value: format!("{dimensions:?}") });
         }
         Ok(Self { dimensions })
+    }
+
+    /// Of one dimension.
+    pub(super) fn line(ranks: u32) -> Self {
+        Self { dimensions: vec![("dp".to_owned(), ranks)] }
+    }
+
+    /// The names and lengths of its dimensions.
+    pub fn dimensions(&self) -> &[(String, u32)] {
+        &self.dimensions
     }
 
     /// How many ranks it has.
@@ -67,13 +87,12 @@ impl Mesh {
         coordinates
     }
 
-    /// The placement of a tensor that lies so along these dimensions, and is the same along the others: parts are in the order of
-    /// the ranks, and counted where the coordinates of all dimensions that are not named are 0. Replicas are compared where
-    /// no dimension is named; where some are, nobody looks at those that are not counted.
+    /// The layout of a tensor that lies so along these dimensions, and is replicated along the others. Where several are
+    /// sharded, parts are in the order of the ranks.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for a dimension that there is not, or twice, and a coordinate beyond its length.
-    pub fn placement<'a>(&self, along: impl IntoIterator<Item = (&'a str, Along)>) -> Result<Placement, Error> {
+    pub fn layout<'a>(&self, along: impl IntoIterator<Item = (&'a str, Along)>) -> Result<Layout, Error> {
         let mut wanted = vec![None; self.dimensions.len()];
         for (name, how) in along {
             let place = self.dimensions.iter().position(|(other, _)| other == name);
@@ -83,22 +102,58 @@ impl Mesh {
                 None => {
                     let expected = "along a dimension of the mesh, named once, and within its length";
                     let value = format!("{how:?} along {name:?} of {:?}", self.dimensions);
-                    return Err(Error::InvalidConfig { option: "placement", expected, value });
+                    return Err(Error::InvalidConfig { option: "layout", expected, value });
                 }
             }
         }
-        if wanted.iter().all(Option::is_none) {
-            return Ok(Placement::Replicated);
+        Ok(Layout { along: wanted.into_iter().map(|how| how.unwrap_or(Along::Replicated)).collect(), part: None })
+    }
+}
+
+impl Layout {
+    /// With these elements of the `whole` on this rank: then all ranks find out, before the first step, whether their parts
+    /// make up the tensor. For parts that follow one another in memory, as those of FSDP and ZeRO.
+    #[must_use]
+    pub fn part(self, elements: Range<u64>, whole: u64) -> Self {
+        Self { part: Some((elements, whole)), ..self }
+    }
+
+    pub(super) fn replicated(mesh: &Mesh) -> Self {
+        Self { along: vec![Along::Replicated; mesh.dimensions.len()], part: None }
+    }
+
+    /// Whether every rank holds all of it.
+    pub(super) fn is_replicated(&self) -> bool {
+        self.along.iter().all(|how| *how == Along::Replicated)
+    }
+
+    /// The rank that counts what a rank holds.
+    pub(super) fn counted_on(&self, mesh: &Mesh, rank: u32) -> u32 {
+        self.moved(mesh, rank, |how, coordinate| match how {
+            Along::Replicated => 0,
+            Along::Sharded => coordinate,
+            Along::At(at) => at,
+        })
+    }
+
+    /// The same for all ranks that are at the same coordinates along the dimensions in which the tensor is at one.
+    pub(super) fn owners_of(&self, mesh: &Mesh, rank: u32) -> u32 {
+        self.moved(mesh, rank, |how, coordinate| if matches!(how, Along::At(_)) { coordinate } else { 0 })
+    }
+
+    /// That of its owners.
+    pub(super) fn owner(&self, mesh: &Mesh) -> u32 {
+        self.moved(mesh, 0, |how, _| if let Along::At(at) = how { at } else { 0 })
+    }
+
+    /// The rank at other coordinates than this one.
+    fn moved(&self, mesh: &Mesh, rank: u32, to: impl Fn(Along, u32) -> u32) -> u32 {
+        let (mut rest, mut stride, mut moved) = (rank, 1, 0);
+        for (&how, (_, length)) in self.along.iter().zip(&mesh.dimensions).rev() {
+            moved += to(how, rest % length) * stride;
+            rest /= length;
+            stride *= length;
         }
-        if wanted.iter().all(|how| *how == Some(Along::Sharded)) {
-            return Ok(Placement::Sharded);
-        }
-        let counts = |(coordinate, how): (u32, &Option<Along>)| match how {
-            None => coordinate == 0,
-            Some(Along::Sharded) => true,
-            Some(Along::At(at)) => coordinate == *at,
-        };
-        let is_counted = |rank: &u32| self.coordinates(*rank).into_iter().zip(&wanted).all(counts);
-        Ok(Placement::Ranks((0..self.ranks()).filter(is_counted).collect()))
+        moved
     }
 }

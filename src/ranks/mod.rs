@@ -1,41 +1,53 @@
-//! Many GPUs: each rank measures what it holds, and every rank has the norms, the clip and the report of the whole model.
+//! Many GPUs: each rank measures what it holds, and every rank has the norm, the clip and the verdict of the whole model.
 //!
-//! A probe declared with [`Config::ranks`](crate::Config::ranks) leaves one [`Record`] a tensor in each step, which are
-//! gathered from all ranks and merged **in the order of the ranks**, on the device where there is one. So all ranks hold
-//! the same bits, take the same decision and clip by the same coefficient, and no host takes part. Where the elements of
-//! a tensor are, its [`Placement`] says, which a [`Mesh`] of named dimensions works out:
+//! A probe declared with [`Config::ranks`](crate::Config::ranks) adds up its squares, its counts and what is to be compared
+//! as integers. All ranks add those up, 240 bytes whatever their number, and each decides the step from what comes out.
+//! Sums of integers have no order: so all ranks have the same bits, whatever the network makes of the sum, and whole tensors,
+//! and shards cut at multiples of 32 Ki elements, have the norm that one rank would have. A step is two launches and a
+//! collective more, all in the order of the stream, and no host waits.
 //!
-//! | trainer | [`Mesh`] | a tensor's placement |
+//! Each rank plans its own tensors, in any order; those of one name on several ranks are one tensor. Where its elements are,
+//! a [`Layout`] says, along the named dimensions of a [`Mesh`]:
+//!
+//! | trainer | [`Mesh`] | a tensor's layout |
 //! |---|---|---|
-//! | data parallel, after the all-reduce | `dp` | `mesh.placement([])` |
-//! | fully sharded (FSDP, ZeRO) | `dp` | `mesh.placement([("dp", Sharded)])` |
-//! | sharded in a node, replicated over nodes (HSDP) | `replicate`, `shard` | `mesh.placement([("shard", Sharded)])` |
-//! | tensor and data parallel: a matrix that is cut | `dp`, `tp` | `mesh.placement([("tp", Sharded)])` |
-//! | … a norm, which every rank has | `dp`, `tp` | `mesh.placement([])` |
-//! | fully sharded and tensor parallel | `dp`, `tp` | `mesh.placement([("dp", Sharded), ("tp", Sharded)])` |
-//! | pipeline stage 2, data parallel | `pp`, `dp` | `mesh.placement([("pp", At(2))])` |
-//! | … fully sharded | `pp`, `dp` | `mesh.placement([("pp", At(2)), ("dp", Sharded)])` |
-//! | an expert on rank 1 of its dimension | `dp`, `ep` | `mesh.placement([("ep", At(1))])` |
-//! | all experts in one tensor | `dp`, `ep` | `mesh.placement([("ep", Sharded)])` |
-//! | embeddings tied over the first and last stage, which have summed their gradients | `pp`, `dp` | `mesh.placement([("pp", At(0))])` |
+//! | data parallel, after the all-reduce | `dp` | `mesh.layout([])`, or [`Ranks::data_parallel`] |
+//! | fully sharded (FSDP, ZeRO) | `dp` | `mesh.layout([("dp", Sharded)])` |
+//! | sharded in a node, replicated over nodes (HSDP) | `replicate`, `shard` | `mesh.layout([("shard", Sharded)])` |
+//! | tensor and data parallel: a matrix that is cut | `dp`, `tp` | `mesh.layout([("tp", Sharded)])` |
+//! | … a norm, which every rank has | `dp`, `tp` | `mesh.layout([])` |
+//! | fully sharded and tensor parallel | `dp`, `tp` | `mesh.layout([("dp", Sharded), ("tp", Sharded)])` |
+//! | pipeline stage 2, data parallel | `pp`, `dp` | `mesh.layout([("pp", At(2))])` |
+//! | … fully sharded | `pp`, `dp` | `mesh.layout([("pp", At(2)), ("dp", Sharded)])` |
+//! | an expert on rank 1 of its dimension | `dp`, `ep` | `mesh.layout([("ep", At(1))])` |
+//! | all experts in one tensor | `dp`, `ep` | `mesh.layout([("ep", Sharded)])` |
+//! | embeddings tied over the first and last stage, which have summed their gradients | `pp`, `dp` | `mesh.layout([("pp", At(0))])`, planned on both |
 //!
-//! Every rank plans the same tensors in the same order, with the lengths it holds, 0 where it holds nothing. That their
-//! plans, placements and settings agree is found out when the probes are made, by hashes, before anything is merged.
+//! Parts may be of any length, 0 included. Whether the ranks' plans, layouts and settings fit together they find out when
+//! the probes are made, and a rank that cannot go on is an error on all.
 //!
-//! Nothing goes through a max- or sum-reduction of floats, in which NaN may get lost and the order is not known. Replicas
-//! of one tensor have records of the same bits, or they are not replicas:
-//! [`StepOutputs::differing_replicas`](crate::StepOutputs::differing_replicas) counts those, and
-//! [`FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) says so.
+//! # What is compared
+//! Replicas, by the bits of their elements ([`ReplicaCheck`]), and what ranks must have in common when they decide a step:
+//! its number, the loss scale, what the clip remembers. [`StepOutputs::FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) and
+//! [`FLAG_STATE`](crate::StepOutputs::FLAG_STATE) say that something differs, the report's
+//! [`rank_check`](crate::Report::rank_check) on which rank and in which tensor, where it is one, and
+//! [`Room::differing_replicas`](crate::Room::differing_replicas) all of them, by majority. A NaN or Inf on any replica counts
+//! as found on all ranks, in the same step; but where every tensor is replicated on all ranks, and the check is not
+//! [`Strict`](ReplicaCheck::Strict), no step waits for others: there the comparison is of the step before, and a NaN that one
+//! rank alone has is a replica that differs.
 //!
 //! ```
-//! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Placement, Ranks, ThreadCommunicator}};
+//! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Along, Mesh, Ranks, ThreadCommunicator}};
 //!
+//! let mesh = Mesh::new([("dp", 2)])?;
+//! let sharded = mesh.layout([("dp", Along::Sharded)])?;
 //! let shards = [[3.0f32, 0.0], [0.0, 4.0]];
 //! std::thread::scope(|scope| {
 //!     for (communicator, shard) in ThreadCommunicator::group(2).into_iter().zip(&shards) {
+//!         let (mesh, sharded) = (&mesh, sharded.clone());
 //!         scope.spawn(move || {
 //!             let plan = Plan::new([("weight", DType::F32, 2)])?;
-//!             let ranks = Ranks::new(communicator, [Placement::Sharded]);
+//!             let ranks = Ranks::new(communicator, mesh, [sharded]);
 //!             let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::global_norm(1.0)).ranks(ranks))?;
 //!             probe.measure(&[shard])?;
 //!             assert_eq!(probe.wait()?.outputs().total_norm, 5.0); // on both
@@ -43,144 +55,154 @@
 //!         });
 //!     }
 //! });
+//! # Ok::<(), gradprobe::Error>(())
 //! ```
 //!
 //! Making the probe and measuring are then collective calls: all ranks make them, in the same order. A rank that fails
-//! before its measurement leaves the others waiting, as in any collective of NCCL's. The clips of elements and units,
-//! histograms, dot products and tracked elements are of what a rank holds.
+//! before its measurement leaves the others waiting, as in any collective of NCCL's. Records are of what a rank holds, unless
+//! [`Ranks::whole_tensors`] is declared; the clips of elements and units, histograms, dot products and tracked elements always.
 
-mod agreement;
+mod communicator;
 pub(crate) mod cpu;
+mod join;
 mod mesh;
+mod replicas;
 mod report;
 mod room;
 mod threads;
+mod whole;
 
-pub use mesh::{Along, Mesh};
-pub use report::RankReport;
-pub use room::RankLists;
-
-pub(crate) use room::MergeArguments;
+pub use communicator::{Communicator, Reduction, Transport};
+pub use mesh::{Along, Layout, Mesh};
+pub use report::{Differing, DifferingReplica, RankCheck};
+pub use room::RankMemory;
 pub use threads::ThreadCommunicator;
 
-pub(crate) use agreement::{agree, checked};
+pub(crate) use replicas::{CheckSums, FingerprintArguments, mixed_sum, run as fingerprint};
+pub(crate) use room::MergeArguments;
+pub(crate) use whole::{ContributeArguments, contribute};
 
-use crate::{Error, Record, tensor::Place};
-use bytemuck::{Pod, Zeroable};
+use communicator::gather;
 use std::sync::Arc;
 
-/// Where the elements of a tensor are.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Placement {
-    /// Every rank holds all of them, the same. Counted once: from rank 0, or where the replicas differ from the first rank
-    /// whose replica is not finite.
-    Replicated,
-    /// Every rank holds a part, some perhaps none. The tensor is the parts in the order of the ranks.
-    Sharded,
-    /// These ranks hold a part each, and the tensor is the parts in this order. What other ranks hold under the name is
-    /// measured by nobody but them.
-    Ranks(Vec<u32>),
+/// Whether replicas are compared, by the bits of their elements. That reads all tensors a second time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReplicaCheck {
+    /// They are, and [`FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) says what came of it. Where ranks have nothing else
+    /// to wait for, because every tensor is replicated, the word of a step comes with the next.
+    #[default]
+    Reported,
+    /// They are before the clip, and a step in which they or the ranks' states differ is one to skip.
+    Strict,
+    /// They are not.
+    Off,
 }
 
 /// The other ranks, and where each tensor's elements are: [`Config::ranks`](crate::Config::ranks).
 #[derive(Clone, Debug)]
 pub struct Ranks {
     communicator: Arc<dyn Communicator>,
-    placements: Vec<Placement>,
+    mesh: Mesh,
+    layouts: Layouts,
+    check: ReplicaCheck,
+    whole_tensors: bool,
+    /// Known once the ranks have come together.
+    joined: Option<Arc<join::Joined>>,
+}
+
+#[derive(Clone, Debug)]
+enum Layouts {
+    /// One a tensor.
+    Each(Vec<Layout>),
+    /// The same for all.
+    All(Layout),
+}
+
+impl Layouts {
+    fn get(&self, index: usize) -> Option<&Layout> {
+        match self {
+            Self::Each(layouts) => layouts.get(index),
+            Self::All(layout) => Some(layout),
+        }
+    }
+
+    /// How many were given; `None` where one is for all.
+    fn count(&self) -> Option<usize> {
+        match self {
+            Self::Each(layouts) => Some(layouts.len()),
+            Self::All(_) => None,
+        }
+    }
 }
 
 impl Ranks {
-    /// The ranks of a communicator, and one placement a tensor of the plan, in its order.
-    pub fn new(communicator: impl Communicator + 'static, placements: impl IntoIterator<Item = Placement>) -> Self {
-        Self { communicator: Arc::new(communicator), placements: placements.into_iter().collect() }
+    /// The ranks of a communicator as a mesh, and one layout a tensor of this rank's plan, in its order.
+    pub fn new(
+        communicator: impl Communicator + 'static,
+        mesh: &Mesh,
+        layouts: impl IntoIterator<Item = Layout>,
+    ) -> Self {
+        Self::with(communicator, mesh, Layouts::Each(layouts.into_iter().collect()))
     }
-}
 
-/// How ranks exchange bytes between the memories of their devices: on the host [`ThreadCommunicator`], on CUDA devices
-/// [`NcclCommunicator`](crate::cuda::NcclCommunicator).
-///
-/// # Safety
-/// `all_gather` writes nothing but what it says, and only until the copy has run in the order of the device's launches.
-#[allow(unsafe_code, reason = "the probe's memory is written by it")]
-pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
-    /// The number of this rank, from 0.
-    fn rank(&self) -> u32;
-
-    /// How many ranks there are.
-    fn ranks(&self) -> u32;
-
-    /// Fails unless it reaches memory of a device whose kernels find tensors there, in the order of their launches.
-    ///
-    /// # Errors
-    /// [`Error::Communication`].
-    fn check(&self, place: &Place) -> Result<(), Error>;
-
-    /// Copies `bytes` bytes at the device address `from` of each rank to the address `to` of every rank, in the order of
-    /// the ranks; ordered as a launch on the probe's device is, and legal in a graph capture if a launch is.
-    ///
-    /// # Safety
-    /// `from` has that many bytes and `to` that many for each rank, in this device's memory, apart from each other and
-    /// until the copy has run.
-    ///
-    /// # Errors
-    /// When the communication fails.
-    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
-    unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
-}
-
-/// A placement as the kernels read it (`kernels/merge.cu`): a run of the table of ranks behind all placements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub(crate) struct Run {
-    first: u32,
-    count: u32,
-}
-
-impl Run {
-    const REPLICATED: u32 = 0;
-    const ALL: u32 = u32::MAX;
-
-    /// Where its ranks end in the table; `None` where it needs none.
-    pub(crate) fn end(&self) -> Option<usize> {
-        (self.count != Self::ALL).then(|| (self.first + self.count) as usize)
+    /// The same, with one layout for all tensors.
+    pub fn alike(communicator: impl Communicator + 'static, mesh: &Mesh, layout: Layout) -> Self {
+        Self::with(communicator, mesh, Layouts::All(layout))
     }
-}
 
-/// The placements of a plan as the kernels read them.
-#[expect(clippy::cast_possible_truncation, reason = "ranks of all tensors are fewer than 2^32")]
-pub(crate) fn table(placements: &[Placement]) -> Vec<u8> {
-    let (mut runs, mut ranks) = (Vec::new(), Vec::new());
-    for placement in placements {
-        let count = match placement {
-            Placement::Replicated => Run::REPLICATED,
-            Placement::Sharded => Run::ALL,
-            Placement::Ranks(of) => of.len() as u32,
-        };
-        runs.push(Run { first: ranks.len() as u32, count });
-        if let Placement::Ranks(of) = placement {
-            ranks.extend(of);
+    /// Of plain data parallelism: every rank holds all tensors, the same.
+    pub fn data_parallel(communicator: impl Communicator + 'static) -> Self {
+        let mesh = Mesh::line(communicator.ranks());
+        let layout = Layout::replicated(&mesh);
+        Self::with(communicator, &mesh, Layouts::All(layout))
+    }
+
+    fn with(communicator: impl Communicator + 'static, mesh: &Mesh, layouts: Layouts) -> Self {
+        let (communicator, mesh) = (Arc::new(communicator), mesh.clone());
+        Self { communicator, mesh, layouts, check: ReplicaCheck::default(), whole_tensors: false, joined: None }
+    }
+
+    /// With replicas compared so.
+    #[must_use]
+    pub fn replica_check(self, check: ReplicaCheck) -> Self {
+        Self { check, ..self }
+    }
+
+    /// With the records of whole tensors on every rank that has a part, and not of the part: for clips of tensors on their own,
+    /// which need them, and for reports. 736 bytes a tensor of the model are added up in each step.
+    #[must_use]
+    pub fn whole_tensors(self) -> Self {
+        Self { whole_tensors: true, ..self }
+    }
+
+    /// Of a tensor of the plan, where it was found that each has one.
+    fn layout(&self, index: usize) -> &Layout {
+        match &self.layouts {
+            Layouts::Each(layouts) => &layouts[index],
+            Layouts::All(layout) => layout,
         }
     }
-    [bytemuck::cast_slice(&runs), bytemuck::cast_slice::<u32, u8>(&ranks)].concat()
-}
 
-/// The record of a tensor from the ranks' records of it, and whether replicas differ. `table` has the ranks that hold parts.
-fn merged(placement: Run, table: &[u32], of: impl Fn(usize) -> Record, ranks: usize) -> (Record, bool) {
-    let fold = |mut records: &mut dyn Iterator<Item = Record>| {
-        let first = records.next().unwrap_or(Record::EMPTY);
-        (&mut records).fold(first, |all, next| all.merge(&next))
-    };
-    match placement.count {
-        Run::ALL => (fold(&mut (0..ranks).map(of)), false),
-        Run::REPLICATED => {
-            let same = |rank: usize| bytemuck::bytes_of(&of(rank)) == bytemuck::bytes_of(&of(0));
-            let nonfinite = (0..ranks).find(|&rank| of(rank).has_nonfinite());
-            (of(nonfinite.unwrap_or(0)), !(1..ranks).all(same))
+    /// Whether every rank holds all that this one has, or, where that is known, all there is.
+    fn is_replicated(&self) -> bool {
+        if let Some(joined) = &self.joined {
+            return joined.is_replicated;
         }
-        count => {
-            let owners = &table[placement.first as usize..][..count as usize];
-            (fold(&mut owners.iter().map(|&rank| of(rank as usize))), false)
+        match &self.layouts {
+            Layouts::Each(layouts) => layouts.iter().all(Layout::is_replicated),
+            Layouts::All(layout) => layout.is_replicated(),
         }
+    }
+
+    /// Whether the step of a rank is decided by what it has itself.
+    fn is_alone(&self) -> bool {
+        self.is_replicated() && self.check != ReplicaCheck::Strict
+    }
+
+    /// Whether a tensor is a replica that counts on another rank.
+    pub(crate) fn is_uncounted(&self, index: usize) -> bool {
+        let rank = self.communicator.rank();
+        let counts_elsewhere = |layout: &Layout| layout.counted_on(&self.mesh, rank) != rank;
+        !self.is_alone() && self.layouts.get(index).is_some_and(counts_elsewhere)
     }
 }

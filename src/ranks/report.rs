@@ -1,94 +1,63 @@
-//! The records of every rank, for when something is wrong and the question is where.
+//! What was found when ranks were compared.
 
-use super::Placement;
-use crate::{Plan, Record};
 use std::fmt;
 
-/// What each rank measured in the last step, before it was merged; the same on all ranks. `Display` prints where replicas
-/// differ and where elements are not finite.
-#[derive(Clone, Debug)]
-pub struct RankReport {
-    plan: Plan,
-    placements: Vec<Placement>,
-    /// Of rank 0, then of rank 1, …: one a tensor, and behind them one a weight in a plan with weights.
-    records: Vec<Record>,
-    /// Of one rank.
-    length: usize,
+/// Where ranks differ, in the report of a step: [`Report::rank_check`](crate::Report::rank_check).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RankCheck {
+    /// The step whose replicas were compared: the report's, or the one before.
+    pub step: u64,
+    /// Replicas that have other bits than those of other ranks.
+    pub replicas: Option<Differing>,
+    /// Ranks that came to the step with another number of it, another loss scale or another memory of the clip.
+    pub state: Option<Differing>,
 }
 
-impl RankReport {
-    pub(crate) fn new(plan: Plan, placements: Vec<Placement>, records: Vec<Record>) -> Self {
-        let lists = if plan.weights().is_some() { 2 } else { 1 };
-        let length = lists * plan.tensors().len();
-        Self { plan, placements, records, length }
-    }
-
-    /// How many ranks there are; 0 for a plan of no tensors.
-    #[expect(clippy::cast_possible_truncation, reason = "ranks are numbered in u32")]
-    pub fn ranks(&self) -> u32 {
-        self.records.len().checked_div(self.length).unwrap_or(0) as u32
-    }
-
-    /// The records of what a rank holds, in the plan's order.
-    ///
-    /// # Panics
-    /// When there is no such rank.
-    pub fn records(&self, rank: u32) -> &[Record] {
-        &self.records[rank as usize * self.length..][..self.plan.tensors().len()]
-    }
-
-    /// The records of the weights that a rank holds, in a plan with weights; of the last step that measured them.
-    ///
-    /// # Panics
-    /// When there is no such rank.
-    pub fn weights(&self, rank: u32) -> Option<&[Record]> {
-        self.plan.weights()?;
-        Some(&self.records[rank as usize * self.length..][self.plan.tensors().len()..self.length])
-    }
-
-    /// The rank, and the place within what it holds, of the first NaN or Inf of the tensor at `index` of the plan.
-    ///
-    /// # Panics
-    /// When the plan has no such tensor.
-    pub fn first_nonfinite(&self, index: usize) -> Option<(u32, u64)> {
-        let first = |rank: u32| Some((rank, self.records(rank)[index].first_nonfinite()?));
-        match &self.placements[index] {
-            Placement::Ranks(of) => of.iter().find_map(|&rank| first(rank)),
-            Placement::Replicated | Placement::Sharded => (0..self.ranks()).find_map(first),
-        }
-    }
-
-    /// The ranks whose replica of the tensor at `index` of the plan, or of its weight, is not that of rank 0.
-    ///
-    /// # Panics
-    /// When the plan has no such tensor.
-    pub fn differing(&self, index: usize) -> Vec<u32> {
-        if self.placements[index] != Placement::Replicated {
-            return Vec::new();
-        }
-        let tensors = self.plan.tensors().len();
-        let records = |rank: u32| {
-            let of_rank = &self.records[rank as usize * self.length..][..self.length];
-            (bytemuck::bytes_of(&of_rank[index]), of_rank.get(tensors + index).map(bytemuck::bytes_of))
-        };
-        (1..self.ranks()).filter(|&rank| records(rank) != records(0)).collect()
-    }
+/// Who differs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differing {
+    /// The rank that has something else than all others; two, where there are but two and nobody can tell which is right. Empty
+    /// where several differ, or among ranks that hold nothing that this one has:
+    /// [`Room::differing_replicas`](crate::Room::differing_replicas) finds those.
+    pub ranks: Vec<u32>,
+    /// The tensor, where it is one alone.
+    pub tensor: Option<String>,
 }
 
-impl fmt::Display for RankReport {
+impl fmt::Display for Differing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} ranks", self.ranks())?;
-        for (index, spec) in self.plan.tensors().iter().enumerate() {
-            let name = crate::measure::printable(&spec.name);
-            if let Some((rank, place)) = self.first_nonfinite(index) {
-                writeln!(f, "{name}: the first NaN or Inf is element {place} of rank {rank}")?;
+        match self.ranks[..] {
+            [] => write!(f, "on several ranks")?,
+            [rank] => write!(f, "on rank {rank}")?,
+            _ => {
+                let ranks: Vec<String> = self.ranks.iter().map(u32::to_string).collect();
+                write!(f, "on rank {}", ranks.join(" or "))?;
             }
-            let differing = self.differing(index);
-            if !differing.is_empty() {
-                let ranks: Vec<String> = differing.iter().map(u32::to_string).collect();
-                writeln!(f, "{name}: replicas differ from that of rank 0 on rank {}", ranks.join(", "))?;
-            }
+        }
+        self.tensor.as_ref().map_or(Ok(()), |tensor| write!(f, ", in {}", crate::measure::printable(tensor)))
+    }
+}
+
+impl fmt::Display for RankCheck {
+    /// A line for each finding; none where there is none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(replicas) = &self.replicas {
+            writeln!(f, "replicas differ in step {} {replicas}", self.step)?;
+        }
+        if let Some(state) = &self.state {
+            writeln!(f, "the state differs in step {} {state}", self.step)?;
         }
         Ok(())
     }
+}
+
+/// A tensor whose replicas differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DifferingReplica {
+    /// Its place in the plan.
+    pub tensor: usize,
+    /// Whether it is the weight and not the gradient.
+    pub is_weight: bool,
+    /// The ranks that do not have what most have; all that hold it where no more than half have the same.
+    pub ranks: Vec<u32>,
 }

@@ -1,96 +1,293 @@
-//! A step of many ranks on a device: records of its own, gathered, merged.
+//! A step of many ranks on a device: what each adds up of its own, added up of all, and the end of the step.
 
-use super::{Communicator, Placement, RankReport, Ranks, agree, checked, table};
+use super::{
+    CheckSums, Communicator, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction,
+    ReplicaCheck, gather, join,
+    join::Joined,
+    replicas::{Factors, located, mixed, rank_factors},
+    report::DifferingReplica,
+    whole::{NOWHERE, TensorMaxima, TensorSums},
+};
 use crate::{
-    Config, Error, Plan, Probe, Record,
+    Config, Error, Plan, Probe, StepOutputs,
     device::{Buffer, Device, Kernel},
     features::Feature,
-    probe::{Common, Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
+    measure::StepSums,
+    probe::{Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 /// Of [`Kernel::Merge`].
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct MergeArguments {
     pub step: StepArguments,
-    /// One list of [`Record`]s a rank, of `list_length` each.
-    pub lists: u64,
-    /// Where the elements of each tensor are, and behind that the ranks.
-    pub placements: u64,
-    /// Ranks.
-    pub list_count: u32,
-    /// Records of a rank.
-    pub list_length: u32,
+    /// The number of each tensor of the plan among those of all ranks; 0 where records stay those of this rank.
+    pub slots: u64,
+    /// [`TensorSums`] of those, and behind them of their weights.
+    pub model_sums: u64,
+    /// [`TensorMaxima`] alike.
+    pub model_maxima: u64,
+    /// How many there are.
+    pub model_count: u32,
+    pub reserved: u32,
 }
 // The other side is in kernels/merge.cu.
-const _: () = assert!(size_of::<MergeArguments>() == 240);
+const _: () = assert!(size_of::<MergeArguments>() == 280);
 
-/// The records of all ranks: [`Config::ranks`], [`Probe::ranks`].
-pub struct RankLists {
-    placements: Vec<Placement>,
-    /// The records of what this rank holds.
-    own: Buffer,
-    /// Those of all ranks.
-    lists: ReadBack,
-    /// Of the placements, and the counter of replicas that differ.
-    tables: [Buffer; 2],
+/// A probe among others: [`Config::ranks`], [`Probe::ranks`].
+pub struct RankMemory {
     communicator: Arc<dyn Communicator>,
-    /// Records of a rank.
-    length: u32,
+    plan: Plan,
+    joined: Arc<Joined>,
+    check: ReplicaCheck,
+    /// Whether a step is decided by what this rank has itself.
+    is_alone: bool,
+    /// The [`StepSums`], and behind them the [`CheckSums`].
+    _sums: Buffer,
+    fingerprints: Option<Fingerprints>,
+    model: Option<Model>,
+}
+
+struct Fingerprints {
+    /// A word a chunk.
+    of_chunks: ReadBack,
+    factors: Buffer,
+}
+
+/// Memory for the tensors of all ranks.
+struct Model {
+    /// Of owners, places and slots.
+    tables: [Buffer; 3],
+    sums: Buffer,
+    maxima: Buffer,
 }
 
 impl Ranks {
-    /// Finds out whether all ranks mean the same. A collective call.
+    /// Whether the communicator reaches the device: where not, nobody can be told.
     ///
     /// # Errors
-    /// [`Error::TensorCount`], [`Error::Placement`], [`Error::InvalidConfig`] for a clip at a quantile,
-    /// [`Error::RankDiffers`] on every rank, those of the communicator, and the device's.
-    pub(crate) fn agree(&self, device: &dyn Device, plan: &Plan, config: &Config) -> Result<(), Error> {
+    /// [`Error::Communication`], and the device's.
+    pub(crate) fn reaches(&self, device: &dyn Device) -> Result<(), Error> {
         outside_capture(device, Error::UploadInCapture)?;
-        let communicator = &*self.communicator;
-        communicator.check(&device.place())?;
-        checked(plan, config, &self.placements, communicator.ranks())?;
-        agree(plan, config, &self.placements, |own| gather(device, communicator, own))
+        self.communicator.check(&device.place())
+    }
+
+    /// Whether this rank can take part.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`], [`Error::Placement`], [`Error::InvalidConfig`].
+    pub(crate) fn check(&self, plan: &Plan, config: &Config) -> Result<(), Error> {
+        let (ranks, of_mesh) = (self.communicator.ranks(), self.mesh.ranks());
+        if ranks != of_mesh {
+            let value = format!("{of_mesh} of {ranks} ranks");
+            return Err(Error::InvalidConfig { option: "mesh", expected: "of all ranks of the communicator", value });
+        }
+        let (planned, given) = (plan.tensors().len(), self.layouts.count().unwrap_or(plan.tensors().len()));
+        if planned != given {
+            return Err(Error::TensorCount { planned, given });
+        }
+        for (index, spec) in plan.tensors().iter().enumerate() {
+            let Some(layout) = self.layouts.get(index) else { break };
+            let refused = |what: String| Error::Placement { name: spec.name.clone(), what };
+            if layout.along.len() != self.mesh.coordinates(0).len() {
+                return Err(refused("of another mesh".to_owned()));
+            }
+            match &layout.part {
+                Some((range, _)) if range.end.checked_sub(range.start) != Some(spec.len) => {
+                    return Err(refused(format!("of elements {range:?}, where {} are planned", spec.len)));
+                }
+                _ => {}
+            }
+            if config.clip.is_by_tensor() && !layout.is_replicated() && !self.whole_tensors {
+                let expected =
+                    "one that does not look at tensors that are parts here, or beside `Ranks::whole_tensors`";
+                return Err(Error::InvalidConfig { option: "clip", expected, value: format!("{:?}", config.clip) });
+            }
+        }
+        Ok(())
+    }
+
+    /// These ranks, come together. A collective call.
+    ///
+    /// # Errors
+    /// [`Error::RankDiffers`] on every rank.
+    pub(crate) fn join(&self, device: &dyn Device, plan: &Plan, config: &Config) -> Result<Self, Error> {
+        let joined = join::join(device, plan, config, self)?;
+        Ok(Self { joined: Some(Arc::new(joined)), ..self.clone() })
+    }
+
+    /// Gives what a rank has made, if all ranks have. A collective call.
+    ///
+    /// # Errors
+    /// This rank's, or [`Error::RankDiffers`].
+    pub(crate) fn all_or_none<T>(&self, device: &dyn Device, made: Result<T, Error>) -> Result<T, Error> {
+        join::all_or_none(&*self.communicator, device, made)
     }
 }
 
-impl Feature<Ranks> for RankLists {
+impl Feature<Ranks> for RankMemory {
     fn new(core: &mut Core, ranks: Ranks) -> Result<Self, Error> {
-        let Ranks { communicator, placements } = ranks;
-        checked(&core.plan, &core.config, &placements, communicator.ranks())?;
         let device = &*core.device;
-        let length = core.record_count();
-        let own = uploaded(device, bytemuck::cast_slice(&vec![Record::EMPTY; length]))?;
-        let lists = ReadBack::zeroed(device, length * size_of::<Record>() * communicator.ranks() as usize)?;
-        let tables = [uploaded(device, &table(&placements))?, uploaded(device, &[0; size_of::<u32>()])?];
-        core.step.differing = tables[1].address();
-        #[expect(clippy::cast_possible_truncation, reason = "checked when the probe was made")]
-        Ok(Self { placements, own, lists, tables, communicator, length: length as u32 })
+        let joined = ranks
+            .joined
+            .clone()
+            .unwrap_or_else(|| Arc::new(Joined::alone(&core.plan, ranks.communicator.rank(), ranks.is_replicated())));
+        let sums = uploaded(device, &[0; size_of::<StepSums>() + size_of::<CheckSums>()])?;
+        let is_compared = ranks.check != ReplicaCheck::Off && joined.has_replicas();
+        let fingerprints = if is_compared { Some(Fingerprints::new(core, &joined)?) } else { None };
+        let needs_model = ranks.whole_tensors && !joined.is_replicated;
+        let model = if needs_model { Some(Model::new(core, &joined)?) } else { None };
+        let is_alone = ranks.is_alone();
+        if is_compared || !is_alone {
+            core.step.check = sums.address() + size_of::<StepSums>() as u64;
+        }
+        if !is_alone {
+            core.step.sums = sums.address();
+            core.step.is_part = 1;
+        }
+        core.step.rank_factors =
+            rank_factors(ranks.mesh.ranks() as usize).nth(ranks.communicator.rank() as usize).unwrap_or_default();
+        core.step.clip_words = core.config.clip.words_of_all_ranks();
+        core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
+        let (communicator, plan, check) = (ranks.communicator, core.plan.clone(), ranks.check);
+        Ok(Self { communicator, plan, joined, check, is_alone, _sums: sums, fingerprints, model })
     }
 }
 
-impl RankLists {
-    /// Launches the measurement of a step, and the merge with what the other ranks measure.
+/// What the name of a tensor, or of its weight, makes of a factor.
+fn tensor_factor(name: &str, is_weight: bool) -> u64 {
+    mixed(join::hash(name) ^ u64::from(is_weight)) | 1
+}
+
+impl Fingerprints {
+    fn new(core: &Core, joined: &Joined) -> Result<Self, Error> {
+        let lists = core.record_count() / core.plan.tensors().len().max(1);
+        let mut factors = Vec::with_capacity(core.record_count());
+        // Many tensors have the same holders.
+        let mut known = HashMap::new();
+        for is_weight in [false, true].into_iter().take(lists) {
+            for (spec, (holders, own)) in core.plan.tensors().iter().zip(joined.places()) {
+                let rank = *known
+                    .entry((holders.len(), own))
+                    .or_insert_with(|| rank_factors(holders.len()).nth(own).unwrap_or_default());
+                factors.push(Factors { rank, tensor: tensor_factor(&spec.name, is_weight), reserved: 0 });
+            }
+        }
+        let chunks = lists * core.plan.chunks();
+        Ok(Self {
+            of_chunks: ReadBack::zeroed(&*core.device, chunks * size_of::<u64>())?,
+            factors: uploaded(&*core.device, bytemuck::cast_slice(&factors))?,
+        })
+    }
+}
+
+impl Model {
+    fn new(core: &Core, joined: &Joined) -> Result<Self, Error> {
+        let device = &*core.device;
+        let mut owners = vec![NOWHERE; joined.model_count];
+        for (index, &slot) in (0..).zip(&joined.slots) {
+            owners[slot as usize] = index;
+        }
+        let lists = if core.plan.weights().is_some() { 2 } else { 1 };
+        let tables = [
+            uploaded(device, bytemuck::cast_slice(&owners))?,
+            uploaded(device, bytemuck::cast_slice(&joined.firsts))?,
+            uploaded(device, bytemuck::cast_slice(&joined.slots))?,
+        ];
+        let sums = device.allocate((lists * joined.model_count * size_of::<TensorSums>()).max(1))?;
+        let maxima = device.allocate((lists * joined.model_count * size_of::<TensorMaxima>()).max(1))?;
+        Ok(Self { tables, sums, maxima })
+    }
+}
+
+impl RankMemory {
+    /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
     pub(crate) fn launch_measure(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
-        let own = self.own.address();
-        let alone = Common { records: own, ..step.common };
-        core.launch(chunks, &StepArguments { common: alone, is_part: 1, ..step })?;
-        let bytes = core.record_count() * size_of::<Record>();
-        // SAFETY: both are buffers of the probe's, which live as long as it, with room for one list and for one a rank.
+        if self.is_alone {
+            // What the last step has left, and every rank has come to.
+            if step.check != 0 {
+                self.all_reduce(step.check, size_of::<CheckSums>(), Reduction::Sum)?;
+            }
+            core.launch(chunks, &step)?;
+            return self.launch_fingerprint(core, chunks, &step);
+        }
+        core.launch(chunks, &step)?;
+        self.launch_fingerprint(core, chunks, &step)?;
+        self.all_reduce(step.sums, size_of::<StepSums>() + size_of::<CheckSums>(), Reduction::Sum)?;
+        let mut merge = MergeArguments { step, ..MergeArguments::zeroed() };
+        let mut pieces = 1;
+        if let Some(model) = &self.model {
+            let model_count = self.joined.model_count;
+            let lists = 1 + step.weights as usize;
+            let [owners, firsts, slots] = model.tables.each_ref().map(Buffer::address);
+            let (sums, maxima) = (model.sums.address(), model.maxima.address());
+            #[expect(clippy::cast_possible_truncation, reason = "slots are numbered in u32")]
+            let (model_count, all) = (model_count as u32, (lists * model_count) as u32);
+            let (common, weights) = (step.common, step.weights);
+            core.launch(all, &ContributeArguments { common, owners, firsts, sums, maxima, model_count, weights })?;
+            self.all_reduce(sums, all as usize * size_of::<TensorSums>(), Reduction::Sum)?;
+            self.all_reduce(maxima, all as usize * size_of::<TensorMaxima>(), Reduction::Max)?;
+            merge = MergeArguments { slots, model_sums: sums, model_maxima: maxima, model_count, ..merge };
+            pieces = (step.common.tensor_count << step.weights).div_ceil(Kernel::Merge.threads());
+        }
+        core.launch(pieces, &merge)
+    }
+
+    /// Adds up what a clip by a quantile counts of all ranks.
+    pub(crate) fn add_histogram(&self, at: u64, bytes: usize) -> Result<(), Error> {
+        if self.is_alone { Ok(()) } else { self.all_reduce(at, bytes, Reduction::Sum) }
+    }
+
+    fn launch_fingerprint(&self, core: &Core, chunks: u32, step: &StepArguments) -> Result<(), Error> {
+        let Some(Fingerprints { of_chunks, factors }) = &self.fingerprints else { return Ok(()) };
+        let (common, check, weights) = (step.common, step.check, step.weights);
+        let (fingerprints, factors) = (of_chunks.address(), factors.address());
+        core.launch(chunks, &FingerprintArguments { common, fingerprints, factors, check, weights, reserved: 0 })
+    }
+
+    fn all_reduce(&self, at: u64, bytes: usize, reduction: Reduction) -> Result<(), Error> {
+        // SAFETY: they are buffers of the probe's, which live as long as it.
         #[allow(unsafe_code, reason = "the addresses are the probe's own")]
-        unsafe { self.communicator.all_gather(own, self.lists.address(), bytes) }?;
-        let pieces = (step.common.tensor_count << step.weights).div_ceil(Kernel::Merge.threads());
-        let (lists, placements) = (self.lists.address(), self.tables[0].address());
-        let (list_count, list_length) = (self.communicator.ranks(), self.length);
-        core.launch(pieces, &MergeArguments { step, lists, placements, list_count, list_length })
+        unsafe {
+            self.communicator.all_reduce(at, bytes / size_of::<u64>(), reduction)
+        }
+    }
+
+    /// What a step's sums say, for its report.
+    pub(crate) fn checked(&self, sums: &CheckSums, outputs: &StepOutputs) -> RankCheck {
+        let step = outputs.step - u64::from(self.is_alone && outputs.step > 0);
+        let differs = |bit: u32| outputs.flags & bit != 0;
+        let state = differs(StepOutputs::FLAG_STATE).then(|| {
+            let places = located(sums.state, self.communicator.ranks() as usize);
+            let ranks = (0..).zip(0..self.communicator.ranks() as usize).filter(|(_, place)| places.contains(place));
+            Differing { ranks: ranks.map(|(rank, _)| rank).collect(), tensor: None }
+        });
+        let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(sums.replicas));
+        RankCheck { step, replicas, state }
+    }
+
+    fn located(&self, [first, second, third]: [u64; 3]) -> Differing {
+        let mut groups: Vec<&[u32]> = self.joined.holders.iter().map(Vec::as_slice).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        let found = groups.into_iter().filter(|holders| holders.len() > 1).find_map(|holders| {
+            let ranks: Vec<u32> =
+                located([first, second], holders.len()).into_iter().map(|place| holders[place]).collect();
+            (!ranks.is_empty()).then_some((holders, ranks))
+        });
+        let Some((holders, ranks)) = found else { return Differing::default() };
+        let tensor = self.plan.tensors().iter().zip(&self.joined.holders).find(|(spec, held)| {
+            let is = |is_weight| first.wrapping_mul(tensor_factor(&spec.name, is_weight)) == third;
+            *held == holders && (is(false) || is(true))
+        });
+        Differing { ranks, tensor: tensor.map(|(spec, _)| spec.name.clone()) }
     }
 }
 
 impl Config {
-    /// With every measurement gathered from all ranks and merged before the step is decided, as [`ranks`](crate::ranks)
-    /// describes: a [`Record`] a tensor and rank, twice that in a plan with weights.
+    /// With each step decided together with other ranks, as [`ranks`](crate::ranks) describes.
     #[must_use]
     pub fn ranks(mut self, ranks: Ranks) -> Self {
         self.features.ranks = Some(ranks);
@@ -99,36 +296,82 @@ impl Config {
 }
 
 impl Probe {
-    /// What the ranks have in the last step.
+    /// The other ranks.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::ranks`].
-    pub fn ranks(&mut self) -> Result<Room<'_, RankLists>, Error> {
+    pub fn ranks(&mut self) -> Result<Room<'_, RankMemory>, Error> {
         Room::new(&mut self.core, &mut self.rooms.ranks, "Config::ranks")
     }
 }
 
-impl Room<'_, RankLists> {
-    /// What each rank measured in the last step, the same on all ranks. Waits for it; communicates with nobody.
+impl Room<'_, RankMemory> {
+    /// The tensors of this rank's plan, and weights where the last step measured them, whose replicas differed in it, and on
+    /// which ranks: by the fingerprints of each, of which every rank gets those of all. A collective call, for when a report
+    /// says that something differs. Waits.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], [`Error::WaitInCapture`], or the device's.
-    pub fn report(&mut self) -> Result<RankReport, Error> {
-        if !self.core.measured {
+    /// [`Error::NotDeclared`] where replicas are not compared, [`Error::NotMeasured`], [`Error::WaitInCapture`], those of the
+    /// communicator, or the device's.
+    pub fn differing_replicas(&mut self) -> Result<Vec<DifferingReplica>, Error> {
+        let Self { core, memory } = self;
+        let device = &*core.device;
+        if memory.check == ReplicaCheck::Off {
+            return Err(Error::NotDeclared { declare: "Ranks::replica_check" });
+        }
+        if !core.measured {
             return Err(Error::NotMeasured);
         }
-        let records = values(self.memory.lists.wait(&*self.core.device)?);
-        Ok(RankReport::new(self.core.plan.clone(), self.memory.placements.clone(), records))
+        let tensors = core.plan.tensors().len();
+        let mut own = vec![0u64; core.record_count()];
+        // Without replicas a rank has none to show, and hears of the others'.
+        if let Some(fingerprints) = &mut memory.fingerprints {
+            let words: Vec<u64> = values(fingerprints.of_chunks.wait(device)?);
+            for (word, &tensor) in words.iter().zip(&core.chunk_tensors) {
+                own[tensor as usize] = own[tensor as usize].wrapping_add(*word);
+            }
+        }
+        let told = |index: usize| {
+            let (tensor, is_weight) = (index % tensors, index >= tensors);
+            let name = tensor_factor(&core.plan.tensors()[tensor].name, is_weight);
+            [name, memory.joined.holders[tensor].first().map_or(0, |&rank| rank.into()), own[index]]
+        };
+        let places: HashMap<[u64; 2], usize> =
+            (0..own.len()).map(|index| ([told(index)[0], told(index)[1]], index)).collect();
+        let mut seen = vec![Vec::new(); own.len()];
+        let most = memory.joined.most_tensors * if core.plan.weights().is_some() { 2 } else { 1 };
+        for first in (0..most).step_by(join::AT_ONCE) {
+            let mut words = vec![[0; 3]; join::AT_ONCE.min(most - first)];
+            for (words, index) in words.iter_mut().zip(first..own.len()) {
+                *words = told(index);
+            }
+            let all = gather(device, &*memory.communicator, words.as_flattened())?;
+            for (rank, of_rank) in (0..).zip(all.chunks_exact(3 * words.len())) {
+                for told in of_rank.as_chunks::<3>().0 {
+                    if let Some(&index) = places.get(&[told[0], told[1]]) {
+                        seen[index].push((told[2], rank));
+                    }
+                }
+            }
+        }
+        let differing = seen.into_iter().enumerate().filter_map(|(index, seen)| {
+            let ranks = minority(&seen);
+            let (tensor, is_weight) = (index % tensors, index >= tensors);
+            (!ranks.is_empty()).then_some(DifferingReplica { tensor, is_weight, ranks })
+        });
+        Ok(differing.collect())
     }
 }
 
-/// Gathers words of the hosts' through the devices' memory.
-fn gather(device: &dyn Device, communicator: &dyn Communicator, own: &[u64]) -> Result<Vec<u64>, Error> {
-    let bytes = size_of_val(own);
-    let from = uploaded(device, bytemuck::cast_slice(own))?;
-    let mut to = ReadBack::zeroed(device, bytes * communicator.ranks() as usize)?;
-    // SAFETY: both are buffers of those sizes, and live until the copy has been read.
-    #[allow(unsafe_code, reason = "the addresses are this function's own")]
-    unsafe { communicator.all_gather(from.address(), to.address(), bytes) }?;
-    Ok(values(to.wait(device)?))
+/// The ranks that do not have what more than half have; all of them where there is no such thing.
+fn minority(seen: &[(u64, u32)]) -> Vec<u32> {
+    let mut values: Vec<u64> = seen.iter().map(|&(value, _)| value).collect();
+    values.sort_unstable();
+    // What more than half have is in the middle.
+    let middle = values.get(values.len() / 2).copied();
+    let is_most = |value: &u64| 2 * values.iter().filter(|&other| other == value).count() > values.len();
+    let most = middle.filter(is_most);
+    let mut ranks: Vec<u32> = seen.iter().filter(|&&(value, _)| Some(value) != most).map(|&(_, rank)| rank).collect();
+    ranks.sort_unstable();
+    ranks
 }

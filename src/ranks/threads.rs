@@ -1,7 +1,7 @@
 //! Ranks that are threads of one process.
 
-use super::Communicator;
-use crate::{Error, device::HostMemory, tensor::Place};
+use super::Transport;
+use crate::Error;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The end of one rank among threads of a process: for training on several threads, and for tests of what else runs on
@@ -55,9 +55,17 @@ impl ThreadCommunicator {
     }
 }
 
-impl ThreadCommunicator {
-    /// What all ranks gave, one after the other in their order. All give the same number of bytes. Waits for the others.
-    fn gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
+impl Transport for ThreadCommunicator {
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "made from a u32")]
+    fn ranks(&self) -> u32 {
+        self.state().given.len() as u32
+    }
+
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
         let mut state = self.state();
         while state.to_take > 0 {
             state = self.wait(state)?;
@@ -82,38 +90,6 @@ impl ThreadCommunicator {
         }
         drop(state);
         Result::clone(&gathered)
-    }
-}
-
-// SAFETY: it copies between the hosts' memories, at once.
-#[allow(unsafe_code, reason = "copies from and to addresses that the probe vouches for")]
-unsafe impl Communicator for ThreadCommunicator {
-    fn rank(&self) -> u32 {
-        self.rank
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "made from a u32")]
-    fn ranks(&self) -> u32 {
-        self.state().given.len() as u32
-    }
-
-    fn check(&self, place: &Place) -> Result<(), Error> {
-        match place {
-            Place::Host => Ok(()),
-            #[cfg(feature = "cuda")]
-            Place::Stream(_) => {
-                let what = "threads exchange memory of the host, and the probe is on a CUDA device".to_owned();
-                Err(Error::Communication { what })
-            }
-        }
-    }
-
-    unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
-        // SAFETY: the caller's promise.
-        let all = self.gather(unsafe { HostMemory::bytes(from, bytes) })?;
-        // SAFETY: the caller's promise: each rank gave as many bytes.
-        unsafe { HostMemory::bytes_mut(to, all.len()) }.copy_from_slice(&all);
-        Ok(())
     }
 }
 

@@ -313,7 +313,7 @@ pub fn check_outputs(outputs: &StepOutputs, step: u64, truths: &[Truth], config:
     c.same_f32("loss_scale", outputs.loss_scale, scale as f32);
     // Under the rules that the table has.
     c.same_f32("next_loss_scale", outputs.next_loss_scale, scale as f32);
-    c.equal("health and differing replicas", (outputs.health, outputs.differing_replicas), (0, 0));
+    c.equal("health, and what is reserved", (outputs.health, outputs.reserved), (0, 0));
     complaints.list
 }
 

@@ -201,7 +201,7 @@ fn a_probe_is_dropped_when_what_it_has_launched_has_run() {
 fn a_probe_with_other_ranks_is_dropped_when_what_it_has_launched_has_run() {
     use gradprobe::{
         cuda::NcclCommunicator,
-        ranks::{Placement, Ranks},
+        ranks::{Along, Mesh, Ranks},
     };
     let Some(context) = device() else { return };
     let stream = context.new_stream().unwrap();
@@ -210,8 +210,9 @@ fn a_probe_with_other_ranks_is_dropped_when_what_it_has_launched_has_run() {
         Err(error) => return pointless(&error.to_string()),
     };
     let communicator = NcclCommunicator::new(&stream, 0, 1, id).unwrap();
-    let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
-    let mut probe = probe(&stream, clipping().ranks(Ranks::new(communicator, placements)));
+    let mesh = Mesh::new([("dp", 1)]).unwrap();
+    let ranks = Ranks::alike(communicator, &mesh, mesh.layout([("dp", Along::Sharded)]).unwrap());
+    let mut probe = probe(&stream, clipping().ranks(ranks));
     let mut place = OnDevice::new(&stream, &Tensors::of(1));
     stream.synchronize().unwrap();
     let gate = Gate::shut(&stream);

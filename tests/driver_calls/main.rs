@@ -261,27 +261,36 @@ fn a_step_is_two_launches_and_a_copy_of_the_report() {
     drop(held);
 }
 
-/// Nothing is read, and nobody waits, between a rank's records and those of all.
+/// Nothing is read, and nobody waits, between a rank's sums and those of all; and no rank waits for others before the clip
+/// where every one has all tensors.
 #[cfg(feature = "nccl")]
 #[test]
-fn a_step_of_many_ranks_is_a_gathering_and_a_launch_more() {
+fn a_step_of_many_ranks_is_a_reduction_and_a_launch_more() {
     use gradprobe::{
         cuda::NcclCommunicator,
-        ranks::{Placement, Ranks},
+        ranks::{Along, Mesh, Ranks},
     };
     let Some((trace, stream)) = driver() else { return };
-    let mut gradients = Gradients::new(&stream);
-    let id = NcclCommunicator::unique_id().unwrap();
-    let placements = [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![0])];
-    let ranks = Ranks::new(NcclCommunicator::new(&stream, 0, 1, id).unwrap(), placements);
-    let mut probe = probe(&stream, clipping().ranks(ranks));
-    gradients.step(&trace, &mut probe);
-    probe.wait().unwrap();
-    let _held = Held::new(&stream);
-    for step in 2..=4 {
-        let (calls, _) = gradients.step(&trace, &mut probe);
-        let merge = "cuLaunchKernel gradprobe_merge of 1 blocks";
-        assert_calls(&format!("step {step}"), &calls, &[MEASURE, "ncclAllGather", merge, CLIP, REPORT]);
+    let mesh = Mesh::new([("dp", 1)]).unwrap();
+    let communicator = || NcclCommunicator::new(&stream, 0, 1, NcclCommunicator::unique_id().unwrap()).unwrap();
+    let sharded = || Ranks::alike(communicator(), &mesh, mesh.layout([("dp", Along::Sharded)]).unwrap());
+    let merge = "cuLaunchKernel gradprobe_merge of 1 blocks";
+    let whole = [MEASURE, "ncclAllReduce", "cuLaunchKernel gradprobe_contribute of 3 blocks"];
+    let cases: [(Ranks, &[&str]); 3] = [
+        (sharded(), &[MEASURE, "ncclAllReduce", merge]),
+        (sharded().whole_tensors(), &[&whole[..], &["ncclAllReduce", "ncclAllReduce", merge]].concat()),
+        (Ranks::data_parallel(communicator()), &[MEASURE]),
+    ];
+    for (ranks, of_step) in cases {
+        let mut gradients = Gradients::new(&stream);
+        let mut probe = probe(&stream, clipping().ranks(ranks));
+        gradients.step(&trace, &mut probe);
+        probe.wait().unwrap();
+        let _held = Held::new(&stream);
+        for step in 2..=4 {
+            let (calls, _) = gradients.step(&trace, &mut probe);
+            assert_calls(&format!("step {step}"), &calls, &[of_step, &[CLIP, REPORT]].concat());
+        }
     }
 }
 

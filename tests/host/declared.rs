@@ -13,7 +13,7 @@ use gradprobe::{
     histogram::Histogram,
     history::{HistoryStep, HistoryTensor},
     optim::AdamW,
-    ranks::{Placement, Ranks, ThreadCommunicator},
+    ranks::{Along, Mesh, Ranks, ThreadCommunicator},
     samples::SampleConfig,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -40,9 +40,11 @@ fn probes(plan: &Plan, config: &Config) -> [Probe; 3] {
     ]
 }
 
-/// Of a group of one.
-fn one_rank(placements: impl IntoIterator<Item = Placement>) -> Ranks {
-    Ranks::new(ThreadCommunicator::group(1).remove(0), placements)
+/// Of a group of one, with so many tensors.
+fn one_rank(tensors: usize) -> Ranks {
+    let mesh = Mesh::new([("dp", 1)]).unwrap();
+    let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+    Ranks::new(ThreadCommunicator::group(1).remove(0), &mesh, vec![sharded; tensors])
 }
 
 type Declare = fn(Config, &[u64]) -> Config;
@@ -59,16 +61,13 @@ const FEATURES: [(&str, Declare); 12] = [
     ("adaptive clip", |config, lengths| config.adaptive_clip(AdaptiveClip::new(lengths.iter().copied()))),
     ("optimizer", |config, _| config.optimizer(AdamW::new(1e-3))),
     ("micro-batches", |config, _| config.micro_batches(3)),
-    ("ranks", |config, lengths| config.ranks(one_rank(lengths.iter().map(|_| Placement::Replicated)))),
+    ("ranks", |config, lengths| config.ranks(one_rank(lengths.len()).whole_tensors())),
     ("rules", |config, _| config.rules(Rules::default())),
 ];
 
 /// All of them at once.
 fn everything(lengths: &[u64], clip: Clip) -> Config {
-    // No histogram of all ranks together is made.
-    let possible = |name: &str| name != "ranks" || !matches!(clip, Clip::Quantile { .. });
-    let features = FEATURES.into_iter().filter(|(name, _)| possible(name));
-    features.fold(Config::new().clip(clip), |config, (_, declare)| declare(config, lengths))
+    FEATURES.into_iter().fold(Config::new().clip(clip), |config, (_, declare)| declare(config, lengths))
 }
 
 const CLIPS: [Clip; 8] = [
@@ -118,7 +117,7 @@ fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {
             probe.adaptive_clip().and_then(|mut room| room.clip(&mut [&mut to_clip, &mut beside], &gradients)),
         ),
         ("Config::adaptive_clip", probe.adaptive_clip().and_then(|mut room| room.report().map(drop))),
-        ("Config::ranks", probe.ranks().and_then(|mut ranks| ranks.report().map(drop))),
+        ("Config::ranks", probe.ranks().and_then(|mut ranks| ranks.differing_replicas().map(drop))),
         ("Plan::with_weights", probe.measure_with_weights(&gradients, &gradients)),
     ];
     if probe.adaptive_clip().is_err() {
@@ -279,7 +278,7 @@ fn what_is_stated_is_what_is_allocated() {
                 // Ranks find out whether they mean the same before anything is made, in memory that is given back.
                 let stated = config.bytes(plan).unwrap();
                 let agreed = made - stated;
-                let expected = if config.features.ranks.is_some() { 1..4096 } else { 0..1 };
+                let expected = if config.features.ranks.is_some() { 1..8192 } else { 0..1 };
                 assert!(expected.contains(&agreed), "{name}: {stated} bytes stated, {made} allocated");
                 // And that is all, whatever the probe is asked for.
                 let elements: Vec<Vec<half::bf16>> =
@@ -328,8 +327,8 @@ fn a_probe_without_its_memory_says_how_much_it_needs_and_holds_none() {
 /// What cannot be is said in one way, by whoever is asked, before any memory is taken and any other rank is waited for.
 #[test]
 fn a_declaration_that_contradicts_itself_is_one_clear_error() {
-    let placed = |placement| one_rank([placement, Placement::Replicated]);
-    let (quantile, value) = (Clip::Quantile { quantile: 0.5 }, Clip::Value { max_abs: -1.0 });
+    let value = Clip::Value { max_abs: -1.0 };
+    let by_tensor = Clip::TensorNorm { max_norm: 0.5 };
     let cases = [
         (Config::new().backward_order(vec![1, 0]), "backward_order must be given beside `Config::rules`, not an order"),
         (
@@ -342,11 +341,11 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
         (Config::new().samples(SampleConfig::new(4, 1)), "steps must be at least 2, not 1"),
         (Config::new().clip(value), "max_abs must be finite and above 0, not -1"),
         (
-            Config::new().clip(quantile).ranks(placed(Placement::Sharded)),
-            "clip must be one that does not look at the elements of other ranks, not Quantile { quantile: 0.5 }",
+            Config::new().clip(by_tensor).ranks(one_rank(2)),
+            "clip must be one that does not look at tensors that are parts here, or beside `Ranks::whole_tensors`, not \
+             TensorNorm { max_norm: 0.5 }",
         ),
-        (Config::new().ranks(placed(Placement::Ranks(vec![1]))), "tensor \"first\" cannot be placed on rank 1 of 1"),
-        (Config::new().ranks(one_rank([])), "the plan has 2 tensors, the step gave 0"),
+        (Config::new().ranks(one_rank(0)), "the plan has 2 tensors, the step gave 0"),
         (Config::new().adaptive_clip(AdaptiveClip::new([3])), "the plan has 2 tensors, the step gave 1"),
         (
             Config::new().adaptive_clip(AdaptiveClip::new([3, 3])),
@@ -362,11 +361,13 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
         let device = Counting::default();
         let refused = Probe::new(OnCpu(device.clone()), plan(), config.clone().histogram().dot().moments()).map(drop);
         assert_eq!(refused.unwrap_err().to_string(), message);
-        assert_eq!((device.given(), device.held()), (0, 0), "{message}");
+        // What is told to other ranks goes through memory.
+        let given = if config.features.ranks.is_some() { 1..1024 } else { 0..1 };
+        assert!(given.contains(&device.given()) && device.held() == 0, "{message}");
         if config.features.ranks.is_none() {
             // Two others never come.
             let alone = ThreadCommunicator::group(3).swap_remove(1);
-            let config = config.ranks(Ranks::new(alone, [Placement::Replicated, Placement::Replicated]));
+            let config = config.ranks(Ranks::data_parallel(alone));
             assert_eq!(Probe::new(Cpu, plan(), config).map(drop).unwrap_err().to_string(), message);
         }
     }
@@ -492,7 +493,7 @@ fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
     assert_eq!((history.steps().len() as u64, history.total_norm().mean), (step, 0.0), "{what}");
     assert!(history.steps().all(|(step, _)| step.tag == step.outputs.step), "{what}");
     if let Ok(mut ranks) = probe.ranks() {
-        assert_eq!(ranks.report().unwrap().records(0).len(), count, "{what}");
+        assert_eq!(ranks.differing_replicas(), Ok(vec![]), "{what}");
     }
     probe.set_loss_scale(8.0).unwrap();
     probe.set_rules(Rules::default()).unwrap();

@@ -1,6 +1,6 @@
-//! Many ranks, as threads: however tensors are spread over them, every rank has the records of the whole within the
-//! bounds, the same bits as every other rank, and the same decision; on the CPU and in the kernels on the host.
-#![allow(unsafe_code, reason = "gathers device memory, which is the host's")]
+//! Many ranks, as threads: however tensors are spread over them, every rank has the norm of the whole within the bounds, the
+//! same bits as every other rank, and the same decision; on the CPU and in the kernels on the host.
+#![allow(unsafe_code, reason = "exchanges device memory, which is the host's")]
 #![allow(clippy::cast_possible_truncation, reason = "small numbers")]
 
 use crate::common::host::{OnHost, plan_of};
@@ -12,7 +12,10 @@ use crate::common::{
 use gradprobe::{
     Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, Report, Rules, StepOutputs,
     clip::LossScale,
-    ranks::{Communicator, Placement, RankReport, Ranks, ThreadCommunicator},
+    ranks::{
+        Along, Communicator, Differing, DifferingReplica, Layout, Mesh, Ranks, Reduction, ReplicaCheck,
+        ThreadCommunicator, Transport,
+    },
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -20,16 +23,16 @@ use std::thread;
 
 /// Threads whose devices' memory is the host's, of which PTX has to be told what is written.
 #[derive(Debug)]
-struct Told(ThreadCommunicator);
+pub struct Told(pub ThreadCommunicator);
 
 // SAFETY: as the one within.
 unsafe impl Communicator for Told {
     fn rank(&self) -> u32 {
-        self.0.rank()
+        Transport::rank(&self.0)
     }
 
     fn ranks(&self) -> u32 {
-        self.0.ranks()
+        Transport::ranks(&self.0)
     }
 
     fn check(&self, place: &Place) -> Result<(), Error> {
@@ -38,19 +41,21 @@ unsafe impl Communicator for Told {
 
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller's promise.
-        unsafe { self.0.all_gather(from, to, bytes) }?;
-        gradprobe_simt::ptx::memory::written(to, bytes * self.ranks() as usize);
+        unsafe { Communicator::all_gather(&self.0, from, to, bytes) }?;
+        gradprobe_simt::ptx::memory::written(to, bytes * Communicator::ranks(self) as usize);
+        Ok(())
+    }
+
+    unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { Communicator::all_reduce(&self.0, at, words, reduction) }?;
+        gradprobe_simt::ptx::memory::written(at, words * size_of::<u64>());
         Ok(())
     }
 }
 
-/// A config with these other ranks.
-pub fn joined(config: &Config, communicator: ThreadCommunicator, placements: &[Placement]) -> Config {
-    config.clone().ranks(Ranks::new(Told(communicator), placements.iter().cloned()))
-}
-
-type Make = fn(Plan, Config, u32) -> Result<Probe, Error>;
-const DEVICES: [Make; 2] = [
+pub type Make = fn(Plan, Config, u32) -> Result<Probe, Error>;
+pub const DEVICES: [Make; 2] = [
     |plan, config, _| Probe::new(Cpu, plan, config),
     |plan, config, rank| {
         let device = Simt { schedule: Schedule::Shuffled(rank.into()), blocks: 2, ..Simt::default() };
@@ -59,22 +64,29 @@ const DEVICES: [Make; 2] = [
 ];
 
 /// What each rank makes of it, in their order.
-pub fn on_ranks<T: Send>(ranks: u32, run: impl Fn(u32, ThreadCommunicator) -> T + Sync) -> Vec<T> {
+pub fn on_ranks<T: Send>(ranks: u32, run: impl Fn(u32, Told) -> T + Sync) -> Vec<T> {
     let run = &run;
     thread::scope(|scope| {
         let ends = ThreadCommunicator::group(ranks).into_iter();
-        let threads: Vec<_> = ends.map(|end| scope.spawn(move || run(end.rank(), end))).collect();
+        let threads: Vec<_> = ends.map(|end| scope.spawn(move || run(Transport::rank(&end), Told(end)))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
-/// The tensors of a model, and how each is cut into the parts of the ranks.
+/// One tensor of a model, and what each rank holds of it.
+struct Whole {
+    name: String,
+    data: Data,
+    layout: Layout,
+    parts: Vec<Option<Data>>,
+    /// The last rank that holds each part.
+    holders: Vec<u32>,
+}
+
+/// A model on a mesh.
 struct Model {
-    names: Vec<String>,
-    tensors: Vec<Data>,
-    placements: Vec<Placement>,
-    /// A part a tensor and rank.
-    parts: Vec<Vec<Data>>,
+    mesh: Mesh,
+    tensors: Vec<Whole>,
 }
 
 fn part(data: &Data, range: std::ops::Range<usize>) -> Data {
@@ -82,10 +94,14 @@ fn part(data: &Data, range: std::ops::Range<usize>) -> Data {
 }
 
 impl Model {
-    /// Tensors of all kinds and sizes, with a placement of each kind, cut by chance.
-    fn new(ranks: u32, seed: u64) -> Self {
+    fn empty(dimensions: &[(&str, u32)]) -> Self {
+        Self { mesh: Mesh::new(dimensions.iter().copied()).unwrap(), tensors: Vec::new() }
+    }
+
+    /// Tensors of all kinds and sizes, laid out and cut by chance.
+    fn new(dimensions: &[(&str, u32)], seed: u64) -> Self {
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut model = Self { names: Vec::new(), tensors: Vec::new(), placements: Vec::new(), parts: Vec::new() };
+        let mut model = Self::empty(dimensions);
         for (t, len) in [70_001, 3, 0, 1, 40_000, 2049, 17, 500].into_iter().enumerate() {
             let t = t as u64;
             let dtype = DType::ALL[(t + seed) as usize % 3];
@@ -97,49 +113,82 @@ impl Model {
                 6 if seed % 2 == 1 => Tensor::of_bits(dtype, len, move |i| random_bits(dtype, key, i)),
                 _ => Tensor::of_values(dtype, len, move |i| normal(key, i)),
             };
-            let mut owners: Vec<u32> = (0..ranks).collect();
-            random.shuffle(&mut owners);
-            owners.truncate(random.usize(1..=ranks as usize));
-            let placement = match (t + seed) % 3 {
-                0 => Placement::Sharded,
-                1 => Placement::Replicated,
-                _ => Placement::Ranks(owners),
-            };
-            model.add(&format!("tensor {t}"), tensor.data(), placement, ranks, &mut random);
+            let along: Vec<(&str, Along)> = dimensions
+                .iter()
+                .map(|&(name, length)| {
+                    let how = [Along::Replicated, Along::Sharded, Along::At(random.u32(..length))];
+                    (name, how[random.usize(..3)])
+                })
+                .collect();
+            model.add(&format!("tensor {t}"), tensor.data(), &along, &mut random);
         }
         model
     }
 
-    fn add(&mut self, name: &str, data: Data, placement: Placement, ranks: u32, random: &mut fastrand::Rng) {
+    fn add(&mut self, name: &str, data: Data, along: &[(&str, Along)], random: &mut fastrand::Rng) {
+        let layout = self.mesh.layout(along.iter().copied()).unwrap();
+        let lengths = self.mesh.dimensions().to_vec();
+        let how: Vec<Along> = lengths
+            .iter()
+            .map(|(name, _)| along.iter().find(|(other, _)| other == name).map_or(Along::Replicated, |&(_, how)| how))
+            .collect();
+        let is_sharded = |how: &Along| *how == Along::Sharded;
+        let count: u32 =
+            how.iter().zip(&lengths).filter(|(how, _)| is_sharded(how)).map(|(_, (_, length))| length).product();
         let len = data.bits().count();
-        let order: Vec<u32> = match &placement {
-            Placement::Ranks(owners) => owners.clone(),
-            _ => (0..ranks).collect(),
-        };
-        let mut cuts: Vec<usize> = (1..order.len()).map(|_| random.usize(0..=len)).collect();
+        let mut cuts: Vec<usize> = (1..count).map(|_| random.usize(0..=len)).collect();
         cuts.extend([0, len]);
         cuts.sort_unstable();
-        // Who is none of the owners holds something else under the name.
-        let stranger = Data::of_bits(data.dtype(), std::iter::repeat_n(0x7fff_u32, 3));
-        let mut parts = vec![stranger; ranks as usize];
-        for (place, &rank) in order.iter().enumerate() {
-            parts[rank as usize] = match placement {
-                Placement::Replicated => data.clone(),
-                _ => part(&data, cuts[place]..cuts[place + 1]),
-            };
-        }
-        self.names.push(name.to_owned());
-        self.tensors.push(data);
-        self.placements.push(placement);
-        self.parts.push(parts);
+        // Where it is at one coordinate, another may hold the same.
+        let tied: Vec<u32> = lengths.iter().map(|&(_, length)| random.u32(..length)).collect();
+        let mut holders = vec![0; count as usize];
+        let parts = (0..self.mesh.ranks()).map(|rank| {
+            let coordinates = self.mesh.coordinates(rank);
+            let mut at = 0;
+            let mut is_there = true;
+            for (dimension, how) in how.iter().enumerate() {
+                match how {
+                    Along::Sharded => at = at * lengths[dimension].1 + coordinates[dimension],
+                    Along::At(owner) => is_there &= [*owner, tied[dimension]].contains(&coordinates[dimension]),
+                    _ => {}
+                }
+            }
+            is_there.then(|| {
+                holders[at as usize] = rank;
+                part(&data, cuts[at as usize]..cuts[at as usize + 1])
+            })
+        });
+        let parts = parts.collect();
+        self.tensors.push(Whole { name: name.to_owned(), data, layout, parts, holders });
     }
 
-    fn of_rank(&self, rank: u32) -> Vec<Data> {
-        self.parts.iter().map(|parts| parts[rank as usize].clone()).collect()
+    /// The tensors of which a rank holds something; in another order on each.
+    fn of_rank(&self, rank: u32) -> Vec<&Whole> {
+        let mut held: Vec<&Whole> = self.tensors.iter().filter(|whole| whole.parts[rank as usize].is_some()).collect();
+        let by = rank as usize % held.len().max(1);
+        held.rotate_left(by);
+        held
     }
 
-    fn plan(&self, data: &[Data]) -> Plan {
-        plan_of(self.names.iter().cloned().zip(data.iter().map(Data::tensor))).unwrap()
+    fn data(&self, rank: u32) -> Vec<Data> {
+        self.of_rank(rank).into_iter().filter_map(|whole| whole.parts[rank as usize].clone()).collect()
+    }
+
+    fn plan(&self, rank: u32) -> Plan {
+        let held = self.of_rank(rank);
+        let data = self.data(rank);
+        plan_of(held.iter().map(|whole| whole.name.clone()).zip(data.iter().map(Data::tensor))).unwrap()
+    }
+
+    fn ranks(&self, communicator: Told) -> Ranks {
+        let layouts: Vec<Layout> =
+            self.of_rank(Communicator::rank(&communicator)).into_iter().map(|whole| whole.layout.clone()).collect();
+        Ranks::new(communicator, &self.mesh, layouts)
+    }
+
+    fn truths(&self, config: &Config) -> Vec<oracle::Truth> {
+        let of = |whole: &Whole| oracle::truth(whole.data.dtype(), config.dead_threshold, whole.data.bits());
+        self.tensors.iter().map(of).collect()
     }
 }
 
@@ -156,73 +205,132 @@ fn bytes_of(report: &Report) -> Vec<u8> {
 }
 
 /// Measured, clipped.
-fn step(model: &Model, make: Make, config: &Config, ranks: u32) -> Vec<(Report, Vec<Data>)> {
-    on_ranks(ranks, |rank, communicator| {
-        let mut data = model.of_rank(rank);
-        let mut probe = make(model.plan(&data), joined(config, communicator, &model.placements), rank).unwrap();
+fn step(model: &Model, make: Make, config: &Config, whole_tensors: bool) -> Vec<(Report, Vec<Data>)> {
+    on_ranks(model.mesh.ranks(), |rank, communicator| {
+        let mut data = model.data(rank);
+        let ranks = model.ranks(communicator);
+        let ranks = if whole_tensors { ranks.whole_tensors() } else { ranks };
+        let mut probe = make(model.plan(rank), config.clone().ranks(ranks), rank).unwrap();
         let report = probe.measure_host(&tensors(&data)).unwrap();
         probe.clip_host(&mut tensors_mut(&mut data)).unwrap();
         (report, data)
     })
 }
 
+const MESHES: [&[(&str, u32)]; 7] = [
+    &[("dp", 1)],
+    &[("dp", 2)],
+    &[("dp", 3)],
+    &[("dp", 2), ("tp", 2)],
+    &[("pp", 2), ("dp", 1), ("tp", 3)],
+    &[("a", 2), ("b", 2), ("c", 2)],
+    &[("dp", 5)],
+];
+
 #[test]
-fn any_partition_gives_the_whole_to_every_rank() {
+fn any_layout_gives_the_whole_to_every_rank() {
     let mut complaints = Vec::new();
-    for (ranks, seed) in [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5), (8, 6), (8, 7), (5, 8), (4, 9)] {
-        let model = Model::new(ranks, seed);
+    for (mesh, seed) in MESHES.into_iter().cycle().zip(0..14) {
+        let model = Model::new(mesh, seed);
         let config = Config::default().clip(Clip::global_norm(0.7));
-        let [on_cpu, on_simt] = DEVICES.map(|make| step(&model, make, &config, ranks));
-        let place = format!("{ranks} ranks, seed {seed}");
-        for (rank, ((report, _), (of_kernels, left))) in on_cpu.iter().zip(&on_simt).enumerate() {
-            if bytes_of(report) != bytes_of(&on_cpu[0].0) || bytes_of(of_kernels) != bytes_of(report) {
-                complaints.push(format!("{place}: rank {rank} has other bits"));
+        let truths = model.truths(&config);
+        for whole_tensors in [false, true] {
+            let place = format!("{mesh:?}, seed {seed}, whole tensors {whole_tensors}");
+            let [on_cpu, on_simt] = DEVICES.map(|make| step(&model, make, &config, whole_tensors));
+            let outputs = *on_cpu[0].0.outputs();
+            for (rank, ((report, left), (of_kernels, left_by_kernels))) in on_cpu.iter().zip(&on_simt).enumerate() {
+                if bytes_of(of_kernels) != bytes_of(report) {
+                    complaints.push(format!("{place}: the kernels on rank {rank} have other bits"));
+                }
+                if bytemuck::bytes_of(report.outputs()) != bytemuck::bytes_of(&outputs) {
+                    complaints.push(format!("{place}: rank {rank} has {:?} and not {outputs:?}", report.outputs()));
+                }
+                let check = report.rank_check().unwrap();
+                if check.replicas.is_some() || check.state.is_some() {
+                    complaints.push(format!("{place}: rank {rank} says {check}"));
+                }
+                let bytes = |data: &[Data]| data.iter().flat_map(|data| data.bytes().to_vec()).collect::<Vec<_>>();
+                if bytes(left) != bytes(left_by_kernels) {
+                    complaints.push(format!("{place}: rank {rank} clips otherwise"));
+                }
             }
-            let bytes = |data: &[Data]| data.iter().flat_map(|data| data.bytes().to_vec()).collect::<Vec<_>>();
-            if bytes(left) != bytes(&on_cpu[rank].1) {
-                complaints.push(format!("{place}: rank {rank} clips otherwise"));
+            // Against the exact statistics of the whole.
+            complaints.extend(check::check_outputs(&outputs, 1, &truths, &config));
+            for (rank, (report, _)) in (0..).zip(&on_cpu).filter(|_| whole_tensors) {
+                for (whole, record) in model.of_rank(rank).into_iter().zip(report.records()) {
+                    let index = model.tensors.iter().position(|other| other.name == whole.name).unwrap();
+                    complaints.extend(check::check_tensor(&whole.name, &Seen::of(record), &truths[index]));
+                }
             }
-        }
-        // Against the exact statistics of the whole.
-        let report = &on_cpu[0].0;
-        let of = |data: &Data| oracle::truth(data.dtype(), config.dead_threshold, data.bits());
-        let truths: Vec<_> = model.tensors.iter().map(of).collect();
-        complaints.extend(check::check_outputs(report.outputs(), 1, &truths, &config));
-        for ((name, record), truth) in model.names.iter().zip(report.records()).zip(&truths) {
-            complaints.extend(check::check_tensor(name, &Seen::of(record), truth));
-        }
-        // The bits are those of `Record::merge` in the order of the ranks.
-        for (t, placement) in model.placements.iter().enumerate() {
-            let of_rank = |&rank: &u32| {
-                let part = &model.parts[t][rank as usize..][..1];
-                let plan = plan_of([("part", part[0].tensor())]).unwrap();
-                Probe::new(Cpu, plan, config.clone()).unwrap().measure_host(&tensors(part)).unwrap().records()[0]
-            };
-            let order: Vec<u32> = match placement {
-                Placement::Ranks(owners) => owners.clone(),
-                Placement::Replicated => vec![0],
-                _ => (0..ranks).collect(),
-            };
-            let merged = order.iter().map(of_rank).reduce(|all, next| all.merge(&next)).unwrap();
-            if bytemuck::bytes_of(&merged) != bytemuck::bytes_of(&report.records()[t]) {
-                complaints.push(format!("{place}, tensor {t}: {merged:?} is not {:?}", report.records()[t]));
-            }
-        }
-        // And what is left is the whole, clipped.
-        let clipped = crate::common::clip_by_oracle(&model.tensors, report.outputs());
-        for (t, placement) in model.placements.iter().enumerate() {
-            let order: Vec<u32> = match placement {
-                Placement::Ranks(owners) => owners.clone(),
-                Placement::Replicated => vec![ranks - 1],
-                _ => (0..ranks).collect(),
-            };
-            let left: Vec<u32> = order.iter().flat_map(|&rank| on_cpu[rank as usize].1[t].bits()).collect();
-            if left != clipped[t].bits().collect::<Vec<_>>() {
-                complaints.push(format!("{place}, tensor {t}: the clipped parts are not the clipped tensor"));
+            // And what is left is the whole, clipped.
+            let all: Vec<Data> = model.tensors.iter().map(|whole| whole.data.clone()).collect();
+            let clipped = crate::common::clip_by_oracle(&all, &outputs);
+            for (whole, clipped) in model.tensors.iter().zip(&clipped) {
+                let mut left = Vec::new();
+                for &rank in &whole.holders {
+                    let index = model.of_rank(rank).iter().position(|other| other.name == whole.name).unwrap();
+                    left.extend(on_cpu[rank as usize].1[index].bits());
+                }
+                if left != clipped.bits().collect::<Vec<_>>() {
+                    complaints.push(format!("{place}, {}: the clipped parts are not the clipped tensor", whole.name));
+                }
             }
         }
     }
     demand_none(&complaints);
+}
+
+/// Whole tensors, and shards cut between chunks, have the norm that one probe has of all, to the bit.
+#[test]
+fn the_norm_is_that_of_one_rank_to_the_bit() {
+    const CHUNK: usize = 32 * 1024;
+    let lengths = [5 * CHUNK + 77, 3 * CHUNK, 12, 2 * CHUNK + 1];
+    let all: Vec<Data> = lengths
+        .iter()
+        .enumerate()
+        .map(|(t, &len)| {
+            let key = t as u64;
+            Tensor::of_values(DType::ALL[t % 3], len, move |i| lognormal(key, i, 2.0)).data()
+        })
+        .collect();
+    let name = |t: usize| format!("t{t}");
+    let plan = plan_of((0..).map(name).zip(all.iter().map(Data::tensor))).unwrap();
+    let config = Config::default().clip(Clip::global_norm(1.0));
+    let alone = *Probe::new(Cpu, plan, config.clone()).unwrap().measure_host(&tensors(&all)).unwrap().outputs();
+    for make in DEVICES {
+        for ranks in [1, 2, 3, 8] {
+            let mesh = Mesh::new([("dp", ranks)]).unwrap();
+            let outputs = on_ranks(ranks, |rank, communicator| {
+                // Chunk by chunk, as many to each rank as it takes; the last tensor is on the last rank alone.
+                let cut = |len: usize, rank: u32| {
+                    len.min(len.div_ceil(CHUNK).div_ceil(ranks as usize) * rank as usize * CHUNK)
+                };
+                let mut parts = Vec::new();
+                let mut layouts = Vec::new();
+                for (t, data) in all.iter().enumerate() {
+                    let is_whole = t + 1 == all.len();
+                    if is_whole && rank + 1 < ranks {
+                        continue;
+                    }
+                    let len = lengths[t];
+                    let range = if is_whole { 0..len } else { cut(len, rank)..cut(len, rank + 1) };
+                    let how = if is_whole { Along::At(ranks - 1) } else { Along::Sharded };
+                    layouts.push(
+                        mesh.layout([("dp", how)]).unwrap().part(range.start as u64..range.end as u64, len as u64),
+                    );
+                    parts.push((name(t), part(data, range)));
+                }
+                let plan = plan_of(parts.iter().map(|(name, data)| (name.clone(), data.tensor()))).unwrap();
+                let ranks = Ranks::new(communicator, &mesh, layouts);
+                let mut probe = make(plan, config.clone().ranks(ranks), rank).unwrap();
+                let parts: Vec<HostTensor> = parts.iter().map(|(_, data)| data.tensor()).collect();
+                *probe.measure_host(&parts).unwrap().outputs()
+            });
+            for of_rank in outputs {
+                assert_eq!(bytemuck::bytes_of(&of_rank), bytemuck::bytes_of(&alone), "{ranks} ranks");
+            }
+        }
+    }
 }
 
 /// What policies remember, what is kept, judged and scaled, is the same on all ranks, step after step, and what a single
@@ -235,47 +343,57 @@ fn what_ranks_remember_stays_the_same() {
         Config::default().clip(Clip::Percentile { percentile: 50.0, history: 4, max_norm: Some(3.0) }),
         Config::default().clip(Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: None }),
         Config::default().clip(Clip::Value { max_abs: 0.3 }),
+        Config::default().clip(Clip::Quantile { quantile: 0.9 }),
         Config::default().clip(Clip::global_norm(0.5)).loss_scale(LossScale::dynamic().initial(8.0).growth_interval(2)),
     ];
     let models: Vec<Model> = (0..9)
         .map(|step| {
-            let mut model = Model { names: Vec::new(), tensors: Vec::new(), placements: Vec::new(), parts: Vec::new() };
+            let mut model = Model::empty(&[("dp", RANKS)]);
             let mut random = fastrand::Rng::with_seed(7);
             let size = if step == 5 { 20.0 } else { 1.0 + 0.1 * step as f64 };
-            for (t, placement) in
-                [Placement::Sharded, Placement::Replicated, Placement::Ranks(vec![2])].into_iter().enumerate()
-            {
+            for (t, how) in [Along::Sharded, Along::Replicated, Along::Sharded].into_iter().enumerate() {
                 let tensor = Tensor::of_values(DType::F32, 900, move |i| size * 0.05 * normal(10 * step + t as u64, i));
                 // An overflow that one rank alone sees.
                 let tensor = if step == 3 && t == 2 { tensor.with(11, f32::INFINITY.to_bits()) } else { tensor };
-                model.add(["a", "b", "c"][t], tensor.data(), placement, RANKS, &mut random);
+                model.add(["a", "b", "c"][t], tensor.data(), &[("dp", how)], &mut random);
             }
             model
         })
         .collect();
     for config in configs {
         let config = config.rules(Rules::default()).history(20);
-        let run = |make: Make, rank: u32, communicator: Option<ThreadCommunicator>| {
-            let is_one_of_many = communicator.is_some();
-            let of = |model: &Model| if is_one_of_many { model.of_rank(rank) } else { model.tensors.clone() };
-            let plan = models[0].plan(&of(&models[0]));
-            let config = match communicator {
-                Some(communicator) => joined(&config, communicator, &models[0].placements),
-                None => config.clone(),
+        let run = |make: Make, rank: u32, communicator: Option<Told>| {
+            let (plan, config, data): (Plan, Config, Vec<Vec<Data>>) = match communicator {
+                Some(communicator) => {
+                    let ranks = models[0].ranks(communicator).whole_tensors();
+                    let data = models.iter().map(|model| model.data(rank)).collect();
+                    (models[0].plan(rank), config.clone().ranks(ranks), data)
+                }
+                None => {
+                    let of = |model: &Model| model.tensors.iter().map(|whole| whole.data.clone()).collect();
+                    let data: Vec<Vec<Data>> = models.iter().map(of).collect();
+                    let names = models[0].tensors.iter().map(|whole| whole.name.clone());
+                    (plan_of(names.zip(data[0].iter().map(Data::tensor))).unwrap(), config.clone(), data)
+                }
             };
             let mut probe = make(plan, config, rank).unwrap();
-            let steps: Vec<Report> =
-                models.iter().map(|model| probe.measure_host(&tensors(&of(model))).unwrap()).collect();
+            let steps: Vec<Report> = data.iter().map(|data| probe.measure_host(&tensors(data)).unwrap()).collect();
             let history = probe.history_report().unwrap();
-            (steps, format!("{:?}", history.steps().collect::<Vec<_>>()))
+            (steps, format!("{:?}", history.steps().map(|(step, _)| step.outputs).collect::<Vec<_>>()))
         };
         let whole = run(DEVICES[0], 0, None);
         let all = DEVICES.map(|make| on_ranks(RANKS, |rank, communicator| run(make, rank, Some(communicator))));
         for (rank, (steps, history)) in all.iter().flatten().enumerate() {
             assert!(*history == all[0][0].1, "{config:?}, rank {rank}");
             for ((report, of_first), of_whole) in steps.iter().zip(&all[0][0].0).zip(&whole.0) {
-                assert!(bytes_of(report) == bytes_of(of_first), "{config:?}, rank {rank}, step {}", report.step());
-                assert_eq!(report.health_words(), of_first.health_words());
+                let bytes = |report: &Report| bytemuck::bytes_of(report.outputs()).to_vec();
+                assert!(bytes(report) == bytes(of_first), "{config:?}, rank {rank}, step {}", report.step());
+                let words = |report: &Report| {
+                    let mut words = report.health_words().unwrap().to_vec();
+                    words.rotate_right(rank % RANKS as usize % 3);
+                    words
+                };
+                assert_eq!(words(report), of_first.health_words().unwrap());
                 let (seen, expected) = (report.outputs(), of_whole.outputs());
                 let near = |a: f64, b: f64| a == b || (a / b - 1.0).abs() < 1e-5 || a.is_nan() && b.is_nan();
                 assert!(near(seen.total_norm, expected.total_norm), "{seen:?}, {expected:?}");
@@ -287,235 +405,446 @@ fn what_ranks_remember_stays_the_same() {
     }
 }
 
+/// A plan of two replicas and a shard, on four ranks.
+fn replicated_and_sharded(communicator: Told, check: ReplicaCheck) -> (Plan, Ranks) {
+    let mesh = Mesh::new([("dp", 4)]).unwrap();
+    let [replica, shard] = [Along::Replicated, Along::Sharded].map(|how| mesh.layout([("dp", how)]).unwrap());
+    let plan = Plan::new([("a", DType::F32, 3), ("b", DType::F32, 2), ("c", DType::F32, 1)]).unwrap();
+    (plan, Ranks::new(communicator, &mesh, [replica.clone(), replica, shard]).replica_check(check))
+}
+
 #[test]
-fn replicas_that_differ_are_counted_and_found() {
-    let plan = || Plan::new([("a", DType::F32, 3), ("b", DType::F32, 2), ("c", DType::F32, 1)]).unwrap();
-    let placements = [Placement::Replicated, Placement::Replicated, Placement::Sharded];
-    for make in DEVICES {
+fn replicas_that_differ_are_found_and_named() {
+    for (make, check) in DEVICES
+        .into_iter()
+        .flat_map(|make| [ReplicaCheck::Reported, ReplicaCheck::Strict, ReplicaCheck::Off].map(|check| (make, check)))
+    {
         let ranks = on_ranks(4, |rank, communicator| {
-            let config = Config::default().clip(Clip::global_norm(1.0));
-            let mut probe = make(plan(), joined(&config, communicator, &placements), rank).unwrap();
+            let (plan, ranks) = replicated_and_sharded(communicator, check);
+            let config = Config::default().clip(Clip::global_norm(1.0)).ranks(ranks);
+            let mut probe = make(plan, config, rank).unwrap();
             let mut step = |a: [f32; 3], b: [f32; 2]| {
                 let c = [rank as f32];
-                let report =
-                    probe.measure_host(&[HostTensor::F32(&a), HostTensor::F32(&b), HostTensor::F32(&c)]).unwrap();
-                (report, probe.ranks().unwrap().report().unwrap())
+                let tensors = [HostTensor::F32(&a), HostTensor::F32(&b), HostTensor::F32(&c)];
+                let report = probe.measure_host(&tensors).unwrap();
+                (report, probe.ranks().unwrap().differing_replicas())
             };
             let same = step([1.0, 2.0, 3.0], [0.5, 0.5]);
-            // The last bit of one element on one rank; and a NaN on another.
+            // The last bit of one element on one rank; a NaN on another; and two tensors, on three ranks.
             let last_bit = step([1.0, 2.0, if rank == 2 { 3f32.next_up() } else { 3.0 }], [0.5, 0.5]);
             let nan = step([1.0, 2.0, 3.0], [0.5, if rank == 3 { f32::NAN } else { 0.5 }]);
+            let several = step([1.0 + rank as f32 / 2.0, 2.0, 3.0], [if rank == 1 { 7.0 } else { 0.5 }, 0.5]);
             let again = step([1.0, 2.0, 3.0], [0.5, 0.5]);
-            [same, last_bit, nan, again]
+            [same, last_bit, nan, several, again]
         });
         for (rank, steps) in ranks.iter().enumerate() {
             let outputs = steps.each_ref().map(|(report, _)| *report.outputs());
-            assert_eq!(outputs.map(|o| o.differing_replicas), [0, 1, 1, 0], "rank {rank}");
-            let clipped = StepOutputs::FLAG_CLIPPED;
-            let replicas = StepOutputs::FLAG_REPLICAS;
-            let nan = StepOutputs::FLAG_NAN | StepOutputs::FLAG_SKIP | replicas;
-            assert_eq!(outputs.map(|o| o.flags), [clipped, clipped | replicas, nan, clipped]);
+            let bits = |flag: u32| outputs.map(|outputs| u32::from(outputs.flags & flag != 0));
+            let is_compared = u32::from(check != ReplicaCheck::Off);
+            let is_strict = u32::from(check == ReplicaCheck::Strict);
+            let differ = [0, is_compared, is_compared, is_compared, 0];
+            assert_eq!(bits(StepOutputs::FLAG_REPLICAS), differ, "rank {rank}");
+            assert_eq!(bits(StepOutputs::FLAG_STATE), [0; 5]);
+            // The NaN is on a replica that counts nowhere: it is in no norm, and the step is skipped on all ranks.
+            assert_eq!(outputs.map(|outputs| outputs.skip.cast_unsigned()), [0, is_strict, 1, is_strict, 0]);
+            assert!(outputs.iter().all(|outputs| (outputs.found_inf == 1.0) == (outputs.skip == 1)));
             // 14 + 0.5 of the replicas, once, and 0 + 1 + 4 + 9 of the shards.
             assert_eq!(outputs[0].total_norm, 28.5f64.sqrt());
-            assert_eq!((outputs[1].total_norm, outputs[2].skip, outputs[3].skip), (outputs[0].total_norm, 1, 0));
-            let reports = steps.each_ref().map(|(_, report)| report);
-            assert_eq!(reports.map(RankReport::ranks), [4; 4]);
-            assert_eq!([0, 1, 2].map(|t| reports[1].differing(t)), [vec![2], vec![], vec![]]);
-            assert_eq!([0, 1, 2].map(|t| reports[2].differing(t)), [vec![], vec![3], vec![]]);
-            assert_eq!([0, 1, 2].map(|t| reports[2].first_nonfinite(t)), [None, Some((3, 1)), None]);
-            assert_eq!(reports[0].records(2)[2].max_abs(), Some(2.0));
-            assert_eq!(reports[0].weights(0), None);
-            let text = "4 ranks\nb: the first NaN or Inf is element 1 of rank 3\nb: replicas differ from that of rank 0 on rank 3\n";
-            assert_eq!(reports[2].to_string(), text);
+            assert_eq!(outputs[1].total_norm, outputs[0].total_norm);
+            if check == ReplicaCheck::Off {
+                assert_eq!(steps[1].1, Err(Error::NotDeclared { declare: "Ranks::replica_check" }));
+                continue;
+            }
+            let found = steps.each_ref().map(|(report, _)| report.rank_check().unwrap().replicas.clone());
+            let named = |rank, tensor: &str| Some(Differing { ranks: vec![rank], tensor: Some(tensor.to_owned()) });
+            let expected = [None, named(2, "a"), named(3, "b"), Some(Differing::default()), None];
+            assert_eq!(found, expected, "rank {rank}");
+            let all = steps.each_ref().map(|(_, differing)| differing.clone().unwrap());
+            let of = |tensor, ranks: &[u32]| DifferingReplica { tensor, is_weight: false, ranks: ranks.to_vec() };
+            let expected =
+                [vec![], vec![of(0, &[2])], vec![of(1, &[3])], vec![of(0, &[0, 1, 2, 3]), of(1, &[1])], vec![]];
+            assert_eq!(all, expected);
+            let text = steps[1].0.to_string();
+            assert!(text.contains("replicas differ in step 2 on rank 2, in a\n"), "{text}");
         }
     }
 }
 
-/// The first NaN of a sharded tensor is found in the whole and on its rank.
+/// Where nobody has to be waited for, the word of a step comes with the next.
 #[test]
-fn a_nan_is_found_on_its_rank() {
-    let model = {
-        let mut model = Model { names: Vec::new(), tensors: Vec::new(), placements: Vec::new(), parts: Vec::new() };
-        let mut random = fastrand::Rng::with_seed(3);
-        let tensor = Tensor::of_values(DType::BF16, 5000, |i| normal(1, i)).with(4321, 0x7fc0);
-        model.add("w", tensor.data(), Placement::Ranks(vec![3, 1, 0]), 4, &mut random);
-        model
-    };
-    let lengths: Vec<u64> = [3, 1].map(|rank: usize| model.parts[0][rank].bits().count() as u64).into();
+fn plain_data_parallelism_hears_a_step_later() {
     for make in DEVICES {
-        let found = on_ranks(4, |rank, communicator| {
-            let data = model.of_rank(rank);
-            let config = joined(&Config::default(), communicator, &model.placements);
-            let mut probe = make(model.plan(&data), config, rank).unwrap();
-            let report = probe.measure_host(&tensors(&data)).unwrap();
-            (report.records()[0].first_nonfinite(), probe.ranks().unwrap().report().unwrap().first_nonfinite(0))
+        let found = on_ranks(3, |rank, communicator| {
+            let plan = Plan::new([("w", DType::BF16, 40_000)]).unwrap();
+            let mut probe = make(plan, Config::default().ranks(Ranks::data_parallel(communicator)), rank).unwrap();
+            let steps = [0, 1, 2, 3].map(|step| {
+                let data = Tensor::of_values(DType::BF16, 40_000, |i| normal(5, i)).data();
+                let mut bits: Vec<u32> = data.bits().collect();
+                if step == 1 && rank == 1 {
+                    bits[35_000] ^= 1;
+                }
+                let data = Data::of_bits(DType::BF16, bits.into_iter());
+                let report = probe.measure_host(&tensors(std::slice::from_ref(&data))).unwrap();
+                (report.outputs().flags, report.rank_check().unwrap().clone())
+            });
+            steps.map(|(flags, check)| (flags & StepOutputs::FLAG_REPLICAS, check.step, check.replicas))
         });
-        let before = lengths.iter().scan(0, |sum, len| {
-            *sum += len;
-            Some(*sum)
+        let one = Some(Differing { ranks: vec![1], tensor: Some("w".to_owned()) });
+        let expected = [(0, 0, None), (0, 1, None), (StepOutputs::FLAG_REPLICAS, 2, one), (0, 3, None)];
+        assert!(found.iter().all(|steps| *steps == expected), "{found:?}");
+    }
+}
+
+/// One flipped bit of 32768 normal numbers, wherever it is, is found and named; and nothing is found where there is none.
+#[test]
+fn a_flipped_bit_is_found_every_time() {
+    let tries = if std::env::var_os("GRADPROBE_SHORT").is_some() { 100 } else { 1000 };
+    let found = on_ranks(3, |rank, communicator| {
+        let plan = Plan::new([("w", DType::F32, 32_768)]).unwrap();
+        let mut random = fastrand::Rng::with_seed(9);
+        let mut numbers: Vec<f32> = (0..32_768).map(|i| normal(1, i) as f32).collect();
+        let ranks = Ranks::data_parallel(communicator).replica_check(ReplicaCheck::Strict);
+        let mut probe = Probe::new(Cpu, plan, Config::default().ranks(ranks)).unwrap();
+        let mut found = 0;
+        for _ in 0..tries {
+            let (at, bit, odd) = (random.usize(..numbers.len()), random.u32(..32), random.u32(..3));
+            let before = numbers[at];
+            if odd == rank {
+                numbers[at] = f32::from_bits(before.to_bits() ^ 1 << bit);
+            }
+            let report = probe.measure_host(&[HostTensor::F32(&numbers)]).unwrap();
+            let replicas = report.rank_check().unwrap().replicas.clone();
+            found += u32::from(replicas.is_some_and(|replicas| replicas.ranks == [odd] && report.outputs().skip == 1));
+            numbers[at] = before;
+            let report = probe.measure_host(&[HostTensor::F32(&numbers)]).unwrap();
+            assert_eq!((report.rank_check().unwrap().replicas.clone(), report.outputs().skip), (None, 0));
+        }
+        found
+    });
+    assert_eq!(found, [tries; 3]);
+}
+
+/// A rank that comes to a step with another state is named on all.
+#[test]
+fn another_state_is_named() {
+    for make in DEVICES {
+        let found = on_ranks(3, |rank, communicator| {
+            let plan = Plan::new([("w", DType::F32, 2)]).unwrap();
+            let mesh = Mesh::new([("dp", 3)]).unwrap();
+            let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+            let ranks = Ranks::alike(communicator, &mesh, sharded).replica_check(ReplicaCheck::Strict);
+            let config = Config::default().clip(Clip::global_norm(1.0)).loss_scale(LossScale::dynamic().initial(8.0));
+            let mut probe = make(plan, config.ranks(ranks), rank).unwrap();
+            let mut step = |scale: f32| {
+                let address = probe.addresses().loss_scale.unwrap();
+                // SAFETY: the probe's f32, in the memory of the host, while nothing runs.
+                unsafe { *(address as *mut f32) = scale };
+                gradprobe_simt::ptx::memory::written(address, 4);
+                let report = probe.measure_host(&[HostTensor::F32(&[1.0, 2.0])]).unwrap();
+                (report.outputs().flags, report.outputs().skip, report.rank_check().unwrap().state.clone())
+            };
+            [step(8.0), step(if rank == 2 { 4.0 } else { 8.0 }), step(8.0)]
         });
-        let before: Vec<u64> = [0].into_iter().chain(before).collect();
-        let place = before.iter().rposition(|&before| before <= 4321).unwrap();
-        let on_its_rank = Some(([3, 1, 0][place], 4321 - before[place]));
-        assert_eq!(found, vec![(Some(4321), on_its_rank); 4]);
+        for steps in found {
+            let (bits, skip) = (StepOutputs::FLAG_STATE | StepOutputs::FLAG_SKIP, 1);
+            let state = Some(Differing { ranks: vec![2], tensor: None });
+            assert_eq!((steps[1].0 & bits, steps[1].1, &steps[1].2), (bits, skip, &state));
+            for of_step in [&steps[0], &steps[2]] {
+                assert_eq!((of_step.0 & bits, of_step.1, &of_step.2), (0, 0, &None));
+            }
+        }
+    }
+}
+
+/// The first NaN of a sharded tensor is found in the whole, by every rank.
+#[test]
+fn a_nan_is_found_in_the_whole() {
+    let mut model = Model::empty(&[("dp", 4)]);
+    let mut random = fastrand::Rng::with_seed(3);
+    let tensor = Tensor::of_values(DType::BF16, 5000, |i| normal(1, i)).with(4321, 0x7fc0);
+    model.add("w", tensor.data(), &[("dp", Along::Sharded)], &mut random);
+    for make in DEVICES {
+        let found = step(&model, make, &Config::default(), true);
+        assert!(found.iter().all(|(report, _)| report.records()[0].first_nonfinite() == Some(4321)));
     }
 }
 
 #[test]
-fn weights_are_placed_as_their_gradients() {
+fn weights_are_laid_out_as_their_gradients() {
     let plan =
         || Plan::new([("a", DType::F32, 2), ("b", DType::F32, 1)]).unwrap().with_weights([DType::F32; 2]).unwrap();
     for make in DEVICES {
         let ranks = on_ranks(2, |rank, communicator| {
-            let placements = [Placement::Sharded, Placement::Replicated];
-            let mut probe = make(plan(), joined(&Config::default(), communicator, &placements), rank).unwrap();
+            let mesh = Mesh::new([("dp", 2)]).unwrap();
+            let layouts = [Along::Sharded, Along::Replicated].map(|how| mesh.layout([("dp", how)]).unwrap());
+            let ranks = Ranks::new(communicator, &mesh, layouts).whole_tensors();
+            let mut probe = make(plan(), Config::default().ranks(ranks), rank).unwrap();
             let (a, w, b) = ([3.0, 0.0], [[30.0f32, 0.0], [0.0, 40.0]][rank as usize], [5.0]);
             let b_weight = [50.0 + rank as f32];
             let tensors = [HostTensor::F32(&a), HostTensor::F32(&b)];
             let weights = [HostTensor::F32(&w), HostTensor::F32(&b_weight)];
             let with = probe.measure_host_with_weights(&tensors, &weights).unwrap();
+            let differing = probe.ranks().unwrap().differing_replicas().unwrap();
             let without = probe.measure_host(&tensors).unwrap();
-            (with, without, probe.ranks().unwrap().report().unwrap())
+            (with, without, differing)
         });
-        for (with, without, report) in &ranks {
+        for (with, without, differing) in &ranks {
             let norms = |records: &[Record]| records.iter().map(Record::l2_norm).collect::<Vec<_>>();
             assert_eq!(norms(with.records()), [18f64.sqrt(), 5.0]);
             assert_eq!(norms(with.weights().unwrap()), [50.0, 50.0]);
-            assert_eq!((with.outputs().differing_replicas, with.outputs().weights), (1, 1));
+            assert_eq!((with.outputs().flags, with.outputs().weights), (StepOutputs::FLAG_REPLICAS, 1));
+            // Of two nobody can tell which is right.
+            let found = Some(Differing { ranks: vec![0, 1], tensor: Some("b".to_owned()) });
+            assert_eq!(with.rank_check().unwrap().replicas, found);
+            assert_eq!(*differing, [DifferingReplica { tensor: 1, is_weight: true, ranks: vec![0, 1] }]);
             assert!(without.weights().is_none());
-            assert_eq!((without.outputs().differing_replicas, without.outputs().weights), (0, 0));
-            assert_eq!(report.weights(1).unwrap()[1].max_abs(), Some(51.0));
-            assert_eq!(report.differing(1), [1]);
+            assert_eq!((without.outputs().flags, without.outputs().weights), (0, 0));
         }
     }
 }
 
-/// A plan of no tensors, and one in which a rank holds nothing.
+/// Plans of no tensors, and ranks that hold nothing.
 #[test]
 fn ranks_may_hold_nothing() {
+    let mesh = Mesh::new([("pp", 2)]).unwrap();
     for make in DEVICES {
-        let steps = on_ranks(2, |rank, communicator| {
-            let config = joined(&Config::default().clip(Clip::global_norm(1.0)), communicator, &[]);
-            let mut probe = make(Plan::new::<String>([]).unwrap(), config, rank).unwrap();
-            *probe.measure_host(&[]).unwrap().outputs()
-        });
-        assert!(steps.iter().all(|outputs| (outputs.total_norm, outputs.coefficient) == (0.0, 1.0)), "{steps:?}");
-        let steps = on_ranks(2, |rank, communicator| {
-            let data = vec![2.0f32; if rank == 0 { 0 } else { 4 }];
-            let plan = Plan::new([("stage", DType::F32, data.len() as u64)]).unwrap();
-            let config = Config::default().clip(Clip::global_norm(1.0));
-            let mut probe = make(plan, joined(&config, communicator, &[Placement::Ranks(vec![1])]), rank).unwrap();
-            let steps = [(); 2].map(|()| probe.measure_host(&[HostTensor::F32(&data)]).unwrap());
-            steps.map(|report| (report.outputs().total_norm, report.records()[0].count))
-        });
-        assert_eq!(steps, [[(4.0, 4); 2]; 2]);
+        for all_are_empty in [true, false] {
+            let steps = on_ranks(2, |rank, communicator| {
+                let is_empty = all_are_empty || rank == 0;
+                let names: &[(&str, DType, u64)] = if is_empty { &[] } else { &[("stage", DType::F32, 4)] };
+                let layouts = names.iter().map(|_| mesh.layout([("pp", Along::At(1))]).unwrap());
+                let ranks = Ranks::new(communicator, &mesh, layouts);
+                let config = Config::default().clip(Clip::global_norm(1.0)).ranks(ranks);
+                let mut probe = make(Plan::new(names.iter().copied()).unwrap(), config, rank).unwrap();
+                let data = vec![HostTensor::F32(&[2.0; 4]); names.len()];
+                [(); 2].map(|()| probe.measure_host(&data).unwrap().outputs().total_norm)
+            });
+            assert_eq!(steps, [[if all_are_empty { 0.0 } else { 4.0 }; 2]; 2]);
+        }
     }
 }
 
 /// What a probe without other ranks says when it is asked for them.
 const NOT_DECLARED: Error = Error::NotDeclared { declare: "Config::ranks" };
 
-/// Every rank learns who differs and in what, and stays alone.
+/// What a rank brings: its tensors, their layouts, its settings.
+type Brought = (Vec<(&'static str, DType, u64)>, Vec<Layout>, Config);
+
+/// Every rank learns who is wrong and in what, whoever it is, and stays alone.
 #[test]
-fn ranks_that_mean_something_else_are_named() {
-    let base = || vec![("a", DType::F32, 3), ("b", DType::BF16, 2)];
-    let sharded = || vec![Placement::Sharded, Placement::Sharded];
-    type Rank = (Vec<(&'static str, DType, u64)>, Vec<Placement>, Config, bool);
-    let with = |change: &dyn Fn(&mut Rank)| {
-        let mut rank = (base(), sharded(), Config::default().clip(Clip::global_norm(1.0)), false);
+fn ranks_that_do_not_fit_are_named() {
+    let mesh = Mesh::new([("pp", 2), ("dp", 2)]).unwrap();
+    let along = |along: &[(&'static str, Along)]| mesh.layout(along.iter().copied()).unwrap();
+    let sharded = along(&[("pp", Along::Sharded), ("dp", Along::Sharded)]);
+    let everywhere = along(&[]);
+    let with = |change: &dyn Fn(&mut Brought)| {
+        let tensors = vec![("a", DType::F32, 3), ("b", DType::BF16, 2)];
+        let mut rank =
+            (tensors, vec![sharded.clone(), everywhere.clone()], Config::default().clip(Clip::global_norm(1.0)));
         change(&mut rank);
         rank
     };
-    let other: [(Rank, &str); 7] = [
-        (with(&|rank| rank.0[1].0 = "c"), "tensor 1 is planned otherwise than on rank 0; here it is "),
-        (with(&|rank| rank.0[1].1 = DType::F16), "tensor 1 is planned otherwise than on rank 0; here it is "),
-        (with(&|rank| rank.1[0] = Placement::Replicated), "tensor 0 is planned otherwise than on rank 0; here it is "),
+    let part = |range, whole| sharded.clone().part(range, whole);
+    type Change<'a> = Box<dyn Fn(&mut Brought, u32) + Sync + 'a>;
+    // Who does what, who is named, and why.
+    let wrong: Vec<(Change, u32, &str)> = vec![
         (
-            with(&|rank| rank.1[1] = Placement::Ranks(vec![1])),
-            "tensor 1 is planned otherwise than on rank 0; here it is ",
-        ),
-        (
-            with(&|rank| {
-                rank.0.push(("c", DType::F32, 1));
-                rank.1.push(Placement::Sharded);
+            Box::new(|own, rank| {
+                if rank == 2 {
+                    own.0[0].1 = DType::F16
+                }
             }),
-            "3 tensors are planned, on rank 0 there are 2",
+            2,
+            "tensor \"a\" is of another type or layout there",
         ),
         (
-            with(&|rank| rank.2 = Config::default().clip(Clip::global_norm(2.0))),
-            "settings are others than on rank 0; here they are ",
+            Box::new(|own, rank| {
+                if rank == 1 {
+                    own.1[0] = everywhere.clone()
+                }
+            }),
+            1,
+            "tensor \"a\" is of another type or layout there",
         ),
-        (with(&|rank| rank.3 = true), "settings are others than on rank 0; here they are "),
+        (
+            Box::new(|own, rank| {
+                if rank == 3 {
+                    own.0[0].0 = "c"
+                }
+            }),
+            3,
+            "tensor \"a\" is not in the plan there",
+        ),
+        (
+            Box::new(|own, rank| {
+                if rank == 3 {
+                    own.0.remove(1);
+                    own.1.remove(1);
+                }
+            }),
+            3,
+            "tensor \"b\" is not in the plan there",
+        ),
+        (
+            Box::new(|own, rank| {
+                if rank == 0 {
+                    own.0[1].2 = 5
+                }
+            }),
+            0,
+            "tensor \"b\" has another length there than its replicas",
+        ),
+        // Two that own one, and none that does.
+        (
+            Box::new(|own, rank| own.1[1] = along(&[("pp", Along::At(rank / 2))])),
+            2,
+            "tensor \"b\" is of another type or layout there",
+        ),
+        (
+            Box::new(|own, rank| {
+                own.1[1] = along(&[("pp", Along::At(1))]);
+                if rank >= 2 {
+                    own.0.remove(1);
+                    own.1.remove(1);
+                }
+            }),
+            2,
+            "tensor \"b\" is not in the plan there",
+        ),
+        // Parts that are not those of a whole.
+        (
+            Box::new(|own, rank| {
+                let first = 3 * u64::from(rank) - u64::from(rank == 2);
+                own.1[0] = part(first..first + 3, 12);
+            }),
+            2,
+            "tensor \"a\" has elements from 5 there, which another rank has up to 6",
+        ),
+        (
+            Box::new(|own, rank| {
+                let first = 3 * u64::from(rank) + u64::from(rank == 3);
+                own.1[0] = part(first..first + 3, 13);
+            }),
+            3,
+            "tensor \"a\" has elements from 10 there, and those from 9 are on no rank",
+        ),
+        (
+            Box::new(|own, rank| own.1[0] = part(3 * u64::from(rank)..3 * u64::from(rank) + 3, 11)),
+            3,
+            "tensor \"a\" has elements up to 12 there, of 11",
+        ),
+        (
+            Box::new(|own, rank| own.1[0] = part(3 * u64::from(rank)..3 * u64::from(rank) + 3, 14)),
+            3,
+            "tensor \"a\" ends at 12 there, and should have 14 elements",
+        ),
+        (
+            Box::new(|own, rank| {
+                if rank == 1 {
+                    own.2 = Config::default().clip(Clip::global_norm(2.0))
+                }
+            }),
+            1,
+            "has other settings",
+        ),
+        // What one alone finds out is told to all.
+        (
+            Box::new(|own, rank| {
+                if rank == 2 {
+                    own.1.truncate(1)
+                }
+            }),
+            2,
+            "the plan has 2 tensors, the step gave 1",
+        ),
+        (
+            Box::new(|own, rank| {
+                if rank == 2 {
+                    own.1[0] = part(0..4, 12)
+                }
+            }),
+            2,
+            "tensor \"a\" cannot be laid out of elements 0..4, where 3 are planned",
+        ),
+        (
+            Box::new(|own, rank| {
+                if rank == 3 {
+                    own.2 = Config::default().dead_threshold(-1.0)
+                }
+            }),
+            3,
+            "dead_threshold must be finite and not negative, not -1",
+        ),
     ];
     for make in DEVICES {
-        for (odd, message) in &other {
-            let errors = on_ranks(3, |rank, communicator| {
-                let (tensors, placements, config, weights) = if rank == 2 { odd.clone() } else { with(&|_| ()) };
-                let mut plan = Plan::new(tensors.clone()).unwrap();
-                if weights {
-                    plan = plan.with_weights(tensors.iter().map(|tensor| tensor.1)).unwrap();
-                }
-                let error = make(plan.clone(), joined(&config, communicator, &placements), rank).unwrap_err();
+        for (change, culprit, message) in &wrong {
+            let errors = on_ranks(4, |rank, communicator| {
+                let (tensors, layouts, config) = with(&|own| change(own, rank));
+                let plan = Plan::new(tensors).unwrap();
+                let ranks = Ranks::new(communicator, &mesh, layouts);
+                let error = make(plan.clone(), config.clone().ranks(ranks), rank).unwrap_err();
                 // Alone, it measures as ever.
-                let mut probe = make(plan.clone(), config, rank).unwrap();
-                let data: Vec<Data> = plan.tensors().iter().map(|t| Data::zeros(t.dtype, t.len as usize)).collect();
-                let data: Vec<HostTensor> = data.iter().map(Data::tensor).collect();
-                assert!(probe.measure_host(&data).is_ok());
-                assert_eq!(probe.ranks().map(drop), Err(NOT_DECLARED));
+                if config.dead_threshold >= 0.0 {
+                    let mut probe = make(plan.clone(), config, rank).unwrap();
+                    let data: Vec<Data> = plan.tensors().iter().map(|t| Data::zeros(t.dtype, t.len as usize)).collect();
+                    assert!(probe.measure_host(&self::tensors(&data)).is_ok());
+                    assert_eq!(probe.ranks().map(drop), Err(NOT_DECLARED));
+                }
                 error
             });
-            for error in errors {
-                assert!(matches!(&error, Error::RankDiffers { rank: 2, what } if what.starts_with(message)), "{error}");
-            }
-        }
-        // Shards may be of any lengths, replicas not.
-        for (placement, refused) in [(Placement::Replicated, true), (Placement::Sharded, false)] {
-            let errors = on_ranks(2, |rank, communicator| {
-                let plan = Plan::new([("w", DType::F32, 5 + u64::from(rank))]).unwrap();
-                make(plan, joined(&Config::default(), communicator, std::slice::from_ref(&placement)), rank).err()
-            });
-            assert!(errors.iter().all(|error| error.is_some() == refused), "{errors:?}");
-            if let Some(Some(error)) = errors.into_iter().find(|error| error.is_some()) {
-                let here = ["\"w\": 5 elements of F32, Replicated", "\"w\": 6 elements of F32, Replicated"];
-                assert!(here.iter().any(|here| error.to_string().ends_with(here)), "{error}");
+            for (rank, error) in (0..).zip(errors) {
+                match &error {
+                    Error::RankDiffers { rank, what } => {
+                        assert_eq!((rank, what.starts_with(message)), (culprit, true), "{error}, not {message}");
+                    }
+                    own => {
+                        assert_eq!(rank, *culprit, "{own}");
+                        assert!(own.to_string().starts_with(message), "{own}, not {message}");
+                    }
+                }
             }
         }
     }
 }
 
 #[test]
-fn what_cannot_be_is_refused_before_anyone_waits() {
+fn what_cannot_be_is_refused() {
     let plan = || Plan::new([("w", DType::F32, 1)]).unwrap();
+    let mesh = Mesh::new([("dp", 1)]).unwrap();
     for make in DEVICES {
-        let refused = |config: Config, placements: &[Placement]| {
-            // The others never come: an error that does not come before they are asked for would not come at all.
-            let alone = ThreadCommunicator::group(3).swap_remove(1);
-            make(plan(), joined(&config, alone, placements), 1).unwrap_err().to_string()
+        let alone = || Told(ThreadCommunicator::group(1).swap_remove(0));
+        let refused = |config: Config, mesh: &Mesh, layouts: &[Layout]| {
+            let ranks = Ranks::new(alone(), mesh, layouts.iter().cloned());
+            make(plan(), config.ranks(ranks), 0).unwrap_err().to_string()
         };
-        let placed = |ranks: &[u32]| refused(Config::default(), &[Placement::Ranks(ranks.into())]);
-        assert_eq!(placed(&[]), "tensor \"w\" cannot be placed on no rank");
-        assert_eq!(placed(&[0, 3]), "tensor \"w\" cannot be placed on rank 3 of 3");
-        assert_eq!(placed(&[2, 0, 2]), "tensor \"w\" cannot be placed on rank 2 twice");
-        assert_eq!(refused(Config::default(), &[]), "the plan has 1 tensors, the step gave 0");
-        let quantile = refused(Config::default().clip(Clip::Quantile { quantile: 0.5 }), &[Placement::Sharded]);
-        assert!(
-            quantile.starts_with("clip must be one that does not look at the elements of other ranks"),
-            "{quantile}"
+        let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+        let of_more = Mesh::new([("dp", 2)]).unwrap();
+        let error = refused(Config::default(), &of_more, &[of_more.layout([]).unwrap()]);
+        assert_eq!(error, "mesh must be of all ranks of the communicator, not 2 of 1 ranks");
+        let other = Mesh::new([("dp", 1), ("tp", 1)]).unwrap();
+        assert_eq!(
+            refused(Config::default(), &mesh, &[other.layout([]).unwrap()]),
+            "tensor \"w\" cannot be laid out of another mesh"
         );
+        assert_eq!(refused(Config::default(), &mesh, &[]), "the plan has 1 tensors, the step gave 0");
+        let by_tensor = Config::default().clip(Clip::TensorNorm { max_norm: 1.0 });
+        let error = refused(by_tensor, &mesh, std::slice::from_ref(&sharded));
+        assert!(error.starts_with("clip must be one that does not look at tensors that are parts here"), "{error}");
         let mut probe = make(plan(), Config::default(), 0).unwrap();
         assert_eq!(probe.ranks().map(drop), Err(NOT_DECLARED));
-        let only = ThreadCommunicator::group(1).swap_remove(0);
-        let mut probe = make(plan(), joined(&Config::default(), only, &[Placement::Replicated]), 0).unwrap();
-        assert_eq!(probe.ranks().unwrap().report().unwrap_err(), Error::NotMeasured);
+        let mut probe = make(plan(), Config::default().ranks(Ranks::alike(alone(), &mesh, sharded)), 0).unwrap();
+        assert_eq!(probe.ranks().unwrap().differing_replicas(), Err(Error::NotMeasured));
     }
 }
 
 /// A rank that fails or ends is an error on those that wait for it, and they go on as they were.
 #[test]
 fn a_rank_that_is_gone_keeps_nobody_waiting() {
+    let mesh = Mesh::new([("dp", 3)]).unwrap();
+    let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
     for make in DEVICES {
         let found = on_ranks(3, |rank, communicator| {
-            let config = joined(&Config::default(), communicator, &[Placement::Sharded]);
+            let config = Config::default().ranks(Ranks::alike(communicator, &mesh, sharded.clone()));
             let mut probe = make(Plan::new([("w", DType::F32, 1)]).unwrap(), config, rank).unwrap();
             let first = probe.measure_host(&[HostTensor::F32(&[3.0])]).unwrap();
             // Rank 1 makes a mistake, and ends.
@@ -533,22 +862,16 @@ fn a_rank_that_is_gone_keeps_nobody_waiting() {
     }
 }
 
-/// What all ranks gave.
-fn gather(end: &ThreadCommunicator, own: &[u8]) -> Result<Vec<u8>, Error> {
-    let mut all = vec![0; own.len() * end.ranks() as usize];
-    // SAFETY: the tests' own memory, as long as it says, with room for as much from each rank.
-    unsafe { end.all_gather(own.as_ptr() as u64, all.as_mut_ptr() as u64, own.len()) }?;
-    Ok(all)
-}
-
 #[test]
 fn parts_of_other_lengths_are_an_error_on_every_rank() {
-    let errors = on_ranks(2, |rank, end| gather(&end, &vec![0; 1 + rank as usize]).unwrap_err());
+    let errors = on_ranks(2, |rank, end| Transport::all_gather(&end.0, &vec![0; 1 + rank as usize]).unwrap_err());
     for error in errors {
         assert_eq!(error.to_string(), "the ranks cannot communicate: rank 1 gave 2 bytes, rank 0 1");
     }
     // And what follows is gathered as ever, in the order of the ranks.
-    let all = on_ranks(5, |rank, end| (0..50u8).map(|i| gather(&end, &[rank as u8, i]).unwrap()).collect::<Vec<_>>());
+    let all = on_ranks(5, |rank, end| {
+        (0..50u8).map(|i| Transport::all_gather(&end.0, &[rank as u8, i]).unwrap()).collect::<Vec<_>>()
+    });
     for rank in all {
         assert!((0..50).all(|i| rank[usize::from(i)] == [0, i, 1, i, 2, i, 3, i, 4, i]));
     }

@@ -33,6 +33,8 @@ pub enum Work {
     Set { to: u64, value: u8, bytes: usize },
     /// Exchanges bytes with other streams.
     Gather { rank: &'static Rank, from: u64, to: u64, bytes: usize },
+    /// Adds words up with those of other streams, or takes the largest.
+    Reduce { rank: &'static Rank, at: u64, words: usize, takes_largest: bool },
     /// Calls a function of the host, with the address of its argument.
     Host { function: unsafe extern "C" fn(*mut c_void), argument: usize },
 }
@@ -62,6 +64,7 @@ impl Work {
                 written(to, bytes);
             }
             Work::Gather { rank, from, to, bytes } => rank.gather(from, to, bytes),
+            Work::Reduce { rank, at, words, takes_largest } => rank.reduce(at, words, takes_largest),
             // SAFETY: whoever queued it vouches for the function and its argument.
             Work::Host { function, argument } => unsafe { function(argument as *mut c_void) },
         }
@@ -71,14 +74,18 @@ impl Work {
     pub fn module(&self) -> Option<usize> {
         match self {
             Work::Kernel { function, .. } => Some(function.module),
-            Work::Copy { .. } | Work::Set { .. } | Work::Gather { .. } | Work::Host { .. } => None,
+            Work::Copy { .. } | Work::Set { .. } | Work::Gather { .. } | Work::Reduce { .. } | Work::Host { .. } => {
+                None
+            }
         }
     }
 
     /// The kind of node it is in a graph.
     pub fn node_type(&self) -> CUgraphNodeType {
         match self {
-            Work::Kernel { .. } | Work::Gather { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL,
+            Work::Kernel { .. } | Work::Gather { .. } | Work::Reduce { .. } => {
+                CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL
+            }
             Work::Copy { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY,
             Work::Set { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET,
             Work::Host { .. } => CUgraphNodeType::CU_GRAPH_NODE_TYPE_HOST,

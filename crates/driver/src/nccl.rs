@@ -1,9 +1,9 @@
-//! What cudarc calls of NCCL to gather the records of ranks. A rank is a stream; a gathering holds each rank's stream until
-//! all have come to it, as NCCL's does.
+//! What cudarc calls of NCCL to gather and to add up the words of ranks. A rank is a stream; a collective holds each rank's
+//! stream until all have come to it, as NCCL's does.
 #![allow(non_snake_case, reason = "NCCL's names")]
 
 use crate::{die, graph::Work, handles::Registry, memory, stream::stream, trace};
-use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
+use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
 use std::{
     collections::BTreeMap,
     ffi::{c_int, c_void},
@@ -25,7 +25,7 @@ pub struct Rank {
     group: Arc<Group>,
     rank: usize,
     ranks: usize,
-    /// Gatherings that have yet to run.
+    /// Collectives that have yet to run.
     queued: AtomicUsize,
     is_gone: AtomicBool,
 }
@@ -34,10 +34,10 @@ static GROUPS: Mutex<BTreeMap<u64, Arc<Group>>> = Mutex::new(BTreeMap::new());
 static COMMUNICATORS: Registry<&'static Rank> = Registry::new("communicator");
 
 impl Rank {
-    /// A gathering is queued.
+    /// A collective is queued.
     pub fn queue(&self) {
         if self.is_gone.load(Ordering::SeqCst) {
-            die("a graph is launched after the communicator of one of its gatherings was aborted");
+            die("a graph is launched after the communicator of one of its collectives was aborted");
         }
         self.queued.fetch_add(1, Ordering::SeqCst);
     }
@@ -58,7 +58,35 @@ impl Rank {
         self.group.all.wait();
         self.queued.fetch_sub(1, Ordering::SeqCst);
     }
+
+    /// Makes of each word that of all ranks, on this rank's stream.
+    pub fn reduce(&self, at: u64, words: usize, takes_largest: bool) {
+        memory::demand_at_work("what a rank adds up", at, words * 8);
+        self.group.from.lock().unwrap()[self.rank] = at;
+        self.group.all.wait();
+        let all = self.group.from.lock().unwrap().clone();
+        let mut reduced = vec![0u64; words];
+        for from in all {
+            // SAFETY: its rank has found it to be live device memory, and waits below until all have read it.
+            let of_rank = unsafe { std::slice::from_raw_parts(from as *const u64, words) };
+            for (word, &other) in reduced.iter_mut().zip(of_rank) {
+                *word = if takes_largest { other.max(*word) } else { word.wrapping_add(other) };
+            }
+        }
+        self.group.all.wait();
+        // SAFETY: this rank's own, which was demanded.
+        unsafe { std::ptr::copy_nonoverlapping(reduced.as_ptr(), at as *mut u64, words) };
+        gradprobe_ptx::memory::written(at, words * 8);
+        self.queued.fetch_sub(1, Ordering::SeqCst);
+    }
 }
+
+/// Bytes that all ranks have given to collectives since the program began.
+pub fn given() -> u64 {
+    GIVEN.load(Ordering::SeqCst)
+}
+
+static GIVEN: AtomicU64 = AtomicU64::new(0);
 
 /// A function of NCCL's, with the signature that cudarc calls it by.
 macro_rules! entry_point {
@@ -136,11 +164,32 @@ entry_point! {
         if dtype != ncclDataType_t::ncclUint8 {
             die("only bytes are gathered here");
         }
+        GIVEN.fetch_add(count as u64, Ordering::SeqCst);
         let rank = *COMMUNICATORS.get(communicator);
         let (from, to) = (from as u64, to as u64);
         memory::demand(from, count);
         memory::demand(to, count * rank.ranks);
         match stream(handle.cast()).submit(Work::Gather { rank, from, to, bytes: count }) {
+            Ok(()) => ncclResult_t::ncclSuccess,
+            Err(_) => ncclResult_t::ncclUnhandledCudaError,
+        }
+    }
+}
+
+entry_point! {
+    fn ncclAllReduce(from: *const c_void, to: *mut c_void, count: usize, dtype: ncclDataType_t, change: ncclRedOp_t, communicator: ncclComm_t, handle: cudaStream_t) {
+        if dtype != ncclDataType_t::ncclUint64 || from != to.cast_const() {
+            die("only u64 are reduced here, and in place");
+        }
+        let takes_largest = match change {
+            ncclRedOp_t::ncclSum => false,
+            ncclRedOp_t::ncclMax => true,
+            _ => die("only sums and maxima are made here"),
+        };
+        GIVEN.fetch_add(8 * count as u64, Ordering::SeqCst);
+        let (rank, at) = (*COMMUNICATORS.get(communicator), to as u64);
+        memory::demand(at, 8 * count);
+        match stream(handle.cast()).submit(Work::Reduce { rank, at, words: count, takes_largest }) {
             Ok(()) => ncclResult_t::ncclSuccess,
             Err(_) => ncclResult_t::ncclUnhandledCudaError,
         }

@@ -59,7 +59,7 @@ impl Stream {
         match &mut *self.capture() {
             Some(capture) => capture.add(work),
             None => {
-                if let Work::Gather { rank, .. } = work {
+                if let Work::Gather { rank, .. } | Work::Reduce { rank, .. } = work {
                     rank.queue();
                 }
                 self.enqueue(move || work.run());

@@ -66,14 +66,14 @@ impl Memory {
     /// The tensors, to be read.
     pub fn tensors(&self, a: &Common) -> Vec<HostTensor<'_>> {
         let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
-        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor(address, entry.length, entry.dtype);
+        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor(address, entry.length, entry.dtype.into());
         addresses.iter().zip(self.entries(a)).map(of).collect()
     }
 
     /// The tensors, to be changed.
     pub fn tensors_mut(&self, a: &Common) -> Vec<HostTensorMut<'_>> {
         let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
-        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor_mut(address, entry.length, entry.dtype);
+        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor_mut(address, entry.length, entry.dtype.into());
         addresses.iter().zip(self.entries(a)).map(of).collect()
     }
 }

@@ -1,18 +1,22 @@
-//! Ranks that exchange their records by NCCL, on the probe's stream.
+//! Ranks that add up their sums by NCCL, on the probe's stream.
 
 use super::{
     device::Relaxed,
     driver::{failed, find},
 };
-use crate::{Error, ranks::Communicator, tensor::Place};
+use crate::{
+    Error,
+    ranks::{Communicator, Reduction},
+    tensor::Place,
+};
 use cudarc::{
     driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop, sys::CUstreamCaptureStatus as Status},
     nccl::{
         result::NcclError,
-        safe::{Comm, Id},
+        safe::{Comm, Id, ReduceOp},
     },
 };
-use std::{mem::ManuallyDrop, sync::Arc};
+use std::{marker::PhantomData, mem::ManuallyDrop, sync::Arc};
 
 /// The names under which cudarc looks for NCCL that are those of its packages.
 const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] };
@@ -21,7 +25,7 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 /// on one communicator is in one order on all ranks, and with several streams only their user can see to that.
 ///
 /// ```no_run
-/// use gradprobe::{Clip, Config, DType, Plan, Probe, ranks::{Ranks, Placement}, cuda::{self, Cuda, NcclCommunicator}};
+/// use gradprobe::{Clip, Config, DType, Plan, Probe, ranks::{Along, Mesh, Ranks}, cuda::{self, Cuda, NcclCommunicator}};
 ///
 /// # let (rank, ranks, device) = (0, 2, 0);
 /// // On rank 0, which sends `id.internal()` to the others: by MPI, a socket, a file.
@@ -30,7 +34,8 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 /// let stream = cuda::stream(device)?;
 /// let plan = Plan::new([("block.0.weight", DType::BF16, 1 << 20), ("norm.weight", DType::F32, 4096)])?;
 /// let communicator = NcclCommunicator::new(&stream, rank, ranks, id)?;
-/// let ranks = Ranks::new(communicator, [Placement::Sharded, Placement::Replicated]);
+/// let mesh = Mesh::new([("dp", ranks)])?;
+/// let ranks = Ranks::new(communicator, &mesh, [mesh.layout([("dp", Along::Sharded)])?, mesh.layout([])?]);
 /// let config = Config::new().clip(Clip::global_norm(1.0)).ranks(ranks);
 /// let mut probe = Probe::new(Cuda::new(&stream)?, plan, config)?;
 /// // `measure` is a collective call; `clip` and `poll` are as ever.
@@ -84,6 +89,13 @@ impl NcclCommunicator {
         comm.map(Self::from).map_err(nccl("making a communicator"))
     }
 
+    /// The stream that it works on, whose context is then the thread's.
+    fn bound(&self) -> Result<Arc<CudaStream>, Error> {
+        let stream = self.0.stream();
+        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        Ok(stream)
+    }
+
     /// The stream that it works on.
     pub fn stream(&self) -> Arc<CudaStream> {
         self.0.stream()
@@ -102,14 +114,21 @@ fn nccl(call: &'static str) -> impl Fn(NcclError) -> Error {
     move |error| Error::Communication { what: format!("NCCL: {call} failed with {:?}", error.0) }
 }
 
-/// Bytes of device memory by their address, whose order is that of the communicator's stream.
-struct Bytes {
+/// Device memory by its address, whose order is that of the communicator's stream.
+struct Words<T> {
     address: u64,
     count: usize,
     stream: Arc<CudaStream>,
+    _of: PhantomData<T>,
 }
 
-impl DeviceSlice<u8> for Bytes {
+impl<T> Words<T> {
+    fn new(address: u64, count: usize, stream: &Arc<CudaStream>) -> Self {
+        Self { address, count, stream: Arc::clone(stream), _of: PhantomData }
+    }
+}
+
+impl<T> DeviceSlice<T> for Words<T> {
     fn len(&self) -> usize {
         self.count
     }
@@ -119,13 +138,13 @@ impl DeviceSlice<u8> for Bytes {
     }
 }
 
-impl DevicePtr<u8> for Bytes {
+impl<T> DevicePtr<T> for Words<T> {
     fn device_ptr<'a>(&'a self, _: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
         (self.address, SyncOnDrop::Record(None))
     }
 }
 
-impl DevicePtrMut<u8> for Bytes {
+impl<T> DevicePtrMut<T> for Words<T> {
     fn device_ptr_mut<'a>(&'a mut self, _: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
         (self.address, SyncOnDrop::Record(None))
     }
@@ -152,15 +171,27 @@ unsafe impl Communicator for NcclCommunicator {
         Err(Error::Communication { what: what.to_owned() })
     }
 
-    // cudarc's call is safe: the caller vouches for what it is told of the memory.
+    // cudarc's calls are safe: the caller vouches for what they are told of the memory.
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
         if bytes == 0 {
             return Ok(());
         }
-        let stream = self.0.stream();
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
-        let own = Bytes { address: from, count: bytes, stream: Arc::clone(&stream) };
-        let mut all = Bytes { address: to, count: bytes * self.0.world_size(), stream };
+        let stream = self.bound()?;
+        let own = Words::<u8>::new(from, bytes, &stream);
+        let mut all = Words::new(to, bytes * self.0.world_size(), &stream);
         self.0.all_gather(&own, &mut all).map(drop).map_err(nccl("an all-gather"))
+    }
+
+    unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error> {
+        if words == 0 {
+            return Ok(());
+        }
+        let stream = self.bound()?;
+        let mut all = Words::<u64>::new(at, words, &stream);
+        let reduction = match reduction {
+            Reduction::Sum => ReduceOp::Sum,
+            Reduction::Max => ReduceOp::Max,
+        };
+        self.0.all_reduce_in_place(&mut all, &reduction).map(drop).map_err(nccl("an all-reduce"))
     }
 }

@@ -1,0 +1,153 @@
+//! What ranks exchange, and by what.
+
+use crate::{
+    Error,
+    device::{Device, HostMemory},
+    probe::{ReadBack, uploaded, values},
+    tensor::Place,
+};
+
+/// How the words of all ranks become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// They are added up modulo 2^64.
+    Sum,
+    /// The largest is taken.
+    Max,
+}
+
+impl Reduction {
+    fn of(self, a: u64, b: u64) -> u64 {
+        match self {
+            Self::Sum => a.wrapping_add(b),
+            Self::Max => a.max(b),
+        }
+    }
+}
+
+/// How ranks whose devices are hosts exchange bytes: [`ThreadCommunicator`](super::ThreadCommunicator),
+/// [`TcpCommunicator`](super::TcpCommunicator), or one of your own: of MPI's, say. All ranks make the same calls in the same
+/// order, each of which waits for the others.
+pub trait Transport: std::fmt::Debug + Send + Sync {
+    /// The number of this rank, from 0.
+    fn rank(&self) -> u32;
+
+    /// How many ranks there are.
+    fn ranks(&self) -> u32;
+
+    /// What all ranks gave, one behind the other in their order. All give as many bytes.
+    ///
+    /// # Errors
+    /// When a rank is gone, or a deadline has passed; every call fails then, on all ranks.
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error>;
+
+    /// Makes of each word that of all ranks. One that does it in the network is faster.
+    ///
+    /// # Errors
+    /// Those of [`all_gather`](Self::all_gather).
+    fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
+        let all = self.all_gather(bytemuck::cast_slice(words))?;
+        let all: Vec<u64> = values(&all);
+        for (place, word) in words.iter_mut().enumerate() {
+            let of_all = all.iter().copied().skip(place).step_by(all.len() / self.ranks() as usize);
+            *word = of_all.reduce(|a, b| reduction.of(a, b)).unwrap_or(*word);
+        }
+        Ok(())
+    }
+}
+
+/// How ranks exchange what is in the memories of their devices: every [`Transport`] on hosts, and on CUDA devices
+/// [`NcclCommunicator`](crate::cuda::NcclCommunicator).
+///
+/// # Safety
+/// Calls read and write nothing but what they say, and only until they have run in the order of the device's launches.
+#[allow(unsafe_code, reason = "the probe's memory is written by it")]
+pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
+    /// The number of this rank, from 0.
+    fn rank(&self) -> u32;
+
+    /// How many ranks there are.
+    fn ranks(&self) -> u32;
+
+    /// Fails unless it reaches memory of a device whose kernels find tensors there, in the order of their launches.
+    ///
+    /// # Errors
+    /// [`Error::Communication`].
+    fn check(&self, place: &Place) -> Result<(), Error>;
+
+    /// Copies `bytes` bytes at the device address `from` of each rank to the address `to` of every rank, in the order of
+    /// the ranks; ordered as a launch on the probe's device is.
+    ///
+    /// # Safety
+    /// `from` has that many bytes and `to` that many for each rank, in this device's memory, apart from each other and
+    /// until the copy has run.
+    ///
+    /// # Errors
+    /// When the communication fails.
+    #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+    unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
+
+    /// Makes of each of so many u64 at a device address that of all ranks; ordered as a launch is, and legal in a graph
+    /// capture if a launch is.
+    ///
+    /// # Safety
+    /// They are in this device's memory, until this has run.
+    ///
+    /// # Errors
+    /// When the communication fails.
+    #[allow(unsafe_code, reason = "the address is the caller's word")]
+    unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error>;
+}
+
+// SAFETY: it copies between the hosts' memories, at once.
+#[allow(unsafe_code, reason = "copies from and to addresses that the probe vouches for")]
+unsafe impl<T: Transport> Communicator for T {
+    fn rank(&self) -> u32 {
+        Transport::rank(self)
+    }
+
+    fn ranks(&self) -> u32 {
+        Transport::ranks(self)
+    }
+
+    fn check(&self, place: &Place) -> Result<(), Error> {
+        match place {
+            Place::Host => Ok(()),
+            #[cfg(feature = "cuda")]
+            Place::Stream(_) => {
+                let what = "these ranks exchange memory of the host, and the probe is on a CUDA device".to_owned();
+                Err(Error::Communication { what })
+            }
+        }
+    }
+
+    unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        let all = Transport::all_gather(self, unsafe { HostMemory::bytes(from, bytes) })?;
+        let expected = bytes * Transport::ranks(self) as usize;
+        if all.len() != expected {
+            let what = format!("{} bytes came of all ranks, and not {expected}", all.len());
+            return Err(Error::Communication { what });
+        }
+        // SAFETY: the caller's promise: room for that many.
+        unsafe { HostMemory::bytes_mut(to, expected) }.copy_from_slice(&all);
+        Ok(())
+    }
+
+    unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { HostMemory::bytes_mut(at, words * size_of::<u64>()) };
+        Transport::all_reduce(self, bytemuck::cast_slice_mut(bytes), reduction)
+    }
+}
+
+/// Gathers words of the hosts' through the devices' memory.
+pub(super) fn gather(device: &dyn Device, communicator: &dyn Communicator, own: &[u64]) -> Result<Vec<u64>, Error> {
+    let bytes = size_of_val(own);
+    let from = uploaded(device, bytemuck::cast_slice(own))?;
+    let mut to = ReadBack::zeroed(device, bytes * communicator.ranks() as usize)?;
+    // SAFETY: both are buffers of those sizes, and live until the copy has been read.
+    #[allow(unsafe_code, reason = "the addresses are this function's own")]
+    unsafe { communicator.all_gather(from.address(), to.address(), bytes) }?;
+    Ok(values(to.wait(device)?))
+}

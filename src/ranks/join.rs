@@ -1,0 +1,313 @@
+//! How ranks come together: whether they mean the same, and who holds what, before the first step. A rank that cannot go on
+//! takes part to the end, so that all others get an error that names it.
+
+use super::{Communicator, Layout, Mesh, Ranks, gather};
+use crate::{Config, Error, Plan, device::Device, features::Features};
+use std::{
+    cmp::Ordering,
+    collections::{HashMap, HashSet},
+};
+
+/// Words of text that ranks tell each other.
+const TEXT: usize = 32;
+/// Tensors that ranks tell each other of at once: 3 KB a rank.
+pub(super) const AT_ONCE: usize = 64;
+
+/// Who holds what.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    /// The ranks that hold the same as this one, itself included, in their order; of each tensor of the plan.
+    pub holders: Vec<Vec<u32>>,
+    /// The place of this rank's part in each tensor, as parts lie one behind the other.
+    pub firsts: Vec<u64>,
+    /// The number of each tensor of the plan among those of all ranks.
+    pub slots: Vec<u32>,
+    /// Those of all ranks.
+    pub model_count: usize,
+    /// The most tensors that a rank has.
+    pub most_tensors: usize,
+    /// Whether all tensors of all ranks are replicated.
+    pub is_replicated: bool,
+    rank: u32,
+}
+
+impl Joined {
+    /// Of a rank that has asked nobody.
+    pub fn alone(plan: &Plan, rank: u32, is_replicated: bool) -> Self {
+        let tensors = plan.tensors().len();
+        let slots = (0..).take(tensors).collect();
+        Self {
+            holders: vec![vec![rank]; tensors],
+            firsts: vec![0; tensors],
+            slots,
+            model_count: tensors,
+            most_tensors: tensors,
+            is_replicated,
+            rank,
+        }
+    }
+
+    /// Of each tensor, who holds the same, and which of them this rank is.
+    pub fn places(&self) -> impl Iterator<Item = (&[u32], usize)> {
+        let place = |holders: &[u32]| holders.iter().position(|&rank| rank == self.rank).unwrap_or(0);
+        self.holders.iter().map(move |holders| (holders.as_slice(), place(holders)))
+    }
+
+    /// Whether this rank has any.
+    pub fn has_replicas(&self) -> bool {
+        self.holders.iter().any(|holders| holders.len() > 1)
+    }
+}
+
+/// FNV-1a: the same on every machine and in every version.
+pub(super) fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// What ranks tell each other of a tensor.
+#[derive(Clone, Copy)]
+struct Told {
+    name: u64,
+    description: u64,
+    length: u64,
+    /// Of the part in the whole, and the whole; all ones where that was not said.
+    first: u64,
+    end: u64,
+    whole: u64,
+}
+
+impl Told {
+    const WORDS: usize = 6;
+
+    fn of(plan: &Plan, ranks: &Ranks, index: usize) -> [u64; Self::WORDS] {
+        let spec = &plan.tensors()[index];
+        let nothing = (u64::MAX..u64::MAX, u64::MAX);
+        let (range, whole) = ranks.layout(index).part.clone().unwrap_or(nothing);
+        [hash(&spec.name), hash(&description(plan, ranks, index)), spec.len, range.start, range.end, whole]
+    }
+
+    /// `None` in the place of a tensor that the rank does not have.
+    fn read(words: &[u64]) -> Option<Self> {
+        let &[name, description, length, first, end, whole] = words else { return None };
+        (description != 0).then_some(Self { name, description, length, first, end, whole })
+    }
+}
+
+/// What a rank's tensor must have in common with those of the same name on other ranks.
+fn description(plan: &Plan, ranks: &Ranks, index: usize) -> String {
+    let weight = plan.weights().map_or(String::new(), |weights| format!(", weights of {}", weights[index]));
+    format!("{:?}{weight}, {:?}", plan.tensors()[index].dtype, ranks.layout(index).along)
+}
+
+/// Gives every rank what went wrong on the first on which something did.
+///
+/// # Errors
+/// This rank's own, or [`Error::RankDiffers`].
+pub(super) fn all_or_none<T>(
+    communicator: &dyn Communicator,
+    device: &dyn Device,
+    own: Result<T, Error>,
+) -> Result<T, Error> {
+    let told = own.as_ref().err().map(|error| match error {
+        Error::RankDiffers { rank, what } => (*rank, what.clone()),
+        error => (communicator.rank(), error.to_string()),
+    });
+    let heard = tell(communicator, device, told);
+    match (own, heard) {
+        (Ok(value), Ok(None)) => Ok(value),
+        // What is wrong on this rank alone is more than words.
+        (Err(error), _) if !matches!(error, Error::RankDiffers { .. }) => Err(error),
+        (_, Ok(Some((rank, what)))) => Err(Error::RankDiffers { rank, what }),
+        (_, Err(error)) | (Err(error), Ok(None)) => Err(error),
+    }
+}
+
+/// Tells all ranks what went wrong on this one, and on which it did, if anything; gives what went wrong on the first.
+fn tell(
+    communicator: &dyn Communicator,
+    device: &dyn Device,
+    told: Option<(u32, String)>,
+) -> Result<Option<(u32, String)>, Error> {
+    let flags = gather(device, communicator, &[u64::from(told.is_some())])?;
+    let Some(first) = flags.iter().position(|&flag| flag != 0) else { return Ok(None) };
+    let (rank, what) = told.unwrap_or_default();
+    let mut words = [0u64; TEXT];
+    words[0] = rank.into();
+    let text: &mut [u8] = bytemuck::cast_slice_mut(&mut words[1..]);
+    let end = (0..=what.len().min(text.len())).rev().find(|&end| what.is_char_boundary(end)).unwrap_or(0);
+    text[..end].copy_from_slice(&what.as_bytes()[..end]);
+    let all = gather(device, communicator, &words)?;
+    let heard = &all[first * TEXT..(first + 1) * TEXT];
+    let text: Vec<u8> =
+        bytemuck::cast_slice::<u64, u8>(&heard[1..]).iter().copied().take_while(|&byte| byte != 0).collect();
+    Ok(Some((u32::try_from(heard[0]).unwrap_or(u32::MAX), String::from_utf8_lossy(&text).into_owned())))
+}
+
+/// Finds out whether all ranks mean the same, and who holds what. A collective call.
+///
+/// # Errors
+/// [`Error::RankDiffers`], the same on all ranks, and those of the communicator and the device.
+pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ranks) -> Result<Joined, Error> {
+    let communicator = &*ranks.communicator;
+    let (most_tensors, is_replicated) = heads(device, plan, config, ranks)?;
+    let (mut model, mut own) = (HashMap::new(), HashMap::new());
+    let mut tensors: Vec<Seen> = plan.tensors().iter().map(|_| Seen::default()).collect();
+    for (index, spec) in plan.tensors().iter().enumerate() {
+        own.insert(hash(&spec.name), index);
+    }
+    for first in (0..most_tensors).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(most_tensors - first);
+        let mut words = vec![0; count * Told::WORDS];
+        for (words, index) in words.chunks_exact_mut(Told::WORDS).zip(first..plan.tensors().len()) {
+            words.copy_from_slice(&Told::of(plan, ranks, index));
+        }
+        let all = gather(device, communicator, &words)?;
+        for (rank, of_rank) in (0..).zip(all.chunks_exact(count * Told::WORDS)) {
+            for told in of_rank.chunks_exact(Told::WORDS).filter_map(Told::read) {
+                let slot = u32::try_from(model.len()).map_err(|_| Error::OutOfMemory { bytes: u64::MAX })?;
+                model.entry(told.name).or_insert(slot);
+                if let Some(&index) = own.get(&told.name) {
+                    tensors[index].see(&ranks.mesh, ranks.layout(index), communicator.rank(), rank, &told);
+                }
+            }
+        }
+    }
+    let wrong = tensors.iter_mut().enumerate().find_map(|(index, seen)| {
+        let (rank, what) = seen.wrong(&ranks.mesh, ranks.layout(index))?;
+        Some(Error::RankDiffers { rank, what: format!("tensor {:?} {what}", plan.tensors()[index].name) })
+    });
+    all_or_none(communicator, device, wrong.map_or(Ok(()), Err))?;
+    let slots = plan.tensors().iter().map(|spec| model[&hash(&spec.name)]).collect();
+    let firsts = tensors.iter().map(|seen| seen.before).collect();
+    let holders = tensors.into_iter().map(|mut seen| {
+        seen.holders.sort_unstable();
+        seen.holders
+    });
+    let holders = holders.collect();
+    Ok(Joined {
+        holders,
+        firsts,
+        slots,
+        model_count: model.len(),
+        most_tensors,
+        is_replicated,
+        rank: communicator.rank(),
+    })
+}
+
+/// What must be equal on all ranks; gives the most tensors that one has, and whether all tensors are replicated.
+fn heads(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ranks) -> Result<(usize, bool), Error> {
+    let Config { dead_threshold, clip, non_finite, features: Features { loss_scale, .. }, .. } = config;
+    let of_step = format!(
+        "dead_threshold: {dead_threshold:?}, clip: {clip:?}, non_finite: {non_finite:?}, loss_scale: {loss_scale:?}, \
+         weights: {}, mesh: {:?}, check: {:?}, whole_tensors: {}",
+        plan.weights().is_some(),
+        ranks.mesh,
+        ranks.check,
+        ranks.whole_tensors,
+    );
+    let is_cut = u64::from(!ranks.is_replicated());
+    let own = [hash(env!("CARGO_PKG_VERSION")), hash(&of_step), plan.tensors().len() as u64, is_cut];
+    let all = gather(device, &*ranks.communicator, &own)?;
+    let what = ["has another version of gradprobe".to_owned(), "has other settings".to_owned()];
+    for (column, what) in what.into_iter().enumerate() {
+        let mut votes = Votes::new();
+        (0..).zip(all.iter().skip(column).step_by(own.len())).for_each(|(rank, &value)| vote(&mut votes, value, rank));
+        if let Some(rank) = outvoted(&votes) {
+            let here = if column == 1 {
+                format!("; on rank {} they are {of_step}", ranks.communicator.rank())
+            } else {
+                String::new()
+            };
+            return Err(Error::RankDiffers { rank, what: what + &here });
+        }
+    }
+    let most = |column| all.iter().skip(column).step_by(own.len()).max().copied().unwrap_or(0);
+    let most_tensors = usize::try_from(most(2)).map_err(|_| Error::OutOfMemory { bytes: u64::MAX })?;
+    Ok((most_tensors, most(3) == 0))
+}
+
+/// How many ranks say the same of something, and the first of them.
+type Votes = HashMap<u64, (usize, u32)>;
+
+fn vote(votes: &mut Votes, value: u64, rank: u32) {
+    let (count, first) = votes.entry(value).or_insert((0, rank));
+    *count += 1;
+    *first = rank.min(*first);
+}
+
+/// The first rank that does not say what most do, or of several that most say what the first does.
+fn outvoted(votes: &Votes) -> Option<u32> {
+    let most = votes.values().map(|&(count, _)| count).max()?;
+    let elected = votes.iter().filter(|&(_, &(count, _))| count == most).min_by_key(|&(_, &(_, first))| first)?.0;
+    votes.iter().filter(|&(value, _)| value != elected).map(|(_, &(_, first))| first).min()
+}
+
+/// What was seen of a tensor of this rank's plan on all ranks.
+#[derive(Default)]
+struct Seen {
+    descriptions: Votes,
+    /// Of those that hold what this rank holds.
+    lengths: Votes,
+    holders: Vec<u32>,
+    planners: HashSet<u32>,
+    /// Elements of the parts before this rank's.
+    before: u64,
+    /// Of parts that were said to be of a whole: first, end, whole, rank.
+    parts: Vec<(u64, u64, u64, u32)>,
+}
+
+impl Seen {
+    fn see(&mut self, mesh: &Mesh, layout: &Layout, own: u32, rank: u32, told: &Told) {
+        vote(&mut self.descriptions, told.description, rank);
+        self.planners.insert(rank);
+        let (counts_on, own_on) = (layout.counted_on(mesh, rank), layout.counted_on(mesh, own));
+        if counts_on == own_on {
+            self.holders.push(rank);
+            vote(&mut self.lengths, told.length, rank);
+        }
+        if counts_on == rank {
+            self.before += if rank < own_on { told.length } else { 0 };
+            if told.whole != u64::MAX {
+                self.parts.push((told.first, told.end, told.whole, rank));
+            }
+        }
+    }
+
+    /// The rank that is wrong, and in what.
+    fn wrong(&mut self, mesh: &Mesh, layout: &Layout) -> Option<(u32, String)> {
+        if let Some(rank) = outvoted(&self.descriptions) {
+            return Some((rank, "is of another type or layout there".to_owned()));
+        }
+        // Those at the coordinate that owns it, and at each where somebody has it.
+        let group = |rank: &u32| layout.owners_of(mesh, *rank);
+        let groups: HashSet<u32> = self.planners.iter().map(group).chain([layout.owner(mesh)]).collect();
+        let mut needed = (0..mesh.ranks()).filter(|rank| groups.contains(&group(rank)));
+        if let Some(rank) = needed.find(|rank| !self.planners.contains(rank)) {
+            return Some((rank, "is not in the plan there".to_owned()));
+        }
+        if let Some(rank) = outvoted(&self.lengths) {
+            return Some((rank, "has another length there than its replicas".to_owned()));
+        }
+        self.parts.sort_unstable();
+        let mut end = 0;
+        for &(first, until, whole, rank) in &self.parts {
+            let what = match (first.cmp(&end), until > whole) {
+                (Ordering::Less, _) if until > first => {
+                    format!("has elements from {first} there, which another rank has up to {end}")
+                }
+                (Ordering::Greater, _) => {
+                    format!("has elements from {first} there, and those from {end} are on no rank")
+                }
+                (_, true) => format!("has elements up to {until} there, of {whole}"),
+                _ => {
+                    end = end.max(until);
+                    continue;
+                }
+            };
+            return Some((rank, what));
+        }
+        let &(_, _, whole, rank) = self.parts.last()?;
+        (end != whole).then(|| (rank, format!("ends at {end} there, and should have {whole} elements")))
+    }
+}

@@ -1,0 +1,176 @@
+//! Whether ranks hold the same, found out by sums of integers that do not grow with their number.
+//!
+//! A tensor's bits become one integer of 64 bits, its fingerprint. Each of the ranks that hold it multiplies that by a factor
+//! of its own, and the factors of all of them add up to 0. So where the fingerprints are the same, the products of all ranks,
+//! and of all tensors, add up to 0 modulo 2^64; where one is not, they add up to its difference times its rank's factor. One
+//! word says that for all tensors and layouts. A second, with other factors, says which rank it was if it was one: no other
+//! has the factors whose ratio that of the words is. A third, whose factors are those of the first times one of the tensor's,
+//! says which tensor. What must be equal on all ranks besides, their state, is summed up alike.
+//!
+//! A rank that differs alone is overlooked when its difference times its factor is a multiple of 2^64: one difference in
+//! 2^60, and none of a single bit. Of two ranks none can tell which is right.
+
+use crate::{
+    HostTensor, StepOutputs,
+    device::cpu::Memory,
+    probe::Common,
+    spec::{CHUNK, PACKET},
+    tensor::with_elements,
+};
+use bytemuck::{Pod, Zeroable};
+use rayon::prelude::*;
+
+/// What all ranks add up, to 0 when they are as they should be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct CheckSums {
+    pub state: [u64; 2],
+    pub replicas: [u64; 3],
+    pub reserved: u64,
+}
+
+/// What a tensor's fingerprint is multiplied by.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Factors {
+    pub rank: [u64; 2],
+    pub tensor: u64,
+    pub reserved: u64,
+}
+
+/// Of [`Kernel::Fingerprint`](crate::device::Kernel::Fingerprint).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct FingerprintArguments {
+    pub common: Common,
+    /// One u64 a chunk, and behind them one a chunk of the weights.
+    pub fingerprints: u64,
+    /// [`Factors`] of the tensors, and behind them of their weights.
+    pub factors: u64,
+    /// The [`CheckSums`] to add to.
+    pub check: u64,
+    /// Whether the weights are read as well.
+    pub weights: u32,
+    pub reserved: u32,
+}
+// The other side is in kernels/arguments.cuh and kernels/fingerprint.cu.
+const _: () = assert!(size_of::<CheckSums>() == 48 && size_of::<FingerprintArguments>() == 104);
+
+impl CheckSums {
+    /// The flags of a step that these are of.
+    pub fn flags(&self) -> u32 {
+        let flag = |words: &[u64], bit| if words.iter().any(|&word| word != 0) { bit } else { 0 };
+        flag(&self.state, StepOutputs::FLAG_STATE) | flag(&self.replicas[..2], StepOutputs::FLAG_REPLICAS)
+    }
+}
+
+/// Odd, with its bits all over: 2^64 over the golden ratio.
+const PLACE_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+const MIX_FACTOR: u64 = 0xbf58_476d_1ce4_e5b9;
+
+/// A function of 64 bits that gives no value twice: the finalizer of SplitMix64 (Steele, Lea and Flood, *Fast splittable
+/// pseudorandom number generators*, 2014).
+pub(super) fn mixed(x: u64) -> u64 {
+    let x = (x ^ x >> 30).wrapping_mul(MIX_FACTOR);
+    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ x >> 31
+}
+
+/// Of words in their order.
+pub(crate) fn mixed_sum(words: impl IntoIterator<Item = u64>) -> u64 {
+    let place = |place: u64| place.wrapping_mul(PLACE_FACTOR);
+    (0..).zip(words).fold(0, |sum, (at, word)| sum.wrapping_add(mixed(word.wrapping_add(place(at)))))
+}
+
+/// The factors of so many ranks, of which one has nothing to compare.
+pub(super) fn rank_factors(ranks: usize) -> impl Iterator<Item = [u64; 2]> {
+    let of = |at: u64| [mixed(2 * at + 1) | 1, mixed(2 * at + 2) | 1];
+    let but_one = ranks as u64 - 1;
+    let last = (0..but_one).map(of).fold([0u64; 2], |[a, b], [x, y]| [a.wrapping_sub(x), b.wrapping_sub(y)]);
+    (0..but_one).map(of).chain([last])
+}
+
+/// Which of these ranks may have differed alone: their places. None when it was none of them, or several.
+pub(super) fn located(sums: [u64; 2], ranks: usize) -> Vec<usize> {
+    let fits = |factors: [u64; 2]| sums[0].wrapping_mul(factors[1]) == sums[1].wrapping_mul(factors[0]);
+    let of_them = rank_factors(ranks).enumerate().filter(|&(_, factors)| fits(factors));
+    of_them.map(|(place, _)| place).collect()
+}
+
+/// What `gradprobe_fingerprint` does.
+pub(crate) fn run(memory: &Memory, a: &FingerprintArguments) {
+    let (tensors, chunks) = (a.common.tensor_count as usize, (a.common.chunk_count as usize) << a.weights);
+    let common = Common { tensor_count: a.common.tensor_count << a.weights, ..a.common };
+    let (entries, lists) = (memory.entries(&common), tensors << a.weights);
+    let of_chunks: &[u32] = memory.slice(a.common.chunk_tensors, chunks);
+    let (factors, lent) = (memory.slice::<Factors>(a.factors, lists), memory.tensors(&common));
+    let fingerprints: &mut [u64] = memory.slice_mut(a.fingerprints, chunks);
+    fingerprints.par_iter_mut().enumerate().for_each(|(index, fingerprint)| {
+        let tensor = of_chunks[index] as usize;
+        let chunk = index - entries[tensor].first_chunk as usize;
+        let place = (chunk * (CHUNK / PACKET)) as u64;
+        *fingerprint = with_elements!(HostTensor, &lent[tensor], elements => {
+            // Absent, it has chunks but no elements.
+            let of_chunk = &elements[elements.len().min(chunk * CHUNK)..elements.len().min((chunk + 1) * CHUNK)];
+            packets(of_chunk, place)
+        });
+    });
+    let check = &mut memory.slice_mut::<CheckSums>(a.check, 1)[0];
+    for (&fingerprint, &tensor) in fingerprints.iter().zip(of_chunks) {
+        let Factors { rank, tensor, .. } = factors[tensor as usize];
+        for (sum, factor) in check.replicas.iter_mut().zip([rank[0], rank[1], rank[0].wrapping_mul(tensor)]) {
+            *sum = sum.wrapping_add(fingerprint.wrapping_mul(factor));
+        }
+    }
+}
+
+/// The fingerprint of a chunk whose first packet has this place in its tensor.
+fn packets<E: Pod>(elements: &[E], place: u64) -> u64 {
+    let packets = elements.chunks(PACKET).zip(place..).map(|(packet, place)| {
+        let words = bytemuck::cast_slice::<E, u8>(packet).chunks(4).map(|bytes| {
+            let mut word = [0; 4];
+            word[..bytes.len()].copy_from_slice(bytes);
+            u64::from(u32::from_le_bytes(word))
+        });
+        let factors = (0u32..).map(|i| u64::from(0x9e37_79b1u32.wrapping_add(0x3c6e_f372u32.wrapping_mul(i))));
+        let sum = words.zip(factors).fold(0u64, |sum, (word, factor)| sum.wrapping_add(word.wrapping_mul(factor)));
+        let mixed = sum.wrapping_add(place.wrapping_mul(PLACE_FACTOR)).wrapping_mul(MIX_FACTOR);
+        mixed ^ mixed >> 32
+    });
+    packets.fold(0, u64::wrapping_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_of_all_ranks_add_up_to_nothing_and_name_each() {
+        for ranks in [1, 2, 3, 8, 1000, 16384] {
+            let factors: Vec<[u64; 2]> = rank_factors(ranks).collect();
+            let sum = factors.iter().fold([0u64; 2], |[a, b], [x, y]| [a.wrapping_add(*x), b.wrapping_add(*y)]);
+            assert_eq!((factors.len(), sum), (ranks, [0; 2]));
+            for odd in [0, ranks / 2, ranks - 1] {
+                let difference = 1u64 << (odd % 48);
+                let found = located(factors[odd].map(|factor| factor.wrapping_mul(difference)), ranks);
+                assert!(found == [odd] || ranks <= 2 && found.contains(&odd), "{ranks} {odd}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_changes_the_fingerprint() {
+        let mut random = fastrand::Rng::with_seed(3);
+        let numbers: Vec<f32> = (0..CHUNK).map(|_| random.f32() - 0.5).collect();
+        let whole = packets(&numbers, 0);
+        for _ in 0..1000 {
+            let mut other = numbers.clone();
+            let (at, bit) = (random.usize(..CHUNK), random.u32(..32));
+            other[at] = f32::from_bits(other[at].to_bits() ^ 1 << bit);
+            assert_ne!(packets(&other, 0), whole, "bit {bit} of {at}");
+            other.swap(at, (at + 1) % CHUNK);
+            assert_ne!(packets(&other, 0), whole);
+        }
+        assert_ne!(packets(&numbers, 1), whole, "the place counts");
+    }
+}
