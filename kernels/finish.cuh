@@ -169,7 +169,11 @@ DEVICE void leave_step(FinishScratch &scratch, const StepArguments &a) {
 
 DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     take_words((u64 *)&scratch.sums, (u64 *)a.sums, STEP_WORDS);
-    if (a.check) take_words((u64 *)&scratch.check, (u64 *)a.check, CHECK_WORDS);
+    if (a.check) {
+        take_words((u64 *)&scratch.check, (u64 *)a.check, CHECK_WORDS);
+    } else if (threadIdx.x == 0) {
+        scratch.check = {};
+    }
     BARRIER();
     // With nothing to wait for other ranks for, what they add up to is that of the step before.
     if (a.check && !a.is_part) add_state(scratch, a);
@@ -179,8 +183,8 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     float scale = a.loss_scale ? a.loss_scale->scale : 1.0f;
     const CheckSums &check = scratch.check;
-    bool state_differs = a.check && (check.state[0] | check.state[1]) != 0;
-    bool replicas_differ = a.check && (check.replicas[0] | check.replicas[1]) != 0;
+    bool state_differs = (check.state[0] | check.state[1]) != 0;
+    bool replicas_differ = (check.replicas[0] | check.replicas[1]) != 0;
     bool refused = a.strict && (state_differs || replicas_differ);
     bool usable = is_usable(scale), found = all.nonfinite > 0 || !usable;
     bool skip = (found && (a.policy == POLICY_SKIP || !usable)) || refused;

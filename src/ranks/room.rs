@@ -287,7 +287,9 @@ impl RankMemory {
 }
 
 impl Config {
-    /// With each step decided together with other ranks, as [`ranks`](crate::ranks) describes.
+    /// With each step decided together with other ranks, as [`ranks`](crate::ranks) describes: 288 bytes; with replicas that are
+    /// compared, 8 bytes a chunk and 32 a tensor; with [whole tensors](Ranks::whole_tensors), 752 bytes a tensor of the model,
+    /// which [`Config::bytes`] takes to be the plan; and all but those 288 twice in a plan with weights.
     #[must_use]
     pub fn ranks(mut self, ranks: Ranks) -> Self {
         self.features.ranks = Some(ranks);

@@ -81,19 +81,16 @@ impl Rank {
     }
 }
 
-/// Bytes that all ranks have given to collectives since the program began.
-pub fn given() -> u64 {
-    GIVEN.load(Ordering::SeqCst)
-}
-
-static GIVEN: AtomicU64 = AtomicU64::new(0);
 
 /// A function of NCCL's, with the signature that cudarc calls it by.
 macro_rules! entry_point {
     (fn $name:ident($($parameter:ident: $type:ty),* $(,)?) $body:block) => {
+        entry_point! { fn $name($($parameter: $type),*) as String::new(), $body }
+    };
+    (fn $name:ident($($parameter:ident: $type:ty),* $(,)?) as $shown:expr, $body:block) => {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($parameter: $type),*) -> ncclResult_t {
-            trace::call(stringify!($name), String::new);
+            trace::call(stringify!($name), || $shown);
             $body
         }
         const _: unsafe fn($($type),*) -> ncclResult_t = sys::$name;
@@ -164,7 +161,6 @@ entry_point! {
         if dtype != ncclDataType_t::ncclUint8 {
             die("only bytes are gathered here");
         }
-        GIVEN.fetch_add(count as u64, Ordering::SeqCst);
         let rank = *COMMUNICATORS.get(communicator);
         let (from, to) = (from as u64, to as u64);
         memory::demand(from, count);
@@ -177,7 +173,7 @@ entry_point! {
 }
 
 entry_point! {
-    fn ncclAllReduce(from: *const c_void, to: *mut c_void, count: usize, dtype: ncclDataType_t, change: ncclRedOp_t, communicator: ncclComm_t, handle: cudaStream_t) {
+    fn ncclAllReduce(from: *const c_void, to: *mut c_void, count: usize, dtype: ncclDataType_t, change: ncclRedOp_t, communicator: ncclComm_t, handle: cudaStream_t) as format!("{count} words"), {
         if dtype != ncclDataType_t::ncclUint64 || from != to.cast_const() {
             die("only u64 are reduced here, and in place");
         }
@@ -186,7 +182,6 @@ entry_point! {
             ncclRedOp_t::ncclMax => true,
             _ => die("only sums and maxima are made here"),
         };
-        GIVEN.fetch_add(8 * count as u64, Ordering::SeqCst);
         let (rank, at) = (*COMMUNICATORS.get(communicator), to as u64);
         memory::demand(at, 8 * count);
         match stream(handle.cast()).submit(Work::Reduce { rank, at, words: count, takes_largest }) {

@@ -235,6 +235,12 @@ fn dot_unsigned(a: u64, b: u64, c: u64) -> u64 {
     u64::from(products.fold(c as u32, u32::wrapping_add))
 }
 
+/// The lowest bits of `a` in place of a run of `b`'s: its first in the low byte of `run`, its length in the next.
+fn insert(a: u64, b: u64, run: u64, bits: u64) -> u64 {
+    let (first, length) = (run & 0xff, run >> 8);
+    (first..bits.min(first + length)).fold(b, |all, at| all & !(1 << at) | (a >> (at - first) & 1) << at)
+}
+
 /// The meaning of an opcode with all its modifiers.
 pub fn meaning(opcode: &str) -> Option<Meaning> {
     static TABLE: LazyLock<HashMap<String, Meaning>> = LazyLock::new(all);
@@ -311,6 +317,8 @@ fn integers(to: &mut HashMap<String, Meaning>) {
         "clz.b32" => |a| u64::from((a as u32).leading_zeros());
         "clz.b64" => |a| u64::from(a.leading_zeros());
         "shf.r.wrap.b32" => |a, b, c| (b << 32 | a & 0xffff_ffff) >> (c & 31) & 0xffff_ffff;
+        "bfi.b32" => |a, b, c| insert(a, b, c, 32);
+        "bfi.b64" => |a, b, c| insert(a, b, c, 64);
         "prmt.b32" => |a, b, c| permute(a, b, c);
         "dp4a.s32.s32" => |a, b, c| dot_signed(a, b, c);
         "dp4a.u32.u32" => |a, b, c| dot_unsigned(a, b, c);
@@ -421,6 +429,9 @@ mod tests {
         for (opcode, [a, b, c], expected) in [
             ("shf.r.wrap.b32", [0x8001_7fff, 0x1234_8056, 16], 0x8056_8001),
             ("shf.r.wrap.b32", [0x8001_7fff, 0x1234_8056, 32], 0x8001_7fff),
+            ("bfi.b64", [0xffff_ffff_1234_5678, 0x9abc_def0, 0x2020], 0x1234_5678_9abc_def0),
+            ("bfi.b32", [0xff, 0, 0x1018], 0xff00_0000),
+            ("bfi.b64", [7, 5, 0], 5),
             ("prmt.b32", [0x8001_7fff, 0x1234_8056, 0xfdb9], 0x00ff_ff00),
             ("prmt.b32", [0x8001_7fff, 0x1234_8056, 0x7531], 0x1280_807f),
             ("prmt.b32", [0x3322_1100, 0x7766_5544, 0x0123], 0x0011_2233),

@@ -369,6 +369,11 @@ impl<'a> Decoder<'a> {
             ("cvt", [to, from]) if opcode == "cvt.u32.u64" => {
                 self.destination(to).zip(self.source(from)).map(|(to, from)| Operation::Lower { to, from })
             }
+            // Of place and length, which compilers give as numbers, one source.
+            ("bfi", [Operand::Name(to), a, b, Operand::Literal(place), Operand::Literal(length)]) => {
+                let run = Operand::Literal(place & 0xff | (length & 0xff) << 8);
+                self.compute(opcode, to, &[a.clone(), b.clone(), run])
+            }
             (_, [Operand::Name(to), from @ ..]) => self.compute(opcode, to, from),
             _ => None,
         })
