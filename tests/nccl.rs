@@ -20,12 +20,12 @@ use gradprobe::{
             CudaContext, CudaSlice, CudaStream,
             sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD},
         },
-        nccl::safe::Id,
+        nccl::safe::{Comm, Id, ReduceOp},
     },
     ranks::{Along, Communicator, Layout, Mesh, Ranks, ThreadCommunicator},
 };
 use require::{pointless, skipped};
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 /// Set to a number on the host driver: so many ranks, all on the first device, which NVIDIA's NCCL refuses.
 const RANKS: &str = "GRADPROBE_NCCL_RANKS";
@@ -296,6 +296,75 @@ fn a_communicator_of_another_stream_is_refused() {
     let config = Config::default().ranks(sharded(threads));
     let error = probe(&own, one(), config).unwrap_err();
     assert!(matches!(error, Error::Communication { .. }), "{error}");
+}
+
+/// A rank that does not come is an error on those that wait for it, and nothing hangs, not even a drop.
+#[test]
+fn a_rank_that_does_not_come_is_an_error_after_the_deadline() {
+    let Some((devices, id)) = devices() else { return };
+    let ranks = u32::try_from(devices.len()).unwrap();
+    if ranks == 1 {
+        return;
+    }
+    let deadline = Duration::from_millis(700);
+    let begun = std::sync::Mutex::new(None);
+    let errors = on_ranks(devices, |rank, device| {
+        let stream = cuda::stream(device).unwrap();
+        let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap().with_deadline(deadline);
+        let ranks_of = sharded(communicator);
+        let mut probe =
+            probe(&stream, Plan::new([("w", DType::F32, 8)]).unwrap(), Config::default().ranks(ranks_of)).unwrap();
+        let mut slice = stream.clone_htod(&[2f32; 8]).unwrap();
+        probe.step(&mut [&mut slice]).unwrap();
+        assert_eq!(probe.wait().unwrap().outputs().total_norm, (32.0 * f64::from(ranks)).sqrt());
+        begun.lock().unwrap().get_or_insert_with(std::time::Instant::now);
+        if rank + 1 == ranks {
+            // It hangs, and is dropped long after.
+            thread::sleep(3 * deadline);
+            return Ok(());
+        }
+        probe.step(&mut [&mut slice]).unwrap();
+        let error = probe.wait().map(drop);
+        assert!(probe.step(&mut [&mut slice]).is_err(), "of no more use");
+        error
+    });
+    let took = begun.into_inner().unwrap().unwrap().elapsed();
+    assert!(took < 8 * deadline, "{took:?}");
+    for (rank, error) in errors.into_iter().enumerate() {
+        match error {
+            Ok(()) => assert_eq!(rank + 1, ranks as usize),
+            Err(error) => {
+                let expected = "the ranks cannot communicate: some rank has not come within 700ms";
+                assert_eq!(error.to_string(), expected);
+            }
+        }
+    }
+}
+
+/// The trainer's communicator, which it goes on using.
+#[test]
+fn a_communicator_may_be_shared() {
+    let Some((devices, id)) = devices() else { return };
+    let ranks = u32::try_from(devices.len()).unwrap();
+    let norms = on_ranks(devices, |rank, device| {
+        let stream = cuda::stream(device).unwrap();
+        let comm = Comm::from_rank(Arc::clone(&stream), rank as usize, ranks as usize, id).unwrap();
+        #[allow(clippy::arc_with_non_send_sync)]
+        let comm = Arc::new(comm);
+        // SAFETY: both stay in this thread, and are waited for before they go.
+        let shared = unsafe { NcclCommunicator::shared(Arc::clone(&comm)) };
+        let config = Config::default().ranks(sharded(shared));
+        let mut probe = probe(&stream, Plan::new([("w", DType::F32, 1)]).unwrap(), config).unwrap();
+        let mut slice = stream.clone_htod(&[1f32]).unwrap();
+        probe.step(&mut [&mut slice]).unwrap();
+        let norm = probe.wait().unwrap().outputs().total_norm;
+        drop(probe);
+        let mut own = stream.clone_htod(&[u64::from(rank)]).unwrap();
+        comm.all_reduce_in_place(&mut own, &ReduceOp::Sum).unwrap();
+        (norm, stream.clone_dtoh(&own).unwrap()[0])
+    });
+    let sum = u64::from(ranks) * (u64::from(ranks) - 1) / 2;
+    assert!(norms.iter().all(|&seen| seen == (f64::from(ranks).sqrt(), sum)), "{norms:?}");
 }
 
 /// Where there is none, an error and no panic.

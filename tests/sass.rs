@@ -64,8 +64,14 @@ fn nothing_goes_to_local_memory() {
 /// lengths of rings: at most these, and not all have to stay.
 #[test]
 fn folds_do_not_divide() {
-    const OUTSIDE: &[(Kernel, usize)] =
-        &[(Kernel::Measure, 4), (Kernel::Clip, 1), (Kernel::Histogram, 1), (Kernel::Sample, 1), (Kernel::Merge, 3)];
+    const OUTSIDE: &[(Kernel, usize)] = &[
+        (Kernel::Measure, 4),
+        (Kernel::Clip, 1),
+        (Kernel::Histogram, 1),
+        (Kernel::Sample, 1),
+        (Kernel::Merge, 3),
+        (Kernel::Fingerprint, 1),
+    ];
     let Some(all) = everything() else { return };
     for code in all {
         let steps = code.listing.loops_by_barriers();

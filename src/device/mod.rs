@@ -16,10 +16,11 @@ pub use host::{HostMemory, HostRead};
 use crate::{
     Error,
     probe::Arguments,
+    ranks::Communicator,
     spec::{LANES, STEP_THREADS},
     tensor::Place,
 };
-use std::any::Any;
+use std::{any::Any, sync::Arc};
 
 /// Declares the kernels: name, entry point, threads of a block, arguments, and what does the same on the CPU.
 /// kernels/README.md says what each does.
@@ -190,6 +191,10 @@ pub unsafe trait Device: Send {
     fn expect_graphs(&self) -> Result<(), Error> {
         Ok(())
     }
+
+    /// Told of the ranks whose work is queued in its order: what waits for that has their deadline, if they have one, and ends
+    /// with their errors.
+    fn watch(&self, _ranks: &Arc<dyn Communicator>) {}
 
     /// Told of the memory, by address and bytes, of the tensors that the next launches read, or change: for devices that
     /// check accesses. What it gives is dropped when those launches are queued.

@@ -78,6 +78,12 @@ pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
             "give the layer a larger rate (`optim::Group`), or use AdamW, which gives each element a step of its own",
             "under AdamW, lower ε where the gradients are near it",
         ],
+        FindingKind::RanksDiffer => &[
+            "stop, and go on from the last checkpoint whose weights are the same on all ranks",
+            "one bit of one tensor, once: test that GPU's memory, and take it out if it comes again",
+            "many tensors of one rank: it has missed an all-reduce, or its random numbers, data order or kernels are others",
+            "skip such steps: `ReplicaCheck::Strict`",
+        ],
     }
 }
 

@@ -52,6 +52,8 @@ pub enum FindingKind {
     UpdateLost = 15,
     /// A tensor that hardly moves, beside the others.
     Stalled = 16,
+    /// Ranks that hold other replicas, or have come to a step in another state.
+    RanksDiffer = 17,
 }
 
 /// One thing that is wrong.
@@ -79,7 +81,7 @@ pub struct Finding {
 
 impl FindingKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [FindingKind; 17] = [
+    pub const ALL: [FindingKind; 18] = [
         Self::Nan,
         Self::Inf,
         Self::Vanishing,
@@ -97,6 +99,7 @@ impl FindingKind {
         Self::UpdateTooLarge,
         Self::UpdateLost,
         Self::Stalled,
+        Self::RanksDiffer,
     ];
 
     /// The bits k of the kinds that a health word has room for: those that a rule on one step may find.
@@ -122,6 +125,7 @@ impl FindingKind {
             Self::UpdateTooLarge => "update-too-large",
             Self::UpdateLost => "update-lost",
             Self::Stalled => "stalled",
+            Self::RanksDiffer => "ranks-differ",
         }
     }
 }

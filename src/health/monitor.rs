@@ -11,7 +11,8 @@ use super::{
     updates::Updates,
 };
 use crate::{
-    Error, Plan, Record, Report, StepOutputs, gsnr::GsnrReport, histogram::HistogramReport, measure::printable,
+    Error, Plan, Record, Report, StepOutputs, TensorSpec, gsnr::GsnrReport, histogram::HistogramReport,
+    measure::printable, ranks::RankCheck,
 };
 use std::collections::VecDeque;
 
@@ -192,6 +193,9 @@ impl Health {
         if let Some(flow) = &flow {
             self.of_flow(flow, &mut found);
         }
+        if let Some(check) = report.rank_check() {
+            self.of_ranks(check, &mut found);
+        }
         if outputs.skip == 0 {
             self.state.updates.judge(report, &self.rules, &self.exempt, &mut found);
         }
@@ -269,6 +273,17 @@ impl Health {
              layer to the next it is {factor:.3} times as large"
         );
         found.push(None, FindingKind::Flow, passed.0, (ratio, passed.1), "flow", message);
+    }
+
+    /// What is not the same on all ranks will not be again by itself.
+    fn of_ranks(&self, check: &RankCheck, found: &mut Found<'_>) {
+        for (what, differing) in [("replicas differ", &check.replicas), ("the state differs", &check.state)] {
+            let Some(differing) = differing else { continue };
+            let is_named = |spec: &TensorSpec| Some(&spec.name) == differing.tensor.as_ref();
+            let index = self.plan.tensors().iter().position(is_named);
+            let message = format!("{what} in step {} {differing}", check.step);
+            found.push(index, FindingKind::RanksDiffer, Verdict::Critical, (1.0, 0.0), "rank_check", message);
+        }
     }
 
     /// Measured against the steps before it.

@@ -33,7 +33,7 @@ pub struct StepOutputs {
     /// differ; else 0.0.
     pub found_inf: f32,
     /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, a
-    /// loss scale that is not usable, or ranks that differ where that is [strict](crate::ranks::Ranks::strict)), else 0.
+    /// loss scale that is not usable, or ranks that differ where that is [strict](crate::ranks::ReplicaCheck::Strict)), else 0.
     pub skip: i32,
     /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
     pub action: u32,

@@ -6,7 +6,6 @@ use crate::device::Kernel;
 use crate::{
     Config, Record, StepOutputs,
     history::{HistoryStep, HistoryTensor},
-    measure::StepSums,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -102,9 +101,9 @@ pub struct StepArguments {
     pub last_norms: u64,
     /// One u32 health word a tensor: a result.
     pub health_words: u64,
-    /// The [`StepSums`], 0 between steps; 0 for records alone.
+    /// What the step adds up to, 192 bytes that are 0 between steps; 0 for records alone.
     pub sums: u64,
-    /// The [`CheckSums`](crate::ranks::CheckSums) to add to; 0 when there is one rank.
+    /// What ranks compare, 48 bytes behind it; 0 when there is one rank.
     pub check: u64,
     /// Where those of all ranks are left for the host.
     pub checked: u64,

@@ -299,6 +299,14 @@ impl Probe {
     }
 }
 
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(ranks) = &mut self.rooms.ranks {
+            ranks.settle(&*self.core.device);
+        }
+    }
+}
+
 impl Config {
     /// Bytes of device memory that a probe for this plan takes with all that is declared here.
     ///

@@ -6,6 +6,7 @@ use crate::{
     probe::{ReadBack, uploaded, values},
     tensor::Place,
 };
+use std::time::Duration;
 
 /// How the words of all ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub enum Reduction {
 }
 
 impl Reduction {
-    fn of(self, a: u64, b: u64) -> u64 {
+    pub(super) fn of(self, a: u64, b: u64) -> u64 {
         match self {
             Self::Sum => a.wrapping_add(b),
             Self::Max => a.max(b),
@@ -54,7 +55,20 @@ pub trait Transport: std::fmt::Debug + Send + Sync {
         }
         Ok(())
     }
+
+    /// Ends what ranks wait for, now and later, with an error, as far as it can be ended; by any thread.
+    fn abort(&self) {}
 }
+
+/// What is wrong when ranks come with parts of these lengths, if anything.
+pub(super) fn odd_length(mut lengths: impl Iterator<Item = usize>) -> Option<String> {
+    let first = lengths.next()?;
+    let (rank, odd) = (1..).zip(lengths).find(|&(_, length): &(u32, usize)| length != first)?;
+    Some(format!("rank {rank} gave {odd} bytes, rank 0 {first}"))
+}
+
+/// How long ranks are waited for where nothing else is said: as long as PyTorch waits for NCCL.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
 
 /// How ranks exchange what is in the memories of their devices: every [`Transport`] on hosts, and on CUDA devices
 /// [`NcclCommunicator`](crate::cuda::NcclCommunicator).
@@ -97,6 +111,23 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     /// When the communication fails.
     #[allow(unsafe_code, reason = "the address is the caller's word")]
     unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error>;
+
+    /// How long the device may take to come to what was queued, where that is not waited for by the calls themselves: after
+    /// that it is [aborted](Self::abort).
+    fn deadline(&self) -> Option<Duration> {
+        None
+    }
+
+    /// What has gone wrong since with what was queued.
+    ///
+    /// # Errors
+    /// [`Error::Communication`].
+    fn status(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Ends what ranks wait for, now and later, with an error, as far as it can be ended; by any thread.
+    fn abort(&self) {}
 }
 
 // SAFETY: it copies between the hosts' memories, at once.
@@ -138,6 +169,10 @@ unsafe impl<T: Transport> Communicator for T {
         // SAFETY: the caller's promise.
         let bytes = unsafe { HostMemory::bytes_mut(at, words * size_of::<u64>()) };
         Transport::all_reduce(self, bytemuck::cast_slice_mut(bytes), reduction)
+    }
+
+    fn abort(&self) {
+        Transport::abort(self);
     }
 }
 

@@ -69,6 +69,7 @@ mod mesh;
 mod replicas;
 mod report;
 mod room;
+mod tcp;
 mod threads;
 mod whole;
 
@@ -76,13 +77,15 @@ pub use communicator::{Communicator, Reduction, Transport};
 pub use mesh::{Along, Layout, Mesh};
 pub use report::{Differing, DifferingReplica, RankCheck};
 pub use room::RankMemory;
+pub use tcp::TcpCommunicator;
 pub use threads::ThreadCommunicator;
 
 pub(crate) use replicas::{CheckSums, FingerprintArguments, mixed_sum, run as fingerprint};
 pub(crate) use room::MergeArguments;
 pub(crate) use whole::{ContributeArguments, contribute};
 
-use communicator::gather;
+pub(crate) use communicator::DEADLINE;
+use communicator::{gather, odd_length};
 use std::sync::Arc;
 
 /// Whether replicas are compared, by the bits of their elements. That reads all tensors a second time.
@@ -108,6 +111,19 @@ pub struct Ranks {
     whole_tensors: bool,
     /// Known once the ranks have come together.
     joined: Option<Arc<join::Joined>>,
+}
+
+/// Ends all waiting for other ranks: [`Ranks::abort_handle`].
+#[derive(Clone, Debug)]
+pub struct AbortHandle(Arc<dyn Communicator>);
+
+impl AbortHandle {
+    /// Makes calls that wait for other ranks, now and later, an [`Error::Communication`](crate::Error::Communication). The probe
+    /// is of no more use then but to be dropped. A communicator that is [shared](crate::cuda::NcclCommunicator::shared) is its
+    /// owner's to abort.
+    pub fn abort(&self) {
+        self.0.abort();
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -181,6 +197,11 @@ impl Ranks {
             Layouts::Each(layouts) => &layouts[index],
             Layouts::All(layout) => layout,
         }
+    }
+
+    /// What ends all waiting for other ranks, from any thread: of a signal's handler, say, or of who has heard that one is lost.
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle(Arc::clone(&self.communicator))
     }
 
     /// Whether every rank holds all that this one has, or, where that is known, all there is.

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Config, Error, Plan, Probe, StepOutputs,
-    device::{Buffer, Device, Kernel},
+    device::{Buffer, Device, Kernel, Read},
     features::Feature,
     measure::StepSums,
     probe::{Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
@@ -45,9 +45,11 @@ pub struct RankMemory {
     /// Whether a step is decided by what this rank has itself.
     is_alone: bool,
     /// The [`StepSums`], and behind them the [`CheckSums`].
-    _sums: Buffer,
+    sums: Buffer,
     fingerprints: Option<Fingerprints>,
     model: Option<Model>,
+    /// Read at last, so that all before it is over.
+    last: Box<dyn Read>,
 }
 
 struct Fingerprints {
@@ -71,7 +73,9 @@ impl Ranks {
     /// [`Error::Communication`], and the device's.
     pub(crate) fn reaches(&self, device: &dyn Device) -> Result<(), Error> {
         outside_capture(device, Error::UploadInCapture)?;
-        self.communicator.check(&device.place())
+        self.communicator.check(&device.place())?;
+        device.watch(&self.communicator);
+        Ok(())
     }
 
     /// Whether this rank can take part.
@@ -152,7 +156,8 @@ impl Feature<Ranks> for RankMemory {
         core.step.clip_words = core.config.clip.words_of_all_ranks();
         core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
         let (communicator, plan, check) = (ranks.communicator, core.plan.clone(), ranks.check);
-        Ok(Self { communicator, plan, joined, check, is_alone, _sums: sums, fingerprints, model })
+        let last = device.read(size_of::<u64>())?;
+        Ok(Self { communicator, plan, joined, check, is_alone, sums, fingerprints, model, last })
     }
 }
 
@@ -203,6 +208,14 @@ impl Model {
 }
 
 impl RankMemory {
+    /// Waits for what is queued, so that nothing of it is freed under the other ranks' work: as long as for a report.
+    pub(crate) fn settle(&mut self, device: &dyn Device) {
+        // In a capture there is nothing to be waited for, and an error has nowhere to go.
+        if device.is_capturing() == Ok(false) && self.last.start(&self.sums).is_ok() {
+            let _ = self.last.wait();
+        }
+    }
+
     /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
     pub(crate) fn launch_measure(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         if self.is_alone {

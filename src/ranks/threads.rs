@@ -1,14 +1,18 @@
 //! Ranks that are threads of one process.
 
-use super::Transport;
+use super::{DEADLINE, Transport};
 use crate::Error;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// The end of one rank among threads of a process: for training on several threads, and for tests of what else runs on
 /// many machines.
 #[derive(Debug)]
 pub struct ThreadCommunicator {
     rank: u32,
+    deadline: Duration,
     shared: Arc<Shared>,
 }
 
@@ -25,8 +29,8 @@ struct State {
     /// What the last gathering gave, and how many ranks have yet to take it.
     gathered: Arc<Result<Vec<u8>, Error>>,
     to_take: usize,
-    /// A rank that is no more.
-    gone: Option<u32>,
+    /// Why there will be no more.
+    over: Option<String>,
 }
 
 impl ThreadCommunicator {
@@ -36,10 +40,17 @@ impl ThreadCommunicator {
             given: (0..ranks).map(|_| None).collect(),
             gathered: Arc::new(Ok(Vec::new())),
             to_take: 0,
-            gone: None,
+            over: None,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        (0..ranks).map(|rank| Self { rank, shared: Arc::clone(&shared) }).collect()
+        (0..ranks).map(|rank| Self { rank, deadline: DEADLINE, shared: Arc::clone(&shared) }).collect()
+    }
+
+    /// With this long to wait for other ranks, and not ten minutes; after that every call fails, on all ranks.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -47,11 +58,25 @@ impl ThreadCommunicator {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> Result<MutexGuard<'a, State>, Error> {
-        match state.gone {
-            Some(rank) => Err(Error::Communication { what: format!("rank {rank} is gone") }),
-            None => Ok(self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner)),
+    /// Ends all calls, those of other ranks too.
+    fn end(&self, mut state: MutexGuard<'_, State>, why: String) -> Error {
+        let what = state.over.get_or_insert(why).clone();
+        self.shared.changed.notify_all();
+        Error::Communication { what }
+    }
+
+    /// Waits for a change, until then.
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, until: Instant) -> Result<MutexGuard<'a, State>, Error> {
+        if let Some(what) = state.over.clone() {
+            return Err(Error::Communication { what });
         }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let missing = state.given.iter().position(Option::is_none).unwrap_or_default();
+            let why = format!("rank {missing} has not come within {:?}", self.deadline);
+            return Err(self.end(state, why));
+        }
+        Ok(self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
     }
 }
 
@@ -66,22 +91,23 @@ impl Transport for ThreadCommunicator {
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
+        let until = Instant::now() + self.deadline;
         let mut state = self.state();
         while state.to_take > 0 {
-            state = self.wait(state)?;
+            state = self.wait(state, until)?;
         }
         state.given[self.rank as usize] = Some(own.to_vec());
         if state.given.iter().all(Option::is_some) {
             let parts: Vec<Vec<u8>> = state.given.iter_mut().filter_map(Option::take).collect();
-            let differs = (0u32..).zip(&parts).find(|(_, part)| part.len() != parts[0].len());
-            let differs =
-                differs.map(|(rank, part)| format!("rank {rank} gave {} bytes, rank 0 {}", part.len(), parts[0].len()));
-            state.gathered = Arc::new(differs.map_or(Ok(parts.concat()), |what| Err(Error::Communication { what })));
+            state.gathered = Arc::new(match super::odd_length(parts.iter().map(Vec::len)) {
+                Some(what) => Err(Error::Communication { what }),
+                None => Ok(parts.concat()),
+            });
             state.to_take = parts.len();
             self.shared.changed.notify_all();
         }
         while state.to_take == 0 {
-            state = self.wait(state)?;
+            state = self.wait(state, until)?;
         }
         let gathered = Arc::clone(&state.gathered);
         state.to_take -= 1;
@@ -91,11 +117,14 @@ impl Transport for ThreadCommunicator {
         drop(state);
         Result::clone(&gathered)
     }
+
+    fn abort(&self) {
+        self.end(self.state(), format!("rank {} has aborted", self.rank));
+    }
 }
 
 impl Drop for ThreadCommunicator {
     fn drop(&mut self) {
-        self.state().gone = Some(self.rank);
-        self.shared.changed.notify_all();
+        self.end(self.state(), format!("rank {} is gone", self.rank));
     }
 }

@@ -20,5 +20,6 @@ mod health;
 mod health_run;
 mod health_updates;
 mod oracle;
+mod processes;
 mod properties;
 mod reads;

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     ffi::{c_int, c_void},
     sync::{
-        Arc, Barrier, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
@@ -17,7 +17,16 @@ use std::{
 struct Group {
     /// Where each rank's bytes are.
     from: Mutex<Vec<u64>>,
-    all: Barrier,
+    meeting: Mutex<Meeting>,
+    changed: Condvar,
+}
+
+/// Ranks that wait for each other.
+#[derive(Default)]
+struct Meeting {
+    /// How many have come, and how many times all have.
+    come: usize,
+    met: u64,
 }
 
 /// One rank of a group. Never freed: work that is captured or queued names it.
@@ -42,12 +51,34 @@ impl Rank {
         self.queued.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Waits for all ranks; not when this one is aborted.
+    fn meet(&self) -> bool {
+        let mut meeting = self.group.meeting.lock().unwrap();
+        let met = meeting.met;
+        meeting.come += 1;
+        if meeting.come == self.ranks {
+            meeting.come = 0;
+            meeting.met += 1;
+            self.group.changed.notify_all();
+        }
+        while meeting.met == met {
+            if self.is_gone.load(Ordering::SeqCst) {
+                meeting.come -= 1;
+                return false;
+            }
+            meeting = self.group.changed.wait(meeting).unwrap();
+        }
+        true
+    }
+
     /// Copies the bytes of all ranks, on this rank's stream.
     pub fn gather(&self, from: u64, to: u64, bytes: usize) {
         memory::demand_at_work("what a rank gives", from, bytes);
         memory::demand_at_work("what a rank gets", to, bytes * self.ranks);
         self.group.from.lock().unwrap()[self.rank] = from;
-        self.group.all.wait();
+        if !self.meet() {
+            return;
+        }
         let all = self.group.from.lock().unwrap().clone();
         for (rank, &from) in all.iter().enumerate() {
             let to = to + (rank * bytes) as u64;
@@ -55,7 +86,7 @@ impl Rank {
             unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
             gradprobe_ptx::memory::written(to, bytes);
         }
-        self.group.all.wait();
+        self.meet();
         self.queued.fetch_sub(1, Ordering::SeqCst);
     }
 
@@ -63,7 +94,9 @@ impl Rank {
     pub fn reduce(&self, at: u64, words: usize, takes_largest: bool) {
         memory::demand_at_work("what a rank adds up", at, words * 8);
         self.group.from.lock().unwrap()[self.rank] = at;
-        self.group.all.wait();
+        if !self.meet() {
+            return;
+        }
         let all = self.group.from.lock().unwrap().clone();
         let mut reduced = vec![0u64; words];
         for from in all {
@@ -73,14 +106,13 @@ impl Rank {
                 *word = if takes_largest { other.max(*word) } else { word.wrapping_add(other) };
             }
         }
-        self.group.all.wait();
+        self.meet();
         // SAFETY: this rank's own, which was demanded.
         unsafe { std::ptr::copy_nonoverlapping(reduced.as_ptr(), at as *mut u64, words) };
         gradprobe_ptx::memory::written(at, words * 8);
         self.queued.fetch_sub(1, Ordering::SeqCst);
     }
 }
-
 
 /// A function of NCCL's, with the signature that cudarc calls it by.
 macro_rules! entry_point {
@@ -124,14 +156,15 @@ entry_point! {
         }
         let mut groups = GROUPS.lock().unwrap();
         let group = groups.entry(u64::from_ne_bytes(number));
-        let new = || Arc::new(Group { from: Mutex::new(vec![0; count]), all: Barrier::new(count) });
+        let new = || {
+            let from = Mutex::new(vec![0; count]);
+            Arc::new(Group { from, meeting: Mutex::default(), changed: Condvar::new() })
+        };
         let group = Arc::clone(group.or_insert_with(new));
         drop(groups);
         if group.from.lock().unwrap().len() != count {
             return ncclResult_t::ncclInvalidArgument;
         }
-        // No rank has a communicator before all have come.
-        group.all.wait();
         let rank: &'static Rank = Box::leak(Box::new(Rank {
             group,
             rank: index,
@@ -139,6 +172,8 @@ entry_point! {
             queued: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
         }));
+        // No rank has a communicator before all have come.
+        rank.meet();
         // SAFETY: the caller's variable.
         unsafe { *communicator = COMMUNICATORS.insert(rank) };
         ncclResult_t::ncclSuccess
@@ -148,10 +183,30 @@ entry_point! {
 entry_point! {
     fn ncclCommAbort(communicator: ncclComm_t) {
         let rank = *COMMUNICATORS.remove(communicator);
+        let meeting = rank.group.meeting.lock().unwrap();
+        rank.is_gone.store(true, Ordering::SeqCst);
+        drop(meeting);
+        rank.group.changed.notify_all();
+        ncclResult_t::ncclSuccess
+    }
+}
+
+entry_point! {
+    fn ncclCommDestroy(communicator: ncclComm_t) {
+        let rank = *COMMUNICATORS.remove(communicator);
         rank.is_gone.store(true, Ordering::SeqCst);
         if rank.queued.load(Ordering::SeqCst) > 0 {
-            die("a communicator is aborted before what is queued on it has run");
+            die("a communicator is destroyed before what is queued on it has run");
         }
+        ncclResult_t::ncclSuccess
+    }
+}
+
+entry_point! {
+    fn ncclCommGetAsyncError(communicator: ncclComm_t, found: *mut ncclResult_t) {
+        COMMUNICATORS.get(communicator);
+        // SAFETY: the caller's variable.
+        unsafe { *found = ncclResult_t::ncclSuccess };
         ncclResult_t::ncclSuccess
     }
 }

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     Error,
     device::{Buffer, Device, Kernel, Read},
+    ranks::Communicator,
     tensor::Place,
 };
 use cudarc::driver::{
@@ -174,5 +175,9 @@ unsafe impl Device for Cuda {
 
     fn expect_graphs(&self) -> Result<(), Error> {
         self.streams.expect_graphs()
+    }
+
+    fn watch(&self, ranks: &Arc<dyn Communicator>) {
+        self.streams.watch(ranks);
     }
 }

@@ -6,17 +6,24 @@ use super::{
 };
 use crate::{
     Error,
-    ranks::{Communicator, Reduction},
+    ranks::{Communicator, DEADLINE, Reduction},
     tensor::Place,
 };
 use cudarc::{
     driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop, sys::CUstreamCaptureStatus as Status},
     nccl::{
-        result::NcclError,
+        result::{self, NcclError, NcclStatus},
         safe::{Comm, Id, ReduceOp},
+        sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId},
     },
 };
-use std::{marker::PhantomData, mem::ManuallyDrop, sync::Arc};
+use std::{
+    ffi::c_void,
+    marker::PhantomData,
+    mem, ptr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 /// The names under which cudarc looks for NCCL that are those of its packages.
 const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] };
@@ -42,24 +49,41 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct NcclCommunicator(ManuallyDrop<Comm>);
+pub struct NcclCommunicator {
+    handle: Mutex<Handle>,
+    stream: Arc<CudaStream>,
+    rank: u32,
+    ranks: u32,
+    deadline: Duration,
+}
 
-// SAFETY: a communicator may be used by any thread, by one at a time: the probe that it is given to, which is not `Sync`.
+#[derive(Debug)]
+enum Handle {
+    /// Made here.
+    Own(ncclComm_t),
+    /// The trainer's.
+    Shared(Arc<Comm>),
+    Aborted,
+}
+
+// SAFETY: a communicator may be used by any thread, by one at a time, which the lock sees to; of a shared one the caller has
+// promised it.
 unsafe impl Send for NcclCommunicator {}
-// SAFETY: as above: only unsafe calls, which a probe makes, use it.
+// SAFETY: as above.
 unsafe impl Sync for NcclCommunicator {}
 
-/// cudarc aborts a communicator that it drops, and with it what is queued on it.
+/// What is queued is waited for, as long as for a report, before the communicator goes.
 impl Drop for NcclCommunicator {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
-        let stream = self.0.stream();
-        let waited = stream.capture_status().is_ok_and(|status| status == Status::CU_STREAM_CAPTURE_STATUS_NONE)
-            && stream.synchronize().is_ok();
-        // Where that cannot be waited for it is better left.
+        let handle = mem::replace(self.handle.get_mut().unwrap_or_else(PoisonError::into_inner), Handle::Aborted);
+        let Handle::Own(raw) = handle else { return };
+        let waited = self.stream.capture_status().is_ok_and(|status| status == Status::CU_STREAM_CAPTURE_STATUS_NONE)
+            && self.stream.synchronize().is_ok();
+        // Where that cannot be waited for it is better left. Errors have nowhere to go.
         if waited {
             // SAFETY: it is not used again.
-            unsafe { ManuallyDrop::drop(&mut self.0) };
+            let _ = unsafe { result::comm_destroy(raw) };
         }
     }
 }
@@ -82,31 +106,62 @@ impl NcclCommunicator {
         find(NCCL).map_err(|(searched, reason)| Error::NcclNotFound { searched, reason })?;
         stream.context().bind_to_thread().map_err(failed("making the context current"))?;
         // More ranks than an i32 counts are an error of NCCL's.
-        if i32::try_from(ranks).is_err() || rank >= ranks {
+        let (Ok(count), Ok(index), true) = (i32::try_from(ranks), i32::try_from(rank), rank < ranks) else {
             return Err(Error::Communication { what: format!("there is no rank {rank} of {ranks}") });
-        }
-        let comm = Comm::from_rank(Arc::clone(stream), rank as usize, ranks as usize, id);
-        comm.map(Self::from).map_err(nccl("making a communicator"))
+        };
+        let mut raw = ptr::null_mut();
+        let id = ncclUniqueId { internal: *id.internal() };
+        // SAFETY: a variable of this function, and an id that NCCL has made.
+        unsafe { result::comm_init_rank(&raw mut raw, count, id, index) }.map_err(nccl("making a communicator"))?;
+        let stream = Arc::clone(stream);
+        Ok(Self { handle: Mutex::new(Handle::Own(raw)), stream, rank, ranks, deadline: DEADLINE })
     }
 
-    /// The stream that it works on, whose context is then the thread's.
-    fn bound(&self) -> Result<Arc<CudaStream>, Error> {
-        let stream = self.0.stream();
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
-        Ok(stream)
+    /// The communicator that a trainer has, whose stream is the probe's. It stays the trainer's, and cannot be aborted from
+    /// here.
+    ///
+    /// # Safety
+    /// As long as this lives nobody uses it while another thread does: `Comm` is not `Sync`, and this, which may be sent to
+    /// another thread, is what has to be kept beside it. All ranks queue what they queue on it in the same order. And it is
+    /// not aborted, as cudarc does when the last `Arc` is dropped, while work that is queued on it or captured has yet to run.
+    #[expect(clippy::cast_possible_truncation, reason = "NCCL numbers ranks in i32")]
+    pub unsafe fn shared(comm: Arc<Comm>) -> Self {
+        let (stream, rank, ranks) = (comm.stream(), comm.rank() as u32, comm.world_size() as u32);
+        Self { handle: Mutex::new(Handle::Shared(comm)), stream, rank, ranks, deadline: DEADLINE }
+    }
+
+    /// With this long for the GPUs to come to what a probe waits for, and not ten minutes; then the communicator is aborted,
+    /// and every call an error.
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     /// The stream that it works on.
     pub fn stream(&self) -> Arc<CudaStream> {
-        self.0.stream()
+        Arc::clone(&self.stream)
+    }
+
+    /// Queues something, with this context current.
+    fn queue(
+        &self,
+        own: impl FnOnce(ncclComm_t, cudaStream_t) -> Result<NcclStatus, NcclError>,
+        shared: impl FnOnce(&Comm) -> Result<NcclStatus, NcclError>,
+        call: &'static str,
+    ) -> Result<(), Error> {
+        self.stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        let queued = match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
+            Handle::Own(raw) => own(*raw, self.stream.cu_stream().cast()),
+            Handle::Shared(comm) => shared(comm),
+            Handle::Aborted => return Err(aborted()),
+        };
+        queued.map(drop).map_err(nccl(call))
     }
 }
 
-/// One that a trainer has, whose stream is the probe's.
-impl From<Comm> for NcclCommunicator {
-    fn from(comm: Comm) -> Self {
-        Self(ManuallyDrop::new(comm))
-    }
+fn aborted() -> Error {
+    Error::Communication { what: "NCCL: this rank has aborted".to_owned() }
 }
 
 /// What became of a call of NCCL's. Its error's `Debug` leaves out the code.
@@ -152,46 +207,92 @@ impl<T> DevicePtrMut<T> for Words<T> {
 
 // SAFETY: NCCL writes what it is told, in the order of the stream.
 unsafe impl Communicator for NcclCommunicator {
-    #[expect(clippy::cast_possible_truncation, reason = "NCCL numbers ranks in i32")]
     fn rank(&self) -> u32 {
-        self.0.rank() as u32
+        self.rank
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "NCCL numbers ranks in i32")]
     fn ranks(&self) -> u32 {
-        self.0.world_size() as u32
+        self.ranks
     }
 
     fn check(&self, place: &Place) -> Result<(), Error> {
         let what = match place {
-            Place::Stream(stream) if Arc::ptr_eq(stream, &self.0.stream()) => return Ok(()),
+            Place::Stream(stream) if Arc::ptr_eq(stream, &self.stream) => return Ok(()),
             Place::Stream(_) => "NCCL's communicator is of another stream than the probe: make both with one",
             Place::Host => "NCCL exchanges memory of CUDA devices, and the probe is on the CPU",
         };
         Err(Error::Communication { what: what.to_owned() })
     }
 
-    // cudarc's calls are safe: the caller vouches for what they are told of the memory.
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error> {
         if bytes == 0 {
             return Ok(());
         }
-        let stream = self.bound()?;
-        let own = Words::<u8>::new(from, bytes, &stream);
-        let mut all = Words::new(to, bytes * self.0.world_size(), &stream);
-        self.0.all_gather(&own, &mut all).map(drop).map_err(nccl("an all-gather"))
+        let own = |raw, stream| {
+            // SAFETY: the communicator lives as long as the lock is held; of the memory the caller vouches.
+            unsafe {
+                result::all_gather(
+                    from as *const c_void,
+                    to as *mut c_void,
+                    bytes,
+                    ncclDataType_t::ncclUint8,
+                    raw,
+                    stream,
+                )
+            }
+        };
+        let shared = |comm: &Comm| {
+            let given = Words::<u8>::new(from, bytes, &self.stream);
+            let mut all = Words::new(to, bytes * self.ranks as usize, &self.stream);
+            comm.all_gather(&given, &mut all)
+        };
+        self.queue(own, shared, "an all-gather")
     }
 
     unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error> {
         if words == 0 {
             return Ok(());
         }
-        let stream = self.bound()?;
-        let mut all = Words::<u64>::new(at, words, &stream);
-        let reduction = match reduction {
-            Reduction::Sum => ReduceOp::Sum,
-            Reduction::Max => ReduceOp::Max,
+        let (raw_reduction, reduction) = match reduction {
+            Reduction::Sum => (ncclRedOp_t::ncclSum, ReduceOp::Sum),
+            Reduction::Max => (ncclRedOp_t::ncclMax, ReduceOp::Max),
         };
-        self.0.all_reduce_in_place(&mut all, &reduction).map(drop).map_err(nccl("an all-reduce"))
+        let own = |raw, stream| {
+            let at = at as *mut c_void;
+            // SAFETY: the communicator lives as long as the lock is held; of the memory the caller vouches.
+            unsafe { result::all_reduce(at, at, words, ncclDataType_t::ncclUint64, raw_reduction, raw, stream) }
+        };
+        let shared =
+            |comm: &Comm| comm.all_reduce_in_place(&mut Words::<u64>::new(at, words, &self.stream), &reduction);
+        self.queue(own, shared, "an all-reduce")
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        Some(self.deadline)
+    }
+
+    fn status(&self) -> Result<(), Error> {
+        match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
+            Handle::Own(raw) => {
+                let mut found = ncclResult_t::ncclSuccess;
+                // SAFETY: the communicator lives as long as the lock is held; a variable of this function.
+                unsafe { sys::ncclCommGetAsyncError(*raw, &raw mut found) }
+                    .result()
+                    .map_err(nccl("asking for errors"))?;
+                found.result().map(drop).map_err(nccl("a collective"))
+            }
+            // cudarc tells nobody.
+            Handle::Shared(_) => Ok(()),
+            Handle::Aborted => Err(aborted()),
+        }
+    }
+
+    fn abort(&self) {
+        let mut handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Handle::Own(raw) = *handle {
+            *handle = Handle::Aborted;
+            // SAFETY: it is not used again. Errors have nowhere to go.
+            let _ = unsafe { result::comm_abort(raw) };
+        }
     }
 }

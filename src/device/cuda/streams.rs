@@ -8,12 +8,17 @@ use super::{
 use crate::{
     Error,
     device::{Buffer, Read},
+    ranks::Communicator,
 };
 use cudarc::driver::{
     CudaEvent, CudaStream,
     result::stream::{self, StreamKind},
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
 
 /// A probe's stream and the one beside it.
 pub(super) struct Streams {
@@ -24,6 +29,8 @@ pub(super) struct Streams {
     /// What was launched before the last copy on the side.
     launched: CudaEvent,
     copies: Mutex<Copies>,
+    /// The ranks whose work is queued on the probe's stream.
+    ranks: OnceLock<Arc<dyn Communicator>>,
 }
 
 /// What is copied on the side.
@@ -56,7 +63,37 @@ impl Streams {
         let side = stream::create(StreamKind::NonBlocking).map_err(failed("making a stream"))?;
         // SAFETY: a stream of the context, which `new_event` has made current; it is destroyed when this is dropped.
         let side = unsafe { context.wrap_borrowed_stream(side) };
-        Ok(Self { main: Arc::clone(main), side, launched, copies: Mutex::default() })
+        Ok(Self { main: Arc::clone(main), side, launched, copies: Mutex::default(), ranks: OnceLock::new() })
+    }
+
+    /// Other ranks have work on the stream from here on.
+    pub fn watch(&self, ranks: &Arc<dyn Communicator>) {
+        let _ = self.ranks.set(Arc::clone(ranks));
+    }
+
+    /// Waits for a copy, as long as other ranks may take. Then they are aborted, so that nothing waits any more.
+    ///
+    /// # Errors
+    /// [`Error::Communication`], and the driver's.
+    fn await_ranks(&self, copy: &Pinned) -> Result<(), Error> {
+        let Some(ranks) = self.ranks.get() else { return Ok(()) };
+        let (begun, deadline) = (Instant::now(), ranks.deadline().unwrap_or(Duration::MAX));
+        while !copy.is_over()? {
+            let late = begun.elapsed() > deadline;
+            let late = || {
+                if late {
+                    Err(Error::Communication { what: format!("some rank has not come within {deadline:?}") })
+                } else {
+                    Ok(())
+                }
+            };
+            if let Err(error) = ranks.status().and_then(|()| late()) {
+                ranks.abort();
+                return Err(error);
+            }
+            thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
     }
 
     fn copies(&self) -> MutexGuard<'_, Copies> {
@@ -122,6 +159,7 @@ impl Read for PinnedRead {
     }
 
     fn wait(&self) -> Result<&[u8], Error> {
+        self.streams.await_ranks(&self.memory)?;
         self.memory.wait()
     }
 }
