@@ -55,7 +55,7 @@ pub use error::Error;
 pub use health::{Diagnosis, Finding, FindingKind, Rules, Verdict};
 pub use measure::{Record, Report, StepOutputs, TensorReport};
 pub use plan::{Plan, TensorSpec};
-pub use probe::{Addresses, Probe, Room};
+pub use probe::{Addresses, Probe, ProbeState, Room};
 pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
 
 /// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC

@@ -3,9 +3,9 @@
 
 use crate::{
     Config, Error, Probe, Record,
-    device::Buffer,
+    device::Device,
     features::Feature,
-    probe::{Core, outside_capture, uploaded},
+    probe::{Core, ReadBack, outside_capture},
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -129,11 +129,6 @@ impl LossScaleState {
         }
     }
 
-    /// The same rule from this scale on.
-    pub fn with_scale(&self, scale: f32) -> Self {
-        Self { scale, growth_tracker: 0, ..*self }
-    }
-
     /// Adapts the scale to a step: `_amp_update_scale_` of torch.
     pub fn step(&mut self, found_nonfinite: bool) {
         if found_nonfinite {
@@ -158,15 +153,29 @@ impl LossScaleState {
 pub(crate) struct LossScaleMemory {
     /// As it was made.
     state: LossScaleState,
-    buffer: Buffer,
+    memory: ReadBack,
 }
 
 impl Feature<LossScale> for LossScaleMemory {
     fn new(core: &mut Core, rule: LossScale) -> Result<Self, Error> {
         let state = LossScaleState::new(&rule, core.config.dead_threshold);
-        let buffer = uploaded(&*core.device, bytemuck::bytes_of(&state))?;
-        core.step.loss_scale = buffer.address();
-        Ok(Self { state, buffer })
+        let memory = ReadBack::holding(&*core.device, bytemuck::bytes_of(&state))?;
+        core.step.loss_scale = memory.address();
+        Ok(Self { state, memory })
+    }
+}
+
+impl LossScaleMemory {
+    /// The scale, and the steps since it last changed. Waits.
+    pub fn current(&mut self, device: &dyn Device) -> Result<(f32, u32), Error> {
+        let state: LossScaleState = bytemuck::pod_read_unaligned(self.memory.wait(device)?);
+        Ok((state.scale, state.growth_tracker))
+    }
+
+    /// Goes on from there.
+    pub fn set(&self, device: &dyn Device, scale: f32, growth_tracker: u32) -> Result<(), Error> {
+        let state = LossScaleState { scale, growth_tracker, ..self.state };
+        device.upload(bytemuck::bytes_of(&state), self.memory.buffer())
     }
 }
 
@@ -188,9 +197,9 @@ impl Probe {
     pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
         check_scale(scale)?;
         let declare = "Config::loss_scale";
-        let LossScaleMemory { state, buffer } = self.rooms.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
+        let memory = self.rooms.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
-        self.core.device.upload(bytemuck::bytes_of(&state.with_scale(scale)), buffer)
+        memory.set(&*self.core.device, scale, 0)
     }
 }
 

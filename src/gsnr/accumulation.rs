@@ -1,7 +1,11 @@
 //! The simple noise scale from gradient accumulation: norms of the running sum after each micro-batch, and no copy of a
 //! gradient.
 
-use crate::{Error, Plan, Report, measure::printable};
+use crate::{
+    Error, Plan, Report,
+    measure::{printable, to_f64},
+    ranks::SampleSquares,
+};
 use std::fmt;
 
 /// Estimates tr Σ and |G|² of a micro-batch's gradient, per tensor and in total, from reports on the running sum.
@@ -100,10 +104,7 @@ impl AccumulationNoise {
     /// # Errors
     /// [`Error::InvalidConfig`].
     pub fn decay(self, decay: f64) -> Result<Self, Error> {
-        if !(decay > 0.0 && decay < 1.0) {
-            let value = decay.to_string();
-            return Err(Error::InvalidConfig { option: "decay", expected: "above 0 and below 1", value });
-        }
+        check_decay(decay)?;
         Ok(Self { decay, ..self })
     }
 
@@ -130,7 +131,7 @@ impl AccumulationNoise {
             report.records().iter().map(|r| if r.has_nonfinite() { f64::NAN } else { r.finite_sum_squares() });
         let total: f64 = squares.clone().sum();
         for (series, square) in self.series.iter_mut().zip(squares.chain([total])) {
-            series.add(micro_batch, square);
+            series.add(micro_batch.into(), square);
         }
         (self.last, self.last_step) = (micro_batch, report.step());
         if micro_batch == micro_batches {
@@ -157,6 +158,71 @@ impl AccumulationNoise {
     }
 }
 
+/// Estimates tr Σ and |G|² of one sample's gradient from the squared norms of all samples of a step, each before they were
+/// averaged, and that of their mean: what ranks have anyway (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1, with 1 and
+/// N samples for the two batch sizes):
+///
+/// ```text
+/// |G|² = (N ‖ḡ‖² − mean ‖g‖²) / (N − 1)          tr Σ = (mean ‖g‖² − ‖ḡ‖²) N / (N − 1)
+/// ```
+///
+/// Each is averaged over steps and has an error, as those of [`AccumulationNoise`]. Samples are of equal size: the batches of
+/// ranks, or their micro-batches. Gradients of all are of the same loss, so that ḡ is the mean of the g.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleNoise {
+    series: Series,
+    decay: f64,
+}
+
+impl Default for SampleNoise {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl SampleNoise {
+    /// Of no step yet.
+    pub fn new() -> Self {
+        Self { series: Series::default(), decay: 1.0 }
+    }
+
+    /// Averages as [`AccumulationNoise::decay`] does.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`].
+    pub fn decay(self, decay: f64) -> Result<Self, Error> {
+        check_decay(decay)?;
+        Ok(Self { decay, ..self })
+    }
+
+    /// Takes in a step: the squares of its samples, and the report on their mean. One that is not finite, or of a single sample,
+    /// is left out and counted.
+    pub fn add(&mut self, samples: &SampleSquares, mean: &Report) {
+        let count = to_f64(samples.samples);
+        let norm = mean.outputs().total_norm;
+        // As the first of N micro-batches, and the sum of all.
+        self.series.add(1.0, samples.mean);
+        if samples.samples > 1 {
+            self.series.add(count, if norm.is_finite() { (count * norm).powi(2) } else { f64::NAN });
+        }
+        self.series.complete(self.decay);
+    }
+
+    /// What is known from the steps so far.
+    pub fn estimate(&self) -> NoiseEstimate {
+        self.series.estimate()
+    }
+}
+
+/// # Errors
+/// [`Error::InvalidConfig`].
+fn check_decay(decay: f64) -> Result<(), Error> {
+    if decay > 0.0 && decay < 1.0 {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig { option: "decay", expected: "above 0 and below 1", value: decay.to_string() })
+}
+
 /// The running sums of one tensor.
 #[derive(Clone, Copy, Debug, Default)]
 struct Series {
@@ -179,12 +245,11 @@ struct Series {
 }
 
 impl Series {
-    fn add(&mut self, micro_batch: u32, square: f64) {
+    fn add(&mut self, k: f64, square: f64) {
         if square.is_nan() {
             self.skipped += 1;
             return;
         }
-        let k = f64::from(micro_batch);
         self.h += (k - self.last) / (k + self.last);
         self.u += (square - self.square) / (k + self.last);
         (self.last, self.square) = (k, square);

@@ -9,7 +9,7 @@ pub(crate) mod cpu;
 mod moments;
 mod room;
 
-pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale};
+pub use accumulation::{AccumulationNoise, Estimate, NoiseEstimate, NoiseScale, SampleNoise};
 pub use adam::{AdamMoments, AdamStep};
 pub use moments::Moments;
 pub use room::Tracking;

@@ -4,16 +4,19 @@ mod arguments;
 mod given;
 mod memory;
 mod reports;
+mod state;
 
 pub(crate) use arguments::Other;
 pub use arguments::{Arguments, Common, StepArguments, TensorEntry};
 pub(crate) use given::{Given, Located, Planned, check_address, weight_of};
+pub use state::ProbeState;
+
 pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
 
 use crate::{
     Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,
     clip::ClipArguments,
-    device::{Buffer, Device, counting::Counting},
+    device::{Buffer, Device, Read, counting::Counting},
     features::Rooms,
     measure::StepSums,
     ranks::Ranks,
@@ -69,6 +72,7 @@ pub(crate) struct Core {
     /// Whether somebody has vouched for graphs; see [`Probe::bind`].
     promised: bool,
     clip_state: Buffer,
+    clip_read: Box<dyn Read>,
     /// Tables and workspace, kept for the kernels.
     _workspace: Vec<Buffer>,
     /// Dropped last: it knows when memory may go.
@@ -327,6 +331,7 @@ struct Tables {
     addresses: Mirrored<u64>,
     chunk_tensors: Vec<u32>,
     clip_state: Buffer,
+    clip_read: Box<dyn Read>,
     workspace: Vec<Buffer>,
 }
 
@@ -410,14 +415,15 @@ impl Tables {
             sums: address(5),
             ..StepArguments::zeroed()
         };
-        Ok(Self { step, addresses, chunk_tensors, clip_state, workspace })
+        let clip_read = device.read(clip_state.bytes())?;
+        Ok(Self { step, addresses, chunk_tensors, clip_state, clip_read, workspace })
     }
 }
 
 impl Core {
     fn new(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, (Error, Box<dyn Device>)> {
         match Tables::new(&*device, &plan, &config) {
-            Ok(Tables { step, addresses, chunk_tensors, clip_state, workspace }) => Ok(Self {
+            Ok(Tables { step, addresses, chunk_tensors, clip_state, clip_read, workspace }) => Ok(Self {
                 plan,
                 config,
                 step,
@@ -429,6 +435,7 @@ impl Core {
                 measured: false,
                 promised: false,
                 clip_state,
+                clip_read,
                 _workspace: workspace,
                 device,
             }),

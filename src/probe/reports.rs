@@ -3,7 +3,7 @@
 use super::{Core, Probe, outside_capture, values};
 use crate::{
     Error, Record, Report, StepOutputs,
-    device::{Buffer, Read},
+    device::{Buffer, Device, Read},
     health::Diagnosis,
     optim::UpdateRecord,
     ranks::CheckSums,
@@ -54,6 +54,18 @@ impl Reports {
         let idle = (0..READS).map(|_| core.device.read(bytes.len())).collect::<Result<_, _>>()?;
         let reads = VecDeque::with_capacity(READS);
         Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
+    }
+
+    /// The last step that was given or passed over.
+    pub fn reported(&self) -> u64 {
+        self.reported
+    }
+
+    /// Goes on after the step with these outputs.
+    pub fn restore(&mut self, device: &dyn Device, outputs: StepOutputs) -> Result<(), Error> {
+        device.upload(bytemuck::bytes_of(&outputs), &self.results)?;
+        self.reported = outputs.step;
+        Ok(())
     }
 
     /// There will be something new.

@@ -176,6 +176,20 @@ unsafe impl<T: Transport> Communicator for T {
     }
 }
 
+/// Makes of words of the hosts' those of all ranks, through the devices' memory.
+pub(super) fn reduce(
+    device: &dyn Device,
+    communicator: &dyn Communicator,
+    own: &[u64],
+    reduction: Reduction,
+) -> Result<Vec<u64>, Error> {
+    let mut words = ReadBack::holding(device, bytemuck::cast_slice(own))?;
+    // SAFETY: a buffer of that size, which lives until it has been read.
+    #[allow(unsafe_code, reason = "the address is this function's own")]
+    unsafe { communicator.all_reduce(words.address(), own.len(), reduction) }?;
+    Ok(values(words.wait(device)?))
+}
+
 /// Gathers words of the hosts' through the devices' memory.
 pub(super) fn gather(device: &dyn Device, communicator: &dyn Communicator, own: &[u64]) -> Result<Vec<u64>, Error> {
     let bytes = size_of_val(own);

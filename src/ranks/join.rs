@@ -250,7 +250,8 @@ struct Seen {
     /// Of those that hold what this rank holds.
     lengths: Votes,
     holders: Vec<u32>,
-    planners: HashSet<u32>,
+    /// Bits of the ranks that have it.
+    planners: Vec<u64>,
     /// Elements of the parts before this rank's.
     before: u64,
     /// Of parts that were said to be of a whole: first, end, whole, rank.
@@ -260,7 +261,8 @@ struct Seen {
 impl Seen {
     fn see(&mut self, mesh: &Mesh, layout: &Layout, own: u32, rank: u32, told: &Told) {
         vote(&mut self.descriptions, told.description, rank);
-        self.planners.insert(rank);
+        self.planners.resize(mesh.ranks().div_ceil(u64::BITS) as usize, 0);
+        self.planners[(rank / u64::BITS) as usize] |= 1 << (rank % u64::BITS);
         let (counts_on, own_on) = (layout.counted_on(mesh, rank), layout.counted_on(mesh, own));
         if counts_on == own_on {
             self.holders.push(rank);
@@ -281,9 +283,11 @@ impl Seen {
         }
         // Those at the coordinate that owns it, and at each where somebody has it.
         let group = |rank: &u32| layout.owners_of(mesh, *rank);
-        let groups: HashSet<u32> = self.planners.iter().map(group).chain([layout.owner(mesh)]).collect();
+        let has_it = |rank: &u32| self.planners[(rank / u64::BITS) as usize] >> (rank % u64::BITS) & 1 == 1;
+        let groups: HashSet<u32> =
+            (0..mesh.ranks()).filter(has_it).map(|rank| group(&rank)).chain([layout.owner(mesh)]).collect();
         let mut needed = (0..mesh.ranks()).filter(|rank| groups.contains(&group(rank)));
-        if let Some(rank) = needed.find(|rank| !self.planners.contains(rank)) {
+        if let Some(rank) = needed.find(|rank| !has_it(rank)) {
             return Some((rank, "is not in the plan there".to_owned()));
         }
         if let Some(rank) = outvoted(&self.lengths) {

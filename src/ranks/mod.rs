@@ -66,6 +66,7 @@ mod communicator;
 pub(crate) mod cpu;
 mod join;
 mod mesh;
+mod noise;
 mod replicas;
 mod report;
 mod room;
@@ -75,6 +76,7 @@ mod whole;
 
 pub use communicator::{Communicator, Reduction, Transport};
 pub use mesh::{Along, Layout, Mesh};
+pub use noise::SampleSquares;
 pub use report::{Differing, DifferingReplica, RankCheck};
 pub use room::RankMemory;
 pub use tcp::TcpCommunicator;

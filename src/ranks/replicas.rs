@@ -159,6 +159,21 @@ mod tests {
     }
 
     #[test]
+    fn a_million_that_are_the_same_say_nothing() {
+        let mut random = fastrand::Rng::with_seed(2);
+        for ranks in [2usize, 3, 16] {
+            let factors: Vec<[u64; 2]> = rank_factors(ranks).collect();
+            for _ in 0..1_000_000 / ranks {
+                let fingerprint = random.u64(..);
+                let sum = |which: usize| {
+                    factors.iter().fold(0u64, |sum, of| sum.wrapping_add(fingerprint.wrapping_mul(of[which])))
+                };
+                assert_eq!([sum(0), sum(1)], [0, 0]);
+            }
+        }
+    }
+
+    #[test]
     fn every_flipped_bit_changes_the_fingerprint() {
         let mut random = fastrand::Rng::with_seed(3);
         let numbers: Vec<f32> = (0..CHUNK).map(|_| random.f32() - 0.5).collect();

@@ -1,8 +1,8 @@
 //! A step of many ranks on a device: what each adds up of its own, added up of all, and the end of the step.
 
 use super::{
-    CheckSums, Communicator, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction,
-    ReplicaCheck, gather, join,
+    CheckSums, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction, ReplicaCheck, gather,
+    join,
     join::Joined,
     replicas::{Factors, located, mixed, rank_factors},
     report::DifferingReplica,
@@ -38,10 +38,9 @@ const _: () = assert!(size_of::<MergeArguments>() == 280);
 
 /// A probe among others: [`Config::ranks`], [`Probe::ranks`].
 pub struct RankMemory {
-    communicator: Arc<dyn Communicator>,
-    plan: Plan,
+    pub(super) ranks: Ranks,
     joined: Arc<Joined>,
-    check: ReplicaCheck,
+    plan: Plan,
     /// Whether a step is decided by what this rank has itself.
     is_alone: bool,
     /// The [`StepSums`], and behind them the [`CheckSums`].
@@ -155,9 +154,8 @@ impl Feature<Ranks> for RankMemory {
             rank_factors(ranks.mesh.ranks() as usize).nth(ranks.communicator.rank() as usize).unwrap_or_default();
         core.step.clip_words = core.config.clip.words_of_all_ranks();
         core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
-        let (communicator, plan, check) = (ranks.communicator, core.plan.clone(), ranks.check);
-        let last = device.read(size_of::<u64>())?;
-        Ok(Self { communicator, plan, joined, check, is_alone, sums, fingerprints, model, last })
+        let (plan, last) = (core.plan.clone(), device.read(size_of::<u64>())?);
+        Ok(Self { ranks, joined, plan, is_alone, sums, fingerprints, model, last })
     }
 }
 
@@ -264,7 +262,7 @@ impl RankMemory {
         // SAFETY: they are buffers of the probe's, which live as long as it.
         #[allow(unsafe_code, reason = "the addresses are the probe's own")]
         unsafe {
-            self.communicator.all_reduce(at, bytes / size_of::<u64>(), reduction)
+            self.ranks.communicator.all_reduce(at, bytes / size_of::<u64>(), reduction)
         }
     }
 
@@ -273,8 +271,9 @@ impl RankMemory {
         let step = outputs.step - u64::from(self.is_alone && outputs.step > 0);
         let differs = |bit: u32| outputs.flags & bit != 0;
         let state = differs(StepOutputs::FLAG_STATE).then(|| {
-            let places = located(sums.state, self.communicator.ranks() as usize);
-            let ranks = (0..).zip(0..self.communicator.ranks() as usize).filter(|(_, place)| places.contains(place));
+            let places = located(sums.state, self.ranks.communicator.ranks() as usize);
+            let ranks =
+                (0..).zip(0..self.ranks.communicator.ranks() as usize).filter(|(_, place)| places.contains(place));
             Differing { ranks: ranks.map(|(rank, _)| rank).collect(), tensor: None }
         });
         let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(sums.replicas));
@@ -331,7 +330,7 @@ impl Room<'_, RankMemory> {
     pub fn differing_replicas(&mut self) -> Result<Vec<DifferingReplica>, Error> {
         let Self { core, memory } = self;
         let device = &*core.device;
-        if memory.check == ReplicaCheck::Off {
+        if memory.ranks.check == ReplicaCheck::Off {
             return Err(Error::NotDeclared { declare: "Ranks::replica_check" });
         }
         if !core.measured {
@@ -360,7 +359,7 @@ impl Room<'_, RankMemory> {
             for (words, index) in words.iter_mut().zip(first..own.len()) {
                 *words = told(index);
             }
-            let all = gather(device, &*memory.communicator, words.as_flattened())?;
+            let all = gather(device, &*memory.ranks.communicator, words.as_flattened())?;
             for (rank, of_rank) in (0..).zip(all.chunks_exact(3 * words.len())) {
                 for told in of_rank.as_chunks::<3>().0 {
                     if let Some(&index) = places.get(&[told[0], told[1]]) {

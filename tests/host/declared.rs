@@ -324,6 +324,49 @@ fn a_probe_without_its_memory_says_how_much_it_needs_and_holds_none() {
     }
 }
 
+/// Ranks of which one has not enough memory, whichever of its allocations fails, have no probe, all of them; and hear which.
+#[test]
+fn ranks_have_their_probes_or_none_has() {
+    let plan = plan_of_lengths(&LENGTHS);
+    let mesh = Mesh::new([("dp", 3)]).unwrap();
+    let (mut calls, mut failures) = (0, 0);
+    loop {
+        let made = std::thread::scope(|scope| {
+            let rank = |(rank, end): (u32, ThreadCommunicator)| {
+                let (plan, mesh) = (plan.clone(), &mesh);
+                scope.spawn(move || {
+                    let layout = mesh.layout([("dp", Along::Sharded)]).unwrap();
+                    let ranks = Ranks::alike(end, mesh, layout).whole_tensors();
+                    let config = Config::new().history(3).ranks(ranks);
+                    let device = if rank == 1 { Counting::failing_after(calls) } else { Counting::default() };
+                    let made = Probe::new(OnCpu(device.clone()), plan, config).map(drop);
+                    (made, device.held())
+                })
+            };
+            let threads: Vec<_> = (0..).zip(ThreadCommunicator::group(3)).map(rank).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(made.iter().all(|(_, held)| *held == 0), "after {calls} calls: {made:?}");
+        if made.iter().all(|(made, _)| made.is_ok()) {
+            break;
+        }
+        failures += 1;
+        calls += 1;
+        for (rank, (made, _)) in made.into_iter().enumerate() {
+            match made.unwrap_err() {
+                Error::OutOfMemory { .. } => assert_eq!(rank, 1),
+                Error::RankDiffers { rank, what } => {
+                    assert_eq!((rank, what.ends_with("of memory could not be allocated")), (1, true), "{what}");
+                }
+                // What it would have told the others by.
+                Error::Communication { what } => assert_eq!(what, "rank 1 is gone"),
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert!(failures > 25, "{failures}");
+}
+
 /// What cannot be is said in one way, by whoever is asked, before any memory is taken and any other rank is waited for.
 #[test]
 fn a_declaration_that_contradicts_itself_is_one_clear_error() {

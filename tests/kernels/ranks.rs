@@ -10,8 +10,10 @@ use crate::common::{
     demand_none, oracle,
 };
 use gradprobe::{
-    Clip, Config, Cpu, DType, Error, HostTensor, HostTensorMut, Plan, Probe, Record, Report, Rules, StepOutputs,
+    Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, HostTensorMut, Plan, Probe, ProbeState, Record, Report,
+    Rules, StepOutputs, Verdict,
     clip::LossScale,
+    gsnr::SampleNoise,
     ranks::{
         Along, Communicator, Differing, DifferingReplica, Layout, Mesh, Ranks, Reduction, ReplicaCheck,
         ThreadCommunicator, Transport,
@@ -19,7 +21,11 @@ use gradprobe::{
     tensor::Place,
 };
 use gradprobe_simt::{Schedule, Simt};
-use std::thread;
+use std::{
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
 
 /// Threads whose devices' memory is the host's, of which PTX has to be told what is written.
 #[derive(Debug)]
@@ -553,6 +559,246 @@ fn another_state_is_named() {
                 assert_eq!((of_step.0 & bits, of_step.1, &of_step.2), (0, 0, &None));
             }
         }
+    }
+}
+
+/// A run that is interrupted and goes on, on as many ranks as there are then, decides as one that was not.
+#[test]
+fn a_run_goes_on_on_other_ranks() {
+    let config = || {
+        Config::default()
+            .clip(Clip::Percentile { percentile: 50.0, history: 4, max_norm: Some(3.0) })
+            .loss_scale(LossScale::dynamic().initial(8.0).growth_interval(3))
+    };
+    let whole =
+        |step: u64| -> Vec<f32> { (0..12).map(|i| (1.0 + step as f32).sqrt() * normal(step, i) as f32).collect() };
+    // Steps on so many ranks, from a state on.
+    let run = |make: Make, ranks: u32, steps: std::ops::Range<u64>, from: Option<&ProbeState>| {
+        let mesh = Mesh::new([("dp", ranks)]).unwrap();
+        let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+        let mut all = on_ranks(ranks, |rank, communicator| {
+            let len = 12 / ranks as usize;
+            let plan = Plan::new([("w", DType::F32, len as u64)]).unwrap();
+            let ranks = Ranks::alike(communicator, &mesh, sharded.clone());
+            let mut probe = make(plan, config().ranks(ranks), rank).unwrap();
+            assert_eq!(probe.state().unwrap().step, 0);
+            if let Some(state) = from {
+                probe.restore(state).unwrap();
+                assert_eq!(probe.state().as_ref(), Ok(state));
+            }
+            let outputs: Vec<StepOutputs> = steps
+                .clone()
+                .map(|step| {
+                    let part = &whole(step)[rank as usize * len..][..len];
+                    *probe.measure_host(&[HostTensor::F32(part)]).unwrap().outputs()
+                })
+                .collect();
+            (outputs, probe.state().unwrap())
+        });
+        assert!(all.iter().all(|of_rank| *of_rank == all[0]));
+        all.swap_remove(0)
+    };
+    for make in DEVICES {
+        let (at_once, last) = run(make, 2, 0..9, None);
+        let (first, state) = run(make, 2, 0..5, None);
+        let (second, of_other) = run(make, 3, 5..9, Some(&state));
+        assert_eq!((state.step, last.step, of_other.step), (5, 9, 9));
+        for (seen, expected) in [first, second].concat().iter().zip(&at_once) {
+            let near = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-6;
+            assert!(near(seen.total_norm, expected.total_norm) && near(seen.coefficient_f64, expected.coefficient_f64));
+            let exact = |o: &StepOutputs| (o.step, o.flags, o.skip, o.loss_scale, o.next_loss_scale);
+            assert_eq!(exact(seen), exact(expected));
+        }
+        let plan = || Plan::new([("w", DType::F32, 1)]).unwrap();
+        let mut other = make(plan(), Config::default(), 0).unwrap();
+        assert!(matches!(other.restore(&state), Err(Error::InvalidConfig { option: "state", .. })));
+    }
+}
+
+/// One that is not restored as the others are is named in the first step.
+#[test]
+fn a_rank_that_is_restored_otherwise_is_named() {
+    for make in DEVICES {
+        let found = on_ranks(3, |rank, communicator| {
+            let mesh = Mesh::new([("dp", 3)]).unwrap();
+            let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+            let config = Config::default().rules(Rules::default()).ranks(Ranks::alike(communicator, &mesh, sharded));
+            let mut probe = make(Plan::new([("w", DType::F32, 1)]).unwrap(), config, rank).unwrap();
+            let mut state = probe.state().unwrap();
+            state.step = if rank == 1 { 41 } else { 40 };
+            probe.restore(&state).unwrap();
+            let report = probe.measure_host(&[HostTensor::F32(&[1.0])]).unwrap();
+            let diagnosis = report.diagnosis().unwrap();
+            let finding = diagnosis.findings().iter().find(|found| found.kind == FindingKind::RanksDiffer).unwrap();
+            assert_eq!(diagnosis.verdict(), Verdict::Critical);
+            (report.rank_check().unwrap().state.clone(), finding.message.clone())
+        });
+        for (rank, (state, message)) in found.into_iter().enumerate() {
+            assert_eq!(state, Some(Differing { ranks: vec![1], tensor: None }));
+            let step = if rank == 1 { 42 } else { 41 };
+            assert_eq!(message, format!("the state differs in step {step} on rank 1"));
+        }
+    }
+}
+
+/// A rank that leaves a step out has the gradients of the next: its replicas are others, and at the end it is missed.
+#[test]
+fn a_rank_that_skips_a_step_is_named() {
+    let found = on_ranks(3, |rank, communicator| {
+        let Told(communicator) = communicator;
+        let communicator = communicator.deadline(Duration::from_millis(300));
+        let plan = Plan::new([("w", DType::F32, 8)]).unwrap();
+        let ranks = Ranks::data_parallel(communicator).replica_check(ReplicaCheck::Strict);
+        let mut probe = Probe::new(Cpu, plan, Config::default().ranks(ranks)).unwrap();
+        let mut named = Vec::new();
+        for step in (0..4u16).filter(|&step| rank != 2 || step != 1) {
+            let gradient = [f32::from(step) + 0.5; 8];
+            match probe.measure(&[&gradient]) {
+                Ok(()) => named.extend(probe.wait().unwrap().rank_check().unwrap().replicas.clone()),
+                Err(error) => return (named, Some(error.to_string())),
+            }
+        }
+        // It goes on with something else.
+        std::thread::sleep(Duration::from_secs(2));
+        (named, None)
+    });
+    let odd = Differing { ranks: vec![2], tensor: Some("w".to_owned()) };
+    let late = "the ranks cannot communicate: rank 2 has not come within 300ms".to_owned();
+    let late_too = Some(late);
+    assert_eq!(found[2], (vec![odd.clone(); 2], None));
+    assert_eq!(found[..2], [(vec![odd.clone(); 2], late_too.clone()), (vec![odd; 2], late_too)]);
+}
+
+/// The noise scale of samples with a known one, from norms before and after the mean over ranks.
+#[test]
+fn the_noise_scale_comes_of_samples_and_their_mean() {
+    const LEN: usize = 4000;
+    let all = on_ranks(4, |rank, communicator| {
+        let mesh = Mesh::new([("dp", 2), ("tp", 2)]).unwrap();
+        // A matrix that is cut, and a bias on both.
+        let layouts = [mesh.layout([("tp", Along::Sharded)]).unwrap(), mesh.layout([]).unwrap()];
+        let plan = Plan::new([("w", DType::F32, LEN as u64), ("b", DType::F32, 10)]).unwrap();
+        let config = Config::default().micro_batches(2).ranks(Ranks::new(communicator, &mesh, layouts));
+        let mut probe = Probe::new(Cpu, plan, config).unwrap();
+        let [dp, tp] = mesh.coordinates(rank)[..] else { unreachable!() };
+        // Of mean 0.5 and variance 4 each: |G|² = 0.25 · 8010, tr Σ = 4 · 8010.
+        let sample = |step: u64, sample: u32, of: u32, len: usize| -> Vec<f32> {
+            let key = step * 100 + u64::from(sample * 10 + of);
+            (0..len).map(|i| (0.5 + 2.0 * normal(key, i)) as f32).collect()
+        };
+        let mut noise = SampleNoise::new();
+        let mut seen = Vec::new();
+        for step in 0..20 {
+            for micro in 0..2 {
+                let (w, b) = (sample(step, 2 * dp + micro, tp, LEN), sample(step, 2 * dp + micro, 5, 10));
+                probe.micro_batches().unwrap().measure(&[&w, &b]).unwrap();
+            }
+            let mean = |of: u32, len: usize| -> Vec<f32> {
+                let samples: Vec<Vec<f32>> = (0..4).map(|index| sample(step, index, of, len)).collect();
+                (0..len).map(|i| samples.iter().map(|sample| sample[i]).sum::<f32>() / 4.0).collect()
+            };
+            probe.measure(&[&mean(tp, LEN), &mean(5, 10)]).unwrap();
+            let samples = probe.micro_batches().unwrap().report().unwrap();
+            let report = probe.wait().unwrap();
+            let squares = probe.ranks().unwrap().sample_squares(&samples, &["dp"]).unwrap();
+            assert_eq!(squares.samples, 4);
+            noise.add(&squares, &report);
+            seen.push(squares.mean.to_bits());
+            let mut refused = |data: &[&str]| probe.ranks().unwrap().sample_squares(&samples, data).unwrap_err();
+            assert!(matches!(refused(&["pp"]), Error::InvalidConfig { option: "data", .. }));
+            assert!(matches!(refused(&["tp"]), Error::InvalidConfig { option: "data", .. }));
+        }
+        (noise.estimate(), seen)
+    });
+    for (estimate, seen) in &all {
+        assert_eq!(*seen, all[0].1);
+        let (signal, variance) = (estimate.squared_gradient.unwrap(), estimate.sum_variance.unwrap());
+        let elements = 2.0 * LEN as f64 + 10.0;
+        assert!((signal.value / (0.25 * elements) - 1.0).abs() < 0.05, "{signal:?}");
+        assert!((variance.value / (4.0 * elements) - 1.0).abs() < 0.02, "{variance:?}");
+        assert!((estimate.noise_scale.value().unwrap() / 16.0 - 1.0).abs() < 0.06);
+    }
+}
+
+/// As many ranks as there are GPUs in the largest clusters: what they add up has the same bits in any tree, and is the norm of
+/// all their elements.
+#[test]
+fn the_sum_of_16384_ranks_has_no_order() {
+    const TENSORS: usize = 2000;
+    const EACH: usize = 8;
+    let ranks: u32 = if std::env::var_os("GRADPROBE_SHORT").is_some() { 512 } else { 16_384 };
+    let alone = Simulated { ranks, given: Arc::default(), total: Arc::default() };
+    let (given, total) = (Arc::clone(&alone.given), Arc::clone(&alone.total));
+    let mesh = Mesh::new([("dp", ranks)]).unwrap();
+    let names = (0..TENSORS).map(|t| (format!("t{t}"), DType::F32, EACH as u64));
+    let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+    let begun = Instant::now();
+    let config = Config::default().ranks(Ranks::alike(alone, &mesh, sharded));
+    let mut probe = Probe::new(Cpu, Plan::new(names).unwrap(), config).unwrap();
+    println!("{ranks} ranks with {TENSORS} tensors come together in {:.1?}", begun.elapsed());
+    let mut random = fastrand::Rng::with_seed(5);
+    let mut squares = 0u64;
+    let mut elements = vec![[0f32; EACH]; TENSORS];
+    for _ in 0..ranks {
+        for x in elements.as_flattened_mut() {
+            // Small integers, of which the exact sum of squares is known; of many sizes, so that tensors are.
+            let n = random.i16(-255..256) >> random.u8(..8);
+            squares += u64::from(n.unsigned_abs()) * u64::from(n.unsigned_abs());
+            *x = f32::from(n);
+        }
+        let tensors: Vec<HostTensor> = elements.iter().map(|tensor| HostTensor::F32(tensor)).collect();
+        probe.measure(&crate::common::host::refs(&tensors)).unwrap();
+    }
+    let all = std::mem::take(&mut *given.lock().unwrap());
+    assert_eq!((all.len(), all[0].len()), (ranks as usize, 30));
+    let trees: Vec<Vec<u64>> = (0..5)
+        .map(|_| {
+            let mut left = all.clone();
+            while left.len() > 1 {
+                let a = left.swap_remove(random.usize(..left.len()));
+                let b = left.swap_remove(random.usize(..left.len()));
+                left.push(a.iter().zip(&b).map(|(a, b)| a.wrapping_add(*b)).collect());
+            }
+            left.swap_remove(0)
+        })
+        .collect();
+    assert!(trees.iter().all(|tree| *tree == trees[0]));
+    *total.lock().unwrap() = Some(trees[0].clone());
+    let report =
+        probe.measure_host(&elements.iter().map(|tensor| HostTensor::F32(tensor)).collect::<Vec<_>>()).unwrap();
+    let expected = (squares as f64).sqrt();
+    assert!((report.outputs().total_norm / expected - 1.0).abs() < 1e-14, "{} {expected}", report.outputs().total_norm);
+}
+
+/// One rank of many that all have the same plan. It notes what the ranks give one after the other, in steps of one probe, and
+/// then gives what they add up to.
+#[derive(Debug)]
+struct Simulated {
+    ranks: u32,
+    given: Arc<Mutex<Vec<Vec<u64>>>>,
+    total: Arc<Mutex<Option<Vec<u64>>>>,
+}
+
+impl Transport for Simulated {
+    fn rank(&self) -> u32 {
+        0
+    }
+
+    fn ranks(&self) -> u32 {
+        self.ranks
+    }
+
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
+        Ok(own.repeat(self.ranks as usize))
+    }
+
+    fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
+        assert_eq!(reduction, Reduction::Sum);
+        match &*self.total.lock().unwrap() {
+            Some(total) => words.copy_from_slice(total),
+            None => self.given.lock().unwrap().push(words.to_vec()),
+        }
+        Ok(())
     }
 }
 

@@ -23,7 +23,7 @@ struct Row {
 };
 
 KERNEL(LANES, 1) integers(const u64 *from, u64 *to) {
-    Row row(from, to, 12);
+    Row row(from, to, 13);
     u32 a = row.word(0), b = row.word(1), c = row.word(2);
     row.put(permute_bytes<0xfdb9>(a, b));
     row.put(permute_bytes<0x3210>(a, b));
@@ -37,6 +37,7 @@ KERNEL(LANES, 1) integers(const u64 *from, u64 *to) {
     row.put(__viaddmin_u32(a, b, c));
     row.put(shift_right_wide(a, b, c));
     row.put(shift_right_wide(a, b, 16));
+    row.put((u32)__clzll((long long)(((u64)a << 32 | b) >> c % 64)));
 }
 
 KERNEL(LANES, 1) pairs(const u64 *from, u64 *to) {

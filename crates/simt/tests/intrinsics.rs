@@ -77,6 +77,7 @@ const GROUPS: [Group; 10] = [
             ("__viaddmin_u32", Bits),
             ("shift_right_wide", Bits),
             ("shift_right_wide", Bits),
+            ("__clzll", Bits),
         ],
         rows: |random| mixed(random, &INTEGERS, |random| [0; IN].map(|_| u64::from(random.u32(..)))),
     },

@@ -74,6 +74,8 @@ pub const WRONG: &[Wrong] = &[
     ),
     ("shift_right_wide", "takes the higher word for the lower", "((u64)high << 32 | low)", "((u64)low << 32 | high)"),
     ("shift_right_wide", "shifts by all of the amount", ">> (bits & 31));", ">> (bits & 63));"),
+    ("__clzll", "counts from the lowest bit", "__builtin_clzll(", "__builtin_ctzll("),
+    ("__clzll", "has 63 for none", "value == 0 ? 64", "value == 0 ? 63"),
     ("load_fresh", "exchanges x and y", "{address[0], address[1]}", "{address[1], address[0]}"),
     (
         "load_element",

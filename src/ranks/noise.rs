@@ -1,0 +1,74 @@
+//! The noise scale from what ranks have anyway: the gradient of each before the all-reduce, and the mean of all after it.
+
+use super::{Along, RankMemory, Reduction, communicator::reduce};
+use crate::{Error, Room, measure::ExactSum, micro_batches::MicroBatchReport};
+use bytemuck::{Pod, Zeroable};
+
+/// The squared norms of the gradients of all samples of a step: of the batch of each rank, or of each of its micro-batches. For
+/// [`SampleNoise`](crate::gsnr::SampleNoise).
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct SampleSquares {
+    /// How many there are.
+    pub samples: u64,
+    /// The mean of their squared norms; NaN where an element is NaN or infinite.
+    pub mean: f64,
+}
+
+/// What ranks add up of them.
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(C)]
+struct SampleSums {
+    squares: ExactSum,
+    samples: u64,
+    nonfinite: u64,
+}
+
+impl Room<'_, RankMemory> {
+    /// The squared norms of the samples that each rank has measured as [micro-batches](crate::Probe::micro_batches), before they
+    /// were averaged over the dimensions `data` of the mesh, along which ranks have other samples. A collective call. 184 bytes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a dimension that there is not, or along which a tensor of the plan is a shard: what was
+    /// measured has then been averaged already. Those of the communicator, or the device's.
+    pub fn sample_squares(&mut self, samples: &MicroBatchReport, data: &[&str]) -> Result<SampleSquares, Error> {
+        let Self { core, memory } = self;
+        let (mesh, rank) = (&memory.ranks.mesh, memory.ranks.communicator.rank());
+        let names: Vec<&str> = mesh.dimensions().iter().map(|(name, _)| name.as_str()).collect();
+        let refused = |value: String| {
+            let expected = "dimensions of the mesh along which tensors are replicated";
+            Error::InvalidConfig { option: "data", expected, value }
+        };
+        if let Some(unknown) = data.iter().find(|name| !names.contains(name)) {
+            return Err(refused(format!("{unknown:?} of {names:?}")));
+        }
+        let coordinates = mesh.coordinates(rank);
+        let mut sums = SampleSums::default();
+        for (index, spec) in core.plan.tensors().iter().enumerate() {
+            let mut counts = true;
+            for ((name, how), &coordinate) in names.iter().zip(&memory.ranks.layout(index).along).zip(&coordinates) {
+                match (how, data.contains(name)) {
+                    (Along::Sharded, true) => {
+                        return Err(refused(format!("{name:?}, along which {:?} is cut", spec.name)));
+                    }
+                    (Along::Replicated, false) => counts &= coordinate == 0,
+                    (Along::At(at), _) => counts &= coordinate == *at,
+                    (Along::Replicated, true) | (Along::Sharded, false) => {}
+                }
+            }
+            for sample in (0..samples.len()).filter(|_| counts) {
+                let record = &samples.records(sample)[index];
+                sums.squares.add(record.finite_sum_squares());
+                sums.nonfinite += u64::from(record.has_nonfinite());
+            }
+        }
+        // Along the other dimensions ranks have the same samples.
+        let is_first = names.iter().zip(&coordinates).all(|(name, &at)| data.contains(name) || at == 0);
+        sums.samples = if is_first { samples.len() as u64 } else { 0 };
+        sums.squares.carry();
+        let all = reduce(&*core.device, &*memory.ranks.communicator, bytemuck::cast_slice(&[sums]), Reduction::Sum)?;
+        let SampleSums { squares, samples, nonfinite } = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&all));
+        let mean = squares.rounded() / crate::measure::to_f64(samples);
+        Ok(SampleSquares { samples, mean: if nonfinite > 0 { f64::NAN } else { mean } })
+    }
+}
