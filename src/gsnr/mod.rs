@@ -338,9 +338,9 @@ impl GsnrRecord {
     }
 
     /// Median of r_j over the elements that vary, within 3.2 % of it and of what was taken off
-    /// ([`ratio_shift`](Self::ratio_shift)).
+    /// ([`ratio_shift`](Self::ratio_shift)). None of [all ranks](crate::ranks), which do not tell each other of single elements.
     pub fn median(&self) -> Option<f64> {
-        (self.defined > 0).then_some(self.median_or_nan)
+        (self.defined > 0 && !self.median_or_nan.is_nan()).then_some(self.median_or_nan)
     }
 
     /// Share of the elements that vary with r_j < 1: more noise than signal.
@@ -384,6 +384,11 @@ impl GsnrReport {
     /// What was measured.
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The records, with their tensors' places in the plan.
+    pub(crate) fn records(&self) -> &[(usize, GsnrRecord)] {
+        &self.records
     }
 
     /// Names and records of the tracked tensors, in the plan's order.

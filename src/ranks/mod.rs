@@ -36,6 +36,29 @@
 //! [`Strict`](ReplicaCheck::Strict), no step waits for others: there the comparison is of the step before, and a NaN that one
 //! rank alone has is a replica that differs.
 //!
+//! # What it costs
+//! 240 bytes a step and rank; with [whole tensors](Ranks::whole_tensors), 736 more a tensor of the model; with replicas that
+//! are compared, a second read of the gradients. By NCCL's own model of its trees (`src/graph/tuning.cc` of 2.28: 6.8 µs, and
+//! there and back 0.6 µs a GPU of a node, 1.8 times that between nodes, and 5.0 µs a doubling of the nodes), with nodes of
+//! eight GPUs:
+//!
+//! | ranks | all-reduce of 240 bytes |
+//! |---|---|
+//! | 8 | 15 µs |
+//! | 64 | 52 µs |
+//! | 512 | 82 µs |
+//! | 4096 | 112 µs |
+//! | 16384 | 132 µs |
+//!
+//! Nothing of that has been measured. To gather the records of 2000 tensors at 16384 ranks, as this crate did before, would be
+//! 2.6 GB and 60 ms.
+//!
+//! # When something goes wrong
+//! A rank that is gone, late or another than the others think is an [`Error::Communication`](crate::Error::Communication) on all
+//! that wait for it: with threads and TCP at once, or after a deadline, with its number; with NCCL, which does not know whose
+//! fault it is, after the deadline. [`Ranks::abort_handle`] ends all waiting. The probe is then to be dropped, which does not hang.
+//! Those that are left make new communicators and probes, and go on from a [`ProbeState`](crate::ProbeState).
+//!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Along, Mesh, Ranks, ThreadCommunicator}};
 //!
@@ -71,6 +94,7 @@ mod replicas;
 mod report;
 mod room;
 mod tcp;
+mod tensors;
 mod threads;
 mod whole;
 

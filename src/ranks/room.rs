@@ -39,10 +39,10 @@ const _: () = assert!(size_of::<MergeArguments>() == 280);
 /// A probe among others: [`Config::ranks`], [`Probe::ranks`].
 pub struct RankMemory {
     pub(super) ranks: Ranks,
-    joined: Arc<Joined>,
+    pub(super) joined: Arc<Joined>,
     plan: Plan,
     /// Whether a step is decided by what this rank has itself.
-    is_alone: bool,
+    pub(super) is_alone: bool,
     /// The [`StepSums`], and behind them the [`CheckSums`].
     sums: Buffer,
     fingerprints: Option<Fingerprints>,

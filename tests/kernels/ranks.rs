@@ -13,7 +13,7 @@ use gradprobe::{
     Clip, Config, Cpu, DType, Error, FindingKind, HostTensor, HostTensorMut, Plan, Probe, ProbeState, Record, Report,
     Rules, StepOutputs, Verdict,
     clip::LossScale,
-    gsnr::SampleNoise,
+    gsnr::{GsnrConfig, SampleNoise},
     ranks::{
         Along, Communicator, Differing, DifferingReplica, Layout, Mesh, Ranks, Reduction, ReplicaCheck,
         ThreadCommunicator, Transport,
@@ -720,6 +720,49 @@ fn the_noise_scale_comes_of_samples_and_their_mean() {
     }
 }
 
+/// Histograms, and signal over noise, of parts make up those of the whole.
+#[test]
+fn what_is_asked_for_is_that_of_the_whole() {
+    let whole = |step: u64| Tensor::of_values(DType::F32, 9000, move |i| 0.3 + normal(step, i)).data();
+    let bias = |step: u64| Tensor::of_values(DType::BF16, 30, move |i| normal(77 + step, i)).data();
+    let features = |config: Config| config.histogram().tracking(GsnrConfig::new());
+    let seen = |probe: &mut Probe, data: &dyn Fn(u64) -> [Data; 2]| {
+        for step in 0..4 {
+            probe.measure_host(&tensors(&data(step))).unwrap();
+        }
+        let last = data(4);
+        (probe.histogram_host(&tensors(&last)).unwrap(), probe.gsnr_report().unwrap())
+    };
+    let names = ["w", "b"];
+    let plan = |data: &[Data; 2]| plan_of(names.into_iter().zip(data.iter().map(Data::tensor))).unwrap();
+    let all = |step| [whole(step), bias(step)];
+    let alone = seen(&mut Probe::new(Cpu, plan(&all(0)), features(Config::default())).unwrap(), &all);
+    for make in DEVICES {
+        let ranks = on_ranks(3, |rank, communicator| {
+            let mesh = Mesh::new([("dp", 3)]).unwrap();
+            let layouts = [mesh.layout([("dp", Along::Sharded)]).unwrap(), mesh.layout([]).unwrap()];
+            let own =
+                |step: u64| [part(&whole(step), 2500 * rank as usize..[2500, 5000, 9000][rank as usize]), bias(step)];
+            let config = features(Config::default()).ranks(Ranks::new(communicator, &mesh, layouts));
+            let mut probe = make(plan(&own(0)), config, rank).unwrap();
+            let (histograms, gsnr) = seen(&mut probe, &own);
+            let mut room = probe.ranks().unwrap();
+            (room.histograms(&histograms).unwrap(), room.gsnr(&gsnr).unwrap())
+        });
+        for (histograms, gsnr) in ranks {
+            assert!(histograms.histograms() == alone.0.histograms());
+            for ((name, seen), (_, expected)) in gsnr.tensors().zip(alone.1.tensors()) {
+                let near = |a: Option<f64>, b: Option<f64>| (a.unwrap() / b.unwrap() - 1.0).abs() < 1e-4;
+                assert!(near(seen.mean(), expected.mean()), "{name}");
+                assert!(near(Some(seen.sum_variance), Some(expected.sum_variance)), "{name}");
+                assert_eq!((seen.defined, seen.below_one), (expected.defined, expected.below_one));
+                assert_eq!(seen.median(), expected.median().filter(|_| name == "b"));
+            }
+            assert!((gsnr.noise_scale().unwrap() / alone.1.noise_scale().unwrap() - 1.0).abs() < 1e-3);
+        }
+    }
+}
+
 /// As many ranks as there are GPUs in the largest clusters: what they add up has the same bits in any tree, and is the norm of
 /// all their elements.
 #[test]
@@ -768,6 +811,37 @@ fn the_sum_of_16384_ranks_has_no_order() {
         probe.measure_host(&elements.iter().map(|tensor| HostTensor::F32(tensor)).collect::<Vec<_>>()).unwrap();
     let expected = (squares as f64).sqrt();
     assert!((report.outputs().total_norm / expected - 1.0).abs() < 1e-14, "{} {expected}", report.outputs().total_norm);
+}
+
+/// One, 8 or 4096 ranks give the same norm.
+#[test]
+fn the_norm_of_4096_ranks_is_that_of_one() {
+    for ranks in [8u32, 4096] {
+        let names = ["a", "b", "c"].map(|name| (name, DType::F32, 8u64));
+        let alone = Simulated { ranks, given: Arc::default(), total: Arc::default() };
+        let (given, total) = (Arc::clone(&alone.given), Arc::clone(&alone.total));
+        let mesh = Mesh::new([("dp", ranks)]).unwrap();
+        let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+        let config = Config::default().ranks(Ranks::alike(alone, &mesh, sharded));
+        let mut probe = Probe::new(Cpu, Plan::new(names).unwrap(), config).unwrap();
+        let all: Vec<[f32; 8]> =
+            (0..3 * ranks as usize).map(|t| std::array::from_fn(|i| lognormal(t as u64, i, 5.0) as f32)).collect();
+        let tensors: Vec<HostTensor> = all.iter().map(|tensor| HostTensor::F32(tensor)).collect();
+        for of_rank in tensors.chunks(3) {
+            probe.measure(&crate::common::host::refs(of_rank)).unwrap();
+        }
+        let sum = given
+            .lock()
+            .unwrap()
+            .iter()
+            .fold(vec![0u64; 30], |sum, words| sum.iter().zip(words).map(|(a, b)| a.wrapping_add(*b)).collect());
+        *total.lock().unwrap() = Some(sum);
+        let of_ranks = probe.measure_host(&tensors[..3]).unwrap().outputs().total_norm;
+        let plan = plan_of((0..).map(|t: usize| format!("t{t}")).zip(tensors.iter().copied())).unwrap();
+        let of_one =
+            Probe::new(Cpu, plan, Config::default()).unwrap().measure_host(&tensors).unwrap().outputs().total_norm;
+        assert_eq!(of_ranks.to_bits(), of_one.to_bits(), "{ranks} ranks");
+    }
 }
 
 /// One rank of many that all have the same plan. It notes what the ranks give one after the other, in steps of one probe, and
@@ -1051,6 +1125,38 @@ fn ranks_that_do_not_fit_are_named() {
             }
         }
     }
+}
+
+/// A rank of another version: of the words in which ranks tell what must be equal, the first says which it is.
+#[derive(Debug)]
+struct Older(ThreadCommunicator);
+
+impl Transport for Older {
+    fn rank(&self) -> u32 {
+        Transport::rank(&self.0)
+    }
+
+    fn ranks(&self) -> u32 {
+        Transport::ranks(&self.0)
+    }
+
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
+        let mut own = own.to_vec();
+        if Transport::rank(self) == 1 && own.len() == 32 {
+            own[0] ^= 1;
+        }
+        Transport::all_gather(&self.0, &own)
+    }
+}
+
+#[test]
+fn another_version_is_named() {
+    let errors = on_ranks(3, |_, Told(communicator)| {
+        let ranks = Ranks::data_parallel(Older(communicator));
+        Probe::new(Cpu, Plan::new([("w", DType::F32, 1)]).unwrap(), Config::default().ranks(ranks)).unwrap_err()
+    });
+    let expected = Error::RankDiffers { rank: 1, what: "has another version of gradprobe".to_owned() };
+    assert!(errors.iter().all(|error| *error == expected), "{errors:?}");
 }
 
 #[test]

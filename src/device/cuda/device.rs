@@ -152,7 +152,7 @@ unsafe impl Device for Cuda {
 
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
         let memory = Pinned::new(self.streams.main.context(), bytes)?;
-        Ok(Box::new(PinnedRead { memory, streams: Arc::clone(&self.streams) }))
+        Ok(Box::new(PinnedRead::new(memory, &self.streams)))
     }
 
     unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {

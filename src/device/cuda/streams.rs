@@ -71,29 +71,21 @@ impl Streams {
         let _ = self.ranks.set(Arc::clone(ranks));
     }
 
-    /// Waits for a copy, as long as other ranks may take. Then they are aborted, so that nothing waits any more.
+    /// Whether a copy that was asked for then is over, or may still be waited for: as long as other ranks may take. After that
+    /// they are aborted, so that nothing waits any more.
     ///
     /// # Errors
     /// [`Error::Communication`], and the driver's.
-    fn await_ranks(&self, copy: &Pinned) -> Result<(), Error> {
-        let Some(ranks) = self.ranks.get() else { return Ok(()) };
-        let (begun, deadline) = (Instant::now(), ranks.deadline().unwrap_or(Duration::MAX));
-        while !copy.is_over()? {
-            let late = begun.elapsed() > deadline;
-            let late = || {
-                if late {
-                    Err(Error::Communication { what: format!("some rank has not come within {deadline:?}") })
-                } else {
-                    Ok(())
-                }
-            };
-            if let Err(error) = ranks.status().and_then(|()| late()) {
-                ranks.abort();
-                return Err(error);
-            }
-            thread::sleep(Duration::from_micros(50));
-        }
-        Ok(())
+    fn is_over(&self, copy: &Pinned, since: Instant) -> Result<bool, Error> {
+        let Some(ranks) = self.ranks.get().filter(|_| copy.is_over() == Ok(false)) else { return copy.is_over() };
+        let late = ranks.deadline().filter(|deadline| since.elapsed() > *deadline);
+        let late =
+            late.map(|deadline| Error::Communication { what: format!("some rank has not come within {deadline:?}") });
+        let wrong = ranks.status().err().or(late);
+        wrong.map_or(Ok(false), |error| {
+            ranks.abort();
+            Err(error)
+        })
     }
 
     fn copies(&self) -> MutexGuard<'_, Copies> {
@@ -145,21 +137,33 @@ impl Streams {
 
 /// Results on their way to the host.
 pub(super) struct PinnedRead {
-    pub memory: Pinned,
-    pub streams: Arc<Streams>,
+    memory: Pinned,
+    streams: Arc<Streams>,
+    /// When they were asked for.
+    since: Instant,
+}
+
+impl PinnedRead {
+    pub fn new(memory: Pinned, streams: &Arc<Streams>) -> Self {
+        Self { memory, streams: Arc::clone(streams), since: Instant::now() }
+    }
 }
 
 impl Read for PinnedRead {
     fn start(&mut self, from: &Buffer) -> Result<(), Error> {
+        self.since = Instant::now();
         self.streams.download(from, &mut self.memory)
     }
 
     fn is_complete(&self) -> Result<bool, Error> {
-        self.memory.is_over()
+        self.streams.is_over(&self.memory, self.since)
     }
 
     fn wait(&self) -> Result<&[u8], Error> {
-        self.streams.await_ranks(&self.memory)?;
+        // Without other ranks the driver waits, which is sooner.
+        while self.streams.ranks.get().is_some() && !self.is_complete()? {
+            thread::sleep(Duration::from_micros(50));
+        }
         self.memory.wait()
     }
 }
