@@ -83,7 +83,7 @@ static_assert(STEP_WORDS == 24, "src/measure/exact.rs");
 struct CheckSums {
     u64 state[2];
     u64 replicas[3];
-    u64 reserved;
+    u64 ranks; // that have added to it
 };
 constexpr u32 CHECK_WORDS = sizeof(CheckSums) / sizeof(u64);
 static_assert(CHECK_WORDS == 6, "src/ranks/replicas.rs");
@@ -142,6 +142,6 @@ struct StepArguments : Common {
     u32 history_steps;
     u32 clip_words; // of the clip's state, that are the same on all ranks
     u32 strict;     // 1: a step in which ranks differ is one to skip
-    u32 reserved;
+    u32 ranks;
 };
 static_assert(sizeof(StepArguments) == 248, "src/probe/arguments.rs");

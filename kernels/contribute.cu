@@ -31,7 +31,8 @@ KERNEL(LANES, 8) gradprobe_contribute(ContributeArguments a) {
         BARRIER();
         if (threadIdx.x != 0) continue;
         a.maxima[slot] = {};
-        if (owner == NOWHERE || a.tensors[owner].is_uncounted) continue;
+        // The record of an empty part is set once: what `merge` has put there is not of this step.
+        if (owner == NOWHERE || a.tensors[owner].is_uncounted || a.tensors[owner].length == 0) continue;
         const Record &record = a.records[is_weight ? a.tensor_count + owner : owner];
         add_part(sums, record);
         a.maxima[slot] = maxima_of(record, a.firsts[owner]);

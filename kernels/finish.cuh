@@ -150,6 +150,7 @@ DEVICE void add_state(FinishScratch &scratch, const StepArguments &a) {
     if (sum != 0) atomicAdd(&scratch.state, sum);
     BARRIER();
     if (threadIdx.x < 2) a.check->state[threadIdx.x] = scratch.state * a.rank_factors[threadIdx.x];
+    if (threadIdx.x == 2) a.check->ranks = 1;
 }
 
 // Leaves a step, of many ranks, to be added up with those of the others; by all threads.
@@ -183,9 +184,11 @@ DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
     u64 nan_count = all.nan_count, inf_count = all.inf_count;
     float scale = a.loss_scale ? a.loss_scale->scale : 1.0f;
     const CheckSums &check = scratch.check;
-    bool state_differs = (check.state[0] | check.state[1]) != 0;
+    // Of a rank that has aborted the collective ends before it is done; of none there is nothing before the first step.
+    bool is_late = !a.is_part, is_complete = !a.check || check.ranks == a.ranks || (is_late && check.ranks == 0);
+    bool state_differs = (check.state[0] | check.state[1]) != 0 || !is_complete;
     bool replicas_differ = (check.replicas[0] | check.replicas[1]) != 0;
-    bool refused = a.strict && (state_differs || replicas_differ);
+    bool refused = !is_complete || (a.strict && (state_differs || replicas_differ));
     bool usable = is_usable(scale), found = all.nonfinite > 0 || !usable;
     bool skip = (found && (a.policy == POLICY_SKIP || !usable)) || refused;
     bool zero = found && a.policy == POLICY_ZERO_NONFINITE && !skip;

@@ -32,13 +32,3 @@ template <typename R> DEVICE R load_record(const R *from) {
     memcpy(&r, words, sizeof r);
     return r;
 }
-
-// Whether two records that other launches or blocks have written are the same, byte for byte.
-DEVICE bool same_bits(const Record *a, const Record *b) {
-    bool same = true;
-    for (u32 i = 0; i < sizeof(Record) / 8; i += 2) {
-        LongPair x = load_fresh((const u64 *)a + i), y = load_fresh((const u64 *)b + i);
-        same = same && x.x == y.x && x.y == y.y;
-    }
-    return same;
-}

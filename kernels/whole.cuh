@@ -17,7 +17,7 @@ struct TensorMaxima {
     u64 min_nonzero_abs; // those of Inf less its own
     u64 first_nonfinite; // NONE less its index
 };
-constexpr u32 MAXIMA_WORDS = sizeof(TensorMaxima) / sizeof(u64);
+static_assert(sizeof(TensorMaxima) == 24, "src/ranks/whole.rs");
 
 DEVICE void add_part(TensorSums &s, const Record &r) {
     double finite = (double)finite_count(r);

@@ -114,9 +114,7 @@ impl LossScaleState {
     pub fn word(&self) -> u64 {
         u64::from(self.scale.to_bits()) << 32 | u64::from(self.growth_tracker)
     }
-}
 
-impl LossScaleState {
     pub fn new(rule: &LossScale, dead_threshold: f32) -> Self {
         Self {
             scale: rule.initial,

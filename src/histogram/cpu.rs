@@ -42,7 +42,8 @@ const _: () = assert!(PART / COPIES <= u16::MAX as usize);
 pub(crate) fn run(memory: &Memory, a: &HistogramArguments) {
     let tensors = memory.tensors(&a.common);
     if a.one_histogram != 0 {
-        let each = tensors.par_iter().map(|&tensor| of_tensor(tensor));
+        let counted = tensors.par_iter().zip(memory.entries(&a.common)).filter(|(_, entry)| entry.is_uncounted == 0);
+        let each = counted.map(|(&tensor, _)| of_tensor(tensor));
         memory.slice_mut(a.histograms, 1)[0] = each.reduce(Histogram::zeroed, |a, b| a.merge(&b));
     } else {
         let histograms: &mut [Histogram] = memory.slice_mut(a.histograms, tensors.len());

@@ -94,16 +94,18 @@ fn add_state(memory: &Memory, a: &StepArguments, check: &mut CheckSums) {
     let words = memory.slice(a.clip_state, a.clip_words as usize).iter().copied();
     let step = memory.slice::<StepOutputs>(a.common.outputs, 1)[0].step;
     let scale = memory.slice::<LossScaleState>(a.loss_scale, 1).first().map(LossScaleState::word);
+    check.ranks = 1;
     check.state =
         a.rank_factors.map(|factor| ranks::mixed_sum(words.clone().chain([step]).chain(scale)).wrapping_mul(factor));
 }
 
 /// The end of a step whose records are there.
 pub(crate) fn finish(memory: &Memory, a: &StepArguments) {
-    let mut differs = 0;
+    let (mut differs, mut refused) = (0, false);
     if let [check] = memory.slice_mut::<CheckSums>(a.check, 1) {
-        let checked = std::mem::take(check);
-        differs = checked.flags();
+        let (checked, is_late) = (std::mem::take(check), a.is_part == 0);
+        differs = checked.flags(a.ranks, is_late);
+        refused = !checked.is_complete(a.ranks, is_late) || a.strict != 0 && differs != 0;
         memory.slice_mut(a.checked, 1)[0] = checked;
         if a.is_part == 0 {
             add_state(memory, a, check);
@@ -124,7 +126,6 @@ pub(crate) fn finish(memory: &Memory, a: &StepArguments) {
     let last = &mut memory.slice_mut::<StepOutputs>(a.common.outputs, 1)[0];
     let loss_scale = memory.slice_mut(a.loss_scale, 1).first_mut();
     let sums = std::mem::take(&mut memory.slice_mut::<StepSums>(a.sums, 1)[0]);
-    let refused = a.strict != 0 && differs != 0;
     let mut outputs =
         StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), refused, &mut clip, loss_scale);
     outputs.step = last.step + 1;

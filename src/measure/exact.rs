@@ -98,9 +98,7 @@ impl ExactSum {
         let nearest = (bits << 1 | rest) as f64;
         nearest * f64::from_bits(exponent << (f64::MANTISSA_DIGITS - 1))
     }
-}
 
-impl ExactSum {
     /// The nearest f64 of a sum of any numbers.
     pub fn rounded_signed(mut self) -> f64 {
         if !self.carry_signed() {

@@ -29,8 +29,8 @@ pub struct StepOutputs {
     pub coefficient: f32,
     /// loss_scale / coefficient_f64: for optimizers that divide.
     pub inverse_coefficient: f32,
-    /// 1.0 if any element is NaN or infinite, on any rank, or the loss scale not usable, or the step to be skipped because ranks
-    /// differ; else 0.0.
+    /// 1.0 if any element is NaN or infinite, on any rank that the step waits for, or the loss scale not usable, or the step to be
+    /// skipped because ranks differ; else 0.0.
     pub found_inf: f32,
     /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, a
     /// loss scale that is not usable, or ranks that differ where that is [strict](crate::ranks::ReplicaCheck::Strict)), else 0.

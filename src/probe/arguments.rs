@@ -115,8 +115,8 @@ pub struct StepArguments {
     pub clip_words: u32,
     /// Whether a step in which ranks differ is one to skip.
     pub strict: u32,
-    /// Unused; 0.
-    pub reserved: u32,
+    /// How many ranks there are.
+    pub ranks: u32,
 }
 
 /// One tensor of a second list, as kernels read it.

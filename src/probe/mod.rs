@@ -190,7 +190,7 @@ impl Probe {
     /// # Safety
     /// As long as a graph can be replayed that is captured after this call, the probe is not dropped, and what it was given
     /// in captured calls, and in the last call before a replay, is as the maker of a [`RawTensor`](crate::RawTensor)
-    /// promises.
+    /// promises. With other ranks such graphs are destroyed before the probe is dropped: NCCL waits for that.
     ///
     /// # Errors
     /// When the tensors are not the plan's, for a null or misaligned address, and [`Error::AddressesChangedInCapture`].
@@ -267,13 +267,14 @@ impl Probe {
 
     pub(crate) fn launch_step(&mut self, weights: bool) -> Result<(), Error> {
         let Self { core, .. } = self;
+        core.check_promise()?;
         if core.config.clip.needs_histogram() {
             crate::histogram::launch_of_all(core, self.rooms.ranks.as_ref())?;
         }
         let lists = 1 + u32::from(weights);
         let step = StepArguments { weights: u32::from(weights), ..core.step };
         let chunks = lists * step.common.chunk_count;
-        match &self.rooms.ranks {
+        match &mut self.rooms.ranks {
             Some(ranks) => ranks.launch_measure(core, chunks, step)?,
             None => core.launch(chunks, &step)?,
         }
@@ -451,14 +452,20 @@ impl Core {
         self.launch(self.step.common.chunk_count, arguments)
     }
 
+    /// Nothing is queued in a capture that nobody has vouched for.
+    ///
+    /// # Errors
+    /// [`Error::NotBound`], and the device's.
+    fn check_promise(&self) -> Result<(), Error> {
+        if self.promised { Ok(()) } else { outside_capture(&*self.device, Error::NotBound) }
+    }
+
     /// Launches a kernel for so many chunks, or pieces of other work: no more blocks than fill the device.
     ///
     /// # Errors
     /// [`Error::NotBound`], and the device's.
     pub fn launch<A: Arguments>(&self, pieces: u32, arguments: &A) -> Result<(), Error> {
-        if !self.promised {
-            outside_capture(&*self.device, Error::NotBound)?;
-        }
+        self.check_promise()?;
         let blocks = pieces.clamp(1, self.device.resident_blocks(A::KERNEL).max(1));
         // SAFETY: the arguments are those of this probe's buffers, in the layout of the kernel; tensors were lent to the
         // call that launches.

@@ -63,8 +63,13 @@ impl Reports {
 
     /// Goes on after the step with these outputs.
     pub fn restore(&mut self, device: &dyn Device, outputs: StepOutputs) -> Result<(), Error> {
+        // What is under way is of what was before.
+        while let Some(read) = self.reads.front() {
+            read.wait()?;
+            self.idle.extend(self.reads.pop_front());
+        }
         device.upload(bytemuck::bytes_of(&outputs), &self.results)?;
-        self.reported = outputs.step;
+        (self.reported, self.diagnosis) = (outputs.step, None);
         Ok(())
     }
 

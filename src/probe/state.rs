@@ -36,7 +36,7 @@ impl Probe {
     }
 
     /// Goes on from there: the next step is the one after, and decided as it would have been. On many ranks all do this, with
-    /// the state of any: one with another is named in the next step, by
+    /// the state of any: one with another is named in the next step, or where ranks compare a step later in the one after, by
     /// [`FLAG_STATE`](StepOutputs::FLAG_STATE).
     ///
     /// # Errors

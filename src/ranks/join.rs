@@ -1,11 +1,12 @@
 //! How ranks come together: whether they mean the same, and who holds what, before the first step. A rank that cannot go on
 //! takes part to the end, so that all others get an error that names it.
 
-use super::{Communicator, Layout, Mesh, Ranks, gather};
+use super::{Communicator, Layout, Mesh, Ranks, Reduction, communicator::reduce, gather};
 use crate::{Config, Error, Plan, device::Device, features::Features};
 use std::{
     cmp::Ordering,
     collections::{HashMap, HashSet},
+    sync::Arc,
 };
 
 /// Words of text that ranks tell each other.
@@ -17,7 +18,7 @@ pub(super) const AT_ONCE: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Joined {
     /// The ranks that hold the same as this one, itself included, in their order; of each tensor of the plan.
-    pub holders: Vec<Vec<u32>>,
+    pub holders: Vec<Arc<[u32]>>,
     /// The place of this rank's part in each tensor, as parts lie one behind the other.
     pub firsts: Vec<u64>,
     /// The number of each tensor of the plan among those of all ranks.
@@ -32,12 +33,21 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// Of a rank that has asked nobody.
-    pub fn alone(plan: &Plan, rank: u32, is_replicated: bool) -> Self {
-        let tensors = plan.tensors().len();
+    /// Of a rank that has asked nobody: as though the others had what this one has, and nothing else.
+    pub fn supposed(plan: &Plan, ranks: &Ranks) -> Self {
+        let (rank, is_replicated, tensors) = (ranks.communicator.rank(), ranks.is_replicated(), plan.tensors().len());
         let slots = (0..).take(tensors).collect();
+        let mut known: HashMap<&Layout, Arc<[u32]>> = HashMap::new();
+        let holders = (0..tensors).filter_map(|index| ranks.layouts.get(index)).map(|layout| {
+            let holds_the_same = |other: &u32| {
+                let on = |rank| (layout.counted_on(&ranks.mesh, rank), layout.owners_of(&ranks.mesh, rank));
+                on(*other) == on(rank)
+            };
+            Arc::clone(known.entry(layout).or_insert_with(|| (0..ranks.mesh.ranks()).filter(holds_the_same).collect()))
+        });
+        let holders = holders.collect();
         Self {
-            holders: vec![vec![rank]; tensors],
+            holders,
             firsts: vec![0; tensors],
             slots,
             model_count: tensors,
@@ -50,7 +60,7 @@ impl Joined {
     /// Of each tensor, who holds the same, and which of them this rank is.
     pub fn places(&self) -> impl Iterator<Item = (&[u32], usize)> {
         let place = |holders: &[u32]| holders.iter().position(|&rank| rank == self.rank).unwrap_or(0);
-        self.holders.iter().map(move |holders| (holders.as_slice(), place(holders)))
+        self.holders.iter().map(move |holders| (&**holders, place(holders)))
     }
 
     /// Whether this rank has any.
@@ -178,12 +188,18 @@ pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ra
     });
     all_or_none(communicator, device, wrong.map_or(Ok(()), Err))?;
     let slots = plan.tensors().iter().map(|spec| model[&hash(&spec.name)]).collect();
-    let firsts = tensors.iter().map(|seen| seen.before).collect();
+    let said = |index: usize| ranks.layout(index).part.as_ref().map(|(elements, _)| elements.start);
+    let firsts = tensors.iter().enumerate().map(|(index, seen)| said(index).unwrap_or(seen.before)).collect();
+    // Most tensors are held by the same ranks.
+    let mut known: HashMap<Vec<u32>, Arc<[u32]>> = HashMap::new();
     let holders = tensors.into_iter().map(|mut seen| {
         seen.holders.sort_unstable();
-        seen.holders
+        let shared = known.entry(seen.holders).or_insert_with_key(|holders| holders.as_slice().into());
+        Arc::clone(shared)
     });
     let holders = holders.collect();
+    // The network's connections are made now, and not in the first step, which may be captured.
+    reduce(device, communicator, &[0], Reduction::Sum)?;
     Ok(Joined {
         holders,
         firsts,

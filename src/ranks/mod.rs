@@ -34,7 +34,8 @@
 //! [`Room::differing_replicas`](crate::Room::differing_replicas) all of them, by majority. A NaN or Inf on any replica counts
 //! as found on all ranks, in the same step; but where every tensor is replicated on all ranks, and the check is not
 //! [`Strict`](ReplicaCheck::Strict), no step waits for others: there the comparison is of the step before, and a NaN that one
-//! rank alone has is a replica that differs.
+//! rank alone has is a replica that differs. That rank alone skips the step, and adapts its loss scale: with one that adapts,
+//! be strict.
 //!
 //! # What it costs
 //! 240 bytes a step and rank; with [whole tensors](Ranks::whole_tensors), 736 more a tensor of the model; with replicas that
@@ -123,7 +124,7 @@ pub enum ReplicaCheck {
     Reported,
     /// They are before the clip, and a step in which they or the ranks' states differ is one to skip.
     Strict,
-    /// They are not.
+    /// They are not; nor are the ranks' states where all tensors are replicated on all ranks, which then exchange nothing.
     Off,
 }
 
@@ -225,7 +226,7 @@ impl Ranks {
         }
     }
 
-    /// What ends all waiting for other ranks, from any thread: of a signal's handler, say, or of who has heard that one is lost.
+    /// What ends all waiting for other ranks, from any thread: that of who has heard that one is lost, say.
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle(Arc::clone(&self.communicator))
     }

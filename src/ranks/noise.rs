@@ -1,7 +1,12 @@
 //! The noise scale from what ranks have anyway: the gradient of each before the all-reduce, and the mean of all after it.
 
 use super::{Along, RankMemory, Reduction, communicator::reduce};
-use crate::{Error, Room, measure::ExactSum, micro_batches::MicroBatchReport};
+use crate::{
+    Error, Room,
+    measure::{ExactSum, to_f64},
+    micro_batches::MicroBatchReport,
+    probe::outside_capture,
+};
 use bytemuck::{Pod, Zeroable};
 
 /// The squared norms of the gradients of all samples of a step: of the batch of each rank, or of each of its micro-batches. For
@@ -32,6 +37,18 @@ impl Room<'_, RankMemory> {
     /// [`Error::InvalidConfig`] for a dimension that there is not, or along which a tensor of the plan is a shard: what was
     /// measured has then been averaged already. Those of the communicator, or the device's.
     pub fn sample_squares(&mut self, samples: &MicroBatchReport, data: &[&str]) -> Result<SampleSquares, Error> {
+        outside_capture(&*self.core.device, Error::WaitInCapture)?;
+        // One that cannot take part tells the others.
+        let own = self.own_samples(samples, data);
+        let (device, ranks) = (&*self.core.device, &self.memory.ranks);
+        let own = ranks.all_or_none(device, own)?;
+        let all = reduce(device, &*ranks.communicator, bytemuck::cast_slice(&[own]), Reduction::Sum)?;
+        let SampleSums { squares, samples, nonfinite } = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&all));
+        let mean = squares.rounded() / to_f64(samples);
+        Ok(SampleSquares { samples, mean: if nonfinite > 0 { f64::NAN } else { mean } })
+    }
+
+    fn own_samples(&self, samples: &MicroBatchReport, data: &[&str]) -> Result<SampleSums, Error> {
         let Self { core, memory } = self;
         let (mesh, rank) = (&memory.ranks.mesh, memory.ranks.communicator.rank());
         let names: Vec<&str> = mesh.dimensions().iter().map(|(name, _)| name.as_str()).collect();
@@ -48,11 +65,11 @@ impl Room<'_, RankMemory> {
             let mut counts = true;
             for ((name, how), &coordinate) in names.iter().zip(&memory.ranks.layout(index).along).zip(&coordinates) {
                 match (how, data.contains(name)) {
-                    (Along::Sharded, true) => {
-                        return Err(refused(format!("{name:?}, along which {:?} is cut", spec.name)));
+                    (Along::Sharded | Along::At(_), true) => {
+                        return Err(refused(format!("{name:?}, along which {:?} is not the same on all", spec.name)));
                     }
                     (Along::Replicated, false) => counts &= coordinate == 0,
-                    (Along::At(at), _) => counts &= coordinate == *at,
+                    (Along::At(at), false) => counts &= coordinate == *at,
                     (Along::Replicated, true) | (Along::Sharded, false) => {}
                 }
             }
@@ -66,9 +83,6 @@ impl Room<'_, RankMemory> {
         let is_first = names.iter().zip(&coordinates).all(|(name, &at)| data.contains(name) || at == 0);
         sums.samples = if is_first { samples.len() as u64 } else { 0 };
         sums.squares.carry();
-        let all = reduce(&*core.device, &*memory.ranks.communicator, bytemuck::cast_slice(&[sums]), Reduction::Sum)?;
-        let SampleSums { squares, samples, nonfinite } = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&all));
-        let mean = squares.rounded() / crate::measure::to_f64(samples);
-        Ok(SampleSquares { samples, mean: if nonfinite > 0 { f64::NAN } else { mean } })
+        Ok(sums)
     }
 }

@@ -26,7 +26,8 @@ use rayon::prelude::*;
 pub(crate) struct CheckSums {
     pub state: [u64; 2],
     pub replicas: [u64; 3],
-    pub reserved: u64,
+    /// How many ranks have added to it.
+    pub ranks: u64,
 }
 
 /// What a tensor's fingerprint is multiplied by.
@@ -57,10 +58,17 @@ pub(crate) struct FingerprintArguments {
 const _: () = assert!(size_of::<CheckSums>() == 48 && size_of::<FingerprintArguments>() == 104);
 
 impl CheckSums {
+    /// Whether all ranks have added to it. Where one has aborted, the collective ends before it is done; before the first step
+    /// there is nothing that could be late.
+    pub fn is_complete(&self, ranks: u32, is_late: bool) -> bool {
+        self.ranks == u64::from(ranks) || is_late && self.ranks == 0
+    }
+
     /// The flags of a step that these are of.
-    pub fn flags(&self) -> u32 {
-        let flag = |words: &[u64], bit| if words.iter().any(|&word| word != 0) { bit } else { 0 };
-        flag(&self.state, StepOutputs::FLAG_STATE) | flag(&self.replicas[..2], StepOutputs::FLAG_REPLICAS)
+    pub fn flags(&self, ranks: u32, is_late: bool) -> u32 {
+        let flag = |differs, bit| if differs { bit } else { 0 };
+        flag(self.state != [0; 2] || !self.is_complete(ranks, is_late), StepOutputs::FLAG_STATE)
+            | flag(self.replicas[..2] != [0; 2], StepOutputs::FLAG_REPLICAS)
     }
 }
 
@@ -82,19 +90,19 @@ pub(crate) fn mixed_sum(words: impl IntoIterator<Item = u64>) -> u64 {
     (0..).zip(words).fold(0, |sum, (at, word)| sum.wrapping_add(mixed(word.wrapping_add(place(at)))))
 }
 
-/// The factors of so many ranks, of which one has nothing to compare.
-pub(super) fn rank_factors(ranks: usize) -> impl Iterator<Item = [u64; 2]> {
-    let of = |at: u64| [mixed(2 * at + 1) | 1, mixed(2 * at + 2) | 1];
-    let but_one = ranks as u64 - 1;
+/// The factors of these ranks, other ones for each group of them; of one, which has nothing to compare, 0.
+pub(super) fn rank_factors(ranks: &[u32]) -> impl Iterator<Item = [u64; 2]> {
+    let group = mixed_sum(ranks.iter().map(|&rank| rank.into()));
+    let of = move |at: u64| [1, 2].map(|which| mixed(group ^ mixed(2 * at + which)) | 1);
+    let but_one = (ranks.len() as u64).saturating_sub(1);
     let last = (0..but_one).map(of).fold([0u64; 2], |[a, b], [x, y]| [a.wrapping_sub(x), b.wrapping_sub(y)]);
     (0..but_one).map(of).chain([last])
 }
 
-/// Which of these ranks may have differed alone: their places. None when it was none of them, or several.
-pub(super) fn located(sums: [u64; 2], ranks: usize) -> Vec<usize> {
+/// Which of these ranks may have differed alone. None when it was none of them, or several.
+pub(super) fn located(sums: [u64; 2], ranks: &[u32]) -> Vec<u32> {
     let fits = |factors: [u64; 2]| sums[0].wrapping_mul(factors[1]) == sums[1].wrapping_mul(factors[0]);
-    let of_them = rank_factors(ranks).enumerate().filter(|&(_, factors)| fits(factors));
-    of_them.map(|(place, _)| place).collect()
+    ranks.iter().zip(rank_factors(ranks)).filter(|&(_, factors)| fits(factors)).map(|(&rank, _)| rank).collect()
 }
 
 /// What `gradprobe_fingerprint` does.
@@ -146,14 +154,22 @@ mod tests {
 
     #[test]
     fn factors_of_all_ranks_add_up_to_nothing_and_name_each() {
-        for ranks in [1, 2, 3, 8, 1000, 16384] {
-            let factors: Vec<[u64; 2]> = rank_factors(ranks).collect();
+        for count in [1usize, 2, 3, 8, 1000, 16384] {
+            let ranks: Vec<u32> = (0..).step_by(3).take(count).collect();
+            let factors: Vec<[u64; 2]> = rank_factors(&ranks).collect();
             let sum = factors.iter().fold([0u64; 2], |[a, b], [x, y]| [a.wrapping_add(*x), b.wrapping_add(*y)]);
-            assert_eq!((factors.len(), sum), (ranks, [0; 2]));
-            for odd in [0, ranks / 2, ranks - 1] {
+            assert_eq!((factors.len(), sum), (count, [0; 2]));
+            for odd in [0, count / 2, count - 1] {
                 let difference = 1u64 << (odd % 48);
-                let found = located(factors[odd].map(|factor| factor.wrapping_mul(difference)), ranks);
-                assert!(found == [odd] || ranks <= 2 && found.contains(&odd), "{ranks} {odd}: {found:?}");
+                let sums = factors[odd].map(|factor| factor.wrapping_mul(difference));
+                let found = located(sums, &ranks);
+                assert!(
+                    found == [ranks[odd]] || count <= 2 && found.contains(&ranks[odd]),
+                    "{ranks:?} {odd}: {found:?}"
+                );
+                // Of another group of as many it is nobody.
+                let others: Vec<u32> = ranks.iter().map(|rank| rank + 1).collect();
+                assert!(count == 1 || located(sums, &others).is_empty(), "{count}");
             }
         }
     }
@@ -161,9 +177,9 @@ mod tests {
     #[test]
     fn a_million_that_are_the_same_say_nothing() {
         let mut random = fastrand::Rng::with_seed(2);
-        for ranks in [2usize, 3, 16] {
-            let factors: Vec<[u64; 2]> = rank_factors(ranks).collect();
-            for _ in 0..1_000_000 / ranks {
+        for count in [2u32, 3, 16] {
+            let factors: Vec<[u64; 2]> = rank_factors(&(0..count).collect::<Vec<_>>()).collect();
+            for _ in 0..1_000_000 / count {
                 let fingerprint = random.u64(..);
                 let sum = |which: usize| {
                     factors.iter().fold(0u64, |sum, of| sum.wrapping_add(fingerprint.wrapping_mul(of[which])))

@@ -22,6 +22,8 @@ pub struct Differing {
     pub ranks: Vec<u32>,
     /// The tensor, where it is one alone.
     pub tensor: Option<String>,
+    /// Whether it is its weight, and not its gradient.
+    pub is_weight: bool,
 }
 
 impl fmt::Display for Differing {
@@ -34,7 +36,8 @@ impl fmt::Display for Differing {
                 write!(f, "on rank {}", ranks.join(" or "))?;
             }
         }
-        self.tensor.as_ref().map_or(Ok(()), |tensor| write!(f, ", in {}", crate::measure::printable(tensor)))
+        let of = if self.is_weight { "the weight of " } else { "" };
+        self.tensor.as_ref().map_or(Ok(()), |tensor| write!(f, ", in {of}{}", crate::measure::printable(tensor)))
     }
 }
 

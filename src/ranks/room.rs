@@ -1,8 +1,8 @@
 //! A step of many ranks on a device: what each adds up of its own, added up of all, and the end of the step.
 
 use super::{
-    CheckSums, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction, ReplicaCheck, gather,
-    join,
+    AbortHandle, Along, CheckSums, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction,
+    ReplicaCheck, gather, join,
     join::Joined,
     replicas::{Factors, located, mixed, rank_factors},
     report::DifferingReplica,
@@ -47,6 +47,8 @@ pub struct RankMemory {
     sums: Buffer,
     fingerprints: Option<Fingerprints>,
     model: Option<Model>,
+    /// Whether the last step measured the weights.
+    compared_weights: bool,
     /// Read at last, so that all before it is over.
     last: Box<dyn Read>,
 }
@@ -103,7 +105,7 @@ impl Ranks {
                 }
                 _ => {}
             }
-            if config.clip.is_by_tensor() && !layout.is_replicated() && !self.whole_tensors {
+            if config.clip.is_by_tensor() && layout.along.contains(&Along::Sharded) && !self.whole_tensors {
                 let expected =
                     "one that does not look at tensors that are parts here, or beside `Ranks::whole_tensors`";
                 return Err(Error::InvalidConfig { option: "clip", expected, value: format!("{:?}", config.clip) });
@@ -133,10 +135,7 @@ impl Ranks {
 impl Feature<Ranks> for RankMemory {
     fn new(core: &mut Core, ranks: Ranks) -> Result<Self, Error> {
         let device = &*core.device;
-        let joined = ranks
-            .joined
-            .clone()
-            .unwrap_or_else(|| Arc::new(Joined::alone(&core.plan, ranks.communicator.rank(), ranks.is_replicated())));
+        let joined = ranks.joined.clone().unwrap_or_else(|| Arc::new(Joined::supposed(&core.plan, &ranks)));
         let sums = uploaded(device, &[0; size_of::<StepSums>() + size_of::<CheckSums>()])?;
         let is_compared = ranks.check != ReplicaCheck::Off && joined.has_replicas();
         let fingerprints = if is_compared { Some(Fingerprints::new(core, &joined)?) } else { None };
@@ -150,12 +149,13 @@ impl Feature<Ranks> for RankMemory {
             core.step.sums = sums.address();
             core.step.is_part = 1;
         }
-        core.step.rank_factors =
-            rank_factors(ranks.mesh.ranks() as usize).nth(ranks.communicator.rank() as usize).unwrap_or_default();
+        let all: Vec<u32> = (0..ranks.mesh.ranks()).collect();
+        core.step.ranks = ranks.mesh.ranks();
+        core.step.rank_factors = rank_factors(&all).nth(ranks.communicator.rank() as usize).unwrap_or_default();
         core.step.clip_words = core.config.clip.words_of_all_ranks();
         core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
         let (plan, last) = (core.plan.clone(), device.read(size_of::<u64>())?);
-        Ok(Self { ranks, joined, plan, is_alone, sums, fingerprints, model, last })
+        Ok(Self { ranks, joined, plan, is_alone, sums, fingerprints, model, compared_weights: false, last })
     }
 }
 
@@ -173,8 +173,8 @@ impl Fingerprints {
         for is_weight in [false, true].into_iter().take(lists) {
             for (spec, (holders, own)) in core.plan.tensors().iter().zip(joined.places()) {
                 let rank = *known
-                    .entry((holders.len(), own))
-                    .or_insert_with(|| rank_factors(holders.len()).nth(own).unwrap_or_default());
+                    .entry(holders.as_ptr())
+                    .or_insert_with(|| rank_factors(holders).nth(own).unwrap_or_default());
                 factors.push(Factors { rank, tensor: tensor_factor(&spec.name, is_weight), reserved: 0 });
             }
         }
@@ -215,7 +215,8 @@ impl RankMemory {
     }
 
     /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
-    pub(crate) fn launch_measure(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
+    pub(crate) fn launch_measure(&mut self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
+        self.compared_weights = step.weights != 0;
         if self.is_alone {
             // What the last step has left, and every rank has come to.
             if step.check != 0 {
@@ -271,30 +272,29 @@ impl RankMemory {
         let step = outputs.step - u64::from(self.is_alone && outputs.step > 0);
         let differs = |bit: u32| outputs.flags & bit != 0;
         let state = differs(StepOutputs::FLAG_STATE).then(|| {
-            let places = located(sums.state, self.ranks.communicator.ranks() as usize);
-            let ranks =
-                (0..).zip(0..self.ranks.communicator.ranks() as usize).filter(|(_, place)| places.contains(place));
-            Differing { ranks: ranks.map(|(rank, _)| rank).collect(), tensor: None }
+            let all: Vec<u32> = (0..self.ranks.mesh.ranks()).collect();
+            // Not complete, it says of nobody.
+            let ranks = if sums.state == [0; 2] { Vec::new() } else { located(sums.state, &all) };
+            Differing { ranks, ..Differing::default() }
         });
         let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(sums.replicas));
         RankCheck { step, replicas, state }
     }
 
     fn located(&self, [first, second, third]: [u64; 3]) -> Differing {
-        let mut groups: Vec<&[u32]> = self.joined.holders.iter().map(Vec::as_slice).collect();
-        groups.sort_unstable();
-        groups.dedup();
-        let found = groups.into_iter().filter(|holders| holders.len() > 1).find_map(|holders| {
-            let ranks: Vec<u32> =
-                located([first, second], holders.len()).into_iter().map(|place| holders[place]).collect();
+        let mut groups: Vec<&Arc<[u32]>> = self.joined.holders.iter().filter(|holders| holders.len() > 1).collect();
+        groups.dedup_by_key(|holders| holders.as_ptr());
+        let found = groups.into_iter().find_map(|holders| {
+            let ranks = located([first, second], holders);
             (!ranks.is_empty()).then_some((holders, ranks))
         });
         let Some((holders, ranks)) = found else { return Differing::default() };
-        let tensor = self.plan.tensors().iter().zip(&self.joined.holders).find(|(spec, held)| {
-            let is = |is_weight| first.wrapping_mul(tensor_factor(&spec.name, is_weight)) == third;
-            *held == holders && (is(false) || is(true))
-        });
-        Differing { ranks, tensor: tensor.map(|(spec, _)| spec.name.clone()) }
+        let tensors = self.plan.tensors().iter().zip(&self.joined.holders).filter(|(_, held)| *held == holders);
+        let tensor = tensors
+            .flat_map(|(spec, _)| [(spec, false), (spec, true)])
+            .find(|(spec, is_weight)| first.wrapping_mul(tensor_factor(&spec.name, *is_weight)) == third);
+        let is_weight = tensor.is_some_and(|(_, is_weight)| is_weight);
+        Differing { ranks, tensor: tensor.map(|(spec, _)| spec.name.clone()), is_weight }
     }
 }
 
@@ -320,9 +320,15 @@ impl Probe {
 }
 
 impl Room<'_, RankMemory> {
+    /// What ends all waiting for other ranks, from any thread.
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.memory.ranks.abort_handle()
+    }
+
     /// The tensors of this rank's plan, and weights where the last step measured them, whose replicas differed in it, and on
     /// which ranks: by the fingerprints of each, of which every rank gets those of all. A collective call, for when a report
-    /// says that something differs. Waits.
+    /// says that something differs. Of the last step that was launched: where the word of a step comes with the next, what
+    /// differed once is not seen any more. Waits.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] where replicas are not compared, [`Error::NotMeasured`], [`Error::WaitInCapture`], those of the
@@ -330,6 +336,7 @@ impl Room<'_, RankMemory> {
     pub fn differing_replicas(&mut self) -> Result<Vec<DifferingReplica>, Error> {
         let Self { core, memory } = self;
         let device = &*core.device;
+        outside_capture(device, Error::WaitInCapture)?;
         if memory.ranks.check == ReplicaCheck::Off {
             return Err(Error::NotDeclared { declare: "Ranks::replica_check" });
         }
@@ -337,12 +344,15 @@ impl Room<'_, RankMemory> {
             return Err(Error::NotMeasured);
         }
         let tensors = core.plan.tensors().len();
-        let mut own = vec![0u64; core.record_count()];
+        let lists = 1 + usize::from(memory.compared_weights);
+        let mut own = vec![0u64; lists * tensors];
         // Without replicas a rank has none to show, and hears of the others'.
         if let Some(fingerprints) = &mut memory.fingerprints {
             let words: Vec<u64> = values(fingerprints.of_chunks.wait(device)?);
             for (word, &tensor) in words.iter().zip(&core.chunk_tensors) {
-                own[tensor as usize] = own[tensor as usize].wrapping_add(*word);
+                if let Some(own) = own.get_mut(tensor as usize) {
+                    *own = own.wrapping_add(*word);
+                }
             }
         }
         let told = |index: usize| {
@@ -353,7 +363,7 @@ impl Room<'_, RankMemory> {
         let places: HashMap<[u64; 2], usize> =
             (0..own.len()).map(|index| ([told(index)[0], told(index)[1]], index)).collect();
         let mut seen = vec![Vec::new(); own.len()];
-        let most = memory.joined.most_tensors * if core.plan.weights().is_some() { 2 } else { 1 };
+        let most = lists * memory.joined.most_tensors;
         for first in (0..most).step_by(join::AT_ONCE) {
             let mut words = vec![[0; 3]; join::AT_ONCE.min(most - first)];
             for (words, index) in words.iter_mut().zip(first..own.len()) {

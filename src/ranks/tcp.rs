@@ -1,7 +1,7 @@
 //! Ranks that are processes, which reach each other by TCP.
 
 use super::{DEADLINE, Reduction, Transport, odd_length};
-use crate::Error;
+use crate::{Error, probe::values};
 use std::{
     io::{self, Read, Write},
     net::{TcpListener, TcpStream, ToSocketAddrs},
@@ -49,8 +49,7 @@ const WRONG: u64 = u64::MAX;
 const LONGEST: u64 = 1 << 36;
 
 impl TcpCommunicator {
-    /// Rank `rank` of `ranks`; rank 0 listens at the address, and the others connect to it. Waits for all of them, ten minutes at
-    /// most.
+    /// Rank `rank` of `ranks`; rank 0 listens at the address and waits for all others, which connect to it, ten minutes at most.
     ///
     /// # Errors
     /// [`Error::Communication`].
@@ -196,7 +195,7 @@ fn listen(address: impl ToSocketAddrs, ranks: u32, deadline: Duration) -> Result
         match listener.accept() {
             Ok((mut stream, _)) => {
                 stream.set_nonblocking(false).map_err(wrong)?;
-                stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(wrong)?;
+                stream.set_read_timeout(Some(Duration::from_secs(1))).map_err(wrong)?;
                 // Whoever says something else is none of the ranks.
                 let greeting = [(); 3].map(|()| word(&mut stream).unwrap_or(u64::MAX));
                 let place = usize::try_from(greeting[1].wrapping_sub(1)).unwrap_or(usize::MAX);
@@ -236,7 +235,10 @@ fn listen(address: impl ToSocketAddrs, ranks: u32, deadline: Duration) -> Result
 fn connect(address: impl ToSocketAddrs, rank: u32, ranks: u32, deadline: Duration) -> Result<TcpStream, Error> {
     let until = Instant::now() + deadline;
     loop {
-        match TcpStream::connect(&address) {
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let first =
+            address.to_socket_addrs().and_then(|mut all| all.next().ok_or_else(|| io::ErrorKind::NotFound.into()));
+        match first.and_then(|address| TcpStream::connect_timeout(&address, left)) {
             Ok(mut stream) => {
                 let greeting = [GREETING, rank.into(), ranks.into()].map(u64::to_le_bytes).concat();
                 let sent = stream.write_all(&greeting);
@@ -266,15 +268,20 @@ impl Transport for TcpCommunicator {
     /// Rank 0 adds up, and sends no more than the sum.
     fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
         let reduced = self.exchange(bytemuck::cast_slice(words), |parts| {
-            let mut all: Vec<u64> = crate::probe::values(&parts[0]);
+            let mut all: Vec<u64> = values(&parts[0]);
             for part in &parts[1..] {
-                for (word, other) in all.iter_mut().zip(crate::probe::values::<u64>(part)) {
+                for (word, other) in all.iter_mut().zip(values::<u64>(part)) {
                     *word = reduction.of(*word, other);
                 }
             }
             bytemuck::cast_slice(&all).to_vec()
         })?;
-        words.copy_from_slice(&crate::probe::values::<u64>(&reduced));
+        let reduced: Vec<u64> = values(&reduced);
+        if reduced.len() != words.len() {
+            let what = format!("{} words came of all ranks, and not {}", reduced.len(), words.len());
+            return Err(Error::Communication { what });
+        }
+        words.copy_from_slice(&reduced);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use crate::{
     gsnr::{GsnrRecord, GsnrReport},
     histogram::HistogramReport,
     measure::ExactSum,
+    probe::outside_capture,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -80,6 +81,7 @@ impl Room<'_, RankMemory> {
     /// Adds up what ranks have of each tensor, word by word, where it counts.
     fn add_up<T: Pod>(&mut self, own: &[T]) -> Result<Vec<T>, Error> {
         let Self { core, memory } = self;
+        outside_capture(&*core.device, Error::WaitInCapture)?;
         if memory.is_alone {
             return Ok(own.to_vec());
         }

@@ -27,7 +27,7 @@ struct State {
     /// What each rank has given to the gathering under way.
     given: Vec<Option<Vec<u8>>>,
     /// What the last gathering gave, and how many ranks have yet to take it.
-    gathered: Arc<Result<Vec<u8>, Error>>,
+    gathered: Arc<[u8]>,
     to_take: usize,
     /// Why there will be no more.
     over: Option<String>,
@@ -36,19 +36,15 @@ struct State {
 impl ThreadCommunicator {
     /// One for each of this many ranks, in their order.
     pub fn group(ranks: u32) -> Vec<Self> {
-        let state = State {
-            given: (0..ranks).map(|_| None).collect(),
-            gathered: Arc::new(Ok(Vec::new())),
-            to_take: 0,
-            over: None,
-        };
+        let state =
+            State { given: (0..ranks).map(|_| None).collect(), gathered: Arc::default(), to_take: 0, over: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         (0..ranks).map(|rank| Self { rank, deadline: DEADLINE, shared: Arc::clone(&shared) }).collect()
     }
 
     /// With this long to wait for other ranks, and not ten minutes; after that every call fails, on all ranks.
     #[must_use]
-    pub fn deadline(mut self, deadline: Duration) -> Self {
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
@@ -72,8 +68,10 @@ impl ThreadCommunicator {
         }
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            let missing = state.given.iter().position(Option::is_none).unwrap_or_default();
-            let why = format!("rank {missing} has not come within {:?}", self.deadline);
+            // Of those that have yet to take what the last gathering gave it is not known which they are.
+            let missing = state.given.iter().position(Option::is_none).filter(|_| state.to_take == 0);
+            let missing = missing.map_or("some rank".to_owned(), |rank| format!("rank {rank}"));
+            let why = format!("{missing} has not come within {:?}", self.deadline);
             return Err(self.end(state, why));
         }
         Ok(self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
@@ -93,16 +91,19 @@ impl Transport for ThreadCommunicator {
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error> {
         let until = Instant::now() + self.deadline;
         let mut state = self.state();
+        if let Some(what) = state.over.clone() {
+            return Err(Error::Communication { what });
+        }
         while state.to_take > 0 {
             state = self.wait(state, until)?;
         }
         state.given[self.rank as usize] = Some(own.to_vec());
         if state.given.iter().all(Option::is_some) {
             let parts: Vec<Vec<u8>> = state.given.iter_mut().filter_map(Option::take).collect();
-            state.gathered = Arc::new(match super::odd_length(parts.iter().map(Vec::len)) {
-                Some(what) => Err(Error::Communication { what }),
-                None => Ok(parts.concat()),
-            });
+            if let Some(what) = super::odd_length(parts.iter().map(Vec::len)) {
+                return Err(self.end(state, what));
+            }
+            state.gathered = parts.concat().into();
             state.to_take = parts.len();
             self.shared.changed.notify_all();
         }
@@ -115,7 +116,7 @@ impl Transport for ThreadCommunicator {
             self.shared.changed.notify_all();
         }
         drop(state);
-        Result::clone(&gathered)
+        Ok(gathered.to_vec())
     }
 
     fn abort(&self) {

@@ -128,7 +128,7 @@ pub(crate) fn contribute(memory: &Memory, a: &ContributeArguments) {
     let maxima: &mut [TensorMaxima] = memory.slice_mut(a.maxima, model << a.weights);
     for (slot, (sums, maxima)) in sums.iter_mut().zip(maxima).enumerate() {
         let owner = Some(owners[slot % model]).filter(|&owner| owner != NOWHERE).map(|owner| owner as usize);
-        let counted = owner.filter(|&owner| entries[owner].is_uncounted == 0);
+        let counted = owner.filter(|&owner| entries[owner].is_uncounted == 0 && entries[owner].length > 0);
         (*sums, *maxima) = counted.map_or_else(Default::default, |owner| {
             let record = &records[slot / model * tensors + owner];
             (TensorSums::of(record), TensorMaxima::of(record, firsts[owner]))

@@ -462,7 +462,9 @@ fn replicas_that_differ_are_found_and_named() {
                 continue;
             }
             let found = steps.each_ref().map(|(report, _)| report.rank_check().unwrap().replicas.clone());
-            let named = |rank, tensor: &str| Some(Differing { ranks: vec![rank], tensor: Some(tensor.to_owned()) });
+            let named = |rank, tensor: &str| {
+                Some(Differing { ranks: vec![rank], tensor: Some(tensor.to_owned()), is_weight: false })
+            };
             let expected = [None, named(2, "a"), named(3, "b"), Some(Differing::default()), None];
             assert_eq!(found, expected, "rank {rank}");
             let all = steps.each_ref().map(|(_, differing)| differing.clone().unwrap());
@@ -473,6 +475,75 @@ fn replicas_that_differ_are_found_and_named() {
             let text = steps[1].0.to_string();
             assert!(text.contains("replicas differ in step 2 on rank 2, in a\n"), "{text}");
         }
+    }
+}
+
+/// Groups of as many ranks do not take each other's for their own.
+#[test]
+fn a_rank_of_another_group_is_not_named() {
+    for make in DEVICES {
+        let found = on_ranks(8, |rank, communicator| {
+            let mesh = Mesh::new([("replicate", 4), ("shard", 2)]).unwrap();
+            let sharded = mesh.layout([("shard", Along::Sharded)]).unwrap();
+            let config = Config::default().ranks(Ranks::alike(communicator, &mesh, sharded));
+            let mut probe = make(Plan::new([("w", DType::F32, 3)]).unwrap(), config, rank).unwrap();
+            let odd = if rank == 2 { 1f32.next_up() } else { 1.0 };
+            let report = probe.measure_host(&[HostTensor::F32(&[odd, 2.0, (rank % 2) as f32])]).unwrap();
+            let differing = probe.ranks().unwrap().differing_replicas().unwrap();
+            (report.rank_check().unwrap().replicas.clone().unwrap(), differing)
+        });
+        for (rank, (named, differing)) in found.into_iter().enumerate() {
+            let own = Differing { ranks: vec![2], tensor: Some("w".to_owned()), is_weight: false };
+            assert_eq!(named, if rank % 2 == 0 { own } else { Differing::default() }, "rank {rank}");
+            let own = DifferingReplica { tensor: 0, is_weight: false, ranks: vec![2] };
+            assert_eq!(differing, if rank % 2 == 0 { vec![own] } else { vec![] }, "rank {rank}");
+        }
+    }
+}
+
+/// Parts of no elements have no record of their own in any step, though they have that of the whole.
+#[test]
+fn empty_parts_add_nothing_to_the_whole() {
+    for make in DEVICES {
+        let norms = on_ranks(3, |rank, communicator| {
+            let mesh = Mesh::new([("dp", 3)]).unwrap();
+            let sharded = mesh.layout([("dp", Along::Sharded)]).unwrap();
+            let config = Config::default().ranks(Ranks::alike(communicator, &mesh, sharded).whole_tensors());
+            let len = if rank == 1 { 2 } else { 0 };
+            let mut probe = make(Plan::new([("w", DType::F32, len as u64)]).unwrap(), config, rank).unwrap();
+            [1.0f32, 2.0, 3.0].map(|x| {
+                let report = probe.measure_host(&[HostTensor::F32(&[3.0 * x, 4.0 * x][..len])]).unwrap();
+                (report.records()[0].count, report.records()[0].l2_norm(), report.outputs().total_norm)
+            })
+        });
+        assert!(norms.iter().all(|norms| *norms == [(2, 5.0, 5.0), (2, 10.0, 10.0), (2, 15.0, 15.0)]), "{norms:?}");
+    }
+}
+
+/// A clip at a quantile is at that of all elements, each of which counts once.
+#[test]
+fn a_quantile_is_that_of_all_ranks() {
+    let config = || Config::default().clip(Clip::Quantile { quantile: 0.7 });
+    let data = |key: u64| Tensor::of_values(DType::F32, 600, move |i| lognormal(key, i, 1.0)).data();
+    let mut whole = [data(1), data(2)];
+    let plan = |data: &[Data]| plan_of(["a", "b"].into_iter().zip(data.iter().map(Data::tensor))).unwrap();
+    let mut alone = Probe::new(Cpu, plan(&whole), config()).unwrap();
+    alone.measure_host(&tensors(&whole)).unwrap();
+    alone.clip_host(&mut tensors_mut(&mut whole)).unwrap();
+    for make in DEVICES {
+        let parts = on_ranks(3, |rank, communicator| {
+            let mesh = Mesh::new([("dp", 3)]).unwrap();
+            let layouts = [Along::Sharded, Along::Replicated].map(|how| mesh.layout([("dp", how)]).unwrap());
+            let first = 200 * rank as usize;
+            let mut own = [part(&data(1), first..first + 200), data(2)];
+            let mut probe = make(plan(&own), config().ranks(Ranks::new(communicator, &mesh, layouts)), rank).unwrap();
+            probe.measure_host(&tensors(&own)).unwrap();
+            probe.clip_host(&mut tensors_mut(&mut own)).unwrap();
+            own
+        });
+        let of_all: Vec<u32> = parts.iter().flat_map(|[part, _]| part.bits()).collect();
+        assert!(of_all == whole[0].bits().collect::<Vec<_>>());
+        assert!(parts.iter().all(|[_, replica]| replica.bytes() == whole[1].bytes()));
     }
 }
 
@@ -495,7 +566,7 @@ fn plain_data_parallelism_hears_a_step_later() {
             });
             steps.map(|(flags, check)| (flags & StepOutputs::FLAG_REPLICAS, check.step, check.replicas))
         });
-        let one = Some(Differing { ranks: vec![1], tensor: Some("w".to_owned()) });
+        let one = Some(Differing { ranks: vec![1], tensor: Some("w".to_owned()), is_weight: false });
         let expected = [(0, 0, None), (0, 1, None), (StepOutputs::FLAG_REPLICAS, 2, one), (0, 3, None)];
         assert!(found.iter().all(|steps| *steps == expected), "{found:?}");
     }
@@ -553,7 +624,7 @@ fn another_state_is_named() {
         });
         for steps in found {
             let (bits, skip) = (StepOutputs::FLAG_STATE | StepOutputs::FLAG_SKIP, 1);
-            let state = Some(Differing { ranks: vec![2], tensor: None });
+            let state = Some(Differing { ranks: vec![2], ..Differing::default() });
             assert_eq!((steps[1].0 & bits, steps[1].1, &steps[1].2), (bits, skip, &state));
             for of_step in [&steps[0], &steps[2]] {
                 assert_eq!((of_step.0 & bits, of_step.1, &of_step.2), (0, 0, &None));
@@ -634,7 +705,7 @@ fn a_rank_that_is_restored_otherwise_is_named() {
             (report.rank_check().unwrap().state.clone(), finding.message.clone())
         });
         for (rank, (state, message)) in found.into_iter().enumerate() {
-            assert_eq!(state, Some(Differing { ranks: vec![1], tensor: None }));
+            assert_eq!(state, Some(Differing { ranks: vec![1], ..Differing::default() }));
             let step = if rank == 1 { 42 } else { 41 };
             assert_eq!(message, format!("the state differs in step {step} on rank 1"));
         }
@@ -646,7 +717,7 @@ fn a_rank_that_is_restored_otherwise_is_named() {
 fn a_rank_that_skips_a_step_is_named() {
     let found = on_ranks(3, |rank, communicator| {
         let Told(communicator) = communicator;
-        let communicator = communicator.deadline(Duration::from_millis(300));
+        let communicator = communicator.with_deadline(Duration::from_millis(300));
         let plan = Plan::new([("w", DType::F32, 8)]).unwrap();
         let ranks = Ranks::data_parallel(communicator).replica_check(ReplicaCheck::Strict);
         let mut probe = Probe::new(Cpu, plan, Config::default().ranks(ranks)).unwrap();
@@ -662,7 +733,7 @@ fn a_rank_that_skips_a_step_is_named() {
         std::thread::sleep(Duration::from_secs(2));
         (named, None)
     });
-    let odd = Differing { ranks: vec![2], tensor: Some("w".to_owned()) };
+    let odd = Differing { ranks: vec![2], tensor: Some("w".to_owned()), is_weight: false };
     let late = "the ranks cannot communicate: rank 2 has not come within 300ms".to_owned();
     let late_too = Some(late);
     assert_eq!(found[2], (vec![odd.clone(); 2], None));
@@ -868,6 +939,10 @@ impl Transport for Simulated {
 
     fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
         assert_eq!(reduction, Reduction::Sum);
+        // While they come together, a word to make the connections.
+        if words.len() == 1 {
+            return Ok(());
+        }
         match &*self.total.lock().unwrap() {
             Some(total) => words.copy_from_slice(total),
             None => self.given.lock().unwrap().push(words.to_vec()),
@@ -914,7 +989,7 @@ fn weights_are_laid_out_as_their_gradients() {
             assert_eq!(norms(with.weights().unwrap()), [50.0, 50.0]);
             assert_eq!((with.outputs().flags, with.outputs().weights), (StepOutputs::FLAG_REPLICAS, 1));
             // Of two nobody can tell which is right.
-            let found = Some(Differing { ranks: vec![0, 1], tensor: Some("b".to_owned()) });
+            let found = Some(Differing { ranks: vec![0, 1], tensor: Some("b".to_owned()), is_weight: true });
             assert_eq!(with.rank_check().unwrap().replicas, found);
             assert_eq!(*differing, [DifferingReplica { tensor: 1, is_weight: true, ranks: vec![0, 1] }]);
             assert!(without.weights().is_none());
@@ -1220,7 +1295,14 @@ fn parts_of_other_lengths_are_an_error_on_every_rank() {
     for error in errors {
         assert_eq!(error.to_string(), "the ranks cannot communicate: rank 1 gave 2 bytes, rank 0 1");
     }
-    // And what follows is gathered as ever, in the order of the ranks.
+    // After one that is late no call succeeds, on any rank.
+    let errors = on_ranks(2, |rank, Told(end)| {
+        let end = end.with_deadline(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(if rank == 1 { 400 } else { 0 }));
+        Transport::all_gather(&end, &[1]).unwrap_err().to_string()
+    });
+    assert_eq!(errors, ["the ranks cannot communicate: rank 1 has not come within 100ms"; 2]);
+    // And others gather as ever, in the order of the ranks.
     let all = on_ranks(5, |rank, end| {
         (0..50u8).map(|i| Transport::all_gather(&end.0, &[rank as u8, i]).unwrap()).collect::<Vec<_>>()
     });

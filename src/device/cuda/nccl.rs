@@ -72,7 +72,7 @@ unsafe impl Send for NcclCommunicator {}
 // SAFETY: as above.
 unsafe impl Sync for NcclCommunicator {}
 
-/// What is queued is waited for, as long as for a report, before the communicator goes.
+/// What is queued is waited for before the communicator goes. Aborted then, which waits for no peer, as `ncclCommDestroy` does.
 impl Drop for NcclCommunicator {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
@@ -83,7 +83,7 @@ impl Drop for NcclCommunicator {
         // Where that cannot be waited for it is better left. Errors have nowhere to go.
         if waited {
             // SAFETY: it is not used again.
-            let _ = unsafe { result::comm_destroy(raw) };
+            let _ = unsafe { result::comm_abort(raw) };
         }
     }
 }
@@ -123,7 +123,8 @@ impl NcclCommunicator {
     /// # Safety
     /// As long as this lives nobody uses it while another thread does: `Comm` is not `Sync`, and this, which may be sent to
     /// another thread, is what has to be kept beside it. All ranks queue what they queue on it in the same order. And it is
-    /// not aborted, as cudarc does when the last `Arc` is dropped, while work that is queued on it or captured has yet to run.
+    /// not aborted, as cudarc does when the last `Arc` is dropped, while work that is queued on it or captured has yet to run;
+    /// but for one that hangs, which is to be aborted before the probe is dropped, for that waits.
     #[expect(clippy::cast_possible_truncation, reason = "NCCL numbers ranks in i32")]
     pub unsafe fn shared(comm: Arc<Comm>) -> Self {
         let (stream, rank, ranks) = (comm.stream(), comm.rank() as u32, comm.world_size() as u32);
@@ -159,6 +160,12 @@ impl NcclCommunicator {
         queued.map(drop).map_err(nccl(call))
     }
 }
+
+/// A communicator on its way to another thread.
+struct Raw(ncclComm_t);
+
+// SAFETY: nobody else has it any more, and any thread may use it.
+unsafe impl Send for Raw {}
 
 fn aborted() -> Error {
     Error::Communication { what: "NCCL: this rank has aborted".to_owned() }
@@ -291,8 +298,14 @@ unsafe impl Communicator for NcclCommunicator {
         let mut handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         if let Handle::Own(raw) = *handle {
             *handle = Handle::Aborted;
-            // SAFETY: it is not used again. Errors have nowhere to go.
-            let _ = unsafe { result::comm_abort(raw) };
+            drop(handle);
+            let (raw, context) = (Raw(raw), Arc::clone(self.stream.context()));
+            // The kernels end at once; but the call waits for graphs that have captured a collective to be destroyed.
+            std::thread::spawn(move || {
+                let Raw(raw) = { raw };
+                // SAFETY: it is not used again. Errors have nowhere to go.
+                let _ = context.bind_to_thread().map(|()| unsafe { result::comm_abort(raw) });
+            });
         }
     }
 }

@@ -77,7 +77,12 @@ impl Streams {
     /// # Errors
     /// [`Error::Communication`], and the driver's.
     fn is_over(&self, copy: &Pinned, since: Instant) -> Result<bool, Error> {
-        let Some(ranks) = self.ranks.get().filter(|_| copy.is_over() == Ok(false)) else { return copy.is_over() };
+        let is_over = copy.is_over()?;
+        let Some(ranks) = self.ranks.get() else { return Ok(is_over) };
+        if is_over {
+            // What was queued behind a collective that has been aborted is of no worth.
+            return ranks.status().map(|()| true);
+        }
         let late = ranks.deadline().filter(|deadline| since.elapsed() > *deadline);
         let late =
             late.map(|deadline| Error::Communication { what: format!("some rank has not come within {deadline:?}") });
