@@ -155,7 +155,6 @@ DEVICE void add_state(FinishScratch &scratch, const StepArguments &a) {
 
 // Leaves a step, of many ranks, to be added up with those of the others; by all threads.
 DEVICE void leave_step(FinishScratch &scratch, const StepArguments &a) {
-    add_state(scratch, a);
     u64 *limbs = (u64 *)a.sums;
     if (threadIdx.x < STEP_WORDS / 2) {
         LongPair pair = load_fresh(limbs + 2 * threadIdx.x);
@@ -168,16 +167,19 @@ DEVICE void leave_step(FinishScratch &scratch, const StepArguments &a) {
     if (threadIdx.x < LIMBS) limbs[threadIdx.x] = scratch.sums.squares[threadIdx.x];
 }
 
-DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
-    take_words((u64 *)&scratch.sums, (u64 *)a.sums, STEP_WORDS);
+// What ranks have added up of what they compare; nothing for one alone. A barrier must follow.
+DEVICE void take_check(FinishScratch &scratch, const StepArguments &a) {
     if (a.check) {
         take_words((u64 *)&scratch.check, (u64 *)a.check, CHECK_WORDS);
     } else if (threadIdx.x == 0) {
         scratch.check = {};
     }
+}
+
+// Behind `take_check`.
+DEVICE void finish_step(FinishScratch &scratch, const StepArguments &a) {
+    take_words((u64 *)&scratch.sums, (u64 *)a.sums, STEP_WORDS);
     BARRIER();
-    // With nothing to wait for other ranks for, what they add up to is that of the step before.
-    if (a.check && !a.is_part) add_state(scratch, a);
     StepSums &all = scratch.sums;
     if (a.history) keep_tensors(a);
     Clip &clip = scratch.clip;

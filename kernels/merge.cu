@@ -26,5 +26,6 @@ KERNEL(STEP_THREADS, 2) gradprobe_merge(MergeArguments a) {
     }
     BARRIER(); // what all threads of the block have written is released by its first
     if (!last_of(scratch.last, a.tensors_done, gridDim.x)) return;
+    take_check(scratch, a);
     finish_step(scratch, a);
 }

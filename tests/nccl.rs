@@ -312,18 +312,27 @@ fn a_rank_that_does_not_come_is_an_error_after_the_deadline() {
         let stream = cuda::stream(device).unwrap();
         let communicator = NcclCommunicator::new(&stream, rank, ranks, id).unwrap().with_deadline(deadline);
         let ranks_of = sharded(communicator);
-        let mut probe =
-            probe(&stream, Plan::new([("w", DType::F32, 8)]).unwrap(), Config::default().ranks(ranks_of)).unwrap();
-        let mut slice = stream.clone_htod(&[2f32; 8]).unwrap();
-        probe.step(&mut [&mut slice]).unwrap();
+        let data = [Tensor::of_values(DType::F32, 8, |_| 2.0).data()];
+        let config = Config::default().ranks(ranks_of);
+        let mut probe = probe(&stream, Plan::new([("w", DType::F32, 8)]).unwrap(), config).unwrap();
+        let mut tensors = OnDevice::new(&stream, &data);
+        tensors.set(&stream, &data);
+        tensors.measure(&mut probe);
         assert_eq!(probe.wait().unwrap().outputs().total_norm, (32.0 * f64::from(ranks)).sqrt());
+        // In a graph, which NCCL waits for when it is to give up a communicator.
+        // SAFETY: probe and tensors live longer than the graph.
+        unsafe { probe.bind(&tensors.refs(), &[]) }.unwrap();
+        stream.begin_capture(THIS_THREAD).unwrap();
+        tensors.measure(&mut probe);
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         begun.lock().unwrap().get_or_insert_with(std::time::Instant::now);
         if rank + 1 == ranks {
             // It hangs, and is dropped long after.
             thread::sleep(3 * deadline);
+            drop(graph);
             return Ok(());
         }
-        probe.step(&mut [&mut slice]).unwrap();
+        graph.launch().unwrap();
         // One asks now and then, the other waits.
         let error = loop {
             match probe.poll() {
@@ -332,7 +341,8 @@ fn a_rank_that_does_not_come_is_an_error_after_the_deadline() {
                 Err(error) => break Err(error),
             }
         };
-        assert!(probe.step(&mut [&mut slice]).is_err(), "of no more use");
+        assert!(probe.measure(&tensors.refs()).is_err() && probe.wait().is_err(), "of no more use");
+        drop(graph);
         error
     });
     let took = begun.into_inner().unwrap().unwrap().elapsed();

@@ -9,8 +9,9 @@ use std::{
     sync::Arc,
 };
 
-/// Words of text that ranks tell each other.
+/// Words of text that ranks tell each other, and of a tensor's name.
 const TEXT: usize = 32;
+const NAME: usize = 16;
 /// Tensors that ranks tell each other of at once: 3 KB a rank.
 pub(super) const AT_ONCE: usize = 64;
 
@@ -25,6 +26,8 @@ pub(crate) struct Joined {
     pub slots: Vec<u32>,
     /// Those of all ranks.
     pub model_count: usize,
+    /// Their names, where whole tensors are asked for.
+    pub names: Vec<String>,
     /// The most tensors that a rank has.
     pub most_tensors: usize,
     /// Whether all tensors of all ranks are replicated.
@@ -51,6 +54,7 @@ impl Joined {
             firsts: vec![0; tensors],
             slots,
             model_count: tensors,
+            names: Vec::new(),
             most_tensors: tensors,
             is_replicated,
             rank,
@@ -143,14 +147,10 @@ fn tell(
     let (rank, what) = told.unwrap_or_default();
     let mut words = [0u64; TEXT];
     words[0] = rank.into();
-    let text: &mut [u8] = bytemuck::cast_slice_mut(&mut words[1..]);
-    let end = (0..=what.len().min(text.len())).rev().find(|&end| what.is_char_boundary(end)).unwrap_or(0);
-    text[..end].copy_from_slice(&what.as_bytes()[..end]);
+    put_text(&mut words[1..], &what);
     let all = gather(device, communicator, &words)?;
     let heard = &all[first * TEXT..(first + 1) * TEXT];
-    let text: Vec<u8> =
-        bytemuck::cast_slice::<u64, u8>(&heard[1..]).iter().copied().take_while(|&byte| byte != 0).collect();
-    Ok(Some((u32::try_from(heard[0]).unwrap_or(u32::MAX), String::from_utf8_lossy(&text).into_owned())))
+    Ok(Some((u32::try_from(heard[0]).unwrap_or(u32::MAX), text_of(&heard[1..]))))
 }
 
 /// Finds out whether all ranks mean the same, and who holds what. A collective call.
@@ -187,7 +187,7 @@ pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ra
         Some(Error::RankDiffers { rank, what: format!("tensor {:?} {what}", plan.tensors()[index].name) })
     });
     all_or_none(communicator, device, wrong.map_or(Ok(()), Err))?;
-    let slots = plan.tensors().iter().map(|spec| model[&hash(&spec.name)]).collect();
+    let slots: Vec<u32> = plan.tensors().iter().map(|spec| model[&hash(&spec.name)]).collect();
     let said = |index: usize| ranks.layout(index).part.as_ref().map(|(elements, _)| elements.start);
     let firsts = tensors.iter().enumerate().map(|(index, seen)| said(index).unwrap_or(seen.before)).collect();
     // Most tensors are held by the same ranks.
@@ -198,17 +198,45 @@ pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ra
         Arc::clone(shared)
     });
     let holders = holders.collect();
-    // The network's connections are made now, and not in the first step, which may be captured.
-    reduce(device, communicator, &[0], Reduction::Sum)?;
+    // If for nothing else, the network's connections are made now, and not in the first step, which may be captured.
+    let names = names(device, plan, ranks, &slots, if ranks.whole_tensors { model.len() } else { 1 })?;
     Ok(Joined {
         holders,
         firsts,
         slots,
+        names,
         model_count: model.len(),
         most_tensors,
         is_replicated,
         rank: communicator.rank(),
     })
+}
+
+/// The names of the first tensors of the model: each by the first rank that counts some of it, up to so many bytes.
+fn names(device: &dyn Device, plan: &Plan, ranks: &Ranks, slots: &[u32], count: usize) -> Result<Vec<String>, Error> {
+    let mut words = vec![[0u64; NAME]; count];
+    for (index, (spec, &slot)) in plan.tensors().iter().zip(slots).enumerate() {
+        if let Some(words) = words.get_mut(slot as usize)
+            && ranks.layout(index).first(&ranks.mesh) == ranks.communicator.rank()
+        {
+            put_text(words, &spec.name);
+        }
+    }
+    let all = reduce(device, &*ranks.communicator, words.as_flattened(), Reduction::Sum)?;
+    Ok(all.as_chunks::<NAME>().0.iter().map(|words| text_of(words)).collect())
+}
+
+/// As much of a text as so many words hold, behind which they stay 0.
+fn put_text(words: &mut [u64], text: &str) {
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
+    let end = (0..=text.len().min(bytes.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    bytes[..end].copy_from_slice(&text.as_bytes()[..end]);
+}
+
+fn text_of(words: &[u64]) -> String {
+    let bytes: &[u8] = bytemuck::cast_slice(words);
+    let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 /// What must be equal on all ranks; gives the most tensors that one has, and whether all tensors are replicated.
@@ -301,7 +329,7 @@ impl Seen {
         let group = |rank: &u32| layout.owners_of(mesh, *rank);
         let has_it = |rank: &u32| self.planners[(rank / u64::BITS) as usize] >> (rank % u64::BITS) & 1 == 1;
         let groups: HashSet<u32> =
-            (0..mesh.ranks()).filter(has_it).map(|rank| group(&rank)).chain([layout.owner(mesh)]).collect();
+            (0..mesh.ranks()).filter(has_it).map(|rank| group(&rank)).chain([layout.first(mesh)]).collect();
         let mut needed = (0..mesh.ranks()).filter(|rank| groups.contains(&group(rank)));
         if let Some(rank) = needed.find(|rank| !has_it(rank)) {
             return Some((rank, "is not in the plan there".to_owned()));

@@ -136,14 +136,14 @@ impl Layout {
         })
     }
 
+    /// The first rank that counts some of it.
+    pub(super) fn first(&self, mesh: &Mesh) -> u32 {
+        self.moved(mesh, 0, |how, _| if let Along::At(at) = how { at } else { 0 })
+    }
+
     /// The same for all ranks that are at the same coordinates along the dimensions in which the tensor is at one.
     pub(super) fn owners_of(&self, mesh: &Mesh, rank: u32) -> u32 {
         self.moved(mesh, rank, |how, coordinate| if matches!(how, Along::At(_)) { coordinate } else { 0 })
-    }
-
-    /// That of its owners.
-    pub(super) fn owner(&self, mesh: &Mesh) -> u32 {
-        self.moved(mesh, 0, |how, _| if let Along::At(at) = how { at } else { 0 })
     }
 
     /// The rank at other coordinates than this one.

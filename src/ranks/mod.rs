@@ -3,7 +3,7 @@
 //! A probe declared with [`Config::ranks`](crate::Config::ranks) adds up its squares, its counts and what is to be compared
 //! as integers. All ranks add those up, 240 bytes whatever their number, and each decides the step from what comes out.
 //! Sums of integers have no order: so all ranks have the same bits, whatever the network makes of the sum, and whole tensors,
-//! and shards cut at multiples of 32 Ki elements, have the norm that one rank would have. A step is two launches and a
+//! and shards cut at multiples of 32 Ki elements, have the norm that one rank would have. A step is a launch and a
 //! collective more, all in the order of the stream, and no host waits.
 //!
 //! Each rank plans its own tensors, in any order; those of one name on several ranks are one tensor. Where its elements are,
@@ -51,7 +51,8 @@
 //! | 4096 | 112 µs |
 //! | 16384 | 132 µs |
 //!
-//! Nothing of that has been measured. To gather the records of 2000 tensors at 16384 ranks, as this crate did before, would be
+//! Nothing of that has been measured. Coming together, of 16384 ranks with 2000 tensors, takes 6 s of a core of each, in a
+//! simulation. To gather the records of 2000 tensors at 16384 ranks, as this crate did before, would be
 //! 2.6 GB and 60 ms.
 //!
 //! # When something goes wrong
@@ -84,7 +85,10 @@
 //!
 //! Making the probe and measuring are then collective calls: all ranks make them, in the same order. A rank that fails
 //! before its measurement leaves the others waiting, as in any collective of NCCL's. Records are of what a rank holds, unless
-//! [`Ranks::whole_tensors`] is declared; the clips of elements and units, histograms, dot products and tracked elements always.
+//! [`Ranks::whole_tensors`] is declared, which has [`Room::model`](crate::Room::model) give those of all tensors of all ranks as
+//! well; the clips of elements and units, histograms, dot products and tracked elements always are. Of all ranks there are, where
+//! they are asked for, [histograms](crate::Room::histograms), [signal over noise](crate::Room::gsnr) and the
+//! [noise scale](crate::Room::sample_squares).
 
 mod communicator;
 pub(crate) mod cpu;

@@ -9,7 +9,7 @@ use super::{
     whole::{NOWHERE, TensorMaxima, TensorSums},
 };
 use crate::{
-    Config, Error, Plan, Probe, StepOutputs,
+    Config, Error, Plan, Probe, Record, StepOutputs,
     device::{Buffer, Device, Kernel, Read},
     features::Feature,
     measure::StepSums,
@@ -63,8 +63,8 @@ struct Fingerprints {
 struct Model {
     /// Of owners, places and slots.
     tables: [Buffer; 3],
-    sums: Buffer,
-    maxima: Buffer,
+    sums: ReadBack,
+    maxima: ReadBack,
 }
 
 impl Ranks {
@@ -199,8 +199,8 @@ impl Model {
             uploaded(device, bytemuck::cast_slice(&joined.firsts))?,
             uploaded(device, bytemuck::cast_slice(&joined.slots))?,
         ];
-        let sums = device.allocate((lists * joined.model_count * size_of::<TensorSums>()).max(1))?;
-        let maxima = device.allocate((lists * joined.model_count * size_of::<TensorMaxima>()).max(1))?;
+        let sums = ReadBack::zeroed(device, lists * joined.model_count * size_of::<TensorSums>())?;
+        let maxima = ReadBack::zeroed(device, lists * joined.model_count * size_of::<TensorMaxima>())?;
         Ok(Self { tables, sums, maxima })
     }
 }
@@ -323,6 +323,25 @@ impl Room<'_, RankMemory> {
     /// What ends all waiting for other ranks, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
         self.memory.ranks.abort_handle()
+    }
+
+    /// The records of the tensors of all ranks in the last step, with their names up to 128 bytes: those of this rank's plan and all
+    /// others. Waits for it; communicates with nobody.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`] without [`Ranks::whole_tensors`], or where every rank has all tensors; [`Error::NotMeasured`],
+    /// [`Error::WaitInCapture`], or the device's.
+    pub fn model(&mut self) -> Result<Vec<(String, Record)>, Error> {
+        let Self { core, memory } = self;
+        let model = memory.model.as_mut().ok_or(Error::NotDeclared { declare: "Ranks::whole_tensors" })?;
+        if !core.measured {
+            return Err(Error::NotMeasured);
+        }
+        let device = &*core.device;
+        let sums: Vec<TensorSums> = values(model.sums.wait(device)?);
+        let maxima: Vec<TensorMaxima> = values(model.maxima.wait(device)?);
+        let records = sums.iter().zip(&maxima).map(|(sums, maxima)| sums.whole(maxima));
+        Ok(memory.joined.names.iter().cloned().zip(records).collect())
     }
 
     /// The tensors of this rank's plan, and weights where the last step measured them, whose replicas differed in it, and on

@@ -82,7 +82,7 @@ impl TensorSums {
         sums
     }
 
-    fn whole(&self, maxima: &TensorMaxima) -> Record {
+    pub(super) fn whole(&self, maxima: &TensorMaxima) -> Record {
         let bits = |word: u64| f32::from_bits(u32::try_from(word).unwrap_or(u32::MAX));
         let mut r = Record {
             count: self.count,

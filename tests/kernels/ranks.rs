@@ -501,6 +501,29 @@ fn a_rank_of_another_group_is_not_named() {
     }
 }
 
+/// What other ranks have alone is known to all, where whole tensors are asked for.
+#[test]
+fn every_rank_can_have_the_records_of_the_model() {
+    for make in DEVICES {
+        let seen = on_ranks(2, |rank, communicator| {
+            let mesh = Mesh::new([("pp", 2)]).unwrap();
+            let (name, own) = [("first", 1.0f32), ("last stage", 3.0)][rank as usize];
+            let layouts = [Along::At(rank), Along::Sharded].map(|how| mesh.layout([("pp", how)]).unwrap());
+            let ranks = Ranks::new(communicator, &mesh, layouts).whole_tensors();
+            let plan = Plan::new([(name, DType::F32, 2), ("both", DType::F32, 1)]).unwrap();
+            let mut probe = make(plan, Config::default().ranks(ranks), rank).unwrap();
+            assert_eq!(probe.ranks().unwrap().model(), Err(Error::NotMeasured));
+            probe.measure_host(&[HostTensor::F32(&[own, -own]), HostTensor::F32(&[own])]).unwrap();
+            let mut model = probe.ranks().unwrap().model().unwrap();
+            model.sort_by(|a, b| a.0.cmp(&b.0));
+            model.into_iter().map(|(name, record)| (name, record.count, record.max_abs().unwrap())).collect::<Vec<_>>()
+        });
+        let expected = [("both", 2, 3.0f32), ("first", 2, 1.0), ("last stage", 2, 3.0)];
+        let expected: Vec<_> = expected.map(|(name, count, max)| (name.to_owned(), count, max)).into();
+        assert!(seen.iter().all(|seen| *seen == expected), "{seen:?}");
+    }
+}
+
 /// Parts of no elements have no record of their own in any step, though they have that of the whole.
 #[test]
 fn empty_parts_add_nothing_to_the_whole() {
@@ -939,8 +962,8 @@ impl Transport for Simulated {
 
     fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
         assert_eq!(reduction, Reduction::Sum);
-        // While they come together, a word to make the connections.
-        if words.len() == 1 {
+        // While they come together, a name.
+        if words.len() != 30 {
             return Ok(());
         }
         match &*self.total.lock().unwrap() {

@@ -290,11 +290,23 @@ impl Listing {
         by_one.filter_map(|by| Some(to[by]? + from[by]? + 1)).max()
     }
 
-    /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds.
+    /// The innermost loops with a barrier of the block: the steps of a fold, if the kernel has folds. Not those that only what is
+    /// behind `BRA.DIV`, at the end of the code, goes back by.
     pub fn loops_by_barriers(&self) -> Vec<Range<usize>> {
-        let waits = |span: &Range<usize>| self.count(span, |code| code.is("BAR.SYNC")) > 0;
+        let waits = |span: &Range<usize>| self.count(span, |code| code.is("BAR.SYNC")) > 0 && self.goes_round(span);
         let loops: Vec<_> = self.loops().into_iter().filter(waits).collect();
         loops.iter().filter(|outer| !loops.iter().any(|inner| lies_in(inner, outer))).cloned().collect()
+    }
+
+    /// Whether a path within a loop leads from its start to the branch back.
+    fn goes_round(&self, span: &Range<usize>) -> bool {
+        let (mut reached, mut seen) = (vec![span.start], vec![false; span.len()]);
+        while let Some(index) = reached.pop() {
+            if !std::mem::replace(&mut seen[index - span.start], true) {
+                reached.extend(self.successors(index).filter(|next| span.contains(next)));
+            }
+        }
+        seen.last() == Some(&true)
     }
 
     /// The function that an instruction calls: up to its first return. A call may also be a way back into the kernel's own

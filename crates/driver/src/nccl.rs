@@ -2,7 +2,14 @@
 //! stream until all have come to it, as NCCL's does.
 #![allow(non_snake_case, reason = "NCCL's names")]
 
-use crate::{die, graph::Work, handles::Registry, memory, stream::stream, trace};
+use crate::{
+    die,
+    graph::{EXECUTABLES, Work},
+    handles::Registry,
+    memory,
+    stream::stream,
+    trace,
+};
 use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
 use std::{
     collections::BTreeMap,
@@ -69,6 +76,20 @@ impl Rank {
             meeting = self.group.changed.wait(meeting).unwrap();
         }
         true
+    }
+
+    /// As NCCL's `commDestroySync`, waits until no graph is left that has captured one of its collectives.
+    fn await_graphs(&self) {
+        let is_held = || {
+            let is_own = |work: &Work| match work {
+                Work::Gather { rank, .. } | Work::Reduce { rank, .. } => std::ptr::eq(*rank, self),
+                _ => false,
+            };
+            EXECUTABLES.all().iter().any(|works| works.iter().any(is_own))
+        };
+        while is_held() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
     }
 
     /// Copies the bytes of all ranks, on this rank's stream.
@@ -187,6 +208,7 @@ entry_point! {
         rank.is_gone.store(true, Ordering::SeqCst);
         drop(meeting);
         rank.group.changed.notify_all();
+        rank.await_graphs();
         ncclResult_t::ncclSuccess
     }
 }
@@ -198,6 +220,7 @@ entry_point! {
         if rank.queued.load(Ordering::SeqCst) > 0 {
             die("a communicator is destroyed before what is queued on it has run");
         }
+        rank.await_graphs();
         ncclResult_t::ncclSuccess
     }
 }
