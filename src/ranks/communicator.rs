@@ -166,6 +166,9 @@ unsafe impl<T: Transport> Communicator for T {
     }
 
     unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error> {
+        if words == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
         let bytes = unsafe { HostMemory::bytes_mut(at, words * size_of::<u64>()) };
         Transport::all_reduce(self, bytemuck::cast_slice_mut(bytes), reduction)
