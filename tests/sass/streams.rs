@@ -118,6 +118,24 @@ fn histogram_counts_each_element_by_one_atomic_without_a_branch() {
     }
 }
 
+/// What compares replicas does nothing but multiply, add and shift integers, in less time than the memory takes.
+#[test]
+fn fingerprints_keep_the_memory_busy() {
+    for code in all_of(Kernel::Fingerprint) {
+        let loops = loops_by_vectors(code);
+        // The two types of 16 bits are the same words.
+        assert!((2..=DType::ALL.len()).contains(&loops.len()), "{code}: {loops:?}");
+        for span in loops {
+            let bytes = 16 * code.listing.count(&span, Instruction::is_vector_load);
+            let (executed, hidden) = (span.len() as f64, code.architecture.hidden_by(bytes));
+            println!("{code}: {executed} instructions for {bytes} bytes, {hidden:.0} hidden");
+            assert!(executed <= hidden, "{code}, {span:?}: {executed} instructions for {bytes} bytes");
+            assert_in_flight(code, &span);
+            assert_eq!(code.listing.count(&span, Instruction::is_fp64), 0, "{code}, {span:?}");
+        }
+    }
+}
+
 /// Two elements of 16 bits take the time of 31 instructions, and of 16 on the f64 units of an H200, which are half as
 /// many as those for f32.
 #[test]
