@@ -155,11 +155,11 @@ DEVICE void add_state(FinishScratch &scratch, const StepArguments &a) {
 
 // Leaves a step, of many ranks, to be added up with those of the others; by all threads.
 DEVICE void leave_step(FinishScratch &scratch, const StepArguments &a) {
-    u64 *limbs = (u64 *)a.sums;
+    u64 *limbs = (u64 *)a.sums, *words = (u64 *)&scratch.sums;
     if (threadIdx.x < STEP_WORDS / 2) {
         LongPair pair = load_fresh(limbs + 2 * threadIdx.x);
-        scratch.sums.squares[2 * threadIdx.x] = pair.x;
-        scratch.sums.squares[2 * threadIdx.x + 1] = pair.y;
+        words[2 * threadIdx.x] = pair.x;
+        words[2 * threadIdx.x + 1] = pair.y;
     }
     BARRIER();
     if (threadIdx.x == 0) carry(scratch.sums.squares);

@@ -169,7 +169,7 @@ DEVICE void measure_marked(MeasureScratch &scratch, const StepArguments &a, u32 
 
 KERNEL(STEP_THREADS, 2) gradprobe_measure(StepArguments a) {
     SHARED(MeasureScratch, scratch);
-    u64 *of_block = scratch.sums.squares, *of_step = (u64 *)a.sums;
+    u64 *of_block = (u64 *)&scratch.sums, *of_step = (u64 *)a.sums;
     if (threadIdx.x < STEP_WORDS) of_block[threadIdx.x] = 0;
     BARRIER();
     // Weights come first, so that gradients are what L2 holds when the clip begins.
