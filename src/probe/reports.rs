@@ -160,8 +160,10 @@ impl Probe {
             });
             let weights = records.split_off(core.plan.tensors().len());
             let weights = (outputs.weights != 0).then_some(weights);
-            let ranks =
-                rooms.ranks.as_ref().map(|ranks| ranks.checked(&bytemuck::pod_read_unaligned(of_ranks), &outputs));
+            let ranks = rooms
+                .ranks
+                .as_ref()
+                .map(|ranks| ranks.checked(&core.plan, &bytemuck::pod_read_unaligned(of_ranks), &outputs));
             let made = Report::new(core.plan.clone(), outputs, records, weights, words)
                 .with_updates(updates)
                 .with_ranks(ranks);

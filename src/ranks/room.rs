@@ -40,9 +40,6 @@ const _: () = assert!(size_of::<MergeArguments>() == 280);
 pub struct RankMemory {
     pub(super) ranks: Ranks,
     pub(super) joined: Arc<Joined>,
-    plan: Plan,
-    /// Whether a step is decided by what this rank has itself.
-    pub(super) is_alone: bool,
     /// The [`StepSums`], and behind them the [`CheckSums`].
     sums: Buffer,
     fingerprints: Option<Fingerprints>,
@@ -154,8 +151,8 @@ impl Feature<Ranks> for RankMemory {
         core.step.rank_factors = rank_factors(&all).nth(ranks.communicator.rank() as usize).unwrap_or_default();
         core.step.clip_words = core.config.clip.words_of_all_ranks();
         core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
-        let (plan, last) = (core.plan.clone(), device.read(size_of::<u64>())?);
-        Ok(Self { ranks, joined, plan, is_alone, sums, fingerprints, model, compared_weights: false, last })
+        let last = device.read(size_of::<u64>())?;
+        Ok(Self { ranks, joined, sums, fingerprints, model, compared_weights: false, last })
     }
 }
 
@@ -217,7 +214,7 @@ impl RankMemory {
     /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
     pub(crate) fn launch_measure(&mut self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         self.compared_weights = step.weights != 0;
-        if self.is_alone {
+        if self.ranks.is_alone() {
             // What the last step has left, and every rank has come to.
             if step.check != 0 {
                 self.all_reduce(step.check, size_of::<CheckSums>(), Reduction::Sum)?;
@@ -249,7 +246,7 @@ impl RankMemory {
 
     /// Adds up what a clip by a quantile counts of all ranks.
     pub(crate) fn add_histogram(&self, at: u64, bytes: usize) -> Result<(), Error> {
-        if self.is_alone { Ok(()) } else { self.all_reduce(at, bytes, Reduction::Sum) }
+        if self.ranks.is_alone() { Ok(()) } else { self.all_reduce(at, bytes, Reduction::Sum) }
     }
 
     fn launch_fingerprint(&self, core: &Core, chunks: u32, step: &StepArguments) -> Result<(), Error> {
@@ -268,8 +265,8 @@ impl RankMemory {
     }
 
     /// What a step's sums say, for its report.
-    pub(crate) fn checked(&self, sums: &CheckSums, outputs: &StepOutputs) -> RankCheck {
-        let step = outputs.step - u64::from(self.is_alone && outputs.step > 0);
+    pub(crate) fn checked(&self, plan: &Plan, sums: &CheckSums, outputs: &StepOutputs) -> RankCheck {
+        let step = outputs.step - u64::from(self.ranks.is_alone() && outputs.step > 0);
         let differs = |bit: u32| outputs.flags & bit != 0;
         let state = differs(StepOutputs::FLAG_STATE).then(|| {
             let all: Vec<u32> = (0..self.ranks.mesh.ranks()).collect();
@@ -277,11 +274,11 @@ impl RankMemory {
             let ranks = if sums.state == [0; 2] { Vec::new() } else { located(sums.state, &all) };
             Differing { ranks, ..Differing::default() }
         });
-        let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(sums.replicas));
+        let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(plan, sums.replicas));
         RankCheck { step, replicas, state }
     }
 
-    fn located(&self, [first, second, third]: [u64; 3]) -> Differing {
+    fn located(&self, plan: &Plan, [first, second, third]: [u64; 3]) -> Differing {
         let mut groups: Vec<&Arc<[u32]>> = self.joined.holders.iter().filter(|holders| holders.len() > 1).collect();
         groups.dedup_by_key(|holders| holders.as_ptr());
         let found = groups.into_iter().find_map(|holders| {
@@ -289,7 +286,7 @@ impl RankMemory {
             (!ranks.is_empty()).then_some((holders, ranks))
         });
         let Some((holders, ranks)) = found else { return Differing::default() };
-        let tensors = self.plan.tensors().iter().zip(&self.joined.holders).filter(|(_, held)| *held == holders);
+        let tensors = plan.tensors().iter().zip(&self.joined.holders).filter(|(_, held)| *held == holders);
         let tensor = tensors
             .flat_map(|(spec, _)| [(spec, false), (spec, true)])
             .find(|(spec, is_weight)| first.wrapping_mul(tensor_factor(&spec.name, *is_weight)) == third);

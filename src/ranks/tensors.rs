@@ -82,7 +82,7 @@ impl Room<'_, RankMemory> {
     fn add_up<T: Pod>(&mut self, own: &[T]) -> Result<Vec<T>, Error> {
         let Self { core, memory } = self;
         outside_capture(&*core.device, Error::WaitInCapture)?;
-        if memory.is_alone {
+        if memory.ranks.is_alone() {
             return Ok(own.to_vec());
         }
         let words = size_of::<T>() / size_of::<u64>();
