@@ -231,10 +231,12 @@ pub enum Error {
         what: &'static str,
     },
     /// A call to the CUDA driver failed. An error of an earlier asynchronous call may surface here.
-    #[error("CUDA driver: {call} failed with {code}")]
+    #[error("CUDA driver: {call} failed with {code} while {doing}")]
     Driver {
-        /// What was being done.
+        /// The driver's function.
         call: &'static str,
+        /// What for.
+        doing: String,
         /// The driver's code, as its header spells it.
         code: String,
     },

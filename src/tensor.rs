@@ -67,9 +67,9 @@ pub struct Lent<'a> {
 #[derive(Debug)]
 pub(crate) enum Until<'a> {
     Nothing(std::marker::PhantomData<&'a ()>),
-    /// cudarc's note of the use, made when it is dropped.
+    /// cudarc's note of the use, made when it is dropped, and the stream of that use.
     #[cfg(feature = "cuda")]
-    Noted(#[expect(dead_code, reason = "its drop is what counts")] SyncOnDrop<'a>),
+    Noted(SyncOnDrop<'a>, &'a CudaStream),
     /// The tensor lies on the host.
     #[cfg(feature = "cuda")]
     Copied(Box<crate::cuda::Copied<'a>>),
@@ -83,11 +83,11 @@ impl<'a> Lent<'a> {
 
     /// Memory of whose use cudarc has this to note.
     #[cfg(feature = "cuda")]
-    pub(crate) fn noted(address: u64, note: SyncOnDrop<'a>) -> Self {
+    pub(crate) fn noted(address: u64, note: SyncOnDrop<'a>, stream: &'a CudaStream) -> Self {
         match note {
             // A context with one stream, or that tracks no events.
             SyncOnDrop::Record(None) => Self::at(address),
-            note => Self { address, until: Until::Noted(note) },
+            note => Self { address, until: Until::Noted(note, stream) },
         }
     }
 
@@ -103,8 +103,10 @@ impl<'a> Lent<'a> {
     pub(crate) fn finish(self) -> Result<(), Error> {
         match self.until {
             #[cfg(feature = "cuda")]
+            Until::Noted(note, stream) => crate::cuda::note(note, stream),
+            #[cfg(feature = "cuda")]
             Until::Copied(copied) => copied.finish(),
-            _ => Ok(()),
+            Until::Nothing(_) => Ok(()),
         }
     }
 

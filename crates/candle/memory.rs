@@ -75,7 +75,8 @@ impl Exchange {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let byte = device.cuda_stream().alloc_zeros::<u8>(1).map_err(|error| Error::Driver {
-                    call: "allocating a byte",
+                    call: "cuMemAllocAsync",
+                    doing: "allocating a byte".to_owned(),
                     // Its `Display` asks the driver, and panics without one.
                     code: format!("{:?}", error.0),
                 })?;

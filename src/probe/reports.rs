@@ -99,7 +99,7 @@ impl Probe {
     /// # Errors
     /// The device's. What has not arrived then is given by a later call.
     pub fn poll(&mut self) -> Result<Option<Report>, Error> {
-        if !self.core.measured || self.core.device.is_capturing()? {
+        if self.core.device.is_capturing()? || !self.core.measured {
             return Ok(None);
         }
         // A replayed graph measures without our knowing: with nothing on its way there may be something new.

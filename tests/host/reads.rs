@@ -25,7 +25,7 @@ fn fails(left: &AtomicU32) -> Result<(), Error> {
 }
 
 fn failure() -> Error {
-    Error::Driver { call: "a read", code: "injected".to_owned() }
+    Error::Driver { call: "a read", doing: "testing".to_owned(), code: "injected".to_owned() }
 }
 
 struct Unreliable(Arc<Failures>);

@@ -2,11 +2,11 @@
 #![allow(non_snake_case, reason = "the driver's names")]
 
 use crate::{
-    Outcome, context, die,
+    Outcome, context, die, faults,
     graph::{Capture, EXECUTABLES, GRAPHS, Graph, NODES, Work, exchange_mode, refuse_in_any_capture},
     handles::Registry,
     memory::{self, Kind},
-    stream::{EVENTS, Event, STREAMS, Stream, stream},
+    stream::{EVENTS, Event, Kind as StreamKind, STREAMS, Stream, stream},
     trace,
 };
 use cudarc::driver::sys::{
@@ -46,6 +46,16 @@ impl Function {
     }
 }
 
+/// How many modules there are in these contexts.
+pub fn modules(within: impl Fn(context::Id) -> bool) -> usize {
+    MODULES.all().iter().filter(|module| within(module.context)).count()
+}
+
+/// All modules of a context go, which is lost.
+pub fn forget(context: context::Id) {
+    MODULES.retain(|module| module.context != context);
+}
+
 /// PTX, read once for all modules made of it.
 fn read(ptx: String) -> Outcome<Arc<gradprobe_ptx::Module>> {
     static READ: Mutex<Vec<(String, Arc<gradprobe_ptx::Module>)>> = Mutex::new(Vec::new());
@@ -81,8 +91,9 @@ macro_rules! entry_point {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($parameter: $type),*) -> CUresult {
             trace::call(stringify!($name), || String::new() $(+ &$detail)?);
-            let outcome = || -> Outcome { $body };
-            outcome().map_or_else(|error| error, |()| CUresult::CUDA_SUCCESS)
+            let (begun, fault) = faults::before(stringify!($name));
+            let outcome = begun.and_then(|()| -> Outcome { $body });
+            fault.unwrap_or_else(|| outcome.map_or_else(|error| error, |()| CUresult::CUDA_SUCCESS))
         }
     };
 }
@@ -127,7 +138,7 @@ entry_points! {
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT => MULTIPROCESSORS,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR => 9,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR => 0,
-            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED => 1,
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED => c_int::from(memory::has_pools()),
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
         });
         Ok(())
@@ -160,11 +171,8 @@ entry_points! {
     fn cuCtxSynchronize() {
         let context = context::current();
         refuse_in_any_capture()?;
-        context::default_stream().wait();
-        for stream in STREAMS.all().iter().filter(|stream| stream.context == context) {
-            stream.refuse_capture()?;
-            stream.wait();
-        }
+        context::streams(context).iter().try_for_each(|stream| stream.refuse_capture())?;
+        context::synchronize(context);
         Ok(())
     }
 
@@ -188,16 +196,32 @@ entry_point! {
 entry_points! {
     fn cuMemAllocAsync(address: *mut CUdeviceptr, bytes: usize, handle: CUstream) [format!("{bytes} bytes")] {
         // A real driver makes a node of it. That a graph should allocate is not wanted.
-        stream(handle).refuse_capture()?;
+        stream(handle)?.refuse_capture()?;
         give!(address, memory::allocate(Kind::Device, bytes)?);
         Ok(())
     }
 
     fn cuMemFreeAsync(address: CUdeviceptr, handle: CUstream) {
-        let stream = stream(handle);
+        let stream = stream(handle)?;
         stream.refuse_capture()?;
         memory::give_up(Kind::Device, address);
         stream.enqueue(move || memory::bury(address));
+        Ok(())
+    }
+
+    fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) [format!("{bytes} bytes")] {
+        refuse_in_any_capture()?;
+        give!(address, memory::allocate(Kind::Device, bytes)?);
+        Ok(())
+    }
+
+    fn cuMemFree_v2(address: CUdeviceptr) {
+        let context = context::current();
+        refuse_in_any_capture()?;
+        memory::give_up(Kind::Device, address);
+        // It waits for all that may use the memory.
+        context::synchronize(context);
+        memory::bury(address);
         Ok(())
     }
 
@@ -218,20 +242,22 @@ entry_points! {
     fn cuMemsetD8Async(to: CUdeviceptr, value: c_uchar, bytes: usize, handle: CUstream) [format!("{bytes} bytes")] {
         context::current();
         memory::demand(to, bytes);
-        stream(handle).submit(Work::Set { to, value, bytes })
+        stream(handle)?.submit(Work::Set { to, value, bytes })
     }
 
     fn cuMemcpyHtoDAsync_v2(to: CUdeviceptr, from: *const c_void, bytes: usize, handle: CUstream)
     [bytes_and_place(bytes, from as u64)] {
         context::current();
         memory::demand(to, bytes);
-        let stream = stream(handle);
+        let stream = stream(handle)?;
         if memory::is_page_locked(from as u64, bytes) {
             return stream.submit(Work::Copy { to, from: from as u64, bytes });
         }
         // Captured, it would read memory of the host at replay that is long gone.
         stream.refuse_capture()?;
-        // The driver copies to a buffer of its own before it returns. It might wait for the stream before that.
+        // "If pageable memory must first be staged to pinned memory, the driver may synchronize with the stream": it does. And
+        // the copy from the buffer of its own may come after the call has returned: it does.
+        stream.wait();
         // SAFETY: the caller's memory, of so many bytes.
         let buffer = unsafe { slice::from_raw_parts(from.cast::<u8>(), bytes) }.to_vec();
         stream.enqueue(move || Work::Copy { to, from: buffer.as_ptr() as u64, bytes }.run());
@@ -242,7 +268,7 @@ entry_points! {
     [bytes_and_place(bytes, to as u64)] {
         context::current();
         memory::demand(from, bytes);
-        let stream = stream(handle);
+        let stream = stream(handle)?;
         let copy = Work::Copy { to: to as u64, from, bytes };
         if memory::is_page_locked(to as u64, bytes) {
             return stream.submit(copy);
@@ -259,14 +285,14 @@ entry_points! {
         context::current();
         memory::demand(to, bytes);
         memory::demand(from, bytes);
-        stream(handle).submit(Work::Copy { to, from, bytes })
+        stream(handle)?.submit(Work::Copy { to, from, bytes })
     }
 
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) [bytes_and_place(bytes, to as u64)] {
         refuse_in_any_capture()?;
         memory::demand(from, bytes);
         // Ordered by the default stream, and by no other.
-        let stream = context::default_stream();
+        let stream = context::legacy_stream();
         stream.submit(Work::Copy { to: to as u64, from, bytes })?;
         stream.wait();
         Ok(())
@@ -276,23 +302,24 @@ entry_points! {
 // Streams and events.
 entry_points! {
     fn cuStreamCreate(handle: *mut CUstream, flags: c_uint) {
-        // The other kind waits for the default stream, and it for them, which is not played here.
-        if flags != CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint {
-            return Err(CUresult::CUDA_ERROR_NOT_SUPPORTED);
-        }
-        give!(handle, STREAMS.insert(Stream::new(context::current())));
+        let kind = match flags {
+            0 => StreamKind::Blocking,
+            flags if flags == CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint => StreamKind::NonBlocking,
+            _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+        };
+        give!(handle, STREAMS.insert(Stream::new(context::current(), kind)));
         Ok(())
     }
 
     fn cuStreamDestroy_v2(handle: CUstream) {
-        // A real one returns at once, and what is queued is done later.
-        STREAMS.remove(handle).wait();
+        // "In case the device is still doing work in the stream, the function will return immediately".
+        context::stream_ends(&STREAMS.remove(handle));
         Ok(())
     }
 
     fn cuStreamSynchronize(handle: CUstream) {
         context::current();
-        let stream = stream(handle);
+        let stream = stream(handle)?;
         stream.refuse_capture()?;
         stream.wait();
         Ok(())
@@ -300,13 +327,13 @@ entry_points! {
 
     fn cuStreamWaitEvent(handle: CUstream, event: CUevent, _flags: c_uint) {
         context::current();
-        EVENTS.get(event).hold(&stream(handle))
+        EVENTS.get(event).hold(&*stream(handle)?)
     }
 
     fn cuLaunchHostFunc(handle: CUstream, function: CUhostFn, argument: *mut c_void) {
         context::current();
         let function = function.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
-        stream(handle).submit(Work::Host { function, argument: argument as usize })
+        stream(handle)?.submit(Work::Host { function, argument: argument as usize })
     }
 
     fn cuEventCreate(event: *mut CUevent, _flags: c_uint) {
@@ -321,11 +348,15 @@ entry_points! {
 
     fn cuEventRecord(event: CUevent, handle: CUstream) {
         context::current();
-        EVENTS.get(event).record(&stream(handle))
+        EVENTS.get(event).record(&*stream(handle)?)
     }
 
     fn cuEventQuery(event: CUevent) {
         refuse_in_any_capture()?;
+        // So that a script makes the same calls however fast the device is; that it has not come is a fault of its own.
+        if let Some(time) = faults::time_of_queries() {
+            EVENTS.get(event).wait_for(time)?;
+        }
         if EVENTS.get(event).is_reached()? { Ok(()) } else { Err(CUresult::CUDA_ERROR_NOT_READY) }
     }
 
@@ -341,6 +372,7 @@ entry_points! {
 entry_points! {
     fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) {
         let context = context::current();
+        refuse_in_any_capture()?;
         // SAFETY: an image has a header of 16 bytes, PTX more characters.
         let head = unsafe { slice::from_raw_parts(image.cast::<u8>(), 16) };
         let ptx = if fatbin::is_fatbin(head) {
@@ -362,6 +394,7 @@ entry_points! {
     }
 
     fn cuModuleUnload(module: CUmodule) {
+        refuse_in_any_capture()?;
         MODULES.remove(module);
         Ok(())
     }
@@ -404,7 +437,7 @@ entry_points! {
         parameters: *mut *mut c_void,
         extra: *mut *mut c_void,
     ) [format!("{} of {blocks} blocks", FUNCTIONS.get(function).name)] {
-        let (context, function, stream) = (context::current(), FUNCTIONS.get(function), stream(handle));
+        let (context, function, stream) = (context::current(), FUNCTIONS.get(function), stream(handle)?);
         if function.context != context || stream.context != context {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
@@ -433,7 +466,7 @@ entry_points! {
         if handle.is_null() {
             return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
         }
-        let stream = stream(handle);
+        let stream = stream(handle)?;
         let mut capture = stream.capture();
         if capture.is_some() {
             return Err(CUresult::CUDA_ERROR_ILLEGAL_STATE);
@@ -451,7 +484,7 @@ entry_points! {
 
     fn cuStreamIsCapturing(handle: CUstream, status: *mut CUstreamCaptureStatus) {
         context::current();
-        give!(status, match &*stream(handle).capture() {
+        give!(status, match &*stream(handle)?.capture() {
             None => CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE,
             Some(capture) if capture.id().is_err() => CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED,
             Some(_) => CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE,
@@ -462,7 +495,7 @@ entry_points! {
     fn cuStreamEndCapture(handle: CUstream, graph: *mut CUgraph) {
         context::current();
         give!(graph, std::ptr::null_mut());
-        let capture = stream(handle).capture().take().ok_or(CUresult::CUDA_ERROR_ILLEGAL_STATE)?;
+        let capture = stream(handle)?.capture().take().ok_or(CUresult::CUDA_ERROR_ILLEGAL_STATE)?;
         give!(graph, GRAPHS.insert(Graph::new(capture.end()?)));
         Ok(())
     }
@@ -494,8 +527,8 @@ entry_points! {
 
     fn cuGraphLaunch(executable: CUgraphExec, handle: CUstream) {
         context::current();
-        let (stream, executable) = (stream(handle), EXECUTABLES.get(executable));
-        if !executable.iter().filter_map(|work| work.module()).all(|module| MODULES.lives(module)) {
+        let (stream, executable) = (stream(handle)?, EXECUTABLES.get(executable));
+        if !executable.iter().filter_map(|work| work.module()).all(|module| MODULES.find(module).is_some()) {
             die("a graph is launched after the module of one of its kernels was unloaded");
         }
         executable.iter().try_for_each(|work| stream.submit(work.clone()))

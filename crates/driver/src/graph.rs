@@ -1,13 +1,12 @@
 //! Work for streams, captures of it, and graphs made of captures.
 
 use crate::{
-    Outcome, die,
+    Outcome, context, die,
     functions::Function,
     handles::Registry,
     hold,
     memory::{self, demand_at_work},
-    nccl::Rank,
-    stream::STREAMS,
+    nccl::{Announced, Rank},
 };
 use cudarc::driver::sys::{CUgraphNode, CUgraphNodeType, CUresult, CUstreamCaptureMode};
 use gradprobe_ptx::{Options, memory::written};
@@ -32,9 +31,9 @@ pub enum Work {
     /// Sets bytes.
     Set { to: u64, value: u8, bytes: usize },
     /// Exchanges bytes with other streams.
-    Gather { rank: &'static Rank, from: u64, to: u64, bytes: usize },
+    Gather { rank: &'static Rank, from: u64, to: u64, bytes: usize, meeting: Announced },
     /// Adds words up with those of other streams, or takes the largest.
-    Reduce { rank: &'static Rank, at: u64, words: usize, takes_largest: bool },
+    Reduce { rank: &'static Rank, at: u64, words: usize, takes_largest: bool, meeting: Announced },
     /// Calls a function of the host, with the address of its argument.
     Host { function: unsafe extern "C" fn(*mut c_void), argument: usize },
 }
@@ -63,8 +62,8 @@ impl Work {
                 unsafe { (to as *mut u8).write_bytes(value, bytes) };
                 written(to, bytes);
             }
-            Work::Gather { rank, from, to, bytes } => rank.gather(from, to, bytes),
-            Work::Reduce { rank, at, words, takes_largest } => rank.reduce(at, words, takes_largest),
+            Work::Gather { rank, from, to, bytes, meeting } => rank.gather(from, to, bytes, meeting),
+            Work::Reduce { rank, at, words, takes_largest, meeting } => rank.reduce(at, words, takes_largest, meeting),
             // SAFETY: whoever queued it vouches for the function and its argument.
             Work::Host { function, argument } => unsafe { function(argument as *mut c_void) },
         }
@@ -169,7 +168,7 @@ pub fn refuse_in_any_capture() -> Outcome {
         CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THREAD_LOCAL,
     };
     let mode = MODE.get();
-    for stream in STREAMS.all() {
+    for stream in context::all_streams() {
         if let Some(capture) = &mut *stream.capture() {
             let of_this_thread = capture.thread == thread::current().id();
             let forbidden = match (mode, capture.mode) {

@@ -41,9 +41,14 @@ impl<T> Registry<T> {
         self.live.lock().unwrap().remove(&handle.addr()).unwrap_or_else(|| self.gone(handle))
     }
 
-    /// Whether there is still an object whose handle has this number.
-    pub fn lives(&self, handle: usize) -> bool {
-        self.live.lock().unwrap().contains_key(&handle)
+    /// The object whose handle has this number, if there still is one.
+    pub fn find(&self, handle: usize) -> Option<Arc<T>> {
+        self.live.lock().unwrap().get(&handle).cloned()
+    }
+
+    /// Keeps only these.
+    pub fn retain(&self, keep: impl Fn(&T) -> bool) {
+        self.live.lock().unwrap().retain(|_, object| keep(object));
     }
 
     /// All objects.

@@ -30,6 +30,7 @@
 #![allow(unsafe_code, reason = "C functions that get addresses, and device memory that is host memory")]
 
 mod context;
+mod faults;
 mod functions;
 mod graph;
 mod handles;

@@ -6,7 +6,10 @@ use std::{
     alloc::{Layout, alloc, dealloc},
     collections::{BTreeMap, VecDeque},
     slice,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// What the device has. Less than the test of 2^31 elements needs, which would take hours in emulation.
@@ -76,14 +79,33 @@ impl Memory {
     }
 }
 
+static POOLS: AtomicBool = AtomicBool::new(true);
+
+/// Whether the device allocates in the order of streams.
+pub fn has_pools() -> bool {
+    POOLS.load(Ordering::SeqCst)
+}
+
+/// From here on contexts are those of a device that allocates in the order of streams, or of one that cannot.
+#[unsafe(no_mangle)]
+pub extern "C" fn gradprobe_host_driver_pools(has_pools: bool) {
+    POOLS.store(has_pools, Ordering::SeqCst);
+}
+
 /// Bytes of the device that are not allocated.
 pub fn free_bytes() -> usize {
     DEVICE_BYTES - memory().used()
 }
 
-/// How many allocations of a context are left.
-pub fn count(context: context::Id) -> usize {
-    memory().blocks.values().filter(|block| block.context == context).count()
+/// How many allocations are left in these contexts.
+pub fn count(within: impl Fn(context::Id) -> bool) -> usize {
+    memory().blocks.values().filter(|block| within(block.context)).count()
+}
+
+/// All allocations of a context go, which is lost.
+pub fn forget(context: context::Id) {
+    let blocks: Vec<u64> = memory().blocks.iter().filter(|(_, b)| b.context == context).map(|(&at, _)| at).collect();
+    blocks.into_iter().for_each(bury);
 }
 
 /// Memory in the current context.
@@ -145,11 +167,12 @@ pub fn bury(address: u64) {
     }
 }
 
-/// For an argument of a call: ends the process unless all of it is live device memory.
+/// For an argument of a call: ends the process unless all of it is live device memory of the current context.
 pub fn demand(address: u64, bytes: usize) {
-    let live = memory().find(address, bytes).is_some_and(|block| block.kind == Kind::Device && !block.given_up);
-    if bytes > 0 && !live {
-        die(&format!("the {bytes} bytes at {address:#x} are no live device memory"));
+    let context = context::current();
+    let is_live = |block: &Block| block.kind == Kind::Device && !block.given_up && block.context == context;
+    if bytes > 0 && !memory().find(address, bytes).is_some_and(is_live) {
+        die(&format!("the {bytes} bytes at {address:#x} are no live device memory of the current context"));
     }
 }
 

@@ -3,11 +3,12 @@
 #![allow(non_snake_case, reason = "NCCL's names")]
 
 use crate::{
-    die,
+    context, die,
+    faults::{self, Fault},
     graph::{EXECUTABLES, Work},
     handles::Registry,
     memory,
-    stream::stream,
+    stream::{Stream, delay_next, stream},
     trace,
 };
 use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
@@ -22,8 +23,8 @@ use std::{
 
 /// The ranks of one unique id.
 struct Group {
-    /// Where each rank's bytes are.
-    from: Mutex<Vec<u64>>,
+    /// Where each rank's bytes are, and how many it says it comes with.
+    from: Mutex<Vec<(u64, usize)>>,
     meeting: Mutex<Meeting>,
     changed: Condvar,
 }
@@ -36,6 +37,17 @@ struct Meeting {
     met: u64,
 }
 
+/// How a rank comes to a meeting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Announced {
+    /// With its own count.
+    Truly,
+    /// With another count.
+    Falsely,
+    /// Not at all.
+    Never,
+}
+
 /// One rank of a group. Never freed: work that is captured or queued names it.
 pub struct Rank {
     group: Arc<Group>,
@@ -44,12 +56,74 @@ pub struct Rank {
     /// Collectives that have yet to run.
     queued: AtomicUsize,
     is_gone: AtomicBool,
+    /// How often it answers that it is in progress, and then queues this.
+    in_progress: AtomicUsize,
+    pending: Mutex<Option<(Arc<Stream>, Work)>>,
+    has_lost_peer: AtomicBool,
+}
+
+/// How many communicators there are.
+pub fn communicators() -> usize {
+    COMMUNICATORS.all().len()
+}
+
+/// No collective waits any more: the device is lost.
+pub fn end_all() {
+    for rank in COMMUNICATORS.all() {
+        rank.end();
+    }
 }
 
 static GROUPS: Mutex<BTreeMap<u64, Arc<Group>>> = Mutex::new(BTreeMap::new());
 static COMMUNICATORS: Registry<&'static Rank> = Registry::new("communicator");
 
 impl Rank {
+    /// It waits for nobody from here on.
+    fn end(&self) {
+        let meeting = self.group.meeting.lock().unwrap();
+        self.is_gone.store(true, Ordering::SeqCst);
+        drop(meeting);
+        self.group.changed.notify_all();
+    }
+
+    /// Comes with an address and a count to a meeting at which all have the same count; otherwise, as NCCL documents no better
+    /// end, it waits until it is aborted. The addresses of all, if they have met.
+    fn meet_with(&self, address: u64, count: usize, announced: Announced) -> Option<Vec<u64>> {
+        if announced == Announced::Never {
+            self.wait_for_abort();
+            return None;
+        }
+        let count = count + usize::from(announced == Announced::Falsely);
+        self.group.from.lock().unwrap()[self.rank] = (address, count);
+        if !self.meet() {
+            return None;
+        }
+        let all = self.group.from.lock().unwrap().clone();
+        if all.iter().any(|&(_, of_rank)| of_rank != all[0].1) {
+            self.wait_for_abort();
+            return None;
+        }
+        Some(all.into_iter().map(|(address, _)| address).collect())
+    }
+
+    /// Queues a collective, or has it in progress.
+    fn submit(&self, handle: cudaStream_t, work: Work) -> ncclResult_t {
+        let queued = stream(handle.cast()).and_then(|stream| {
+            if self.in_progress.load(Ordering::SeqCst) == 0 {
+                return stream.submit(work);
+            }
+            *self.pending.lock().unwrap() = Some((stream, work));
+            Ok(())
+        });
+        queued.map_or(ncclResult_t::ncclUnhandledCudaError, |()| ncclResult_t::ncclSuccess)
+    }
+
+    fn wait_for_abort(&self) {
+        let meeting = self.group.meeting.lock().unwrap();
+        let gone = |_: &mut Meeting| !self.is_gone.load(Ordering::SeqCst);
+        drop(self.group.changed.wait_while(meeting, gone).unwrap());
+    }
+
     /// A collective is queued.
     pub fn queue(&self) {
         if self.is_gone.load(Ordering::SeqCst) {
@@ -93,14 +167,10 @@ impl Rank {
     }
 
     /// Copies the bytes of all ranks, on this rank's stream.
-    pub fn gather(&self, from: u64, to: u64, bytes: usize) {
+    pub fn gather(&self, from: u64, to: u64, bytes: usize, announced: Announced) {
         memory::demand_at_work("what a rank gives", from, bytes);
         memory::demand_at_work("what a rank gets", to, bytes * self.ranks);
-        self.group.from.lock().unwrap()[self.rank] = from;
-        if !self.meet() {
-            return;
-        }
-        let all = self.group.from.lock().unwrap().clone();
+        let Some(all) = self.meet_with(from, bytes, announced) else { return };
         for (rank, &from) in all.iter().enumerate() {
             let to = to + (rank * bytes) as u64;
             // SAFETY: its rank has found it to be live device memory, and waits below until all have copied it.
@@ -112,13 +182,9 @@ impl Rank {
     }
 
     /// Makes of each word that of all ranks, on this rank's stream.
-    pub fn reduce(&self, at: u64, words: usize, takes_largest: bool) {
+    pub fn reduce(&self, at: u64, words: usize, takes_largest: bool, announced: Announced) {
         memory::demand_at_work("what a rank adds up", at, words * 8);
-        self.group.from.lock().unwrap()[self.rank] = at;
-        if !self.meet() {
-            return;
-        }
-        let all = self.group.from.lock().unwrap().clone();
+        let Some(all) = self.meet_with(at, words, announced) else { return };
         let mut reduced = vec![0u64; words];
         for from in all {
             // SAFETY: its rank has found it to be live device memory, and waits below until all have read it.
@@ -135,6 +201,35 @@ impl Rank {
     }
 }
 
+/// What becomes of a call before it begins.
+fn begin(name: &'static str) -> Result<(), ncclResult_t> {
+    match faults::next(name) {
+        Some(Fault::Refuse(_)) => return Err(ncclResult_t::ncclSystemError),
+        Some(Fault::Lose(code)) => context::lose(code),
+        Some(Fault::Delay) => delay_next(),
+        _ => {}
+    }
+    let is_lost = context::lost().is_some() && !faults::releases(name);
+    if is_lost { Err(ncclResult_t::ncclUnhandledCudaError) } else { Ok(()) }
+}
+
+/// How the rank of this call's collective comes to it.
+fn announced(rank: &Rank) -> Announced {
+    match faults::of_this_call() {
+        Some(Fault::Hang) => Announced::Never,
+        Some(Fault::LosePeer) => {
+            rank.has_lost_peer.store(true, Ordering::SeqCst);
+            Announced::Never
+        }
+        Some(Fault::OtherCount) => Announced::Falsely,
+        Some(Fault::Progress) => {
+            rank.in_progress.store(2, Ordering::SeqCst);
+            Announced::Truly
+        }
+        _ => Announced::Truly,
+    }
+}
+
 /// A function of NCCL's, with the signature that cudarc calls it by.
 macro_rules! entry_point {
     (fn $name:ident($($parameter:ident: $type:ty),* $(,)?) $body:block) => {
@@ -144,7 +239,15 @@ macro_rules! entry_point {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($parameter: $type),*) -> ncclResult_t {
             trace::call(stringify!($name), || $shown);
-            $body
+            if let Err(refused) = begin(stringify!($name)) {
+                return refused;
+            }
+            let done = (|| $body)();
+            match faults::of_this_call() {
+                Some(Fault::ReleaseAndRefuse(_)) => ncclResult_t::ncclSystemError,
+                Some(Fault::Progress) if done == ncclResult_t::ncclSuccess => ncclResult_t::ncclInProgress,
+                _ => done,
+            }
         }
         const _: unsafe fn($($type),*) -> ncclResult_t = sys::$name;
     };
@@ -178,7 +281,7 @@ entry_point! {
         let mut groups = GROUPS.lock().unwrap();
         let group = groups.entry(u64::from_ne_bytes(number));
         let new = || {
-            let from = Mutex::new(vec![0; count]);
+            let from = Mutex::new(vec![(0, 0); count]);
             Arc::new(Group { from, meeting: Mutex::default(), changed: Condvar::new() })
         };
         let group = Arc::clone(group.or_insert_with(new));
@@ -192,7 +295,11 @@ entry_point! {
             ranks: count,
             queued: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
+            in_progress: AtomicUsize::new(0),
+            pending: Mutex::new(None),
+            has_lost_peer: AtomicBool::new(false),
         }));
+        announced(rank);
         // No rank has a communicator before all have come.
         rank.meet();
         // SAFETY: the caller's variable.
@@ -204,10 +311,7 @@ entry_point! {
 entry_point! {
     fn ncclCommAbort(communicator: ncclComm_t) {
         let rank = *COMMUNICATORS.remove(communicator);
-        let meeting = rank.group.meeting.lock().unwrap();
-        rank.is_gone.store(true, Ordering::SeqCst);
-        drop(meeting);
-        rank.group.changed.notify_all();
+        rank.end();
         rank.await_graphs();
         ncclResult_t::ncclSuccess
     }
@@ -227,9 +331,23 @@ entry_point! {
 
 entry_point! {
     fn ncclCommGetAsyncError(communicator: ncclComm_t, found: *mut ncclResult_t) {
-        COMMUNICATORS.get(communicator);
+        let rank = *COMMUNICATORS.get(communicator);
+        let is_in_progress = rank.in_progress.load(Ordering::SeqCst) > 0;
+        let status = if rank.has_lost_peer.load(Ordering::SeqCst) {
+            ncclResult_t::ncclRemoteError
+        } else if is_in_progress {
+            if rank.in_progress.fetch_sub(1, Ordering::SeqCst) == 1
+                && let Some((stream, work)) = rank.pending.lock().unwrap().take()
+                && stream.submit(work).is_err()
+            {
+                return ncclResult_t::ncclUnhandledCudaError;
+            }
+            ncclResult_t::ncclInProgress
+        } else {
+            ncclResult_t::ncclSuccess
+        };
         // SAFETY: the caller's variable.
-        unsafe { *found = ncclResult_t::ncclSuccess };
+        unsafe { *found = status };
         ncclResult_t::ncclSuccess
     }
 }
@@ -243,10 +361,8 @@ entry_point! {
         let (from, to) = (from as u64, to as u64);
         memory::demand(from, count);
         memory::demand(to, count * rank.ranks);
-        match stream(handle.cast()).submit(Work::Gather { rank, from, to, bytes: count }) {
-            Ok(()) => ncclResult_t::ncclSuccess,
-            Err(_) => ncclResult_t::ncclUnhandledCudaError,
-        }
+        let work = Work::Gather { rank, from, to, bytes: count, meeting: announced(rank) };
+        rank.submit(handle, work)
     }
 }
 
@@ -262,9 +378,7 @@ entry_point! {
         };
         let (rank, at) = (*COMMUNICATORS.get(communicator), to as u64);
         memory::demand(at, 8 * count);
-        match stream(handle.cast()).submit(Work::Reduce { rank, at, words: count, takes_largest }) {
-            Ok(()) => ncclResult_t::ncclSuccess,
-            Err(_) => ncclResult_t::ncclUnhandledCudaError,
-        }
+        let work = Work::Reduce { rank, at, words: count, takes_largest, meeting: announced(rank) };
+        rank.submit(handle, work)
     }
 }

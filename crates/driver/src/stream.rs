@@ -1,7 +1,8 @@
 //! Streams, each a thread that does what is in its queue, and events.
 
 use crate::{
-    Outcome, context,
+    Outcome,
+    context::{self, legacy_stream, per_thread_stream},
     graph::{Capture, Work},
     handles::Registry,
 };
@@ -9,44 +10,117 @@ use cudarc::driver::sys::{CUresult, CUstream};
 use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Sender, channel},
     },
     thread,
+    time::Duration,
 };
 
 pub static STREAMS: Registry<Stream> = Registry::new("stream");
 pub static EVENTS: Registry<Event> = Registry::new("event");
 
+/// How a stream stands to the legacy default stream of its context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It is that stream: what is queued in it waits for all that was queued before in blocking streams, which wait for it.
+    Legacy,
+    Blocking,
+    NonBlocking,
+}
+
 /// A queue, and what is captured instead of queued.
 pub struct Stream {
     pub context: context::Id,
-    queue: Sender<Box<dyn FnOnce() + Send>>,
+    kind: Kind,
+    queue: Sender<Job>,
     capture: Mutex<Option<Capture>>,
 }
 
-/// The stream of a handle, or the default stream.
-pub fn stream(handle: CUstream) -> Arc<Stream> {
-    if handle.is_null() { context::default_stream() } else { STREAMS.get(handle) }
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The stream of a handle; null and 1 are the legacy default stream, 2 is the thread's own.
+///
+/// # Errors
+/// While a blocking stream captures, which the legacy stream would have to wait for; that ends the capture.
+pub fn stream(handle: CUstream) -> Outcome<Arc<Stream>> {
+    match handle.addr() {
+        0 | 1 => {
+            let legacy = legacy_stream();
+            for stream in context::streams(legacy.context).iter().filter(|stream| stream.kind == Kind::Blocking) {
+                if let Some(capture) = &mut *stream.capture() {
+                    return Err(capture.invalidate(CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT));
+                }
+            }
+            Ok(legacy)
+        }
+        2 => Ok(per_thread_stream()),
+        _ => Ok(STREAMS.get(handle)),
+    }
+}
+
+/// Whether what is queued next comes late.
+static DELAYED: AtomicBool = AtomicBool::new(false);
+
+/// What is queued next, in whatever stream, comes late: after what follows it in others.
+pub fn delay_next() {
+    DELAYED.store(true, Ordering::SeqCst);
 }
 
 impl Stream {
     /// The thread ends when the stream is dropped and its queue is empty.
-    pub fn new(context: context::Id) -> Self {
-        let (queue, jobs) = channel::<Box<dyn FnOnce() + Send>>();
+    pub fn new(context: context::Id, kind: Kind) -> Self {
+        let (queue, jobs) = channel::<Job>();
         thread::spawn(move || jobs.into_iter().for_each(|job| job()));
-        Self { context, queue, capture: Mutex::new(None) }
+        Self { context, kind, queue, capture: Mutex::new(None) }
     }
 
-    /// Has the thread do this after all it was given before.
-    pub fn enqueue(&self, job: impl FnOnce() + Send + 'static) {
+    fn push(&self, job: impl FnOnce() + Send + 'static) {
         self.queue.send(Box::new(job)).expect("the thread lives as long as the stream");
+    }
+
+    /// Has the thread do this after all it was given before, and in the order of the legacy default stream.
+    pub fn enqueue(&self, job: impl FnOnce() + Send + 'static) {
+        static ORDER: Mutex<()> = Mutex::new(());
+        let is_late = DELAYED.swap(false, Ordering::SeqCst);
+        let job = move || {
+            if is_late {
+                thread::sleep(Duration::from_millis(15));
+            }
+            job();
+        };
+        if self.kind != Kind::Legacy {
+            return self.push(job);
+        }
+        let _order = ORDER.lock().unwrap();
+        let others: Vec<_> =
+            context::streams(self.context).into_iter().filter(|stream| stream.kind == Kind::Blocking).collect();
+        for other in &others {
+            let moment = other.moment();
+            self.push(move || moment.wait());
+        }
+        self.push(job);
+        let moment = self.moment();
+        for other in &others {
+            let moment = Arc::clone(&moment);
+            other.push(move || moment.wait());
+        }
+    }
+
+    /// The moment at which all that is queued so far is done.
+    pub fn moment(&self) -> Arc<Moment> {
+        let moment = Arc::new(Moment::default());
+        let comes = Arc::clone(&moment);
+        self.push(move || comes.come());
+        moment
     }
 
     /// Waits until the queue is empty.
     pub fn wait(&self) {
-        let (done, wait) = channel();
-        self.enqueue(move || done.send(()).expect("is waited for"));
-        wait.recv().expect("the thread lives as long as the stream");
+        let moment = Arc::new(Moment::default());
+        let comes = Arc::clone(&moment);
+        self.enqueue(move || comes.come());
+        moment.wait();
     }
 
     /// What is being captured, if anything is.
@@ -62,7 +136,12 @@ impl Stream {
                 if let Work::Gather { rank, .. } | Work::Reduce { rank, .. } = work {
                     rank.queue();
                 }
-                self.enqueue(move || work.run());
+                let context = self.context;
+                self.enqueue(move || {
+                    if context::why_lost(context).is_none() {
+                        work.run();
+                    }
+                });
                 Ok(())
             }
         }
@@ -79,7 +158,7 @@ impl Stream {
 
 /// The moment that all work queued before it in a stream is done.
 #[derive(Default)]
-struct Moment {
+pub struct Moment {
     has_come: Mutex<bool>,
     changed: Condvar,
 }
@@ -90,7 +169,13 @@ impl Moment {
         self.changed.notify_all();
     }
 
-    fn wait(&self) {
+    /// The same, but no longer than this.
+    fn wait_for(&self, time: Duration) {
+        let has_come = self.has_come.lock().unwrap();
+        drop(self.changed.wait_timeout_while(has_come, time, |has_come| !*has_come).unwrap());
+    }
+
+    pub fn wait(&self) {
         drop(self.changed.wait_while(self.has_come.lock().unwrap(), |has_come| !*has_come).unwrap());
     }
 }
@@ -142,6 +227,16 @@ impl Event {
             Recorded::At(moment) => Ok(*moment.has_come.lock().unwrap()),
             Recorded::Captured(_) => Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
         }
+    }
+
+    /// Waits for the moment, but no longer than this.
+    pub fn wait_for(&self, time: Duration) -> Outcome {
+        match self.last() {
+            Recorded::Never => {}
+            Recorded::At(moment) => moment.wait_for(time),
+            Recorded::Captured(_) => return Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
+        }
+        Ok(())
     }
 
     /// Waits for the moment.

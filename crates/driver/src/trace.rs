@@ -1,6 +1,6 @@
 //! Which calls were made, for a test that counts them.
 
-use std::{slice, sync::Mutex};
+use std::sync::Mutex;
 
 /// One line a call, while someone wants to know.
 static TRACE: Mutex<Option<String>> = Mutex::new(None);
@@ -27,9 +27,6 @@ pub extern "C" fn gradprobe_host_driver_trace_begin() {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradprobe_host_driver_trace_end(buffer: *mut u8, capacity: usize) -> usize {
     let trace = TRACE.lock().unwrap().take().unwrap_or_default();
-    let bytes = trace.len().min(capacity);
-    // SAFETY: no more than the capacity, which is the caller's word.
-    let buffer = unsafe { slice::from_raw_parts_mut(buffer, bytes) };
-    buffer.copy_from_slice(&trace.as_bytes()[..bytes]);
-    trace.len()
+    // SAFETY: the caller's word.
+    unsafe { crate::faults::write_text(&trace, buffer, capacity) }
 }

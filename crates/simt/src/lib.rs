@@ -125,7 +125,7 @@ unsafe impl Device for Simt {
     }
 
     unsafe fn launch(&self, kernel: Kernel, blocks: u32, arguments: &[u8]) -> Result<(), Error> {
-        let failed = |code: String| Error::Driver { call: kernel.entry(), code };
+        let failed = |code: String| Error::Driver { call: kernel.entry(), doing: "emulating it".to_owned(), code };
         let Some(Compiled { module, options }) = self.ptx else {
             let entry = Entry::find(kernel.entry()).ok_or_else(|| failed("no such kernel".to_owned()))?;
             // SAFETY: the caller's promise.

@@ -39,15 +39,15 @@ impl<'a> Copied<'a> {
     fn new(bytes: &[u8], stream: &Arc<CudaStream>) -> Result<Self, Error> {
         const ALIGNMENT: usize = 16;
         // SAFETY: only what was copied there is read.
-        let memory =
-            unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }.map_err(failed("allocating device memory"))?;
+        let memory = unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }
+            .map_err(failed("cuMemAllocAsync", "making room for a tensor"))?;
         let address = memory.device_ptr(stream).0 + (bytes.as_ptr() as usize % ALIGNMENT) as u64;
         if !bytes.is_empty() {
             // SAFETY: there is room for so many bytes from there on, and they stay until the copy is waited for.
             unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
-                .map_err(failed("copying a tensor to the device"))?;
+                .map_err(failed("cuMemcpyHtoDAsync", "copying a tensor to the device"))?;
             // From page-locked memory the copy is not over when the call returns.
-            stream.synchronize().map_err(failed("waiting for a copy"))?;
+            stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor"))?;
         }
         Ok(Self { _memory: memory, address, back: None, stream: Arc::clone(stream) })
     }
@@ -65,7 +65,7 @@ impl<'a> Copied<'a> {
         let Some(bytes) = back.filter(|bytes| !bytes.is_empty()) else { return Ok(()) };
         // SAFETY: the copy has as many bytes there, and is waited for.
         unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) }
-            .map_err(failed("copying a tensor to the host"))?;
-        stream.synchronize().map_err(failed("waiting for a copy"))
+            .map_err(failed("cuMemcpyDtoHAsync", "copying a tensor to the host"))?;
+        stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor"))
     }
 }

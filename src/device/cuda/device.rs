@@ -1,7 +1,7 @@
 //! A CUDA stream as a [`Device`]: everything is ordered on it, and nothing waits but a read that is waited for.
 
 use super::{
-    driver::failed,
+    driver::{failed, insist, make_current, not_allocated},
     module,
     pinned::{Pinned, Uploads},
     streams::{PinnedRead, Streams},
@@ -13,7 +13,7 @@ use crate::{
     tensor::Place,
 };
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, result,
+    CudaFunction, CudaStream, result,
     sys::{self, CUdevice_attribute_enum as Attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus as Status},
 };
 use std::{cell::RefCell, mem, sync::Arc};
@@ -32,17 +32,20 @@ impl Cuda {
     /// # Errors
     /// [`Error::KernelLoad`], or the driver's.
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self, Error> {
+        let _relaxed = Relaxed::new();
         let context = stream.context();
+        make_current(context)?;
         let module = module::load(context)?;
         let multiprocessors = context
             .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(failed("asking for the multiprocessors"))?;
+            .map_err(failed("cuDeviceGetAttribute", "asking for the multiprocessors"))?;
         let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1);
         let function = |kernel: Kernel| {
-            let function = module.load_function(kernel.entry()).map_err(failed("looking up a kernel"))?;
-            let blocks = function
-                .occupancy_max_active_blocks_per_multiprocessor(kernel.threads(), 0, None)
-                .map_err(failed("asking for the occupancy"))?;
+            let function =
+                module.load_function(kernel.entry()).map_err(failed("cuModuleGetFunction", "looking up a kernel"))?;
+            let blocks = function.occupancy_max_active_blocks_per_multiprocessor(kernel.threads(), 0, None).map_err(
+                failed("cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "asking how many blocks fit"),
+            )?;
             Ok::<_, Error>((function, blocks * multiprocessors))
         };
         let kernels = Kernel::ALL.iter().map(|&kernel| function(kernel)).collect::<Result<_, _>>()?;
@@ -52,7 +55,7 @@ impl Cuda {
     /// The stream, for what may change results.
     fn stream(&self) -> Result<&Arc<CudaStream>, Error> {
         let stream = &self.streams.main;
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        make_current(stream.context())?;
         self.streams.await_copies()?;
         Ok(stream)
     }
@@ -62,36 +65,52 @@ impl Cuda {
     }
 }
 
-/// A module must not be unloaded while its kernels are queued. The probe drops its device last.
+/// A module must not be unloaded while its kernels are queued, or captured. The probe drops its device last.
 impl Drop for Cuda {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
-        // Waiting would break a capture, and where it fails nothing is known: better left.
-        if is_capturing(&self.streams.main) != Ok(false) || self.streams.main.synchronize().is_err() {
+        let stream = &self.streams.main;
+        let wait =
+            || stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting before kernels are unloaded"));
+        // To wait would break a capture. Where it fails twice the context is lost, and nothing runs any more.
+        if insist(|| is_capturing(stream)) == Ok(true) {
             mem::forget(mem::take(&mut self.kernels));
+        } else {
+            let _ = insist(wait);
         }
-        self.kernels.clear();
     }
 }
 
 pub(super) fn is_capturing(stream: &CudaStream) -> Result<bool, Error> {
-    let status = stream.capture_status().map_err(failed("asking for the capture status"))?;
+    let status =
+        stream.capture_status().map_err(failed("cuStreamIsCapturing", "asking whether the stream captures"))?;
     Ok(status != Status::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What was allocated on the probe's stream, and is freed in its order.
+/// What was allocated on the probe's stream, and is freed in its order. Not by cudarc's slices: those have two events each, which
+/// nobody needs here, and lose the memory when an event cannot be made.
 struct Freed {
-    slice: Option<CudaSlice<u8>>,
+    address: u64,
     streams: Arc<Streams>,
 }
 
 impl Drop for Freed {
     fn drop(&mut self) {
-        let slice = self.slice.take();
-        // In a capture the free would become a part of the graph; and a copy beside the stream may not be over.
-        if is_capturing(&self.streams.main) != Ok(false) || self.streams.await_copies().is_err() {
-            mem::forget(slice);
+        let stream = &self.streams.main;
+        // A copy beside the stream may not be over.
+        let is_free = || self.streams.await_copies().and_then(|()| Ok(!is_capturing(stream)?));
+        // In a capture the free would become a part of the graph; where nothing is known, memory is better left.
+        if insist(is_free) != Ok(true) {
+            return;
         }
+        // Errors have nowhere to go.
+        let _ = if stream.context().has_async_alloc() {
+            // SAFETY: allocated by `allocate`, and freed once, after all that was queued.
+            unsafe { result::free_async(self.address, stream.cu_stream()) }
+        } else {
+            // SAFETY: the same; it waits for the device.
+            unsafe { result::free_sync(self.address) }
+        };
     }
 }
 
@@ -127,16 +146,26 @@ unsafe impl Device for Cuda {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        let out_of_memory = |error: cudarc::driver::DriverError| match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },
-            _ => failed("allocating device memory")(error),
+        let (stream, streams) = (&self.streams.main, Arc::clone(&self.streams));
+        make_current(stream.context())?;
+        // Where there are no pools of memory, as on some virtual GPUs, in no stream's order.
+        let address = if stream.context().has_async_alloc() {
+            // SAFETY: the stream is alive; the callers write before they read, or leave that to the kernels.
+            unsafe { result::malloc_async(stream.cu_stream(), bytes) }.map_err(not_allocated(
+                "cuMemAllocAsync",
+                "allocating device memory",
+                bytes,
+            ))?
+        } else {
+            // SAFETY: as above.
+            unsafe { result::malloc_sync(bytes) }.map_err(not_allocated(
+                "cuMemAlloc",
+                "allocating device memory",
+                bytes,
+            ))?
         };
-        // SAFETY: the callers write before they read, or leave that to the kernels.
-        let slice = unsafe { self.streams.main.alloc::<u8>(bytes) }.map_err(out_of_memory)?;
-        let address = slice.device_ptr(&self.streams.main).0;
-        let owner = Freed { slice: Some(slice), streams: Arc::clone(&self.streams) };
-        // SAFETY: so many bytes lie there until the slice is dropped.
-        Ok(unsafe { Buffer::new(address, bytes, owner) })
+        // SAFETY: so many bytes lie there until the owner is dropped.
+        Ok(unsafe { Buffer::new(address, bytes, Freed { address, streams }) })
     }
 
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {
@@ -147,7 +176,7 @@ unsafe impl Device for Cuda {
         let stream = self.stream()?;
         // SAFETY: the buffer has that many bytes.
         unsafe { result::memset_d8_async(buffer.address(), 0, buffer.bytes(), stream.cu_stream()) }
-            .map_err(failed("clearing device memory"))
+            .map_err(failed("cuMemsetD8Async", "clearing device memory"))
     }
 
     fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
@@ -162,7 +191,7 @@ unsafe impl Device for Cuda {
         let function = self.kernel(kernel).0.cu_function();
         // SAFETY: the kernel takes one struct by value, of as many bytes, and the caller vouches for the addresses in it.
         unsafe { result::launch_kernel(function, grid, block, 0, stream.cu_stream(), &mut parameters) }
-            .map_err(failed(kernel.entry()))
+            .map_err(failed("cuLaunchKernel", format_args!("launching {}", kernel.entry())))
     }
 
     fn resident_blocks(&self, kernel: Kernel) -> u32 {

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, sys::CUresult};
-use std::{error::Error as _, sync::Arc};
+use std::{error::Error as _, fmt::Display, sync::Arc};
 
 /// Names under which the driver is installed, in the order cudarc looks for it.
 const DRIVER: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
@@ -42,9 +42,31 @@ pub fn stream(ordinal: usize) -> Result<Arc<CudaStream>, Error> {
         CUresult::CUDA_ERROR_NO_DEVICE | CUresult::CUDA_ERROR_INVALID_DEVICE | CUresult::CUDA_ERROR_STUB_LIBRARY => {
             Error::DeviceNotFound { ordinal, reason: format!("{:?}", error.0) }
         }
-        _ => failed("opening the device")(error),
+        _ => failed("cuDevicePrimaryCtxRetain", "opening the device")(error),
     })?;
-    context.new_stream().map_err(failed("making a stream"))
+    context.new_stream().map_err(failed("cuStreamCreate", "making a stream"))
+}
+
+/// Makes a context current on this thread, as every call needs it.
+///
+/// # Errors
+/// The driver's.
+pub(super) fn make_current(context: &CudaContext) -> Result<(), Error> {
+    earlier_errors(context)?;
+    context.bind_to_thread().map_err(failed("cuCtxSetCurrent", "making the context current"))
+}
+
+/// # Errors
+/// The last that cudarc had nowhere to give, of a `drop` or of the note of a slice's use. It gives it once, with whatever call
+/// comes next: so it is told apart.
+pub(super) fn earlier_errors(context: &CudaContext) -> Result<(), Error> {
+    context.check_err().map_err(failed("an earlier call", "cudarc dropped something or noted the use of a slice"))
+}
+
+/// What a `drop` needs to know is asked twice: the first answer may be the error of an earlier call, which cudarc gives once.
+/// Where the second is an error too, the context is lost.
+pub(super) fn insist<T>(ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
+    ask().or_else(|_| ask())
 }
 
 /// An error when NVRTC is not there.
@@ -55,6 +77,14 @@ pub(super) fn require_nvrtc() -> Result<(), Error> {
 }
 
 /// What became of a driver call. Not by the error's `Display`, which asks the driver and panics without one.
-pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
-    move |error| Error::Driver { call, code: format!("{:?}", error.0) }
+pub(super) fn failed(call: &'static str, doing: impl Display) -> impl Fn(DriverError) -> Error {
+    move |error| Error::Driver { call, doing: doing.to_string(), code: format!("{:?}", error.0) }
+}
+
+/// The same of a call that allocates so many bytes.
+pub(super) fn not_allocated(call: &'static str, doing: &'static str, bytes: usize) -> impl Fn(DriverError) -> Error {
+    move |error| match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },
+        _ => failed(call, doing)(error),
+    }
 }

@@ -77,3 +77,4 @@ pub use driver::stream;
 pub use module::{FATBIN, compile};
 #[cfg(feature = "nccl")]
 pub use nccl::NcclCommunicator;
+pub(crate) use tensor::note;

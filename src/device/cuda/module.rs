@@ -1,9 +1,12 @@
 //! The kernels in a context: from the embedded fat binary, or compiled by NVRTC where there is none for the device.
 
-use super::driver::{failed, require_nvrtc};
+use super::driver::{failed, not_allocated, require_nvrtc};
 use crate::{Error, device::SOURCE};
 use cudarc::{
-    driver::{CudaContext, CudaModule, sys::CUdevice_attribute_enum as Attribute},
+    driver::{
+        CudaContext, CudaModule, DriverError,
+        sys::{CUdevice_attribute_enum as Attribute, CUresult},
+    },
     nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts},
 };
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,24 +50,44 @@ fn compile_once(capability: (i32, i32)) -> Result<Ptx, Error> {
     Ok(ptx)
 }
 
+/// Whether another image of the kernels may be one for the device, after this error.
+fn is_for_others(error: DriverError) -> bool {
+    matches!(
+        error.0,
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_INVALID_IMAGE
+            | CUresult::CUDA_ERROR_INVALID_PTX
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | CUresult::CUDA_ERROR_JIT_COMPILATION_DISABLED
+    )
+}
+
 /// The kernels, loaded.
 pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>, Error> {
-    let attribute = |which| context.attribute(which).map_err(failed("asking for the compute capability"));
+    let attribute =
+        |which| context.attribute(which).map_err(failed("cuDeviceGetAttribute", "asking for the compute capability"));
     let capability = (
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
     );
+    let device = format!("compute capability {}.{}", capability.0, capability.1);
+    let not_loaded = not_allocated("cuModuleLoadData", "loading the kernels", FATBIN.len());
     let embedded = if FATBIN.is_empty() {
         "no binary is embedded, since the build found no nvcc".to_owned()
     } else {
         match context.load_module(Ptx::from_binary(FATBIN.to_vec())) {
             Ok(module) => return Ok(module),
-            Err(error) => format!("the embedded binary was refused with {:?}", error.0),
+            Err(error) if is_for_others(error) => format!("the embedded binary was refused with {:?}", error.0),
+            Err(error) => return Err(not_loaded(error)),
         }
     };
-    let device = format!("compute capability {}.{}", capability.0, capability.1);
     let ptx = compile_once(capability).map_err(|error| Error::KernelLoad(format!("{embedded} ({device}); {error}")))?;
     context.load_module(ptx).map_err(|error| {
-        Error::KernelLoad(format!("{embedded} ({device}); what NVRTC made was refused with {:?}", error.0))
+        if is_for_others(error) {
+            Error::KernelLoad(format!("{embedded} ({device}); NVRTC's was refused with {:?}", error.0))
+        } else {
+            not_loaded(error)
+        }
     })
 }

@@ -1,8 +1,8 @@
 //! Ranks that add up their sums by NCCL, on the probe's stream.
 
 use super::{
-    device::Relaxed,
-    driver::{failed, find},
+    device::{Relaxed, is_capturing},
+    driver::{failed, find, insist, make_current},
 };
 use crate::{
     Error,
@@ -10,7 +10,7 @@ use crate::{
     tensor::Place,
 };
 use cudarc::{
-    driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop, sys::CUstreamCaptureStatus as Status},
+    driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop},
     nccl::{
         result::{self, NcclError, NcclStatus},
         safe::{Comm, Id, ReduceOp},
@@ -22,7 +22,8 @@ use std::{
     marker::PhantomData,
     mem, ptr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 /// The names under which cudarc looks for NCCL that are those of its packages.
@@ -78,13 +79,14 @@ impl Drop for NcclCommunicator {
         let _relaxed = Relaxed::new();
         let handle = mem::replace(self.handle.get_mut().unwrap_or_else(PoisonError::into_inner), Handle::Aborted);
         let Handle::Own(raw) = handle else { return };
-        let waited = self.stream.capture_status().is_ok_and(|status| status == Status::CU_STREAM_CAPTURE_STATUS_NONE)
-            && self.stream.synchronize().is_ok();
-        // Where that cannot be waited for it is better left. Errors have nowhere to go.
-        if waited {
-            // SAFETY: it is not used again.
-            let _ = unsafe { result::comm_abort(raw) };
+        // Nothing is waited for in a capture; and where waiting fails twice the device is lost. Errors have nowhere to go.
+        if insist(|| is_capturing(&self.stream)) == Ok(true) {
+            return;
         }
+        let wait = || self.stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for collectives"));
+        let _ = insist(wait);
+        // SAFETY: it is not used again.
+        let _ = unsafe { result::comm_abort(raw) };
     }
 }
 
@@ -104,7 +106,7 @@ impl NcclCommunicator {
     /// [`Error::NcclNotFound`], where cudarc panics, and NCCL's.
     pub fn new(stream: &Arc<CudaStream>, rank: u32, ranks: u32, id: Id) -> Result<Self, Error> {
         find(NCCL).map_err(|(searched, reason)| Error::NcclNotFound { searched, reason })?;
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        make_current(stream.context())?;
         // More ranks than an i32 counts are an error of NCCL's.
         let (Ok(count), Ok(index), true) = (i32::try_from(ranks), i32::try_from(rank), rank < ranks) else {
             return Err(Error::Communication { what: format!("there is no rank {rank} of {ranks}") });
@@ -112,7 +114,15 @@ impl NcclCommunicator {
         let mut raw = ptr::null_mut();
         let id = ncclUniqueId { internal: *id.internal() };
         // SAFETY: a variable of this function, and an id that NCCL has made.
-        unsafe { result::comm_init_rank(&raw mut raw, count, id, index) }.map_err(nccl("making a communicator"))?;
+        let made = unsafe { result::comm_init_rank(&raw mut raw, count, id, index) }
+            .and_then(|status| settled(raw, status, DEADLINE));
+        if let Err(error) = made {
+            if !raw.is_null() {
+                // SAFETY: NCCL has given it, and it is not used again.
+                let _ = unsafe { result::comm_abort(raw) };
+            }
+            return Err(nccl("making a communicator")(error));
+        }
         let stream = Arc::clone(stream);
         Ok(Self { handle: Mutex::new(Handle::Own(raw)), stream, rank, ranks, deadline: DEADLINE })
     }
@@ -151,14 +161,42 @@ impl NcclCommunicator {
         shared: impl FnOnce(&Comm) -> Result<NcclStatus, NcclError>,
         call: &'static str,
     ) -> Result<(), Error> {
-        self.stream.context().bind_to_thread().map_err(failed("making the context current"))?;
-        let queued = match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
-            Handle::Own(raw) => own(*raw, self.stream.cu_stream().cast()),
-            Handle::Shared(comm) => shared(comm),
-            Handle::Aborted => return Err(aborted()),
-        };
-        queued.map(drop).map_err(nccl(call))
+        make_current(self.stream.context())?;
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*handle {
+            Handle::Own(raw) => {
+                let queued = own(*raw, self.stream.cu_stream().cast()).map_err(nccl(call))?;
+                settled(*raw, queued, self.deadline).map_err(nccl(call))
+            }
+            Handle::Shared(comm) => match shared(comm).map_err(nccl(call))? {
+                NcclStatus::InProgress => Err(nccl(call)(NcclError(ncclResult_t::ncclInProgress))),
+                _ => Ok(()),
+            },
+            Handle::Aborted => Err(aborted()),
+        }
     }
+}
+
+/// What has become of a communicator's work so far.
+fn asynchronous(raw: ncclComm_t) -> Result<NcclStatus, NcclError> {
+    let mut found = ncclResult_t::ncclSuccess;
+    // SAFETY: the callers' communicators live; a variable of this function.
+    unsafe { sys::ncclCommGetAsyncError(raw, &raw mut found) }.result()?;
+    found.result()
+}
+
+/// A communicator that does not block, as `NCCL_COMM_BLOCKING=0` makes all of them, is asked until it has done what it says is in
+/// progress: only then is it queued, and before what is launched next.
+fn settled(raw: ncclComm_t, mut status: NcclStatus, deadline: Duration) -> Result<(), NcclError> {
+    let since = Instant::now();
+    while matches!(status, NcclStatus::InProgress) {
+        if since.elapsed() > deadline {
+            return Err(NcclError(ncclResult_t::ncclInProgress));
+        }
+        thread::sleep(Duration::from_micros(20));
+        status = asynchronous(raw)?;
+    }
+    Ok(())
 }
 
 /// A communicator on its way to another thread.
@@ -280,14 +318,7 @@ unsafe impl Communicator for NcclCommunicator {
 
     fn status(&self) -> Result<(), Error> {
         match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
-            Handle::Own(raw) => {
-                let mut found = ncclResult_t::ncclSuccess;
-                // SAFETY: the communicator lives as long as the lock is held; a variable of this function.
-                unsafe { sys::ncclCommGetAsyncError(*raw, &raw mut found) }
-                    .result()
-                    .map_err(nccl("asking for errors"))?;
-                found.result().map(drop).map_err(nccl("a collective"))
-            }
+            Handle::Own(raw) => asynchronous(*raw).map(drop).map_err(nccl("a collective")),
             // cudarc tells nobody.
             Handle::Shared(_) => Ok(()),
             Handle::Aborted => Err(aborted()),
@@ -301,7 +332,7 @@ unsafe impl Communicator for NcclCommunicator {
             drop(handle);
             let (raw, context) = (Raw(raw), Arc::clone(self.stream.context()));
             // The kernels end at once; but the call waits for graphs that have captured a collective to be destroyed.
-            std::thread::spawn(move || {
+            thread::spawn(move || {
                 let Raw(raw) = { raw };
                 // SAFETY: it is not used again. Errors have nowhere to go.
                 let _ = context.bind_to_thread().map(|()| unsafe { result::comm_abort(raw) });

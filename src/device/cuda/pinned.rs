@@ -1,8 +1,11 @@
 //! Page-locked memory: the only memory of the host's that copies do not wait for.
 
-use super::{device::Relaxed, driver::failed};
+use super::{
+    device::Relaxed,
+    driver::{failed, insist, make_current, not_allocated},
+};
 use crate::{Error, device::Buffer};
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys::CUresult};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result};
 use std::{cell::Cell, collections::VecDeque, ptr::NonNull, sync::Arc};
 
 /// Page-locked memory, and the event that says that the last copy from or to it is over. cudarc's own `PinnedHostSlice`
@@ -21,7 +24,7 @@ unsafe impl Send for Pinned {}
 impl Drop for Pinned {
     fn drop(&mut self) {
         // A copy may be under way. Errors have nowhere to go, and memory that may still be used is better left.
-        if self.wait().is_ok() {
+        if insist(|| self.wait().map(drop)).is_ok() {
             let _relaxed = Relaxed::new();
             // SAFETY: allocated by `malloc_host`, and no copy from or to it is under way.
             let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
@@ -36,14 +39,14 @@ impl Pinned {
     /// [`Error::OutOfMemory`], or the driver's.
     pub fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, Error> {
         let _relaxed = Relaxed::new();
-        context.bind_to_thread().map_err(failed("making the context current"))?;
-        let over = Arc::new(context.new_event(None).map_err(failed("making an event"))?);
-        let out_of_memory = |error: DriverError| match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },
-            _ => failed("allocating page-locked memory")(error),
-        };
+        make_current(context)?;
+        let over = Arc::new(context.new_event(None).map_err(failed("cuEventCreate", "making an event"))?);
         // SAFETY: freed in `drop`, once.
-        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(out_of_memory)?;
+        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(not_allocated(
+            "cuMemHostAlloc",
+            "allocating page-locked memory",
+            bytes,
+        ))?;
         let memory = NonNull::new(memory.cast::<u8>()).ok_or(Error::OutOfMemory { bytes: bytes as u64 })?;
         // SAFETY: `bytes` bytes were just allocated there.
         unsafe { memory.write_bytes(0, bytes) };
@@ -62,7 +65,8 @@ impl Pinned {
     pub fn is_over(&self) -> Result<bool, Error> {
         if !self.is_over.get() {
             let _relaxed = Relaxed::new();
-            self.is_over.set(self.over.try_is_complete().map_err(failed("asking for an event"))?);
+            self.is_over
+                .set(self.over.try_is_complete().map_err(failed("cuEventQuery", "asking whether a copy is over"))?);
         }
         Ok(self.is_over.get())
     }
@@ -74,7 +78,7 @@ impl Pinned {
     pub fn wait(&self) -> Result<&[u8], Error> {
         if !self.is_over.get() {
             let _relaxed = Relaxed::new();
-            self.over.synchronize().map_err(failed("waiting for a copy"))?;
+            self.over.synchronize().map_err(failed("cuEventSynchronize", "waiting for a copy"))?;
             self.is_over.set(true);
         }
         // SAFETY: initialised when allocated, and no copy is under way.
@@ -86,13 +90,13 @@ impl Pinned {
     /// # Errors
     /// The driver's.
     pub fn download(&mut self, from: &Buffer, stream: &CudaStream) -> Result<(), Error> {
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        make_current(stream.context())?;
         let count = self.bytes.min(from.bytes());
         // SAFETY: there are so many bytes, which nobody else uses.
         let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), count) };
         // SAFETY: the buffer holds as many bytes, and the memory outlives the copy: its `drop` waits for it.
         unsafe { result::memcpy_dtoh_async(memory, from.address(), stream.cu_stream()) }
-            .map_err(failed("copying results to the host"))?;
+            .map_err(failed("cuMemcpyDtoHAsync", "copying results to the host"))?;
         self.note(stream)
     }
 
@@ -102,7 +106,7 @@ impl Pinned {
     /// # Errors
     /// The driver's.
     fn upload(&mut self, bytes: &[u8], to: &Buffer, stream: &CudaStream) -> Result<(), Error> {
-        stream.context().bind_to_thread().map_err(failed("making the context current"))?;
+        make_current(stream.context())?;
         let count = bytes.len().min(self.bytes).min(to.bytes());
         // SAFETY: there are so many bytes, which nobody else uses.
         let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), count) };
@@ -110,7 +114,7 @@ impl Pinned {
         // SAFETY: the buffer holds as many bytes, and the memory outlives the copy and is not changed before its end:
         // `drop` waits for it, and so does who uploads again.
         unsafe { result::memcpy_htod_async(to.address(), memory, stream.cu_stream()) }
-            .map_err(failed("copying to the device"))?;
+            .map_err(failed("cuMemcpyHtoDAsync", "copying to the device"))?;
         self.note(stream)
     }
 
@@ -123,7 +127,7 @@ impl Pinned {
             // there are no copies any more.
             let _ = stream.synchronize();
         }
-        recorded.map_err(failed("recording an event"))
+        recorded.map_err(failed("cuEventRecord", "noting the end of a copy"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     device::{Relaxed, is_capturing},
-    driver::failed,
+    driver::{failed, insist, make_current},
     pinned::Pinned,
 };
 use crate::{
@@ -46,7 +46,7 @@ impl Drop for Streams {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
         // Errors have nowhere to go. Work that is queued is still done.
-        if self.main.context().bind_to_thread().is_ok() {
+        if insist(|| make_current(self.main.context())).is_ok() {
             // SAFETY: made by `new`, and nobody else has it.
             let _ = unsafe { stream::destroy(self.side.cu_stream()) };
         }
@@ -59,8 +59,8 @@ impl Streams {
     pub fn new(main: &Arc<CudaStream>) -> Result<Self, Error> {
         let _relaxed = Relaxed::new();
         let context = main.context();
-        let launched = context.new_event(None).map_err(failed("making an event"))?;
-        let side = stream::create(StreamKind::NonBlocking).map_err(failed("making a stream"))?;
+        let launched = context.new_event(None).map_err(failed("cuEventCreate", "making an event"))?;
+        let side = stream::create(StreamKind::NonBlocking).map_err(failed("cuStreamCreate", "making a stream"))?;
         // SAFETY: a stream of the context, which `new_event` has made current; it is destroyed when this is dropped.
         let side = unsafe { context.wrap_borrowed_stream(side) };
         Ok(Self { main: Arc::clone(main), side, launched, copies: Mutex::default(), ranks: OnceLock::new() })
@@ -107,9 +107,9 @@ impl Streams {
         if let Some(last) = &copies.last {
             if is_capturing(&self.main)? {
                 let _relaxed = Relaxed::new();
-                last.synchronize().map_err(failed("waiting for a copy"))?;
+                last.synchronize().map_err(failed("cuEventSynchronize", "waiting for a copy before a capture"))?;
             } else {
-                self.main.wait(last).map_err(failed("waiting for an event"))?;
+                self.main.wait(last).map_err(failed("cuStreamWaitEvent", "having the stream wait for a copy"))?;
             }
             copies.last = None;
         }
@@ -132,8 +132,8 @@ impl Streams {
         if copies.graphs {
             return to.download(from, &self.main);
         }
-        self.launched.record(&self.main).map_err(failed("recording an event"))?;
-        self.side.wait(&self.launched).map_err(failed("waiting for an event"))?;
+        self.launched.record(&self.main).map_err(failed("cuEventRecord", "noting the end of launches"))?;
+        self.side.wait(&self.launched).map_err(failed("cuStreamWaitEvent", "having a copy wait for launches"))?;
         to.download(from, &self.side)?;
         copies.last = Some(Arc::clone(to.event()));
         Ok(())

@@ -1,10 +1,11 @@
 //! cudarc's slices and views as tensors, whatever their element type.
 
+use super::driver::earlier_errors;
 use crate::{
     DType, Element, Error, Tensor, TensorMut,
     tensor::{Lent, Place},
 };
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use std::sync::Arc;
 
 /// The stream that kernels read the slice on, if it is of the slice's own context.
@@ -21,6 +22,15 @@ fn stream_of<'a, T>(slice: &impl DeviceSlice<T>, place: &'a Place) -> Result<&'a
     }
 }
 
+/// Has cudarc note the use of a slice.
+///
+/// # Errors
+/// The driver's: where nobody knows of the use, others do not wait for it.
+pub(crate) fn note(note: SyncOnDrop<'_>, stream: &CudaStream) -> Result<(), Error> {
+    drop(note);
+    earlier_errors(stream.context())
+}
+
 macro_rules! tensor {
     ($($tensor:ty),*) => {
         // SAFETY: a slice of that type and length, in memory of this context; cudarc has the stream wait for its writers,
@@ -30,8 +40,9 @@ macro_rules! tensor {
                 Some((T::DTYPE, DeviceSlice::len(self) as u64))
             }
             fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error> {
-                let (address, note) = self.device_ptr(stream_of(self, place)?);
-                Ok(Lent::noted(address, note))
+                let stream = stream_of(self, place)?;
+                let (address, note) = self.device_ptr(stream);
+                Ok(Lent::noted(address, note, stream))
             }
         })*
     };
@@ -43,8 +54,9 @@ macro_rules! tensor_mut {
         // SAFETY: as above, and the slice is borrowed mutably.
         $(unsafe impl<T: Element> TensorMut for $tensor {
             fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
-                let (address, note) = self.device_ptr_mut(stream_of(self, place)?);
-                Ok(Lent::noted(address, note))
+                let stream = stream_of(self, place)?;
+                let (address, note) = self.device_ptr_mut(stream);
+                Ok(Lent::noted(address, note, stream))
             }
         })*
     };
