@@ -264,6 +264,27 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// A step that is not after the last one in a file, or in the event files of a folder: no step is written twice.
+    #[error(
+        "{}: step {step} is not after step {last}, the last one there: a run that begins anew needs a place of its own",
+        path.display()
+    )]
+    StepWritten {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The step that was to be written.
+        step: u64,
+        /// The last step that is.
+        last: u64,
+    },
+    /// A sink could not write an entry.
+    #[error("step {step} is lost: {error}")]
+    EntryLost {
+        /// The entry's step.
+        step: u64,
+        /// Why, and at which file.
+        error: Box<Error>,
+    },
     /// Something to be written is of other tensors, or of another step, than the report it was put beside.
     #[error("the {what} is of another plan or step than the report")]
     EntryOfAnotherPlan {

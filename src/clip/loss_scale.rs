@@ -170,8 +170,9 @@ impl LossScaleMemory {
         Ok((state.scale, state.growth_tracker))
     }
 
-    /// Goes on from there.
+    /// Goes on from there. Steps beyond the interval make it grow as well, and are not counted.
     pub fn set(&self, device: &dyn Device, scale: f32, growth_tracker: u32) -> Result<(), Error> {
+        let growth_tracker = growth_tracker.min(self.state.growth_interval - 1);
         let state = LossScaleState { scale, growth_tracker, ..self.state };
         device.upload(bytemuck::bytes_of(&state), self.memory.buffer())
     }

@@ -1,98 +1,147 @@
-//! Files that grow by whole records, also when a disk fills up.
+//! Files that grow by whole entries, also when a disk fills up, and by steps that rise.
 
 use super::file::unwritable;
 use crate::Error;
 use std::{
-    fs::File,
-    io::{Seek, SeekFrom, Write},
-    path::PathBuf,
+    fs::{File, Metadata},
+    io::{self, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
 };
 
-/// A file that grows by whole records.
+/// Opens or makes the file and finds what it holds; cuts off what a crash has left of an entry.
+type Open = fn(&Path) -> io::Result<Opened>;
+
+/// A file as it was found.
+pub(super) struct Opened {
+    pub file: File,
+    /// The last step in it.
+    pub last: Option<u64>,
+    /// Of what spreads an entry over rows: those of the last step.
+    pub rows: Option<Rows>,
+}
+
+/// The rows of the last step that was found.
+#[derive(Debug)]
+pub(super) struct Rows {
+    /// Where they begin.
+    pub start: u64,
+    pub count: usize,
+    /// The step before.
+    pub before: Option<u64>,
+}
+
+/// A file that grows by whole entries.
 #[derive(Debug)]
 pub(super) struct Appender {
     path: PathBuf,
+    open: Open,
     file: File,
-    /// Up to here every record is whole.
-    length: u64,
+    last: Option<u64>,
+    rows: Option<Rows>,
+    /// Where the part of an entry begins that could not be taken back yet.
+    torn: Option<u64>,
 }
 
 impl Appender {
-    /// A file of lines, made or continued. What it holds must begin with `beginning`: appending to the wrong file would
-    /// ruin it. The rest of a line that a crash has cut off is removed.
-    #[cfg(any(feature = "json", feature = "csv"))]
-    pub fn lines(path: PathBuf, beginning: &[u8]) -> Result<Self, Error> {
-        use std::io::Read;
-
-        let opened = || -> std::io::Result<(File, u64)> {
-            let mut file = File::options().create(true).read(true).write(true).truncate(false).open(&path)?;
-            let mut found = Vec::new();
-            // No more than its length: some devices have no end.
-            let compared = file.metadata()?.len().min(beginning.len() as u64);
-            Read::by_ref(&mut file).take(compared).read_to_end(&mut found)?;
-            if !beginning.starts_with(&found) {
-                return Err(std::io::Error::other("holds something else, which is left as it is"));
-            }
-            let length = after_last_newline(&mut file)?;
-            // Not of a device, which has no length.
-            if file.metadata()?.len() != length {
-                file.set_len(length)?;
-            }
-            file.seek(SeekFrom::End(0))?;
-            Ok((file, length))
-        };
-        let (file, length) = opened().map_err(|error| unwritable(&path, error))?;
-        Ok(Self { path, file, length })
-    }
-
-    /// A file that must not be there yet.
-    #[cfg(feature = "tensorboard")]
-    pub fn create_new(path: PathBuf) -> Result<Self, Error> {
-        let file = File::create_new(&path).map_err(|error| unwritable(&path, error))?;
-        Ok(Self { path, file, length: 0 })
-    }
-
-    /// Whether there is nothing in it.
-    #[cfg(feature = "csv")]
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
+    /// # Errors
+    /// [`Error::Unwritable`].
+    pub fn new(path: PathBuf, open: Open) -> Result<Self, Error> {
+        let Opened { file, last, rows } = open(&path).map_err(|error| unwritable(&path, error))?;
+        Ok(Self { path, open, file, last, rows, torn: None })
     }
 
     /// Where it is.
     #[cfg(feature = "tensorboard")]
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Adds one record, which is there whole or not at all.
-    pub fn append(&mut self, record: &[u8]) -> Result<(), Error> {
-        if let Err(error) = self.file.write_all(record) {
-            // If even that fails, what is there stays as it is; the first error is the one to tell.
-            let _ = self.file.set_len(self.length).and_then(|()| self.file.seek(SeekFrom::Start(self.length)));
-            return Err(unwritable(&self.path, error));
+    /// Goes on after this step, which another file of the run holds.
+    #[cfg(feature = "tensorboard")]
+    pub fn go_on_after(&mut self, last: Option<u64>) {
+        self.last = last;
+    }
+
+    /// Adds the entry of a step, of so many rows, which is there whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::StepWritten`], [`Error::Unwritable`].
+    pub fn append(&mut self, step: u64, rows: usize, entry: &[u8]) -> Result<(), Error> {
+        self.make_ready(rows).map_err(|error| unwritable(&self.path, error))?;
+        if let Some(last) = self.last.filter(|&last| step <= last) {
+            return Err(Error::StepWritten { path: self.path.clone(), step, last });
         }
-        self.length += record.len() as u64;
+        self.write(entry).map_err(|error| unwritable(&self.path, error))?;
+        self.last = Some(step);
         Ok(())
+    }
+
+    fn make_ready(&mut self, rows: usize) -> io::Result<()> {
+        if is_removed(&self.file.metadata()?) {
+            let Opened { file, last, rows } = (self.open)(&self.path)?;
+            (self.file, self.last, self.rows, self.torn) = (file, last, rows, None);
+        }
+        if let Some(end) = self.torn {
+            cut(&self.file, end)?;
+            self.torn = None;
+        }
+        // Only now is it known how many there must be.
+        if let Some(found) = self.rows.take_if(|found| found.count < rows) {
+            cut(&self.file, found.start)?;
+            self.last = found.before;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, entry: &[u8]) -> io::Result<()> {
+        let end = self.file.seek(SeekFrom::End(0))?;
+        self.file.write_all(entry).inspect_err(|_| {
+            // At once, for readers; if that fails, before the next entry.
+            self.torn = cut(&self.file, end).is_err().then_some(end);
+        })
     }
 }
 
-/// The place after the last newline, read from the end.
+impl Drop for Appender {
+    fn drop(&mut self) {
+        // To close it does not do: a process that another thread is just starting holds a copy until it runs.
+        let _ = self.file.unlock();
+    }
+}
+
+/// Takes back what is behind `end`. A device has no length, and nothing to take back.
+pub(super) fn cut(file: &File, end: u64) -> io::Result<()> {
+    if file.metadata()?.len() > end { file.set_len(end) } else { Ok(()) }
+}
+
+/// Whether a file that is open has no name any more: what is written to it is lost.
+fn is_removed(metadata: &Metadata) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::nlink(metadata) == 0;
+    #[cfg(not(unix))]
+    false
+}
+
+/// Opens a file that is to be continued, or makes it. What it holds must begin with `beginning`: appending to the wrong file
+/// would ruin it. No two write to it at one time: each would write over what the other has.
 #[cfg(any(feature = "json", feature = "csv"))]
-fn after_last_newline(file: &mut File) -> std::io::Result<u64> {
+pub(super) fn continued(path: &Path, beginning: &[u8]) -> io::Result<File> {
     use std::io::Read;
 
-    const BLOCK: u64 = 4096;
-    let mut end = file.metadata()?.len();
-    let mut block = Vec::new();
-    while end > 0 {
-        let start = end.saturating_sub(BLOCK);
-        file.seek(SeekFrom::Start(start))?;
-        block.clear();
-        Read::by_ref(file).take(end - start).read_to_end(&mut block)?;
-        if let Some(place) = block.iter().rposition(|&byte| byte == b'\n') {
-            return Ok(start + place as u64 + 1);
-        }
-        end = start;
+    let mut file = File::options().create(true).read(true).write(true).truncate(false).open(path)?;
+    let metadata = file.metadata()?;
+    // Elsewhere a lock keeps readers out as well; some file systems have none.
+    if cfg!(unix) && metadata.is_file() && matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
+        return Err(io::Error::other("is being written by another"));
     }
-    Ok(0)
+    let mut found = Vec::new();
+    // No more than its length: some devices have no end.
+    let compared = metadata.len().min(beginning.len() as u64);
+    Read::by_ref(&mut file).take(compared).read_to_end(&mut found)?;
+    if beginning.starts_with(&found) { Ok(file) } else { Err(something_else()) }
+}
+
+#[cfg(any(feature = "json", feature = "csv"))]
+pub(super) fn something_else() -> io::Error {
+    io::Error::other("holds something else, which is left as it is")
 }

@@ -5,7 +5,7 @@ use crate::Error;
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{SyncSender, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -14,23 +14,36 @@ use std::{
 /// Sinks that write on a thread of their own, behind a queue of bounded length. When they cannot keep up, entries are
 /// dropped and counted; [`send`](Self::send) never waits. A sink that fails neither stops the others nor training.
 ///
+/// [`lost`](Self::lost), [`dropped`](Self::dropped) and [`error`](Self::error) say how it stands while training goes on.
 /// Dropping it writes what is in the queue and loses errors; [`finish`](Self::finish) tells them.
 #[derive(Debug)]
 pub struct Background {
     /// `None` once the thread is told to end.
     entries: Option<SyncSender<Entry>>,
     thread: Option<JoinHandle<()>>,
-    /// The first there was.
-    error: Arc<Mutex<Option<Error>>>,
+    tally: Arc<Mutex<Tally>>,
     dropped: u64,
 }
 
-/// How a run of sinks ended.
+/// What became of the entries so far that were handed over.
+#[derive(Debug, Default)]
+struct Tally {
+    written: u64,
+    lost: u64,
+    error: Option<Error>,
+}
+
+/// How a run of sinks ended. Every entry that was sent is in one of the three counts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finished {
-    /// Entries that no sink was given: the queue was full, or the thread gone.
+    /// Entries that every sink has written.
+    pub written: u64,
+    /// Entries that a sink could not write, or was not given any more as it had panicked. Others may have written them.
+    pub lost: u64,
+    /// Entries that no sink was given: the queue was full.
     pub dropped: u64,
-    /// The first error there was; there may have been more.
+    /// The first error there was: [`Error::EntryLost`] with the first step that was lost, the file and why, or what
+    /// [`Sink::finish`] said.
     pub error: Option<Error>,
 }
 
@@ -45,31 +58,43 @@ impl Background {
             return Err(Error::InvalidConfig { option: "capacity", expected: "at least 1", value: "0".to_owned() });
         }
         let (entries, queue) = sync_channel::<Entry>(capacity);
-        let error = Arc::new(Mutex::new(None));
-        let first = Arc::clone(&error);
+        let tally = Arc::new(Mutex::new(Tally::default()));
+        let shared = Arc::clone(&tally);
         let work = move || {
             let mut sinks: Vec<Option<Box<dyn Sink>>> = sinks.into_iter().map(Some).collect();
+            // The first error of each time, and whether every sink has done it.
             let mut each = |does: &dyn Fn(&mut dyn Sink) -> Result<(), Error>| {
+                let (mut first, mut all) = (None, true);
                 for place in &mut sinks {
-                    let Some(sink) = place else { continue };
-                    // Nobody sees a sink again that panicked.
-                    let done = catch_unwind(AssertUnwindSafe(|| does(sink.as_mut()))).unwrap_or_else(|_| {
-                        let _ = catch_unwind(AssertUnwindSafe(|| drop(place.take())));
-                        Err(Error::Thread { reason: "a sink panicked".to_owned() })
-                    });
-                    if let Err(error) = done {
-                        first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    }
+                    let done = place.as_mut().map(|sink| catch_unwind(AssertUnwindSafe(|| does(sink.as_mut()))));
+                    all &= matches!(done, Some(Ok(Ok(()))));
+                    let error = match done {
+                        Some(Ok(done)) => done.err(),
+                        Some(Err(_)) => {
+                            // Nobody sees a sink again that panicked.
+                            let _ = catch_unwind(AssertUnwindSafe(|| drop(place.take())));
+                            Some(Error::Thread { reason: "a sink panicked".to_owned() })
+                        }
+                        None => None,
+                    };
+                    first = first.or(error);
                 }
+                (first, all)
             };
             for entry in queue {
-                each(&|sink| sink.write(&entry));
+                let (error, all) = each(&|sink| sink.write(&entry));
+                let mut tally = locked(&shared);
+                *if all { &mut tally.written } else { &mut tally.lost } += 1;
+                let lost = error.map(|error| Error::EntryLost { step: entry.step(), error: Box::new(error) });
+                tally.error = tally.error.take().or(lost);
             }
-            each(&|sink| sink.finish());
+            let (error, _) = each(&|sink| sink.finish());
+            let mut tally = locked(&shared);
+            tally.error = tally.error.take().or(error);
         };
         let thread = thread::Builder::new().name("gradprobe-write".to_owned()).spawn(work);
         let thread = thread.map_err(|error| Error::Thread { reason: error.to_string() })?;
-        Ok(Self { entries: Some(entries), thread: Some(thread), error, dropped: 0 })
+        Ok(Self { entries: Some(entries), thread: Some(thread), tally, dropped: 0 })
     }
 
     /// Hands an entry over, or drops it and says `false`. Takes microseconds.
@@ -84,15 +109,21 @@ impl Background {
         self.dropped
     }
 
+    /// Entries so far that a sink could not write.
+    pub fn lost(&self) -> u64 {
+        locked(&self.tally).lost
+    }
+
     /// The first error so far, for who wants to know before the end.
     pub fn error(&self) -> Option<Error> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.tally).error.clone()
     }
 
     /// Waits until everything in the queue is written and completed.
     pub fn finish(mut self) -> Finished {
         self.join();
-        Finished { dropped: self.dropped, error: self.error() }
+        let Tally { written, lost, error } = std::mem::take(&mut *locked(&self.tally));
+        Finished { written, lost, dropped: self.dropped, error }
     }
 
     fn join(&mut self) {
@@ -106,4 +137,8 @@ impl Drop for Background {
     fn drop(&mut self) {
         self.join();
     }
+}
+
+fn locked(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
+    tally.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,11 +1,17 @@
 //! CSV: one row a step and tensor, for spreadsheets and data frames.
 
-use super::{Entry, EntryTensor, Sink, append::Appender};
+use super::{
+    Entry, EntryTensor, Sink,
+    append::{Appender, Opened, Rows, continued, cut, something_else},
+};
 use crate::{
     Error, TensorReport,
     statistics::{self, Output, Value},
 };
-use std::path::PathBuf;
+use std::{
+    io::{self, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
 
 /// Writes one row a step and tensor, below a line of headings. Commas, quotes and line breaks in names are quoted as
 /// RFC 4180 has it. What does not exist is empty; other numbers are `nan`, `inf`, `-inf` or digits that read back to the
@@ -17,24 +23,55 @@ use std::path::PathBuf;
 pub struct Csv(Appender);
 
 impl Csv {
-    /// Opens the file. What a crash has left of a line at its end is removed.
+    /// Opens the file. What a crash has left of a step at its end is removed: of a row at once, of its rows with the first
+    /// step that is written. It is read for that: LATER.
     ///
     /// # Errors
-    /// [`Error::Unwritable`], also where the file holds something else.
+    /// [`Error::Unwritable`], also where the file holds something else, or another sink or process writes to it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        let headings = rows([headings()]);
-        let mut file = Appender::lines(path.into(), &headings)?;
-        if file.is_empty() {
-            file.append(&headings)?;
-        }
-        Ok(Self(file))
+        Appender::new(path.into(), open).map(Self)
     }
 }
 
 impl Sink for Csv {
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
-        self.0.append(&rows(entry.tensors().map(|tensor| row(entry, &tensor))))
+        let (count, rows) = (entry.report().records().len(), rows(entry.tensors().map(|tensor| row(entry, &tensor))));
+        self.0.append(entry.step(), count, &rows)
     }
+}
+
+fn open(path: &Path) -> io::Result<Opened> {
+    let headings = rows([headings()]);
+    let mut file = continued(path, &headings)?;
+    let length = file.metadata()?.len();
+    if length < headings.len() as u64 {
+        cut(&file, 0)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(&headings)?;
+        return Ok(Opened { file, last: None, rows: None });
+    }
+    // From the start on: names may have line breaks, so that from the end no row can be told.
+    file.seek(SeekFrom::Start(0))?;
+    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(&file);
+    let columns = reader.byte_headers()?.len();
+    let (mut row, mut end) = (csv::ByteRecord::new(), reader.position().byte());
+    let (mut last, mut found) = (None, None::<Rows>);
+    while reader.read_byte_record(&mut row)? {
+        let (start, after) = (end, reader.position().byte());
+        // The last field is never in quotes, so that a row of all columns is whole at its line break.
+        if after == length && (row.len() < columns || !ends_with_newline(&file)?) {
+            break;
+        }
+        let step = str::from_utf8(&row[0]).ok().and_then(|step| step.parse().ok()).filter(|_| row.len() == columns);
+        let step = Some(step.ok_or_else(something_else)?);
+        match &mut found {
+            Some(rows) if step == last => rows.count += 1,
+            _ => found = Some(Rows { start, count: 1, before: last }),
+        }
+        (last, end) = (step, after);
+    }
+    cut(&file, end)?;
+    Ok(Opened { file, last, rows: found })
 }
 
 fn rows(rows: impl IntoIterator<Item = Vec<String>>) -> Vec<u8> {
@@ -85,4 +122,11 @@ fn number(x: f64) -> String {
     } else {
         format!("{x:e}")
     }
+}
+
+fn ends_with_newline(mut file: &std::fs::File) -> io::Result<bool> {
+    let mut byte = [0];
+    file.seek(SeekFrom::End(-1))?;
+    io::Read::read_exact(&mut file, &mut byte)?;
+    Ok(byte == *b"\n")
 }

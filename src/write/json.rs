@@ -1,6 +1,9 @@
 //! JSON lines: one object a step, with the names that the inspector's report has.
 
-use super::{Entry, EntryTensor, Sink, append::Appender};
+use super::{
+    Entry, EntryTensor, Sink,
+    append::{Appender, Opened, continued, cut, something_else},
+};
 use crate::{
     Error, Finding, TensorReport, Verdict,
     gsnr::GsnrRecord,
@@ -8,7 +11,14 @@ use crate::{
     statistics::{self, Output, Value},
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};
-use std::path::PathBuf;
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+/// What every line begins with.
+const BEGINNING: &[u8] = b"{\"step\":";
 
 /// Writes one line of JSON a step; [`json_line`] says what is in it. A file that is there is continued.
 #[derive(Debug)]
@@ -18,17 +28,54 @@ impl JsonLines {
     /// Opens the file. What a crash has left of a line at its end is removed.
     ///
     /// # Errors
-    /// [`Error::Unwritable`], also where the file holds something else.
+    /// [`Error::Unwritable`], also where the file holds something else, or another sink or process writes to it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        Appender::lines(path.into(), b"{\"step\":").map(Self)
+        Appender::new(path.into(), open).map(Self)
     }
+}
+
+fn open(path: &Path) -> io::Result<Opened> {
+    let mut file = continued(path, BEGINNING)?;
+    let length = file.metadata()?.len();
+    let end = after_last_newline(&mut file, length)?;
+    cut(&file, end)?;
+    let last = if end == 0 { None } else { Some(step_of_line(&mut file, end)?) };
+    Ok(Opened { file, last, rows: None })
+}
+
+/// The step of the line that ends there.
+fn step_of_line(file: &mut File, end: u64) -> io::Result<u64> {
+    let start = after_last_newline(file, end - 1)?;
+    let mut line = Vec::new();
+    file.seek(SeekFrom::Start(start))?;
+    // As many bytes as the largest step has digits, and one.
+    file.take(BEGINNING.len() as u64 + 21).read_to_end(&mut line)?;
+    let step = line.strip_prefix(BEGINNING).and_then(|rest| rest.split(|byte| !byte.is_ascii_digit()).next());
+    step.and_then(|digits| str::from_utf8(digits).ok()?.parse().ok()).ok_or_else(something_else)
+}
+
+/// The place after the last newline before `end`, read from there backwards.
+fn after_last_newline(file: &mut File, mut end: u64) -> io::Result<u64> {
+    const BLOCK: u64 = 4096;
+    let mut block = Vec::new();
+    while end > 0 {
+        let start = end.saturating_sub(BLOCK);
+        file.seek(SeekFrom::Start(start))?;
+        block.clear();
+        Read::by_ref(file).take(end - start).read_to_end(&mut block)?;
+        if let Some(place) = block.iter().rposition(|&byte| byte == b'\n') {
+            return Ok(start + place as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
 }
 
 impl Sink for JsonLines {
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
         let mut line = json_line(entry);
         line.push('\n');
-        self.0.append(line.as_bytes())
+        self.0.append(entry.step(), 1, line.as_bytes())
     }
 }
 

@@ -5,6 +5,21 @@
 //! its own, so that no disk and no terminal ever holds up training. NaN, Inf and names of any characters are data for
 //! all of them.
 //!
+//! # What is there afterwards
+//!
+//! * Steps rise, and none is written twice. A file of JSON lines or CSV, and the event files of a folder, are one run: they are
+//!   continued after the last step that is whole. A step that is not after it is refused by [`Error::StepWritten`], and what is
+//!   there stays. So a run that begins anew needs a place of its own, and one that goes on from a checkpoint restores its
+//!   probe's state ([`Probe::restore`](crate::Probe::restore)): the steps between the checkpoint and the end of what is written
+//!   are refused, those after it continue it. Prometheus' file, pictures and the view show the run at hand alone, and begin anew
+//!   with it.
+//! * An entry is there whole or not at all: on a full disk, after a process that was killed, and when there is room again.
+//!   (A process that is killed may leave a part of its last entry, which opening the file again takes away.) Where
+//!   `ulimit -f` limits files, a process must ignore `SIGXFSZ`, which otherwise ends it.
+//! * What is lost is told: [`Background::error`] and [`Finished`] have the first step that is, its file and why, and count all.
+//!   A file that was removed is made anew; while that cannot be, entries are lost.
+//! * No two sinks or processes write to a file of lines at one time: the second is refused. Readers hinder nobody.
+//!
 //! ```
 //! use gradprobe::{Config, Cpu, DType, Plan, Probe, write::{Background, Entry, Prometheus}};
 //!

@@ -1,6 +1,10 @@
 //! TensorBoard's event files: TFRecord framing around protobuf messages.
 
-use super::{Entry, Sink, append::Appender, file};
+use super::{
+    Entry, Sink,
+    append::{Appender, Opened},
+    file,
+};
 use crate::{
     Error, Record,
     histogram::Histogram,
@@ -9,6 +13,8 @@ use crate::{
 use crc::{CRC_32_ISCSI, Crc};
 use prost::Message;
 use std::{
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::Path,
     process,
     time::{SystemTime, UNIX_EPOCH},
@@ -30,24 +36,19 @@ pub struct TensorBoard {
 
 impl TensorBoard {
     /// Makes a new event file in `folder`, and that if it is not there. One folder is one run to TensorBoard; a run that
-    /// goes on after a restart is continued by a second file in it.
+    /// goes on after a restart is continued by a second file in it, after the last step of those that are there.
     ///
     /// # Errors
     /// [`Error::Unwritable`].
     pub fn create(folder: impl AsRef<Path>) -> Result<Self, Error> {
         let folder = folder.as_ref();
         file::folder(folder)?;
-        let now = now();
-        let since = now.as_secs();
-        // TensorBoard looks for `tfevents` in the name and reads files in the order of their names. The nanoseconds keep
-        // two files of one process apart.
-        let name = format!("events.out.tfevents.{since:010}.gradprobe.{}.{:09}", process::id(), now.subsec_nanos());
-        let mut file = Appender::create_new(folder.join(name))?;
-        file.append(&framed(&Event {
-            wall_time: now.as_secs_f64(),
-            step: 0,
-            what: Some(event::What::FileVersion("brain.Event:2".to_owned())),
-        }))?;
+        let last = last_step(folder).map_err(|error| file::unwritable(folder, error))?;
+        // TensorBoard looks for `tfevents` in the name and reads files in the order of their names, so that time comes first.
+        let (now, id) = (now(), process::id());
+        let name = format!("events.out.tfevents.{:010}.{:09}{OWN}{id}", now.as_secs(), now.subsec_nanos());
+        let mut file = Appender::new(folder.join(name), open)?;
+        file.go_on_after(last);
         Ok(Self { file })
     }
 
@@ -64,8 +65,52 @@ impl Sink for TensorBoard {
             step: i64::try_from(entry.step()).unwrap_or(i64::MAX),
             what: Some(event::What::Summary(Summary { value: values(entry) })),
         };
-        self.file.append(&framed(&event))
+        self.file.append(entry.step(), 1, &framed(&event))
     }
+}
+
+/// In the names of our event files, and not in those that a trainer may have beside them.
+const OWN: &str = ".gradprobe.";
+
+fn open(path: &Path) -> io::Result<Opened> {
+    let mut file = File::create_new(path)?;
+    let version = Some(event::What::FileVersion("brain.Event:2".to_owned()));
+    file.write_all(&framed(&Event { wall_time: now().as_secs_f64(), step: 0, what: version }))?;
+    Ok(Opened { file, last: None, rows: None })
+}
+
+/// The last step in the event files of a folder.
+fn last_step(folder: &Path) -> io::Result<Option<u64>> {
+    let mut last = None;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().contains(OWN) {
+            last = last.max(last_step_of(File::open(entry.path())?)?);
+        }
+    }
+    Ok(last)
+}
+
+/// The step of the last event that is whole: steps rise in a file. Only that one is read; of the others the lengths.
+fn last_step_of(mut file: File) -> io::Result<Option<u64>> {
+    let (length, mut place, mut event) = (file.metadata()?.len(), 0u64, 0..0);
+    let mut header = [0; 12];
+    while place + 12 <= length {
+        file.seek(SeekFrom::Start(place))?;
+        file.read_exact(&mut header)?;
+        let message = place + 12;
+        let end = u64::from_le_bytes(header[..8].try_into().expect("8 bytes")).saturating_add(message);
+        if end.saturating_add(4) > length {
+            break;
+        }
+        (event, place) = (message..end, end + 4);
+    }
+    let mut message = Vec::new();
+    file.seek(SeekFrom::Start(event.start))?;
+    file.take(event.end - event.start).read_to_end(&mut message)?;
+    let event = Event::decode(&message[..]).map_err(io::Error::other)?;
+    // The version of a file has step 0, and no step of a run has.
+    Ok(u64::try_from(event.step).ok().filter(|&step| step > 0))
 }
 
 fn now() -> std::time::Duration {

@@ -6,6 +6,12 @@ mod entries;
 mod require;
 
 mod charts;
+#[cfg(target_os = "linux")]
+mod faults;
+#[cfg(target_os = "linux")]
+mod kept;
+#[cfg(target_os = "linux")]
+mod killed;
 mod live;
 mod readers;
 mod write;

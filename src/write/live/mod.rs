@@ -65,7 +65,7 @@ impl View {
         }
     }
 
-    /// Takes in a step.
+    /// Takes in a step. One that is not after the last begins the curve anew: the run was restarted.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
@@ -74,6 +74,9 @@ impl View {
             return Err(Error::EntryOfAnotherPlan { what: "view" });
         }
         let outputs = entry.report().outputs();
+        if entry.step() <= self.step {
+            self.norms.clear();
+        }
         (self.step, self.verdict) = (entry.step(), entry.verdict());
         (self.clip_coefficient, self.skip) = (outputs.coefficient_f64, outputs.skip != 0);
         if self.norms.len() == STEPS {

@@ -1,0 +1,249 @@
+//! A million steps: memory stays flat, counts stay exact, and the bits are those of a probe that begins there.
+
+#![allow(unsafe_code, reason = "an allocator that counts")]
+
+use gradprobe::{
+    Absent, Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe, ProbeState, Report, Rules, StepOutputs, Tensor,
+    TensorMut, clip::LossScale, gsnr::GsnrConfig,
+};
+use half::bf16;
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Instant,
+};
+
+/// Counts the bytes that are allocated and not freed, of all threads.
+struct Counted;
+
+static LIVE: AtomicI64 = AtomicI64::new(0);
+static PEAK: AtomicI64 = AtomicI64::new(0);
+
+// SAFETY: the system's allocator, unchanged.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let size = i64::try_from(layout.size()).unwrap_or(i64::MAX);
+        let live = LIVE.fetch_add(size, Ordering::Relaxed) + size;
+        PEAK.fetch_max(live, Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(i64::try_from(layout.size()).unwrap_or(i64::MAX), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(address, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTED: Counted = Counted;
+
+/// Runs one test at a time, for the bytes of all threads are counted; on one thread, as tensors of a few elements are not worth
+/// waking another.
+fn alone(run: impl FnOnce() + Send) {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
+}
+
+/// What queues of the threads that measure may hold more at one time than at another.
+const SLACK: i64 = 4096;
+
+/// Holds the memory at the end of a run against that at its tenth part.
+#[derive(Default)]
+struct Memory {
+    live: i64,
+    peak: i64,
+}
+
+impl Memory {
+    fn note(&mut self) {
+        *self = Self { live: LIVE.load(Ordering::Relaxed), peak: PEAK.load(Ordering::Relaxed) };
+    }
+
+    #[track_caller]
+    fn is_as_noted(&self) {
+        let (live, peak) = (LIVE.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed));
+        println!("live bytes {} then, {live} now; peak {} then, {peak} now", self.live, self.peak);
+        assert!((live - self.live).abs() <= SLACK, "{} live bytes have become {live}", self.live);
+        assert!(peak - self.peak <= SLACK, "a peak of {} bytes has become {peak}", self.peak);
+    }
+}
+
+const LENGTHS: [usize; 3] = [5, 7, 3];
+
+fn plan() -> Plan {
+    Plan::new([("a", DType::F32, 5), ("b", DType::BF16, 7), ("c", DType::F32, 3)]).unwrap()
+}
+
+/// The gradients of a step, under a loss scale of which they know nothing.
+struct Gradients {
+    a: [f32; 5],
+    b: [bf16; 7],
+    /// Comes and goes.
+    c: Option<[f32; 3]>,
+}
+
+/// What is in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Counts {
+    nan: u64,
+    inf: u64,
+    zero: u64,
+}
+
+impl Gradients {
+    /// Bursts of NaN, of Inf and of both, larger ones now and then.
+    fn of(step: u64) -> Self {
+        #[expect(clippy::cast_precision_loss, reason = "below 64")]
+        let value = |t: u64, i: usize| ((step * 31 + t * 7 + i as u64 * 17) % 64) as f32 / 64.0 - 0.5;
+        let size = if step % 97 == 0 { 8.0 } else { 1.0 };
+        let mut a = std::array::from_fn(|i| size * value(0, i));
+        let mut b = std::array::from_fn(|i| bf16::from_f32(value(1, i)));
+        let burst = step % 5000;
+        if burst < 7 {
+            a[1] = f32::NAN;
+        }
+        if (5..11).contains(&burst) {
+            b[2] = bf16::NEG_INFINITY;
+        }
+        Self { a, b, c: (step % 5 != 2).then(|| std::array::from_fn(|i| value(2, i))) }
+    }
+
+    fn counts(&self) -> Counts {
+        let all = self.a.into_iter().chain(self.b.map(f32::from)).chain(self.c.into_iter().flatten());
+        all.fold(Counts::default(), |counts, x| Counts {
+            nan: counts.nan + u64::from(x.is_nan()),
+            inf: counts.inf + u64::from(x.is_infinite()),
+            zero: counts.zero + u64::from(x == 0.0),
+        })
+    }
+
+    fn tensors(&self) -> [&dyn Tensor; 3] {
+        [&self.a, &self.b, self.c.as_ref().map_or(&Absent as &dyn Tensor, |c| c)]
+    }
+
+    fn tensors_mut<'a>(&'a mut self, absent: &'a mut Absent) -> [&'a mut dyn TensorMut; 3] {
+        let c: &mut dyn TensorMut = match &mut self.c {
+            Some(c) => c,
+            None => absent,
+        };
+        [&mut self.a, &mut self.b, c]
+    }
+}
+
+/// Measures and clips a step, and gives its report.
+fn step(probe: &mut Probe, gradients: &mut Gradients) -> Report {
+    probe.step(&mut gradients.tensors_mut(&mut Absent)).unwrap();
+    probe.poll().unwrap().expect("the CPU is never behind")
+}
+
+fn zeros(report: &Report) -> u64 {
+    report.records().iter().map(|record| record.zero_count).sum()
+}
+
+/// A probe that begins after this step.
+fn begun_after(step: u64, config: &Config) -> Probe {
+    let mut probe = Probe::new(Cpu, plan(), config.clone()).unwrap();
+    let state = probe.state().unwrap();
+    let mut after = state.clone();
+    after.step = step;
+    probe.restore(&after).unwrap();
+    probe
+}
+
+/// A probe that gets the state of this one has its bits from there on: of outputs, records and what is clipped.
+fn is_one_that_begins_there(probe: &mut Probe, config: &Config) {
+    let state: ProbeState = probe.state().unwrap();
+    let mut fresh = Probe::new(Cpu, plan(), config.clone()).unwrap();
+    fresh.restore(&state).unwrap();
+    for number in state.step + 1..=state.step + 200 {
+        let [mut of_old, mut of_new] = [(); 2].map(|()| Gradients::of(number));
+        let (old, new) = (step(probe, &mut of_old), step(&mut fresh, &mut of_new));
+        assert_eq!(bytemuck::bytes_of(old.outputs()), bytemuck::bytes_of(new.outputs()));
+        assert_eq!(bytemuck::cast_slice::<_, u8>(old.records()), bytemuck::cast_slice::<_, u8>(new.records()));
+        assert_eq!(bytemuck::bytes_of(&of_old.a), bytemuck::bytes_of(&of_new.a));
+        assert_eq!(bytemuck::cast_slice::<_, u8>(&of_old.b), bytemuck::cast_slice::<_, u8>(&of_new.b));
+    }
+    assert_eq!(probe.state().unwrap(), fresh.state().unwrap());
+}
+
+/// Measurement, clip, loss scale, history, signal and noise, and a poll: every count of every step, over the 2^32nd.
+#[test]
+fn a_million_steps_are_counted_exactly_in_flat_memory() {
+    alone(million_steps);
+}
+
+fn million_steps() {
+    const STEPS: u64 = 1_000_000;
+    const FIRST: u64 = u32::MAX as u64 - STEPS / 2;
+    const KEPT: u64 = 48;
+    const WINDOW: u32 = 700;
+    let scale = LossScale::dynamic().initial(1024.0).growth_interval(450);
+    let config = Config::new()
+        .clip(Clip::global_norm(1.0))
+        .loss_scale(scale)
+        .history(48)
+        .tracking(GsnrConfig::new().window(WINDOW));
+    let mut probe = begun_after(FIRST, &config);
+    let (mut memory, begun) = (Memory::default(), Instant::now());
+    let (mut found, mut expected, mut skipped) = (Counts::default(), Counts::default(), [0u64; 2]);
+    // What torch's GradScaler would have: 11 halvings and 11 doublings every 5000 steps.
+    let (mut next_scale, mut tracker) = (scale.initial, 0);
+    // Steps of each tensor's window, and those that it left out in it.
+    let mut tracks = [(0u32, 0u32); 3];
+    for number in FIRST + 1..=FIRST + STEPS {
+        let mut gradients = Gradients::of(number);
+        let (counts, is_absent) = (gradients.counts(), gradients.c.is_none());
+        let of_tensors = [gradients.a[1].is_nan(), gradients.b[2].is_infinite(), false];
+        let report = step(&mut probe, &mut gradients);
+        let outputs = report.outputs();
+        assert_eq!(outputs.step, number);
+        let of_step = Counts { nan: outputs.nan_count, inf: outputs.inf_count, zero: zeros(&report) };
+        assert_eq!(of_step, counts, "step {number}");
+        let is_bad = counts.nan + counts.inf > 0;
+        assert_eq!((outputs.skip, outputs.found_inf), (i32::from(is_bad), f32::from(u8::from(is_bad))));
+        assert_eq!(outputs.loss_scale, next_scale, "step {number}");
+        (next_scale, tracker) = match (is_bad, tracker + 1 == scale.growth_interval) {
+            (true, _) => (next_scale * 0.5, 0),
+            (false, true) => (next_scale * 2.0, 0),
+            (false, false) => (next_scale, tracker + 1),
+        };
+        for (sum, of_step) in [(&mut found, of_step), (&mut expected, counts)] {
+            *sum = Counts { nan: sum.nan + of_step.nan, inf: sum.inf + of_step.inf, zero: sum.zero + of_step.zero };
+        }
+        for (skipped, is_one) in skipped.iter_mut().zip([outputs.skip != 0, is_bad]) {
+            *skipped += u64::from(is_one);
+        }
+        for (t, (steps, left_out)) in tracks.iter_mut().enumerate() {
+            match (of_tensors[t], t == 2 && is_absent) {
+                (_, true) => {}
+                (true, _) => *left_out += 1,
+                (false, _) if *steps == WINDOW => (*steps, *left_out) = (1, 0),
+                (false, _) => *steps += 1,
+            }
+        }
+        let done = number - FIRST;
+        if done % 50_000 == 0 {
+            let history = probe.history().unwrap().report().unwrap();
+            assert!(history.steps().map(|(step, _)| step.outputs.step).eq(number - KEPT + 1..=number));
+            let gsnr = probe.gsnr().unwrap().report().unwrap();
+            let found: Vec<_> = gsnr.tensors().map(|(_, record)| (record.steps, record.skipped)).collect();
+            assert_eq!(found, tracks, "step {number}");
+            assert!(next_scale.is_normal());
+        }
+        if done == STEPS / 10 {
+            memory.note();
+        }
+    }
+    let each = begun.elapsed().as_secs_f64() / STEPS as f64;
+    memory.is_as_noted();
+    assert_eq!(found, expected);
+    assert!(skipped[0] == skipped[1] && skipped[0] > 2_000);
+    println!("{:.2} µs a step; {skipped:?} skipped, {found:?}", 1e6 * each);
+    is_one_that_begins_there(&mut probe, &config);
+}
