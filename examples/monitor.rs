@@ -98,7 +98,8 @@ fn run(options: &Options) -> Result<(), Error> {
     if let Some(diagnosis) = first_bad {
         println!("{diagnosis}");
     }
-    println!("{} steps, {} of them dropped. In {}:", STEPS, finished.dropped, folder.display());
+    let (dropped, lost) = (finished.dropped, finished.lost);
+    println!("{STEPS} steps, {dropped} of them dropped, {lost} lost. In {}:", folder.display());
     list(folder, folder);
     finished.error.map_or(Ok(()), Err)
 }

@@ -3,16 +3,20 @@
 #![allow(unsafe_code, reason = "an allocator that counts")]
 
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe, ProbeState, Report, Rules, StepOutputs, Tensor,
-    TensorMut, clip::LossScale, gsnr::GsnrConfig,
+    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Report, Rules, Tensor, TensorMut, Verdict,
+    clip::{AdaptiveClip, LossScale},
+    gsnr::GsnrConfig,
+    write::{Background, Entry, JsonLines, Sink, charts::Course, live::View},
 };
 use half::bf16;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+        mpsc::{Receiver, channel},
     },
+    thread,
     time::Instant,
 };
 
@@ -47,6 +51,7 @@ static COUNTED: Counted = Counted;
 fn alone(run: impl FnOnce() + Send) {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
     rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
 }
 
@@ -73,8 +78,6 @@ impl Memory {
         assert!(peak - self.peak <= SLACK, "a peak of {} bytes has become {peak}", self.peak);
     }
 }
-
-const LENGTHS: [usize; 3] = [5, 7, 3];
 
 fn plan() -> Plan {
     Plan::new([("a", DType::F32, 5), ("b", DType::BF16, 7), ("c", DType::F32, 3)]).unwrap()
@@ -158,7 +161,7 @@ fn begun_after(step: u64, config: &Config) -> Probe {
 
 /// A probe that gets the state of this one has its bits from there on: of outputs, records and what is clipped.
 fn is_one_that_begins_there(probe: &mut Probe, config: &Config) {
-    let state: ProbeState = probe.state().unwrap();
+    let state = probe.state().unwrap();
     let mut fresh = Probe::new(Cpu, plan(), config.clone()).unwrap();
     fresh.restore(&state).unwrap();
     for number in state.step + 1..=state.step + 200 {
@@ -246,4 +249,163 @@ fn million_steps() {
     assert!(skipped[0] == skipped[1] && skipped[0] > 2_000);
     println!("{:.2} µs a step; {skipped:?} skipped, {found:?}", 1e6 * each);
     is_one_that_begins_there(&mut probe, &config);
+}
+
+/// A checkpoint may have been made under a longer interval.
+#[test]
+fn a_growth_tracker_of_any_value_lets_the_scale_grow() {
+    let config = Config::new().loss_scale(LossScale::dynamic().growth_interval(450));
+    for tracker in [449, 450, u32::MAX] {
+        let mut probe = Probe::new(Cpu, plan(), config.clone()).unwrap();
+        let mut state = probe.state().unwrap();
+        state.loss_scale = Some((8.0, tracker));
+        probe.restore(&state).unwrap();
+        assert_eq!(step(&mut probe, &mut Gradients::of(100)).outputs().next_loss_scale, 16.0);
+        assert_eq!(probe.state().unwrap().loss_scale, Some((16.0, 0)));
+    }
+}
+
+/// Rules that learn: what they keep counts its steps beyond the 2^32nd, and decides as if it were the first.
+#[test]
+fn clips_that_learn_go_on_beyond_2_to_the_32_steps() {
+    alone(learning_clips);
+}
+
+fn learning_clips() {
+    const STEPS: u64 = 30_000;
+    let max_norm = Some(2.0);
+    for clip in [
+        Clip::Percentile { percentile: 60.0, history: 1024, max_norm },
+        Clip::ZScore { smoothing: 0.97, threshold: 2.5, warmup: 25, max_norm: None },
+        Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 100, max_norm },
+    ] {
+        let config = Config::new().clip(clip).adaptive_clip(AdaptiveClip::new([5, 7, 3]));
+        let [mut probe, mut far] = [(); 2].map(|()| Probe::new(Cpu, plan(), config.clone()).unwrap());
+        let (mut memory, mut learnt, mut clipped, mut units) = (Memory::default(), 0, 0, 0);
+        let weights: [&dyn Tensor; 3] = [&[0.1f32; 5], &[bf16::ONE; 7], &[0.0f32; 3]];
+        // A multiple of the history, so that it goes on at the same place.
+        const AHEAD: u64 = (1 << 32) - 2 * 4096;
+        for number in 1..=STEPS {
+            let [mut near, mut beyond] = [(); 2].map(|()| Gradients::of(number));
+            let report = step(&mut probe, &mut near);
+            if number == 4096 {
+                let mut state = probe.state().unwrap();
+                state.clip[0] += AHEAD;
+                far.restore(&state).unwrap();
+            }
+            if number > 4096 {
+                let other = step(&mut far, &mut beyond);
+                assert_eq!(bytemuck::bytes_of(report.outputs()), bytemuck::bytes_of(other.outputs()), "{clip:?}");
+                assert_eq!(bytemuck::bytes_of(&near.a), bytemuck::bytes_of(&beyond.a), "{clip:?}");
+            }
+            learnt += u64::from(report.outputs().found_inf == 0.0);
+            clipped += u64::from(report.outputs().action != 0);
+            let mut room = probe.adaptive_clip().unwrap();
+            room.clip(&mut near.tensors_mut(&mut Absent), &weights).unwrap();
+            units += u64::from(room.report().unwrap().clipped_fraction().is_some_and(|fraction| fraction > 0.0));
+            if number == STEPS / 3 {
+                memory.note();
+            }
+        }
+        memory.is_as_noted();
+        assert_eq!([&mut probe, &mut far].map(|probe| probe.state().unwrap().clip[0]), [learnt, learnt + AHEAD]);
+        assert!(learnt + AHEAD > 1 << 32 && clipped > 100 && units > 100, "{clip:?}: {clipped} {units}");
+        is_one_that_begins_there(&mut probe, &config);
+    }
+}
+
+/// Has no room for the second half of every thousand steps, and keeps what pictures and a view need.
+struct Watcher {
+    gate: Receiver<()>,
+    is_open: bool,
+    seen: Arc<AtomicU64>,
+    course: Course,
+    view: View,
+}
+
+fn has_room(step: u64) -> bool {
+    step % 1000 < 500
+}
+
+impl Sink for Watcher {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        if !self.is_open {
+            let _ = self.gate.recv();
+            self.is_open = true;
+        }
+        self.course.push(entry)?;
+        self.view.update(entry)?;
+        self.seen.fetch_add(1, Ordering::Release);
+        let full = || Error::Unwritable { path: "disk".into(), reason: "no room".to_owned() };
+        has_room(entry.step()).then_some(()).ok_or_else(full)
+    }
+}
+
+/// With rules, micro-batches and writers, whose disk is full at times: nothing grows, and no entry is counted twice or not at all.
+#[test]
+fn what_is_followed_and_written_takes_no_more_with_time() {
+    alone(followed);
+}
+
+fn followed() {
+    const STEPS: u64 = 100_000;
+    const CAPACITY: u64 = 16;
+    let config = Config::new()
+        .clip(Clip::Quantile { quantile: 0.9 })
+        .rules(Rules::default())
+        .micro_batches(2)
+        .tracking(GsnrConfig::new().window(1000));
+    let mut probe = Probe::new(Cpu, plan(), config).unwrap();
+    let ((open, gate), seen) = (channel(), Arc::new(AtomicU64::new(0)));
+    let (course, view) = (Course::new(&plan()), View::new(&plan()));
+    let sinks: Vec<Box<dyn Sink>> = vec![
+        Box::new(JsonLines::open("/dev/null").unwrap()),
+        Box::new(Watcher { gate, is_open: false, seen: Arc::clone(&seen), course, view }),
+    ];
+    let mut writers = Background::new(sinks, usize::try_from(CAPACITY).unwrap()).unwrap();
+    let (mut memory, mut lost, mut critical, begun) = (Memory::default(), 0, 0, Instant::now());
+    let mut first = None;
+    for number in 1..=STEPS {
+        let mut gradients = Gradients::of(number);
+        for _ in 0..2 {
+            probe.micro_batches().unwrap().measure(&gradients.tensors()).unwrap();
+        }
+        let report = step(&mut probe, &mut gradients);
+        let micro_batches = probe.micro_batches().unwrap().report().unwrap();
+        assert_eq!(micro_batches.len(), 2);
+        let diagnosis = report.diagnosis().unwrap();
+        let is_bad = report.outputs().found_inf != 0.0;
+        assert!(!is_bad || diagnosis.verdict() == Verdict::Critical);
+        critical += u64::from(is_bad);
+        let entry = Entry::new(report.clone()).with_diagnosis(diagnosis).unwrap();
+        let is_sent = writers.send(entry);
+        if is_sent && !has_room(number) {
+            lost += 1;
+            first = first.or(Some(number));
+        }
+        // The queue is once as full as it gets, so that the peak is reached early.
+        if number == 100 {
+            open.send(()).unwrap();
+        }
+        if number > 100 && (number % 8 == 0 || number == STEPS / 10) {
+            while seen.load(Ordering::Acquire) < number - writers.dropped() {
+                thread::yield_now();
+            }
+        }
+        if number == STEPS / 10 {
+            memory.note();
+        }
+    }
+    println!(
+        "{:.2} µs a step, {} dropped, {critical} critical",
+        1e6 * begun.elapsed().as_secs_f64() / STEPS as f64,
+        writers.dropped()
+    );
+    memory.is_as_noted();
+    assert!((100 - CAPACITY - 1..=100 - CAPACITY).contains(&writers.dropped()), "{}", writers.dropped());
+    let finished = writers.finish();
+    assert_eq!(finished.lost, lost);
+    assert_eq!(finished.written + finished.lost + finished.dropped, STEPS);
+    let told = format!("step {} is lost: disk: no room", first.unwrap());
+    assert_eq!(finished.error.unwrap().to_string(), told);
 }

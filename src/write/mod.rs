@@ -11,7 +11,7 @@
 //!   continued after the last step that is whole. A step that is not after it is refused by [`Error::StepWritten`], and what is
 //!   there stays. So a run that begins anew needs a place of its own, and one that goes on from a checkpoint restores its
 //!   probe's state ([`Probe::restore`](crate::Probe::restore)): the steps between the checkpoint and the end of what is written
-//!   are refused, those after it continue it. Prometheus' file, pictures and the view show the run at hand alone, and begin anew
+//!   are refused and count as lost, those after it continue it. Prometheus' file, pictures and the view show the run at hand alone, and begin anew
 //!   with it.
 //! * An entry is there whole or not at all: on a full disk, after a process that was killed, and when there is room again.
 //!   (A process that is killed may leave a part of its last entry, which opening the file again takes away.) Where

@@ -99,6 +99,12 @@ fn the_curve_leaves_out_what_is_not_finite_and_marks_it() {
 }
 
 #[test]
+fn a_run_that_begins_anew_has_a_curve_of_its_own() {
+    let (header, _) = find(&drawn(&[entries(5), entries(2)].concat(), 120, 48, 0), " step 2 ");
+    assert!(header.contains("not finite in 2 of the last 2 steps"), "{header}");
+}
+
+#[test]
 fn a_thousand_tensors_can_be_scrolled_through() {
     let entries = deep(1000, 2, 2..=2, |layer| format!("layer {layer} of many"));
     let top = drawn(&entries, 100, 40, 0);

@@ -214,3 +214,26 @@ print(json.dumps({'scalars': scalars, 'histograms': histograms, 'raw': raw, 'ver
     };
     assert_eq!(of_all("scalars"), scalars, "there is nothing that was not checked");
 }
+
+/// A process that is killed leaves a file cut off, and the one after it another file.
+#[test]
+fn tensorboard_goes_on_behind_a_file_that_was_cut_off() {
+    let folder = TempDir::new().unwrap();
+    let entries = entries(5);
+    let mut sink = TensorBoard::create(&folder).unwrap();
+    entries[..3].iter().for_each(|entry| sink.write(entry).unwrap());
+    let whole = fs::read(sink.path()).unwrap();
+    fs::write(sink.path(), &whole[..whole.len() - 10]).unwrap();
+    let mut sink = TensorBoard::create(&folder).unwrap();
+    let refused: Vec<bool> = entries.iter().map(|entry| sink.write(entry).is_err()).collect();
+    assert_eq!(refused, [true, true, false, false, false]);
+    let code = "
+import json, sys
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+accumulator = EventAccumulator(sys.argv[1], size_guidance={'tensors': 0})
+accumulator.Reload()
+print(json.dumps([event.step for event in accumulator.Tensors('skip')]))
+";
+    let Some(read) = python(code, &[folder.path()]) else { return };
+    assert_eq!(read, serde_json::json!([1, 2, 3, 4, 5]));
+}
