@@ -104,7 +104,7 @@ impl Gradients {
     fn of(step: u64) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "below 64")]
         let value = |t: u64, i: usize| ((step * 31 + t * 7 + i as u64 * 17) % 64) as f32 / 64.0 - 0.5;
-        let size = if step % 97 == 0 { 8.0 } else { 1.0 };
+        let size = if step.is_multiple_of(97) { 8.0 } else { 1.0 };
         let mut a = std::array::from_fn(|i| size * value(0, i));
         let mut b = std::array::from_fn(|i| bf16::from_f32(value(1, i)));
         let burst = step % 5000;
@@ -231,7 +231,7 @@ fn million_steps() {
             }
         }
         let done = number - FIRST;
-        if done % 50_000 == 0 {
+        if done.is_multiple_of(50_000) {
             let history = probe.history().unwrap().report().unwrap();
             assert!(history.steps().map(|(step, _)| step.outputs.step).eq(number - KEPT + 1..=number));
             let gsnr = probe.gsnr().unwrap().report().unwrap();
@@ -387,7 +387,7 @@ fn followed() {
         if number == 100 {
             open.send(()).unwrap();
         }
-        if number > 100 && (number % 8 == 0 || number == STEPS / 10) {
+        if number > 100 && (number.is_multiple_of(8) || number == STEPS / 10) {
             while seen.load(Ordering::Acquire) < number - writers.dropped() {
                 thread::yield_now();
             }

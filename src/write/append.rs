@@ -21,7 +21,6 @@ pub(super) struct Opened {
 }
 
 /// The rows of the last step that was found.
-#[cfg_attr(not(feature = "csv"), expect(dead_code, reason = "only CSV has several"))]
 #[derive(Debug)]
 pub(super) struct Rows {
     /// Where they begin.
