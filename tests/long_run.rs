@@ -55,8 +55,10 @@ fn alone(run: impl FnOnce() + Send) {
     rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
 }
 
-/// What queues of the threads that measure may hold more at one time than at another.
+/// What queues of threads may hold more at one time than at another.
 const SLACK: i64 = 4096;
+/// An entry that writers still have in hand besides, and a line of it. One byte a step would be three times that.
+const ENTRY: i64 = 32_768;
 
 /// Holds the memory at the end of a run against that at its tenth part.
 #[derive(Default)]
@@ -71,11 +73,11 @@ impl Memory {
     }
 
     #[track_caller]
-    fn is_as_noted(&self) {
+    fn is_as_noted(&self, slack: i64) {
         let (live, peak) = (LIVE.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed));
         println!("live bytes {} then, {live} now; peak {} then, {peak} now", self.live, self.peak);
-        assert!((live - self.live).abs() <= SLACK, "{} live bytes have become {live}", self.live);
-        assert!(peak - self.peak <= SLACK, "a peak of {} bytes has become {peak}", self.peak);
+        assert!((live - self.live).abs() <= slack, "{} live bytes have become {live}", self.live);
+        assert!(peak - self.peak <= slack, "a peak of {} bytes has become {peak}", self.peak);
     }
 }
 
@@ -244,7 +246,7 @@ fn million_steps() {
         }
     }
     let each = begun.elapsed().as_secs_f64() / STEPS as f64;
-    memory.is_as_noted();
+    memory.is_as_noted(SLACK);
     assert_eq!(found, expected);
     assert!(skipped[0] == skipped[1] && skipped[0] > 2_000);
     println!("{:.2} µs a step; {skipped:?} skipped, {found:?}", 1e6 * each);
@@ -307,7 +309,7 @@ fn learning_clips() {
                 memory.note();
             }
         }
-        memory.is_as_noted();
+        memory.is_as_noted(SLACK);
         assert_eq!([&mut probe, &mut far].map(|probe| probe.state().unwrap().clip[0]), [learnt, learnt + AHEAD]);
         assert!(learnt + AHEAD > 1 << 32 && clipped > 100 && units > 100, "{clip:?}: {clipped} {units}");
         is_one_that_begins_there(&mut probe, &config);
@@ -387,7 +389,8 @@ fn followed() {
         if number == 100 {
             open.send(()).unwrap();
         }
-        if number > 100 && (number.is_multiple_of(8) || number == STEPS / 10) {
+        // From then on it never is again.
+        if number >= 100 && number.is_multiple_of(4) {
             while seen.load(Ordering::Acquire) < number - writers.dropped() {
                 thread::yield_now();
             }
@@ -401,7 +404,7 @@ fn followed() {
         1e6 * begun.elapsed().as_secs_f64() / STEPS as f64,
         writers.dropped()
     );
-    memory.is_as_noted();
+    memory.is_as_noted(ENTRY);
     assert!((100 - CAPACITY - 1..=100 - CAPACITY).contains(&writers.dropped()), "{}", writers.dropped());
     let finished = writers.finish();
     assert_eq!(finished.lost, lost);
