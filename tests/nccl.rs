@@ -358,6 +358,17 @@ fn a_rank_that_does_not_come_is_an_error_after_the_deadline() {
     }
 }
 
+/// Nor does one hang that is alone when ranks come together.
+#[test]
+fn ranks_that_never_come_together_are_an_error_after_the_deadline() {
+    if devices().is_none() {
+        return;
+    }
+    let (stream, id) = (cuda::stream(0).unwrap(), NcclCommunicator::unique_id().unwrap());
+    let error = NcclCommunicator::within(Duration::from_millis(300), &stream, 0, 2, id).unwrap_err();
+    assert_eq!(error.to_string(), "the ranks cannot communicate: some rank has not come within 300ms");
+}
+
 /// The trainer's communicator, which it goes on using.
 #[test]
 fn a_communicator_may_be_shared() {

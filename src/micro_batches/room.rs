@@ -65,9 +65,12 @@ impl Room<'_, MicroBatches> {
         let place = core.device.place();
         let tensors = core.read(&place, tensors, Planned::Gradients)?;
         core.place(&tensors, None)?;
-        let first = memory.accumulation.next()? * core.plan.tensors().len() * size_of::<Record>();
+        let mut accumulation = memory.accumulation;
+        let first = accumulation.next()? * core.plan.tensors().len() * size_of::<Record>();
         let common = Common { records: memory.lists.address() + first as u64, ..core.step.common };
         core.launch_chunks(&StepArguments { common, is_part: 1, sums: 0, ..core.step })?;
+        // Only now: its place would hold the records of another.
+        memory.accumulation = accumulation;
         tensors.finish()
     }
 

@@ -70,6 +70,12 @@ pub(super) fn odd_length(mut lengths: impl Iterator<Item = usize>) -> Option<Str
 /// How long ranks are waited for where nothing else is said: as long as PyTorch waits for NCCL.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
 
+/// That the device, or NCCL, waits in vain: it cannot say for whom.
+#[cfg(feature = "cuda")]
+pub(crate) fn not_come(deadline: Duration) -> Error {
+    Error::Communication { what: format!("some rank has not come within {deadline:?}") }
+}
+
 /// How ranks exchange what is in the memories of their devices: every [`Transport`] on hosts, and on CUDA devices
 /// [`NcclCommunicator`](crate::cuda::NcclCommunicator).
 ///

@@ -116,6 +116,8 @@ pub(crate) use room::MergeArguments;
 pub(crate) use whole::{ContributeArguments, contribute};
 
 pub(crate) use communicator::DEADLINE;
+#[cfg(feature = "cuda")]
+pub(crate) use communicator::not_come;
 use communicator::{gather, odd_length};
 use std::sync::Arc;
 

@@ -42,6 +42,8 @@ pub struct RankMemory {
     pub(super) joined: Arc<Joined>,
     /// The [`StepSums`], and behind them the [`CheckSums`].
     sums: Buffer,
+    /// Whether a step has failed between its launches: the sums may hold a part of it, to which the next would add.
+    is_cut_short: bool,
     fingerprints: Option<Fingerprints>,
     model: Option<Model>,
     /// Whether the last step measured the weights.
@@ -152,7 +154,7 @@ impl Feature<Ranks> for RankMemory {
         core.step.clip_words = core.config.clip.words_of_all_ranks();
         core.step.strict = u32::from(ranks.check == ReplicaCheck::Strict);
         let last = device.read(size_of::<u64>())?;
-        Ok(Self { ranks, joined, sums, fingerprints, model, compared_weights: false, last })
+        Ok(Self { ranks, joined, sums, is_cut_short: false, fingerprints, model, compared_weights: false, last })
     }
 }
 
@@ -214,6 +216,15 @@ impl RankMemory {
     /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
     pub(crate) fn launch_measure(&mut self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         self.compared_weights = step.weights != 0;
+        if std::mem::replace(&mut self.is_cut_short, true) {
+            core.device.clear(&self.sums)?;
+        }
+        self.launch_all(core, chunks, step)?;
+        self.is_cut_short = false;
+        Ok(())
+    }
+
+    fn launch_all(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         if self.ranks.is_alone() {
             // What the last step has left, and every rank has come to.
             if step.check != 0 {

@@ -7,6 +7,7 @@ mod beside;
 mod bits;
 #[path = "../common/mod.rs"]
 mod common;
+mod documented;
 mod graphs;
 mod loss_scale;
 mod moments;
@@ -23,7 +24,7 @@ use gradprobe::{
     clip::{AdaptiveClip, LossScale},
     cuda::{self, Cuda},
     cudarc::driver::{
-        CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, result,
+        CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, result,
         sys::{
             self, CUcontext, CUdevice, CUgraphInstantiate_flags, CUgraphNodeType, CUresult,
             CUstreamCaptureMode::{

@@ -13,6 +13,7 @@ pub struct Driver {
     begin: unsafe extern "C" fn(i64, u32, CUresult),
     count: unsafe extern "C" fn() -> usize,
     pass: unsafe extern "C" fn(),
+    pause: unsafe extern "C" fn(bool),
     exempt: unsafe extern "C" fn(bool),
     end: unsafe extern "C" fn(*mut u8, usize) -> usize,
     left: unsafe extern "C" fn(*mut u8, usize) -> usize,
@@ -49,6 +50,7 @@ fn find() -> Option<Driver> {
         begin: function!("faults_begin"),
         count: function!("faults_count"),
         pass: function!("faults_pass"),
+        pause: function!("faults_pause"),
         exempt: function!("faults_exempt"),
         end: function!("faults_end"),
         left: function!("left"),
@@ -75,6 +77,12 @@ impl Driver {
     pub fn give_memory(&self) {
         // SAFETY: no obligations.
         unsafe { (self.pass)() }
+    }
+
+    /// Whether calls of all threads are the test's own.
+    pub fn pause(&self, pause: bool) {
+        // SAFETY: no obligations.
+        unsafe { (self.pause)(pause) }
     }
 
     /// Whether calls of this thread are the test's own.

@@ -2,6 +2,7 @@
 //! what its peer waits for, where NCCL itself does not.
 
 use crate::{
+    driver::driver,
     every_call,
     run::{Kind, Run, aside, own},
     scenes::{Trainer, bits, plan, refs, refs_mut},
@@ -111,14 +112,18 @@ fn pair(
 ) {
     let id = own(NcclCommunicator::unique_id).unwrap();
     let deadline = deadline(run);
+    // NCCL makes a communicator on a thread of the library's: not a call of the script's here, but in `alone`.
+    let driver = driver().expect("it runs on it");
+    driver.pause(true);
     let ranks = |trainer: &Trainer, rank: u32| {
-        let communicator = own(|| NcclCommunicator::new(&trainer.stream, rank, 2, id)).unwrap();
-        ranks_of(communicator.with_deadline(deadline))
+        let made = NcclCommunicator::new(&trainer.stream, rank, 2, id);
+        ranks_of(made.unwrap().with_deadline(deadline))
     };
     let (handle, is_there) = (Mutex::new(None::<AbortHandle>), Condvar::new());
     let (own_reports, of_peer) = thread::scope(|scope| {
         let peer = scope.spawn(|| {
             let trainer = Trainer::new();
+            driver.exempt(true);
             let ranks = ranks(&trainer, 1);
             *handle.lock().unwrap() = Some(ranks.abort_handle());
             is_there.notify_all();
@@ -126,8 +131,9 @@ fn pair(
         });
         let trainer = Trainer::new();
         let ranks = ranks(&trainer, 0);
-        let reports = script(&mut Rank::Counted(run), &trainer, ranks);
         let handle = is_there.wait_while(handle.lock().unwrap(), |handle| handle.is_none()).unwrap();
+        driver.pause(false);
+        let reports = script(&mut Rank::Counted(run), &trainer, ranks);
         if run.has_an_error() && !run.kind().is_some_and(Kind::is_of_peers) {
             own(|| handle.as_ref().expect("was waited for").abort());
         }

@@ -228,6 +228,14 @@ every_call! {
             let report = probe.dot()?.measure(&trainer.known.all(), &trainer.weights.all())?;
             Ok(bytemuck::cast_slice(report.records()).to_vec())
         });
+        run.check("micro-batches", || {
+            probe.measure(&trainer.known.all())?;
+            for step in &trainer.steps[..2] {
+                probe.micro_batches()?.measure(&step.all())?;
+            }
+            let report = probe.micro_batches()?.report()?;
+            Ok([0, 1].map(|place| bytemuck::cast_slice::<_, u8>(report.records(place)).to_vec()).concat())
+        });
         run.check("measuring again", || known(&mut probe, &trainer));
         run.end(probe);
     }

@@ -112,9 +112,10 @@ pub fn synchronize(context: Id) {
     ends.iter().for_each(|end| end.wait());
 }
 
-/// The current context, if there is one, is lost. Nothing that is queued in it runs any more.
+/// The current context, or where there is none the primary one, is lost. Nothing that is queued in it runs any more.
 pub fn lose(code: CUresult) {
-    if let Some(context) = CONTEXTS.find(CURRENT.get()) {
+    let primary = PRIMARY.lock().unwrap().map(|(id, _)| id);
+    if let Some(context) = CONTEXTS.find(CURRENT.get()).or_else(|| CONTEXTS.find(primary?)) {
         context.lost.lock().unwrap().get_or_insert(code);
         nccl::end_all();
     }

@@ -62,6 +62,7 @@ struct Plan {
     /// The calls so far.
     calls: Vec<&'static str>,
     exhausted: bool,
+    is_paused: bool,
 }
 
 static PLAN: Mutex<Option<Plan>> = Mutex::new(None);
@@ -101,7 +102,7 @@ fn planned(name: &'static str) -> Option<Fault> {
         return None;
     }
     let mut plan = plan();
-    let plan = plan.as_mut()?;
+    let plan = plan.as_mut().filter(|plan| !plan.is_paused)?;
     let index = plan.calls.len();
     plan.calls.push(name);
     let fault = match plan.planned {
@@ -161,7 +162,15 @@ fn survives(name: &str) -> bool {
 #[unsafe(no_mangle)]
 pub extern "C" fn gradprobe_host_driver_faults_begin(call: i64, kind: u32, code: CUresult) {
     let planned = usize::try_from(call).ok().map(|call| (call, kind, code));
-    *plan() = Some(Plan { planned, calls: Vec::new(), exhausted: false });
+    *plan() = Some(Plan { planned, calls: Vec::new(), exhausted: false, is_paused: false });
+}
+
+/// For a while no calls are counted, of whatever thread, or again all.
+#[unsafe(no_mangle)]
+pub extern "C" fn gradprobe_host_driver_faults_pause(pause: bool) {
+    if let Some(plan) = &mut *plan() {
+        plan.is_paused = pause;
+    }
 }
 
 /// Calls that were counted so far.

@@ -46,12 +46,14 @@ struct Block {
 struct Memory {
     /// By address.
     blocks: BTreeMap<u64, Block>,
-    /// Addresses and sizes of freed blocks, oldest first, and the sum of the sizes.
-    graves: VecDeque<(u64, usize)>,
+    /// Sizes of freed blocks by address; the addresses, oldest first; and the sum of the sizes.
+    graves: BTreeMap<u64, usize>,
+    oldest: VecDeque<u64>,
     grave_bytes: usize,
 }
 
-static MEMORY: Mutex<Memory> = Mutex::new(Memory { blocks: BTreeMap::new(), graves: VecDeque::new(), grave_bytes: 0 });
+static MEMORY: Mutex<Memory> =
+    Mutex::new(Memory { blocks: BTreeMap::new(), graves: BTreeMap::new(), oldest: VecDeque::new(), grave_bytes: 0 });
 
 fn memory() -> MutexGuard<'static, Memory> {
     MEMORY.lock().unwrap()
@@ -154,10 +156,12 @@ pub fn bury(address: u64) {
     }
     // SAFETY: the block has so many bytes, and was in the table until now.
     unsafe { (address as *mut u8).write_bytes(FREED, bytes) };
-    memory.graves.push_back((address, bytes));
+    memory.graves.insert(address, bytes);
+    memory.oldest.push_back(address);
     memory.grave_bytes += bytes;
     while memory.grave_bytes > GRAVE_BYTES {
-        let Some((address, bytes)) = memory.graves.pop_front() else { break };
+        let Some(address) = memory.oldest.pop_front() else { break };
+        let Some(bytes) = memory.graves.remove(&address) else { break };
         memory.grave_bytes -= bytes;
         if !all(address, bytes, FREED) {
             die(&format!("something wrote to the {bytes} bytes at {address:#x} after they were freed"));
@@ -185,8 +189,9 @@ pub fn demand_at_work(what: &str, address: u64, bytes: usize) {
 
 /// For work that runs: ends the process if this was freed since the call.
 pub fn demand_not_freed(address: u64) {
-    let freed = |&(start, bytes): &(u64, usize)| (start..start + bytes as u64).contains(&address);
-    if memory().graves.iter().any(freed) {
+    let memory = memory();
+    let before = memory.graves.range(..=address).next_back();
+    if before.is_some_and(|(start, &bytes)| address < start + bytes as u64) {
         die(&format!("a copy uses {address:#x}, which was freed before it ran"));
     }
 }

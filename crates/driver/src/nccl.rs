@@ -55,7 +55,12 @@ pub struct Rank {
     ranks: usize,
     /// Collectives that have yet to run.
     queued: AtomicUsize,
+    /// Aborted or destroyed.
     is_gone: AtomicBool,
+    /// And no graph is left.
+    is_freed: AtomicBool,
+    /// Its device is lost.
+    is_lost: AtomicBool,
     /// How often it answers that it is in progress, and then queues this.
     in_progress: AtomicUsize,
     pending: Mutex<Option<(Arc<Stream>, Work)>>,
@@ -70,7 +75,7 @@ pub fn communicators() -> usize {
 /// No collective waits any more: the device is lost.
 pub fn end_all() {
     for rank in COMMUNICATORS.all() {
-        rank.end();
+        rank.end(&rank.is_lost);
     }
 }
 
@@ -78,10 +83,10 @@ static GROUPS: Mutex<BTreeMap<u64, Arc<Group>>> = Mutex::new(BTreeMap::new());
 static COMMUNICATORS: Registry<&'static Rank> = Registry::new("communicator");
 
 impl Rank {
-    /// It waits for nobody from here on.
-    fn end(&self) {
+    /// It waits for nobody from here on, for this reason.
+    fn end(&self, reason: &AtomicBool) {
         let meeting = self.group.meeting.lock().unwrap();
-        self.is_gone.store(true, Ordering::SeqCst);
+        reason.store(true, Ordering::SeqCst);
         drop(meeting);
         self.group.changed.notify_all();
     }
@@ -120,14 +125,18 @@ impl Rank {
 
     fn wait_for_abort(&self) {
         let meeting = self.group.meeting.lock().unwrap();
-        let gone = |_: &mut Meeting| !self.is_gone.load(Ordering::SeqCst);
-        drop(self.group.changed.wait_while(meeting, gone).unwrap());
+        drop(self.group.changed.wait_while(meeting, |_| !self.waits_for_nobody()).unwrap());
+    }
+
+    fn waits_for_nobody(&self) -> bool {
+        self.is_gone.load(Ordering::SeqCst) || self.is_lost.load(Ordering::SeqCst)
     }
 
     /// A collective is queued.
     pub fn queue(&self) {
-        if self.is_gone.load(Ordering::SeqCst) {
-            die("a graph is launched after the communicator of one of its collectives was aborted");
+        // Before that a graph that is launched ends at once.
+        if self.is_freed.load(Ordering::SeqCst) {
+            die("a graph is launched after the communicator of one of its collectives was freed");
         }
         self.queued.fetch_add(1, Ordering::SeqCst);
     }
@@ -143,7 +152,7 @@ impl Rank {
             self.group.changed.notify_all();
         }
         while meeting.met == met {
-            if self.is_gone.load(Ordering::SeqCst) {
+            if self.waits_for_nobody() {
                 meeting.come -= 1;
                 return false;
             }
@@ -164,6 +173,7 @@ impl Rank {
         while is_held() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+        self.is_freed.store(true, Ordering::SeqCst);
     }
 
     /// Copies the bytes of all ranks, on this rank's stream.
@@ -295,6 +305,8 @@ entry_point! {
             ranks: count,
             queued: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
+            is_freed: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
             in_progress: AtomicUsize::new(0),
             pending: Mutex::new(None),
             has_lost_peer: AtomicBool::new(false),
@@ -311,7 +323,7 @@ entry_point! {
 entry_point! {
     fn ncclCommAbort(communicator: ncclComm_t) {
         let rank = *COMMUNICATORS.remove(communicator);
-        rank.end();
+        rank.end(&rank.is_gone);
         rank.await_graphs();
         ncclResult_t::ncclSuccess
     }

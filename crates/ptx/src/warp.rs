@@ -58,8 +58,9 @@ type Stored = Box<Lanes>;
 /// Registers that are not in use, with the kernel whose literals they hold: they are large, and to make them would take longer
 /// than a small launch.
 static SPARE: Mutex<Vec<(u64, Vec<Stored>)>> = Mutex::new(Vec::new());
-/// Two kernels that run in turns have as many warps at a time.
-const SPARE_WARPS: usize = 48;
+/// Ten kernels that run in turns, each on three blocks, have as many warps at a time. To make one anew takes as long as it
+/// runs for a small tensor.
+const SPARE_WARPS: usize = 256;
 
 pub(crate) struct Warp {
     /// Its number.

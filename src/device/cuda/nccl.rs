@@ -6,11 +6,11 @@ use super::{
 };
 use crate::{
     Error,
-    ranks::{Communicator, DEADLINE, Reduction},
+    ranks::{Communicator, DEADLINE, Reduction, not_come},
     tensor::Place,
 };
 use cudarc::{
-    driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop},
+    driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop},
     nccl::{
         result::{self, NcclError, NcclStatus},
         safe::{Comm, Id, ReduceOp},
@@ -21,7 +21,7 @@ use std::{
     ffi::c_void,
     marker::PhantomData,
     mem, ptr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -100,31 +100,39 @@ impl NcclCommunicator {
         Id::new().map_err(nccl("making a unique id"))
     }
 
-    /// Rank `rank` of `ranks`, on a probe's stream. Waits for the other ranks, which are on other devices.
+    /// Rank `rank` of `ranks`, on a probe's stream. Waits for the other ranks, which are on other devices, ten minutes.
     ///
     /// # Errors
-    /// [`Error::NcclNotFound`], where cudarc panics, and NCCL's.
+    /// [`Error::NcclNotFound`], where cudarc panics, NCCL's, and [`Error::Communication`] when a rank does not come.
     pub fn new(stream: &Arc<CudaStream>, rank: u32, ranks: u32, id: Id) -> Result<Self, Error> {
+        Self::within(DEADLINE, stream, rank, ranks, id)
+    }
+
+    /// The same, with this long for the ranks to come, and for what a probe waits for later.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn within(deadline: Duration, stream: &Arc<CudaStream>, rank: u32, ranks: u32, id: Id) -> Result<Self, Error> {
         find(NCCL).map_err(|(searched, reason)| Error::NcclNotFound { searched, reason })?;
-        make_current(stream.context())?;
         // More ranks than an i32 counts are an error of NCCL's.
         let (Ok(count), Ok(index), true) = (i32::try_from(ranks), i32::try_from(rank), rank < ranks) else {
             return Err(Error::Communication { what: format!("there is no rank {rank} of {ranks}") });
         };
-        let mut raw = ptr::null_mut();
-        let id = ncclUniqueId { internal: *id.internal() };
-        // SAFETY: a variable of this function, and an id that NCCL has made.
-        let made = unsafe { result::comm_init_rank(&raw mut raw, count, id, index) }
-            .and_then(|status| settled(raw, status, DEADLINE));
-        if let Err(error) = made {
-            if !raw.is_null() {
-                // SAFETY: NCCL has given it, and it is not used again.
+        let (context, id) = (Arc::clone(stream.context()), ncclUniqueId { internal: *id.internal() });
+        // By a thread of its own: NCCL waits for a rank that does not come without end.
+        let (made, wait) = mpsc::sync_channel(0);
+        let make = move || {
+            let communicator = init(&context, count, id, index, deadline).map(Raw);
+            if let Err(mpsc::SendError(Ok(Raw(raw)))) = made.send(communicator) {
+                // SAFETY: nobody waits for it any more.
                 let _ = unsafe { result::comm_abort(raw) };
             }
-            return Err(nccl("making a communicator")(error));
-        }
+        };
+        let thread = thread::Builder::new().name("gradprobe-nccl".to_owned()).spawn(make);
+        thread.map_err(|error| Error::Thread { reason: error.to_string() })?;
+        let Raw(raw) = wait.recv_timeout(deadline).map_err(|_| not_come(deadline))??;
         let stream = Arc::clone(stream);
-        Ok(Self { handle: Mutex::new(Handle::Own(raw)), stream, rank, ranks, deadline: DEADLINE })
+        Ok(Self { handle: Mutex::new(Handle::Own(raw)), stream, rank, ranks, deadline })
     }
 
     /// The communicator that a trainer has, whose stream is the probe's. It stays the trainer's, and cannot be aborted from
@@ -177,6 +185,28 @@ impl NcclCommunicator {
     }
 }
 
+/// Makes a communicator on this thread.
+fn init(
+    context: &CudaContext,
+    ranks: i32,
+    id: ncclUniqueId,
+    rank: i32,
+    deadline: Duration,
+) -> Result<ncclComm_t, Error> {
+    make_current(context)?;
+    let mut raw = ptr::null_mut();
+    // SAFETY: a variable of this function, and an id that NCCL has made.
+    let made = unsafe { result::comm_init_rank(&raw mut raw, ranks, id, rank) };
+    made.and_then(|status| settled(raw, status, deadline)).map_err(|error| {
+        if !raw.is_null() {
+            // SAFETY: NCCL has given it, and it is not used again.
+            let _ = unsafe { result::comm_abort(raw) };
+        }
+        nccl("making a communicator")(error)
+    })?;
+    Ok(raw)
+}
+
 /// What has become of a communicator's work so far.
 fn asynchronous(raw: ncclComm_t) -> Result<NcclStatus, NcclError> {
     let mut found = ncclResult_t::ncclSuccess;
@@ -202,7 +232,7 @@ fn settled(raw: ncclComm_t, mut status: NcclStatus, deadline: Duration) -> Resul
 /// A communicator on its way to another thread.
 struct Raw(ncclComm_t);
 
-// SAFETY: nobody else has it any more, and any thread may use it.
+// SAFETY: nobody else has it, and any thread may use it.
 unsafe impl Send for Raw {}
 
 fn aborted() -> Error {
@@ -334,8 +364,10 @@ unsafe impl Communicator for NcclCommunicator {
             // The kernels end at once; but the call waits for graphs that have captured a collective to be destroyed.
             thread::spawn(move || {
                 let Raw(raw) = { raw };
-                // SAFETY: it is not used again. Errors have nowhere to go.
-                let _ = context.bind_to_thread().map(|()| unsafe { result::comm_abort(raw) });
+                // Errors have nowhere to go.
+                let _ = insist(|| make_current(&context));
+                // SAFETY: it is not used again.
+                let _ = unsafe { result::comm_abort(raw) };
             });
         }
     }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     Error,
     device::{Buffer, Read},
-    ranks::Communicator,
+    ranks::{Communicator, not_come},
 };
 use cudarc::driver::{
     CudaEvent, CudaStream,
@@ -84,9 +84,7 @@ impl Streams {
             return ranks.status().map(|()| true);
         }
         let late = ranks.deadline().filter(|deadline| since.elapsed() > *deadline);
-        let late =
-            late.map(|deadline| Error::Communication { what: format!("some rank has not come within {deadline:?}") });
-        let wrong = ranks.status().err().or(late);
+        let wrong = ranks.status().err().or(late.map(not_come));
         wrong.map_or(Ok(false), |error| {
             ranks.abort();
             Err(error)
