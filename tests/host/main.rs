@@ -20,6 +20,7 @@ mod health;
 mod health_run;
 mod health_updates;
 mod oracle;
+mod peers;
 mod processes;
 mod properties;
 mod reads;
