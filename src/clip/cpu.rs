@@ -1,12 +1,13 @@
 //! The clip: each element times a coefficient, or between two limits, rounded to its type; non-finite elements zeroed if
 //! so decided.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::ClipHeader;
 use crate::{
     Element, HostTensorMut, StepOutputs,
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensors_mut},
     },
     probe::Common,
     spec::{CHUNK, TILE},
@@ -113,14 +114,22 @@ impl<E: Element> Work for Clip<'_, E> {
 }
 
 /// What `gradprobe_clip` does.
-pub(crate) fn run(memory: &Memory, a: &ClipArguments) {
-    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &ClipArguments) {
+    let count = a.common.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (outputs, state, coefficients): (&[StepOutputs], &[ClipHeader], &[f32]) =
+        unsafe { Tables::at(((a.common.outputs, 1), (a.clip_state, 1), (a.coefficients, count))) };
+    let outputs = &outputs[0];
     if outputs.action == 0 {
         return;
     }
-    let how = Clipping::of(outputs, memory.slice(a.clip_state, 1));
-    let coefficients: &[f32] = memory.slice(a.coefficients, a.common.tensor_count as usize);
-    memory.tensors_mut(&a.common).par_iter_mut().zip(coefficients).for_each(|(tensor, coefficient)| {
+    let how = Clipping::of(outputs, state);
+    // SAFETY: the caller's promise.
+    let (mut tensors, _) = unsafe { tensors_mut(&a.common) };
+    tensors.par_iter_mut().zip(coefficients).for_each(|(tensor, coefficient)| {
         let how = how.of_tensor(outputs, *coefficient);
         if how.coefficient == 1.0 && how.limit == f32::INFINITY && !how.zero_nonfinite {
             return;

@@ -48,8 +48,15 @@ macro_rules! kernels {
             }
 
             /// Does on the CPU what the kernel does.
-            fn run(self, memory: &cpu::Memory, arguments: &[u8]) {
-                match self { $(Kernel::$kernel => $cpu(memory, bytemuck::from_bytes(arguments)),)* }
+            ///
+            /// # Safety
+            /// As of [`Device::launch`].
+            #[allow(unsafe_code, reason = "the addresses are the caller's word")]
+            unsafe fn run(self, arguments: &[u8]) {
+                match self {
+                    // SAFETY: the caller's promise, with the kernel's arguments.
+                    $(Kernel::$kernel => unsafe { $cpu(bytemuck::from_bytes(arguments)) },)*
+                }
             }
         }
 

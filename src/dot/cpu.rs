@@ -1,11 +1,12 @@
 //! Sums over the pairs of elements of two tensors, in f64, in the order of the kernels.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{Dot, DotArguments};
 use crate::{
     Element, HostTensor,
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensor, tensors},
     },
     probe::Other,
     spec::{self, CHUNK, LANES, PACKET, PACKETS, ROW, TILE, WARP},
@@ -19,13 +20,19 @@ const WARPS: usize = LANES / WARP;
 const TOGETHER: usize = 16;
 
 /// What `gradprobe_dot` does.
-pub(crate) fn run(memory: &Memory, a: &DotArguments) {
-    let tensors = memory.tensors(&a.common);
-    let others: &[Other] = memory.slice(a.others, tensors.len());
-    let records: &mut [Dot] = memory.slice_mut(a.dots, tensors.len());
-    let pairs = tensors.par_iter().zip(memory.entries(&a.common)).zip(others).zip(records);
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &DotArguments) {
+    // SAFETY: the caller's promise.
+    let (tensors, entries) = unsafe { tensors(&a.common) };
+    let count = tensors.len();
+    // SAFETY: the caller's promise.
+    let (others, records): (&[Other], &mut [Dot]) = unsafe { Tables::at(((a.others, count), (a.dots, count))) };
+    let pairs = tensors.par_iter().zip(entries).zip(others).zip(records);
     pairs.for_each(|(((&a, entry), b), record)| {
-        *record = of_pair(a, memory.tensor(b.address, entry.length, b.dtype));
+        // SAFETY: the second list has the lengths of the first.
+        *record = of_pair(a, unsafe { tensor(b.address, entry.length, b.dtype) });
     });
 }
 

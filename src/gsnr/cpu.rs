@@ -1,13 +1,14 @@
 //! Welford's update of each element's mean and deviations, and the reduction of these, or of Adam's moments, to one
 //! record a tensor.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{AdamArguments, BINS, GsnrArguments, GsnrRecord, GsnrSums, Scaling, Track, UpdateArguments, bin_of};
 use crate::{
     Element, HostTensor, Record, StepOutputs,
     clip::divisor,
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensors},
     },
     measure::narrow,
     probe::TensorEntry,
@@ -17,15 +18,22 @@ use crate::{
 use rayon::prelude::*;
 
 /// What `gradprobe_update` does: merges a step whose records are known.
-pub(crate) fn update(memory: &Memory, a: &UpdateArguments) {
-    let (tensors, entries) = (memory.tensors(&a.common), memory.entries(&a.common));
-    let tracks: &mut [Track] = memory.slice_mut(a.tracks, tensors.len());
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn update(a: &UpdateArguments) {
+    // SAFETY: the caller's promise.
+    let (tensors, entries) = unsafe { tensors(&a.common) };
+    let count = tensors.len();
+    // SAFETY: the caller's promise.
+    let (tracks, records, outputs): (&mut [Track], &[Record], &[StepOutputs]) =
+        unsafe { Tables::at(((a.tracks, count), (a.common.records, count), (a.common.outputs, 1))) };
     let elements = elements_of(tracks, entries);
-    let records: &[Record] = memory.slice(a.common.records, tensors.len());
-    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
-    let unscale = narrow(1.0 / divisor(outputs.loss_scale));
-    let (mut means, mut deviations, mut begin) =
-        (memory.slice_mut::<f32>(a.means, elements), memory.slice_mut::<f32>(a.deviations, elements), 0);
+    // SAFETY: the caller's promise.
+    let (mut means, mut deviations): (&mut [f32], &mut [f32]) =
+        unsafe { Tables::at(((a.means, elements), (a.deviations, elements))) };
+    let unscale = narrow(1.0 / divisor(outputs[0].loss_scale));
+    let mut begin = 0;
     let mut work = Vec::new();
     for (((track, tensor), entry), record) in tracks.iter_mut().zip(&tensors).zip(entries).zip(records) {
         // What is absent is no step of the tensor's.
@@ -51,12 +59,17 @@ pub(crate) fn update(memory: &Memory, a: &UpdateArguments) {
 }
 
 /// What `gradprobe_gsnr` does: the records of the tracked tensors.
-pub(crate) fn gsnr(memory: &Memory, a: &GsnrArguments) {
-    let entries = memory.entries(&a.common);
-    let tracks: &[Track] = memory.slice(a.tracks, entries.len());
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn gsnr(a: &GsnrArguments) {
+    let count = a.common.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (entries, tracks, records): (&[TensorEntry], &[Track], &mut [GsnrRecord]) =
+        unsafe { Tables::at(((a.common.tensors, count), (a.tracks, count), (a.gsnr_records, count))) };
     let elements = elements_of(tracks, entries);
-    let (means, deviations) = (memory.slice(a.means, elements), memory.slice(a.deviations, elements));
-    let records: &mut [GsnrRecord] = memory.slice_mut(a.gsnr_records, entries.len());
+    // SAFETY: the caller's promise.
+    let (means, deviations): (&[f32], &[f32]) = unsafe { Tables::at(((a.means, elements), (a.deviations, elements))) };
     let tracked = tracks.par_iter().zip(entries).zip(records).filter(|((track, _), _)| track.is_tracked());
     tracked.for_each(|((track, entry), record): ((&Track, &TensorEntry), _)| {
         #[expect(clippy::cast_possible_truncation, reason = "the state is in memory")]
@@ -77,14 +90,20 @@ fn elements_of(tracks: &[Track], entries: &[TensorEntry]) -> usize {
 }
 
 /// What `gradprobe_adam` does: the records of the tensors that have moments.
-pub(crate) fn adam(memory: &Memory, a: &AdamArguments) {
-    let (entries, adam) = (memory.entries(&a.common), &a.step);
-    let moments: &[[u64; 2]] = memory.slice(a.moments, entries.len());
-    let records: &mut [GsnrRecord] = memory.slice_mut(a.gsnr_records, entries.len());
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn adam(a: &AdamArguments) {
+    let (count, adam) = (a.common.tensor_count as usize, &a.step);
+    // SAFETY: the caller's promise.
+    let (entries, moments, records): (&[TensorEntry], &[[u64; 2]], &mut [GsnrRecord]) =
+        unsafe { Tables::at(((a.common.tensors, count), (a.moments, count), (a.gsnr_records, count))) };
     let given = moments.par_iter().zip(entries).zip(records).filter(|((moments, _), _)| moments[0] != 0);
     given.for_each(|((moments, entry), record)| {
         let count = usize::try_from(entry.length).unwrap_or(usize::MAX);
-        let [exp_avg, exp_avg_sq] = moments.map(|address| memory.slice(address, count));
+        let [first, second] = moments.map(|address| (address, count));
+        // SAFETY: the moments have the lengths of their tensors.
+        let (exp_avg, exp_avg_sq): (&[f32], &[f32]) = unsafe { Tables::at((first, second)) };
         let (sums, bins) = reduce(exp_avg, exp_avg_sq, adam.source(), adam.scaling);
         *record = GsnrRecord::of_steps(adam.steps).with_sums(exp_avg.len() as u64, &adam.scaling, &sums, &bins);
     });

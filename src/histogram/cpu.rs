@@ -1,11 +1,12 @@
 //! Counts of the elements by the upper bits of their magnitudes.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{Histogram, HistogramArguments};
 use crate::{
     DType, Element, HostTensor,
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensors},
     },
     spec::CHUNK,
     tensor::with_elements,
@@ -39,14 +40,20 @@ const COPIES: usize = 16;
 const _: () = assert!(PART / COPIES <= u16::MAX as usize);
 
 /// What `gradprobe_histogram` does.
-pub(crate) fn run(memory: &Memory, a: &HistogramArguments) {
-    let tensors = memory.tensors(&a.common);
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &HistogramArguments) {
+    // SAFETY: the caller's promise.
+    let (tensors, entries) = unsafe { tensors(&a.common) };
+    let count = if a.one_histogram != 0 { 1 } else { tensors.len() };
+    // SAFETY: the caller's promise.
+    let histograms: &mut [Histogram] = unsafe { Tables::at((a.histograms, count)) };
     if a.one_histogram != 0 {
-        let counted = tensors.par_iter().zip(memory.entries(&a.common)).filter(|(_, entry)| entry.is_uncounted == 0);
+        let counted = tensors.par_iter().zip(entries).filter(|(_, entry)| entry.is_uncounted == 0);
         let each = counted.map(|(&tensor, _)| of_tensor(tensor));
-        memory.slice_mut(a.histograms, 1)[0] = each.reduce(Histogram::zeroed, |a, b| a.merge(&b));
+        histograms[0] = each.reduce(Histogram::zeroed, |a, b| a.merge(&b));
     } else {
-        let histograms: &mut [Histogram] = memory.slice_mut(a.histograms, tensors.len());
         tensors.par_iter().zip(histograms).for_each(|(&tensor, histogram)| *histogram = of_tensor(tensor));
     }
 }

@@ -1,10 +1,14 @@
 //! The measurement on the CPU, and the end of a step.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{Record, StepOutputs, StepSums, chunk::Measure};
 use crate::{
     Clip, Element, HostTensor, NonFinitePolicy,
     clip::{ClipHeader, ClipState, LossScaleState, divisor},
-    device::cpu::{Memory, dispatch},
+    device::cpu::{
+        dispatch,
+        memory::{Tables, tensors},
+    },
     dtype::sealed::Bits,
     health::{self, RuleTable},
     history::Ring,
@@ -53,17 +57,21 @@ fn word<E: Element>(_: &[E], bits: u32, threshold: Option<f64>) -> <E as Bits>::
 }
 
 /// What `gradprobe_measure` does.
-pub(crate) fn run(memory: &Memory, a: &StepArguments) {
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &StepArguments) {
     let common = &a.common;
-    let (tensors, chunks) = (common.tensor_count as usize, common.chunk_count as usize);
-    let records: &mut [Record] = memory.slice_mut(common.records, tensors);
-    let parts: &mut [Record] = memory.slice_mut(common.chunk_parts, chunks);
-    let scale = memory.slice(a.loss_scale, 1).first();
-    let gradients = memory.tensors(common);
-    measure(&gradients, memory.entries(common), parts, scale, records);
-    if let [sums] = memory.slice_mut::<StepSums>(a.sums, 1) {
+    let (count, chunks) = (common.tensor_count as usize, common.chunk_count as usize);
+    // SAFETY: the caller's promise.
+    let (gradients, entries) = unsafe { tensors(common) };
+    // SAFETY: the caller's promise.
+    let (records, parts, scale, sums): (&mut [Record], &mut [Record], &[LossScaleState], &mut [StepSums]) =
+        unsafe { Tables::at(((common.records, count), (common.chunk_parts, chunks), (a.loss_scale, 1), (a.sums, 1))) };
+    measure(&gradients, entries, parts, scale.first(), records);
+    if let [sums] = sums {
         let mut rest = &*parts;
-        for (tensor, entry) in gradients.iter().zip(memory.entries(common)) {
+        for (tensor, entry) in gradients.iter().zip(entries) {
             let of_tensor;
             (of_tensor, rest) = rest.split_at(entry.chunk_count as usize);
             sums.add(&of_tensor[..tensor.len().div_ceil(CHUNK)], entry.is_uncounted == 0);
@@ -71,78 +79,106 @@ pub(crate) fn run(memory: &Memory, a: &StepArguments) {
     }
     if a.weights != 0 {
         // Their tables and records are behind those of the gradients, and their chunks behind the gradients' chunks.
-        let behind = |address: u64, bytes: usize| address + (tensors * bytes) as u64;
+        let behind = |address: u64, bytes: usize| address + (count * bytes) as u64;
         let of_weights = Common {
             addresses: behind(common.addresses, size_of::<u64>()),
             tensors: behind(common.tensors, size_of::<TensorEntry>()),
-            records: behind(common.records, size_of::<Record>()),
             ..*common
         };
-        let records: &mut [Record] = memory.slice_mut(of_weights.records, tensors);
-        measure(&memory.tensors(&of_weights), memory.entries(&of_weights), parts, None, records);
+        // SAFETY: the caller's promise.
+        let (weights, entries) = unsafe { tensors(&of_weights) };
+        // SAFETY: the caller's promise.
+        let records = unsafe { Tables::at((behind(common.records, size_of::<Record>()), count)) };
+        measure(&weights, entries, parts, None, records);
     }
     if a.is_part == 0 {
-        finish(memory, a);
-    } else if let ([check], [sums]) = (memory.slice_mut(a.check, 1), memory.slice_mut::<StepSums>(a.sums, 1)) {
-        add_state(memory, a, check);
+        // SAFETY: the caller's promise; what was made of it above is no longer used.
+        return unsafe { finish(a) };
+    }
+    // SAFETY: the caller's promise.
+    let (check, sums): (&mut [CheckSums], &mut [StepSums]) = unsafe { Tables::at(((a.check, 1), (a.sums, 1))) };
+    if let ([check], [sums]) = (check, sums) {
+        // SAFETY: the caller's promise.
+        unsafe { add_state(a, check) };
         sums.squares.carry();
     }
 }
 
 /// Adds what must be the same on all ranks before they decide a step.
-fn add_state(memory: &Memory, a: &StepArguments, check: &mut CheckSums) {
-    let words = memory.slice(a.clip_state, a.clip_words as usize).iter().copied();
-    let step = memory.slice::<StepOutputs>(a.common.outputs, 1)[0].step;
-    let scale = memory.slice::<LossScaleState>(a.loss_scale, 1).first().map(LossScaleState::word);
+///
+/// # Safety
+/// As of [`run`].
+unsafe fn add_state(a: &StepArguments, check: &mut CheckSums) {
+    let words = a.clip_words as usize;
+    // SAFETY: the caller's promise.
+    let (words, outputs, scale): (&[u64], &[StepOutputs], &[LossScaleState]) =
+        unsafe { Tables::at(((a.clip_state, words), (a.common.outputs, 1), (a.loss_scale, 1))) };
+    let (words, scale) = (words.iter().copied(), scale.first().map(LossScaleState::word));
     check.ranks = 1;
-    check.state =
-        a.rank_factors.map(|factor| ranks::mixed_sum(words.clone().chain([step]).chain(scale)).wrapping_mul(factor));
+    check.state = a
+        .rank_factors
+        .map(|factor| ranks::mixed_sum(words.clone().chain([outputs[0].step]).chain(scale)).wrapping_mul(factor));
 }
 
 /// The end of a step whose records are there.
-pub(crate) fn finish(memory: &Memory, a: &StepArguments) {
+///
+/// # Safety
+/// As of [`run`].
+pub(crate) unsafe fn finish(a: &StepArguments) {
     let (mut differs, mut refused) = (0, false);
-    if let [check] = memory.slice_mut::<CheckSums>(a.check, 1) {
+    // SAFETY: the caller's promise.
+    if let [check] = unsafe { <&mut [CheckSums]>::at((a.check, 1)) } {
+        // SAFETY: the caller's promise.
+        let of_host: &mut [CheckSums] = unsafe { Tables::at((a.checked, 1)) };
         let (checked, is_late) = (std::mem::take(check), a.is_part == 0);
         differs = checked.flags(a.ranks, is_late);
         refused = !checked.is_complete(a.ranks, is_late) || a.strict != 0 && differs != 0;
-        memory.slice_mut(a.checked, 1)[0] = checked;
+        of_host[0] = checked;
         if a.is_part == 0 {
-            add_state(memory, a, check);
+            // SAFETY: the caller's promise.
+            unsafe { add_state(a, check) };
         }
     }
     let tensors = a.common.tensor_count as usize;
-    let all: &[Record] = memory.slice(a.common.records, tensors << a.weights);
-    let (records, of_weights) = all.split_at(tensors);
-    let weights = (a.weights != 0).then_some(of_weights);
     let rule = Clip::of_parameters(a.clip, (a.clip_threshold, a.clip_smoothing, a.clip_steps), a.max_norm);
     let words = rule.state_words(tensors) - size_of::<ClipHeader>() / size_of::<u64>();
-    let mut clip = ClipState {
-        rule,
-        header: &mut memory.slice_mut::<ClipHeader>(a.clip_state, 1)[0],
-        words: memory.slice_mut(a.clip_state + size_of::<ClipHeader>() as u64, words),
-        coefficients: memory.slice_mut(a.coefficients, tensors),
+    // SAFETY: the caller's promise.
+    let (header, words, coefficients): (&mut [ClipHeader], &mut [u64], &mut [f32]) = unsafe {
+        Tables::at((
+            (a.clip_state, 1),
+            (a.clip_state + size_of::<ClipHeader>() as u64, words),
+            (a.coefficients, tensors),
+        ))
     };
-    let last = &mut memory.slice_mut::<StepOutputs>(a.common.outputs, 1)[0];
-    let loss_scale = memory.slice_mut(a.loss_scale, 1).first_mut();
-    let sums = std::mem::take(&mut memory.slice_mut::<StepSums>(a.sums, 1)[0]);
+    // SAFETY: the caller's promise.
+    let (records, last, scale, sums): (&[Record], &mut [StepOutputs], &mut [LossScaleState], &mut [StepSums]) = unsafe {
+        Tables::at(((a.common.records, tensors << a.weights), (a.common.outputs, 1), (a.loss_scale, 1), (a.sums, 1)))
+    };
+    let (records, of_weights) = records.split_at(tensors);
+    let weights = (a.weights != 0).then_some(of_weights);
+    let mut clip = ClipState { rule, header: &mut header[0], words, coefficients };
+    let (last, sums) = (&mut last[0], std::mem::take(&mut sums[0]));
     let mut outputs =
-        StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), refused, &mut clip, loss_scale);
+        StepOutputs::finish(&sums, records, NonFinitePolicy::of(a.policy), refused, &mut clip, scale.first_mut());
     outputs.step = last.step + 1;
     outputs.flags |= differs;
     outputs.weights = a.weights;
-    if let [table] = memory.slice::<RuleTable>(a.health_rules, 1) {
-        let exempt = memory.slice(a.health_rules + size_of::<RuleTable>() as u64, tensors);
-        let (norms, words) = (memory.slice_mut(a.last_norms, 1 + tensors), memory.slice_mut(a.health_words, tensors));
+    // SAFETY: the caller's promise.
+    if let [table] = unsafe { <&[RuleTable]>::at((a.health_rules, 1)) } {
+        let behind = a.health_rules + size_of::<RuleTable>() as u64;
+        // SAFETY: the caller's promise.
+        let (exempt, norms, words) =
+            unsafe { Tables::at(((behind, tensors), (a.last_norms, 1 + tensors), (a.health_words, tensors))) };
         let step = (outputs.finite_total_norm, outputs.found_inf == 0.0);
         let rules = (&table.rules[..table.count as usize], exempt);
         outputs.health = health::judge(rules, norms, words, (records, weights), step);
     }
-    if let [tag] = memory.slice(a.tag, 1) {
-        let steps = a.history_steps as usize;
-        let (of_steps, of_tensors) = (memory.slice_mut(a.history, steps), a.history_tensors);
-        Ring { steps: of_steps, tensors: memory.slice_mut(of_tensors, steps * tensors), tag: *tag }
-            .keep(&outputs, records);
+    let steps = a.history_steps as usize;
+    // SAFETY: the caller's promise.
+    let (tag, of_steps, of_tensors): (&[u64], _, _) =
+        unsafe { Tables::at(((a.tag, 1), (a.history, steps), (a.history_tensors, steps * tensors))) };
+    if let [tag] = tag {
+        Ring { steps: of_steps, tensors: of_tensors, tag: *tag }.keep(&outputs, records);
     }
     *last = outputs;
 }

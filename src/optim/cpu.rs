@@ -1,4 +1,5 @@
 //! The optimizers on the CPU: `kernels/optimizer.cu` has the same sums in the same order.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{
     OptimizerArguments, OptimizerTensor, Rule, UpdateRecord,
@@ -8,8 +9,8 @@ use crate::{
     DType, Element, HostTensor, HostTensorMut, StepOutputs,
     clip::{ClipHeader, Clipping, divisor},
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensor_mut, tensors},
     },
     probe::Other,
     spec::{self, CHUNK, LANES, PACKET, ROW, TILE, WARP},
@@ -27,21 +28,29 @@ const AHEAD: usize = 512;
 type Tile = [f32; TILE];
 
 /// What `gradprobe_optimizer` does.
-pub(crate) fn run(memory: &Memory, a: &OptimizerArguments) {
-    let entries = memory.entries(&a.common);
-    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
-    let updates: &mut [UpdateRecord] = memory.slice_mut(a.updates, entries.len());
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &OptimizerArguments) {
+    let count = a.common.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (outputs, updates): (&[StepOutputs], &mut [UpdateRecord]) =
+        unsafe { Tables::at(((a.common.outputs, 1), (a.updates, count))) };
+    let outputs = &outputs[0];
     if outputs.skip != 0 {
         updates.fill(UpdateRecord::default());
         return;
     }
-    let states: &mut [OptimizerTensor] = memory.slice_mut(a.states, entries.len());
-    let (others, coefficients): (&[Other], &[f32]) =
-        (memory.slice(a.weights, entries.len()), memory.slice(a.coefficients, entries.len()));
-    let learning_rate = memory.slice::<f32>(a.learning_rate, 1)[0];
+    // SAFETY: the caller's promise.
+    let (states, others, coefficients): (&mut [OptimizerTensor], &[Other], &[f32]) =
+        unsafe { Tables::at(((a.states, count), (a.weights, count), (a.coefficients, count))) };
+    // SAFETY: the caller's promise.
+    let (learning_rate, header): (&[f32], &[ClipHeader]) =
+        unsafe { Tables::at(((a.learning_rate, 1), (a.clip_state, 1))) };
+    // SAFETY: the caller's promise.
+    let (gradients, entries) = unsafe { tensors(&a.common) };
+    let (learning_rate, how) = (learning_rate[0], Clipping::of(outputs, header));
     let unscale = 1.0 / divisor(outputs.loss_scale);
-    let how = Clipping::of(outputs, memory.slice::<ClipHeader>(a.clip_state, 1));
-    let gradients = memory.tensors(&a.common);
     let tensors = gradients.into_par_iter().zip(entries).zip(others).zip(states).zip(updates).zip(coefficients);
     // Of tensors without elements no chunk would set a record.
     let tensors = tensors.filter(|(((((_, entry), _), _), _), _)| entry.length > 0);
@@ -49,15 +58,24 @@ pub(crate) fn run(memory: &Memory, a: &OptimizerArguments) {
         let count = gradient.len();
         // Of what is not kept there is no memory, or another tensor's.
         let kept = |is_kept: bool, address: u64, offset: u64| {
-            memory.slice_mut(address + offset * size_of::<f32>() as u64, if is_kept { count } else { 0 })
+            (address + offset * size_of::<f32>() as u64, if is_kept { count } else { 0 })
         };
         let moments = Rule::moments_of(a.rule);
+        // SAFETY: the caller's promise; of each tensor it is other memory.
+        let (first, second, masters): (&mut [f32], &mut [f32], &mut [f32]) = unsafe {
+            Tables::at((
+                kept(moments > 0, a.first, state.offset),
+                kept(moments > 1, a.second, state.offset),
+                kept(other.dtype != DType::F32.code(), a.masters, state.master_offset),
+            ))
+        };
         let tensor = Moved {
             gradient,
-            weight: memory.tensor_mut(other.address, entry.length, other.dtype),
-            first: kept(moments > 0, a.first, state.offset),
-            second: kept(moments > 1, a.second, state.offset),
-            masters: kept(other.dtype != DType::F32.code(), a.masters, state.master_offset),
+            // SAFETY: weights are as long as their gradients, and share no memory with any or with one another.
+            weight: unsafe { tensor_mut(other.address, entry.length, other.dtype) },
+            first,
+            second,
+            masters,
             how: how.of_tensor(outputs, *coefficient),
             rate: learning_rate * state.learning_rate_factor,
             decay: state.weight_decay,

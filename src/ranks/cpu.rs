@@ -1,15 +1,25 @@
 //! The end of a step of many ranks on the CPU.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{MergeArguments, whole};
-use crate::{device::cpu::Memory, measure};
+use crate::{device::cpu::memory::Tables, measure};
 
 /// What `gradprobe_merge` does.
-pub(crate) fn run(memory: &Memory, a: &MergeArguments) {
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &MergeArguments) {
     let tensors = a.step.common.tensor_count as usize;
-    let slots: &[u32] = memory.slice(a.slots, tensors);
+    // SAFETY: the caller's promise.
+    let slots: &[u32] = unsafe { Tables::at((a.slots, tensors)) };
     if !slots.is_empty() {
-        let records = memory.slice_mut(a.step.common.records, tensors << a.step.weights);
-        whole::merge(memory, slots, (a.model_sums, a.model_maxima, a.model_count as usize), records);
+        let (of_model, of_plan) = ((a.model_count as usize) << a.step.weights, tensors << a.step.weights);
+        // SAFETY: the caller's promise.
+        let (sums, maxima, records) = unsafe {
+            Tables::at(((a.model_sums, of_model), (a.model_maxima, of_model), (a.step.common.records, of_plan)))
+        };
+        whole::merge(slots, sums, maxima, records);
     }
-    measure::cpu::finish(memory, &a.step);
+    // SAFETY: the caller's promise; what was made of it above is no longer used.
+    unsafe { measure::cpu::finish(&a.step) };
 }

@@ -12,7 +12,7 @@
 
 use crate::{
     HostTensor, StepOutputs,
-    device::cpu::Memory,
+    device::cpu::memory::{Tables, tensors},
     probe::Common,
     spec::{CHUNK, PACKET},
     tensor::with_elements,
@@ -106,13 +106,19 @@ pub(super) fn located(sums: [u64; 2], ranks: &[u32]) -> Vec<u32> {
 }
 
 /// What `gradprobe_fingerprint` does.
-pub(crate) fn run(memory: &Memory, a: &FingerprintArguments) {
-    let (tensors, chunks) = (a.common.tensor_count as usize, (a.common.chunk_count as usize) << a.weights);
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+#[allow(unsafe_code, reason = "finds what a launch names by its addresses")]
+pub(crate) unsafe fn run(a: &FingerprintArguments) {
     let common = Common { tensor_count: a.common.tensor_count << a.weights, ..a.common };
-    let (entries, lists) = (memory.entries(&common), tensors << a.weights);
-    let of_chunks: &[u32] = memory.slice(a.common.chunk_tensors, chunks);
-    let (factors, lent) = (memory.slice::<Factors>(a.factors, lists), memory.tensors(&common));
-    let fingerprints: &mut [u64] = memory.slice_mut(a.fingerprints, chunks);
+    // SAFETY: the caller's promise: the weights' tables are behind those of the tensors.
+    let (lent, entries) = unsafe { tensors(&common) };
+    let chunks = (a.common.chunk_count as usize) << a.weights;
+    // SAFETY: the caller's promise.
+    let (of_chunks, factors, fingerprints, check): (&[u32], &[Factors], &mut [u64], &mut [CheckSums]) = unsafe {
+        Tables::at(((a.common.chunk_tensors, chunks), (a.factors, lent.len()), (a.fingerprints, chunks), (a.check, 1)))
+    };
     fingerprints.par_iter_mut().enumerate().for_each(|(index, fingerprint)| {
         let tensor = of_chunks[index] as usize;
         let chunk = index - entries[tensor].first_chunk as usize;
@@ -123,7 +129,7 @@ pub(crate) fn run(memory: &Memory, a: &FingerprintArguments) {
             packets(of_chunk, place)
         });
     });
-    let check = &mut memory.slice_mut::<CheckSums>(a.check, 1)[0];
+    let check = &mut check[0];
     for (&fingerprint, &tensor) in fingerprints.iter().zip(of_chunks) {
         let Factors { rank, tensor, .. } = factors[tensor as usize];
         for (sum, factor) in check.replicas.iter_mut().zip([rank[0], rank[1], rank[0].wrapping_mul(tensor)]) {

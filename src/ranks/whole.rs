@@ -7,7 +7,7 @@
 
 use crate::{
     Record,
-    device::cpu::Memory,
+    device::cpu::memory::Tables,
     measure::{ExactSum, to_f64},
     probe::{Common, TensorEntry},
 };
@@ -119,13 +119,24 @@ impl TensorMaxima {
 }
 
 /// What `gradprobe_contribute` does.
-pub(crate) fn contribute(memory: &Memory, a: &ContributeArguments) {
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+#[allow(unsafe_code, reason = "finds what a launch names by its addresses")]
+pub(crate) unsafe fn contribute(a: &ContributeArguments) {
     let (model, tensors) = (a.model_count as usize, a.common.tensor_count as usize);
-    let (owners, firsts) = (memory.slice::<u32>(a.owners, model), memory.slice::<u64>(a.firsts, tensors));
-    let entries: &[TensorEntry] = memory.entries(&a.common);
-    let records: &[Record] = memory.slice(a.common.records, tensors << a.weights);
-    let sums: &mut [TensorSums] = memory.slice_mut(a.sums, model << a.weights);
-    let maxima: &mut [TensorMaxima] = memory.slice_mut(a.maxima, model << a.weights);
+    // SAFETY: the caller's promise.
+    let (owners, firsts, entries, records): (&[u32], &[u64], &[TensorEntry], &[Record]) = unsafe {
+        Tables::at((
+            (a.owners, model),
+            (a.firsts, tensors),
+            (a.common.tensors, tensors),
+            (a.common.records, tensors << a.weights),
+        ))
+    };
+    // SAFETY: the caller's promise.
+    let (sums, maxima): (&mut [TensorSums], &mut [TensorMaxima]) =
+        unsafe { Tables::at(((a.sums, model << a.weights), (a.maxima, model << a.weights))) };
     for (slot, (sums, maxima)) in sums.iter_mut().zip(maxima).enumerate() {
         let owner = Some(owners[slot % model]).filter(|&owner| owner != NOWHERE).map(|owner| owner as usize);
         let counted = owner.filter(|&owner| entries[owner].is_uncounted == 0 && entries[owner].length > 0);
@@ -137,11 +148,8 @@ pub(crate) fn contribute(memory: &Memory, a: &ContributeArguments) {
 }
 
 /// The records of the plan's tensors, and of their weights, from those sums.
-pub(super) fn merge(memory: &Memory, slots: &[u32], model: (u64, u64, usize), records: &mut [Record]) {
-    let (sums, maxima, count) = model;
-    let lists = records.len().div_ceil(slots.len().max(1));
-    let (sums, maxima): (&[TensorSums], &[TensorMaxima]) =
-        (memory.slice(sums, count * lists), memory.slice(maxima, count * lists));
+pub(super) fn merge(slots: &[u32], sums: &[TensorSums], maxima: &[TensorMaxima], records: &mut [Record]) {
+    let count = sums.len() / records.len().div_ceil(slots.len().max(1)).max(1);
     for (index, record) in records.iter_mut().enumerate() {
         let slot = slots[index % slots.len()] as usize + index / slots.len() * count;
         *record = sums[slot].whole(&maxima[slot]);

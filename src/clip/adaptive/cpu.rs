@@ -1,4 +1,5 @@
 //! The adaptive clip: sums of a unit's squares in the order of the kernel, then its coefficient, then the clip.
+#![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::{
     AdaptiveRecord, coefficient,
@@ -11,8 +12,8 @@ use crate::{
         divisor,
     },
     device::cpu::{
-        Memory,
         dispatch::{self, InstructionSet, Work},
+        memory::{Tables, tensor, tensors_mut},
     },
     measure::narrow,
     spec::{self, CHUNK, LANES, PACKET},
@@ -21,21 +22,28 @@ use crate::{
 use rayon::prelude::*;
 
 /// What `gradprobe_adaptive` does.
-pub(crate) fn run(memory: &Memory, a: &AdaptiveArguments) {
-    let outputs = &memory.slice::<StepOutputs>(a.common.outputs, 1)[0];
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch).
+pub(crate) unsafe fn run(a: &AdaptiveArguments) {
+    let count = a.common.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (outputs, units, records): (&[StepOutputs], &[TensorUnits], &mut [AdaptiveRecord]) =
+        unsafe { Tables::at(((a.common.outputs, 1), (a.units, count), (a.adaptive_records, count))) };
+    let outputs = &outputs[0];
     if outputs.skip != 0 {
         return;
     }
     let (policy, divisor) = (NonFinitePolicy::of(a.policy), divisor(outputs.loss_scale));
-    let (mut tensors, entries) = (memory.tensors_mut(&a.common), memory.entries(&a.common));
-    let units: &[TensorUnits] = memory.slice(a.units, entries.len());
-    let records: &mut [AdaptiveRecord] = memory.slice_mut(a.adaptive_records, entries.len());
+    // SAFETY: the caller's promise.
+    let (mut tensors, entries) = unsafe { tensors_mut(&a.common) };
     let work = tensors.par_iter_mut().zip(entries).zip(units).zip(records);
     work.for_each(|(((gradient, entry), units), record)| {
         if units.limited == 0 || units.address == 0 {
             return unscale(gradient, policy, divisor);
         }
-        let weight = memory.tensor(units.address, entry.length, units.dtype);
+        // SAFETY: the weights have the lengths of their gradients, and share no memory with them.
+        let weight = unsafe { tensor(units.address, entry.length, units.dtype) };
         let length = usize::try_from(units.length).unwrap_or(usize::MAX);
         *record = clip_tensor((a.clipping, a.epsilon), length, gradient, weight, policy, divisor);
     });

@@ -7,73 +7,122 @@ use crate::{
 };
 use bytemuck::Pod;
 
-/// The word of whoever launches a kernel for all addresses in its arguments. Kernels ask for the tables that their
-/// arguments name, by the types and lengths with which the rooms made them. When they ask for a table to change it, no
-/// slice of it is in use: the compiler does not see that, and these functions are for `cpu.rs` files alone.
-pub(crate) struct Memory(());
+/// Tables of values at addresses: `&[T]` to be read, `&mut [T]` to be changed, and tuples of them.
+pub(crate) trait Tables: Sized {
+    /// An address and a number of values; of a tuple those of each.
+    type At;
 
-impl Memory {
+    /// The tables. At 0 there is none, and it is empty.
+    ///
     /// # Safety
-    /// As of [`Device::launch`](crate::device::Device::launch), of host memory, until this is dropped.
-    pub unsafe fn vouched_for() -> Self {
-        Self(())
-    }
+    /// So many initialised values of that type are there, as long as the tables are used. Whoever changes a table is the only one
+    /// who uses it meanwhile.
+    unsafe fn at(at: Self::At) -> Self;
+}
 
-    /// So many values at an address; none at 0, where there is no such table.
-    pub fn slice<T: Pod>(&self, address: u64, count: usize) -> &[T] {
+impl<T: Pod> Tables for &[T] {
+    type At = (u64, usize);
+
+    unsafe fn at((address, count): Self::At) -> Self {
         if address == 0 || count == 0 {
             return &[];
         }
-        // SAFETY: vouched for, with counts that are those with which the tables were made.
+        // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts(address as *const T, count) }
     }
+}
 
-    /// The same, to be changed.
-    #[expect(clippy::mut_from_ref, reason = "of the memory, not of this token")]
-    pub fn slice_mut<T: Pod>(&self, address: u64, count: usize) -> &mut [T] {
+impl<T: Pod> Tables for &mut [T] {
+    type At = (u64, usize);
+
+    unsafe fn at((address, count): Self::At) -> Self {
         if address == 0 || count == 0 {
             return &mut [];
         }
-        // SAFETY: as above; no two tables overlap, and no slice of this one is in use.
+        // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(address as *mut T, count) }
     }
+}
 
-    /// The tensors' table.
-    pub fn entries(&self, a: &Common) -> &[TensorEntry] {
-        self.slice(a.tensors, a.tensor_count as usize)
-    }
+macro_rules! tuples {
+    ($($($table:ident)+;)*) => {
+        $(impl<$($table: Tables),+> Tables for ($($table,)+) {
+            type At = ($($table::At,)+);
 
-    /// The elements of a tensor; none where it is absent.
-    pub fn tensor(&self, address: u64, length: u64, dtype: u32) -> HostTensor<'_> {
-        let count = usize::try_from(length).unwrap_or(usize::MAX);
-        match dtype {
-            0 => HostTensor::F32(self.slice(address, count)),
-            1 => HostTensor::F16(self.slice(address, count)),
-            _ => HostTensor::BF16(self.slice(address, count)),
-        }
-    }
+            #[expect(non_snake_case, reason = "a table is named as its type")]
+            unsafe fn at(($($table,)+): Self::At) -> Self {
+                // SAFETY: the caller's promise, of each.
+                ($(unsafe { $table::at($table) },)+)
+            }
+        })*
+    };
+}
+tuples! {
+    A B;
+    A B C;
+    A B C D;
+}
 
-    /// The same, to be changed.
-    pub fn tensor_mut(&self, address: u64, length: u64, dtype: u32) -> HostTensorMut<'_> {
-        let count = usize::try_from(length).unwrap_or(usize::MAX);
-        match dtype {
-            0 => HostTensorMut::F32(self.slice_mut(address, count)),
-            1 => HostTensorMut::F16(self.slice_mut(address, count)),
-            _ => HostTensorMut::BF16(self.slice_mut(address, count)),
-        }
+/// The elements of a tensor; none where it is absent.
+///
+/// # Safety
+/// As of [`Tables::at`].
+pub(crate) unsafe fn tensor<'a>(address: u64, length: u64, dtype: u32) -> HostTensor<'a> {
+    let at = (address, usize::try_from(length).unwrap_or(usize::MAX));
+    match dtype {
+        // SAFETY: the caller's promise, here and below.
+        0 => HostTensor::F32(unsafe { Tables::at(at) }),
+        // SAFETY: as above.
+        1 => HostTensor::F16(unsafe { Tables::at(at) }),
+        // SAFETY: as above.
+        _ => HostTensor::BF16(unsafe { Tables::at(at) }),
     }
+}
 
-    /// The tensors, to be read.
-    pub fn tensors(&self, a: &Common) -> Vec<HostTensor<'_>> {
-        let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
-        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor(address, entry.length, entry.dtype.into());
-        addresses.iter().zip(self.entries(a)).map(of).collect()
+/// The same, to be changed.
+///
+/// # Safety
+/// As of [`Tables::at`].
+pub(crate) unsafe fn tensor_mut<'a>(address: u64, length: u64, dtype: u32) -> HostTensorMut<'a> {
+    let at = (address, usize::try_from(length).unwrap_or(usize::MAX));
+    match dtype {
+        // SAFETY: the caller's promise, here and below.
+        0 => HostTensorMut::F32(unsafe { Tables::at(at) }),
+        // SAFETY: as above.
+        1 => HostTensorMut::F16(unsafe { Tables::at(at) }),
+        // SAFETY: as above.
+        _ => HostTensorMut::BF16(unsafe { Tables::at(at) }),
     }
+}
 
-    /// The tensors, to be changed.
-    pub fn tensors_mut(&self, a: &Common) -> Vec<HostTensorMut<'_>> {
-        let addresses: &[u64] = self.slice(a.addresses, a.tensor_count as usize);
-        let of = |(&address, entry): (&u64, &TensorEntry)| self.tensor_mut(address, entry.length, entry.dtype.into());
-        addresses.iter().zip(self.entries(a)).map(of).collect()
-    }
+/// The tensors of a launch, to be read, and their table.
+///
+/// # Safety
+/// As of [`Device::launch`](crate::device::Device::launch), of host memory, as long as they are used.
+pub(crate) unsafe fn tensors<'a>(a: &Common) -> (Vec<HostTensor<'a>>, &'a [TensorEntry]) {
+    let count = a.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (addresses, entries): (&[u64], &'a [TensorEntry]) =
+        unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) };
+    let of = |(&address, entry): (&u64, &TensorEntry)| {
+        // SAFETY: the caller's promise.
+        unsafe { tensor(address, entry.length, entry.dtype.into()) }
+    };
+    (addresses.iter().zip(entries).map(of).collect(), entries)
+}
+
+/// The same, to be changed.
+///
+/// # Safety
+/// As of [`tensors`].
+pub(crate) unsafe fn tensors_mut<'a>(a: &Common) -> (Vec<HostTensorMut<'a>>, &'a [TensorEntry]) {
+    let count = a.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    let (addresses, entries): (&[u64], &'a [TensorEntry]) =
+        unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) };
+    let of = |(&address, entry): (&u64, &TensorEntry)| {
+        // SAFETY: the caller's promise; tensors to be changed do not overlap.
+        unsafe { tensor_mut(address, entry.length, entry.dtype.into()) }
+    };
+    (addresses.iter().zip(entries).map(of).collect(), entries)
 }

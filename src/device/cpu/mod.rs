@@ -5,9 +5,7 @@
 //! (`dispatch`). Neither changes a bit. kernels/TUNING.md has what was measured of them.
 
 pub(crate) mod dispatch;
-mod memory;
-
-pub(crate) use memory::Memory;
+pub(crate) mod memory;
 
 use super::{Buffer, Device, HostMemory, HostRead, Kernel, Read};
 use crate::{Error, tensor::Place};
@@ -59,7 +57,7 @@ unsafe impl Device for Cpu {
 
     unsafe fn launch(&self, kernel: Kernel, _: u32, arguments: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise is the same.
-        kernel.run(&unsafe { Memory::vouched_for() }, arguments);
+        unsafe { kernel.run(arguments) };
         Ok(())
     }
 
