@@ -186,6 +186,20 @@ impl Clip {
         4 + more
     }
 
+    /// Whether these words may be its state: as many, and a history that is sorted as it was kept.
+    pub(crate) fn is_state(&self, tensors: usize, words: &[u64]) -> bool {
+        if words.len() != self.state_words(tensors) {
+            return false;
+        }
+        let Self::Percentile { history, .. } = *self else { return true };
+        let (kept, sorted) = words[4..].split_at(history as usize);
+        let count = usize::try_from(words[0]).unwrap_or(usize::MAX).min(kept.len());
+        let mut norms = kept[..count].to_vec();
+        // The bits of numbers that are no NaN and have no sign are ordered as they are.
+        norms.sort_unstable();
+        norms.iter().all(|&bits| bits <= f64::INFINITY.to_bits()) && norms == sorted[..count]
+    }
+
     /// Of those, the words that are the same on all ranks: but for averages of a rank's own tensors, and counts of its own
     /// elements.
     pub(crate) fn words_of_all_ranks(&self) -> u32 {

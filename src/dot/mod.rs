@@ -8,7 +8,11 @@ pub use room::Dots;
 
 pub(crate) use room::DotArguments;
 
-use crate::{Plan, measure::printable, spec};
+use crate::{
+    Plan,
+    measure::{printable, width_of},
+    spec,
+};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 
@@ -102,7 +106,7 @@ impl DotReport {
 impl fmt::Display for DotReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|(name, _)| printable(name)).collect();
-        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max("all tensors".len());
+        let width = width_of(&names, "all tensors");
         writeln!(
             f,
             "{:width$} {:>12} {:>10} {:>8} {:>11} {:>10} {:>10}",

@@ -3,7 +3,7 @@
 
 use crate::{
     Error, Plan, Report,
-    measure::{printable, to_f64},
+    measure::{printable, to_f64, width_of},
     ranks::SampleSquares,
 };
 use std::fmt;
@@ -366,7 +366,7 @@ pub struct NoiseEstimate {
 impl fmt::Display for AccumulationNoise {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|(name, _)| printable(name)).chain(["total".to_owned()]).collect();
-        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+        let width = width_of(&names, "");
         let number = |estimate: Option<Estimate>| match estimate {
             Some(Estimate { value, standard_error: Some(error) }) => format!("{value:.3e} ± {error:.1e}"),
             Some(Estimate { value, standard_error: None }) => format!("{value:.3e}"),

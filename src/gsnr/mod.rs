@@ -17,7 +17,11 @@ pub use room::Tracking;
 pub(crate) use moments::AdamArguments;
 pub(crate) use room::{GsnrArguments, UpdateArguments};
 
-use crate::{Error, Plan, Record, measure::printable, spec};
+use crate::{
+    Error, Plan, Record,
+    measure::{printable, width_of},
+    spec,
+};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 use wildmatch::WildMatch;
@@ -413,7 +417,7 @@ impl GsnrReport {
 impl fmt::Display for GsnrReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|(name, _)| printable(name)).collect();
-        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max("tensor".len());
+        let width = width_of(&names, "tensor");
         let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
         let percent = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{:.1}", 100.0 * x));
         writeln!(

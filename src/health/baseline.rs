@@ -31,7 +31,7 @@ impl NormRange {
     const NONE: Self = Self { steps: 0, smallest: f64::INFINITY, largest: 0.0 };
 
     fn add(&mut self, norm: f64) {
-        self.steps += 1;
+        self.steps = self.steps.saturating_add(1);
         self.smallest = self.smallest.min(norm);
         self.largest = self.largest.max(norm);
     }

@@ -1,6 +1,11 @@
 //! Two runs beside each other, or one before and after a fix.
 
-use crate::{Error, Report, clip::percentile_of, history::HistoryReport, measure::printable};
+use crate::{
+    Error, Report,
+    clip::percentile_of,
+    history::HistoryReport,
+    measure::{printable, width_of},
+};
 use std::{collections::HashMap, fmt};
 
 /// Mean and deviation of norms over steps.
@@ -192,7 +197,7 @@ impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = |line: &Compared| line.tensor.as_deref().map_or_else(|| "all tensors".to_owned(), printable);
         let shown = || self.lines.iter().filter(|line| line.tensor.is_none() || line.change != NormChange::Alike);
-        let width = shown().map(|line| name(line).chars().count()).max().unwrap_or(0);
+        let width = width_of(shown().map(name), "");
         writeln!(f, "{:width$} {:>10} {:>10} {:>10} {:>10}", "norm", "mean", "std", "mean", "std")?;
         for line in shown() {
             let (before, after) = (&line.before, &line.after);

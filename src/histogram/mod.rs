@@ -10,7 +10,10 @@ pub(crate) use room::HistogramArguments;
 
 pub(crate) use room::launch_of_all;
 
-use crate::{Plan, measure::printable};
+use crate::{
+    Plan,
+    measure::{printable, width_of},
+};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 
@@ -412,7 +415,7 @@ impl HistogramReport {
 impl fmt::Display for HistogramReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|(name, _)| printable(name)).collect();
-        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max("all tensors".len());
+        let width = width_of(&names, "all tensors");
         write!(f, "{:width$} {:>12} {:>10} {:>10} {:>8}", "tensor", "elements", "median |x|", "99.9 %", "octaves")?;
         for format in Format::ALL {
             write!(f, " {:>7} {:>6}", format!("{format} 0"), "scale")?;

@@ -16,4 +16,4 @@ pub use report::{Report, TensorReport};
 pub(crate) use exact::{ExactSum, StepSums};
 pub(crate) use outputs::narrow;
 pub(crate) use record::{propagate, to_f64};
-pub(crate) use report::printable;
+pub(crate) use report::{printable, width_of};

@@ -231,6 +231,12 @@ pub(crate) fn printable(name: &str) -> String {
     name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
+/// How wide a column of such names is under its heading, as far as a format can ask for: a longer name is printed as it is.
+pub(crate) fn width_of<N: AsRef<str>>(names: impl IntoIterator<Item = N>, heading: &str) -> usize {
+    let longest = names.into_iter().map(|name| name.as_ref().chars().count()).max().unwrap_or(0);
+    longest.max(heading.chars().count()).min(u16::MAX.into())
+}
+
 /// Columns behind a tensor's name and type: the statistic, the heading and the width.
 const COLUMNS: [(&str, &str, usize); 11] = [
     ("count", "elements", 12),
@@ -261,7 +267,7 @@ fn cell(name: &str, tensor: TensorReport<'_>) -> String {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
-        let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max("tensor".len());
+        let width = width_of(&names, "tensor");
         let of_weights = |name| ["param_norm", "ratio"].contains(&name);
         let columns = || {
             let known = |name| match name {

@@ -120,7 +120,7 @@ impl Moved<'_> {
         let plain = |sum: f64| if sum.is_nan() { f64::NAN } else { sum };
         UpdateRecord {
             step,
-            steps: state.steps + u32::from(has_gradient),
+            steps: state.steps.wrapping_add(has_gradient.into()),
             lost: if rate == 0.0 { 0 } else { sums.lost },
             update_squares: plain(sums.update_squares * rate * rate),
             weight_squares: plain(sums.weight_squares),

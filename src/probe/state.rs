@@ -17,6 +17,9 @@ pub struct ProbeState {
     pub loss_scale: Option<(f32, u32)>,
 }
 
+/// No probe comes that far; steps behind it would have no number.
+const LAST: u64 = 1 << 62;
+
 impl Probe {
     /// What has been learnt up to the last step that was launched, for which it waits.
     ///
@@ -45,9 +48,12 @@ impl Probe {
     pub fn restore(&mut self, state: &ProbeState) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         let Self { reports, core, rooms } = self;
-        let words = core.config.clip.state_words(core.plan.tensors().len());
-        if words != state.clip.len() || rooms.loss_scale.is_some() != state.loss_scale.is_some() {
-            let value = format!("{} words, loss scale {:?}", state.clip.len(), state.loss_scale);
+        let is_of_clip = core.config.clip.is_state(core.plan.tensors().len(), &state.clip);
+        // The first word of a clip is the number of the steps that it has learnt from.
+        let is_late = [state.step].iter().chain(state.clip.first()).any(|&steps| steps > LAST);
+        if !is_of_clip || is_late || rooms.loss_scale.is_some() != state.loss_scale.is_some() {
+            let ProbeState { step, clip, loss_scale } = state;
+            let value = format!("of step {step}, {} words, loss scale {loss_scale:?}", clip.len());
             let expected = "of a probe with the same clip, plan and loss scale";
             return Err(Error::InvalidConfig { option: "state", expected, value });
         }

@@ -49,8 +49,13 @@ pub trait Transport: std::fmt::Debug + Send + Sync {
     fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
         let all = self.all_gather(bytemuck::cast_slice(words))?;
         let all: Vec<u64> = values(&all);
+        if all.len() != words.len() * self.ranks() as usize {
+            let what = format!("{} words came of all ranks, and not {} of each", all.len(), words.len());
+            return Err(Error::Communication { what });
+        }
+        let count = words.len();
         for (place, word) in words.iter_mut().enumerate() {
-            let of_all = all.iter().copied().skip(place).step_by(all.len() / self.ranks() as usize);
+            let of_all = all.iter().copied().skip(place).step_by(count);
             *word = of_all.reduce(|a, b| reduction.of(a, b)).unwrap_or(*word);
         }
         Ok(())
@@ -69,6 +74,8 @@ pub(super) fn odd_length(mut lengths: impl Iterator<Item = usize>) -> Option<Str
 
 /// How long ranks are waited for where nothing else is said: as long as PyTorch waits for NCCL.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
+/// And at most, which is a century: a clock does not count as far as a `Duration`.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// That the device, or NCCL, waits in vain: it cannot say for whom.
 #[cfg(feature = "cuda")]

@@ -122,6 +122,12 @@ impl Layout {
         Self { along: vec![Along::Replicated; mesh.dimensions.len()], part: None }
     }
 
+    /// Whether it may be a layout of this mesh: as many dimensions, and no coordinate beyond them.
+    pub(super) fn is_of(&self, mesh: &Mesh) -> bool {
+        let is_within = |(how, (_, length)): (&Along, &(String, u32))| !matches!(how, Along::At(at) if at >= length);
+        self.along.len() == mesh.dimensions.len() && self.along.iter().zip(&mesh.dimensions).all(is_within)
+    }
+
     /// Whether every rank holds all of it.
     pub(super) fn is_replicated(&self) -> bool {
         self.along.iter().all(|how| *how == Along::Replicated)

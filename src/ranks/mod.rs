@@ -118,7 +118,7 @@ pub(crate) use whole::{ContributeArguments, contribute};
 pub(crate) use communicator::DEADLINE;
 #[cfg(feature = "cuda")]
 pub(crate) use communicator::not_come;
-use communicator::{gather, odd_length};
+use communicator::{LONGEST_WAIT, gather, odd_length};
 use std::sync::Arc;
 
 /// Whether replicas are compared, by the bits of their elements. That reads all tensors a second time.

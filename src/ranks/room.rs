@@ -84,7 +84,7 @@ impl Ranks {
     /// [`Error::TensorCount`], [`Error::Placement`], [`Error::InvalidConfig`].
     pub(crate) fn check(&self, plan: &Plan, config: &Config) -> Result<(), Error> {
         let (ranks, of_mesh) = (self.communicator.ranks(), self.mesh.ranks());
-        if ranks != of_mesh {
+        if ranks != of_mesh || ranks == 0 {
             let value = format!("{of_mesh} of {ranks} ranks");
             return Err(Error::InvalidConfig { option: "mesh", expected: "of all ranks of the communicator", value });
         }
@@ -95,7 +95,7 @@ impl Ranks {
         for (index, spec) in plan.tensors().iter().enumerate() {
             let Some(layout) = self.layouts.get(index) else { break };
             let refused = |what: String| Error::Placement { name: spec.name.clone(), what };
-            if layout.along.len() != self.mesh.coordinates(0).len() {
+            if !layout.is_of(&self.mesh) {
                 return Err(refused("of another mesh".to_owned()));
             }
             match &layout.part {

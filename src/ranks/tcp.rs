@@ -1,6 +1,6 @@
 //! Ranks that are processes, which reach each other by TCP.
 
-use super::{DEADLINE, Reduction, Transport, odd_length};
+use super::{DEADLINE, LONGEST_WAIT, Reduction, Transport, odd_length};
 use crate::{Error, probe::values};
 use std::{
     io::{self, Read, Write},
@@ -67,6 +67,7 @@ impl TcpCommunicator {
         ranks: u32,
         deadline: Duration,
     ) -> Result<Self, Error> {
+        let deadline = deadline.min(LONGEST_WAIT);
         if rank >= ranks {
             return Err(Error::Communication { what: format!("there is no rank {rank} of {ranks}") });
         }

@@ -1,6 +1,6 @@
 //! Ranks that are threads of one process.
 
-use super::{DEADLINE, Transport};
+use super::{DEADLINE, LONGEST_WAIT, Transport};
 use crate::Error;
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -45,7 +45,7 @@ impl ThreadCommunicator {
     /// With this long to wait for other ranks, and not ten minutes; after that every call fails, on all ranks.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
+        self.deadline = deadline.min(LONGEST_WAIT);
         self
     }
 

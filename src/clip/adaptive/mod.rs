@@ -7,7 +7,7 @@ pub use room::AdaptiveUnits;
 
 use crate::{
     Error, NonFinitePolicy, Plan,
-    measure::{narrow, printable},
+    measure::{narrow, printable, width_of},
 };
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
@@ -184,7 +184,7 @@ impl AdaptiveClipReport {
 impl fmt::Display for AdaptiveClipReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.plan.tensors().iter().map(|tensor| printable(&tensor.name)).collect();
-        let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max("tensor".len());
+        let width = width_of(&names, "tensor");
         writeln!(f, "{:width$} {:>10} {:>10} {:>12} {:>12}", "tensor", "units", "clipped", "not finite", "smallest")?;
         for ((name, units), record) in names.iter().zip(&self.counts).zip(&self.records) {
             let AdaptiveRecord { clipped, nonfinite, .. } = record;

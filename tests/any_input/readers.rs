@@ -1,0 +1,143 @@
+//! Files and texts of any bytes.
+
+use crate::{Many, Rare, for_any, header};
+use arbitrary::Arbitrary;
+use gradprobe::{Config, Cpu, DType, Error, Plan, Probe, Report, health::Baseline};
+use std::path::Path;
+
+#[derive(Arbitrary, Debug)]
+struct AnyHeader<'a> {
+    /// What stands for the length of the header: as long as it is, or this.
+    length: Rare<u64>,
+    pieces: Many<u8, 30>,
+    any: &'a [u8],
+    behind: u8,
+}
+
+/// Of which headers are made, so that some are nearly right.
+const PIECES: [&str; 22] = [
+    "{",
+    "}",
+    "\"a\":",
+    "\"b\":",
+    "\"__metadata__\":",
+    "\"dtype\":",
+    "\"F32\"",
+    "\"BF16\"",
+    "\"F4\"",
+    "\"shape\":",
+    "[",
+    "]",
+    "\"data_offsets\":",
+    ",",
+    "0",
+    "8",
+    "18446744073709551615",
+    "-1",
+    "1e999",
+    "null",
+    "{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}",
+    "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[",
+];
+
+/// What the inspector reads of a file: entries that lie within it, or why not.
+#[test]
+fn any_header_of_a_safetensors_file_is_read_or_refused() {
+    for_any!(AnyHeader, |input: AnyHeader| {
+        let mut header: Vec<u8> =
+            input.pieces.0.iter().flat_map(|&piece| PIECES[piece as usize % PIECES.len()].bytes()).collect();
+        header.extend_from_slice(input.any);
+        let length = input.length.0.unwrap_or(header.len() as u64);
+        let file = [&length.to_le_bytes()[..], &header, &vec![0; input.behind as usize]].concat();
+        let size = file.len() as u64;
+        match header::read(Path::new("any"), &mut &file[..], size, |name| name != "b") {
+            Ok((head, entries)) => {
+                for entry in entries {
+                    let bytes = entry.len * entry.dtype.size() as u64;
+                    assert!(head.len() as u64 + entry.start as u64 + bytes <= size, "{entry:?}");
+                }
+            }
+            Err(failure) => assert!(failure.to_string().starts_with("any: ")),
+        }
+    });
+}
+
+/// The report of a step of two tensors.
+fn report() -> Report {
+    let plan = Plan::new([("a\t", DType::F32, 2), ("b", DType::F32, 1)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::new()).unwrap();
+    probe.measure(&[&[1.0f32, 2.0], &[3.0f32]]).unwrap();
+    probe.wait().unwrap()
+}
+
+#[derive(Arbitrary, Debug)]
+struct AnyBaseline<'a> {
+    pieces: Many<u8, 30>,
+    any: &'a str,
+}
+
+const LINES: [&str; 12] = [
+    "gradprobe baseline 1\n",
+    "1\t2e0\t3e0\n",
+    "2\t1\t1e-3\t1e3\ta\\t\n",
+    "1\t18446744073709551615\t0\t1\tb\n",
+    "0\tinf\t0\n",
+    "18446744073709551615\t1\t1\n",
+    "\t",
+    "\n",
+    "NaN",
+    "-0",
+    "\\",
+    "1\t0\tinf\t0\tb\n",
+];
+
+/// A baseline that can be read is written as it was, and learns on.
+#[test]
+fn any_text_is_a_baseline_or_refused() {
+    let report = report();
+    for_any!(AnyBaseline, |input: AnyBaseline| {
+        let mut text: String = input.pieces.0.iter().map(|&piece| LINES[piece as usize % LINES.len()]).collect();
+        text.push_str(input.any);
+        match text.parse::<Baseline>() {
+            Ok(mut baseline) => {
+                assert_eq!(baseline.to_string().parse(), Ok(baseline.clone()), "{text:?}");
+                let _ = baseline.observe(&report);
+            }
+            Err(error) => assert!(matches!(error, Error::InvalidConfig { option: "baseline", .. }), "{error}"),
+        }
+    });
+}
+
+/// Files that are there already are continued at the end of a line, or left as they are.
+#[cfg(all(feature = "json", feature = "csv"))]
+#[test]
+fn any_file_is_continued_or_left_as_it_is() {
+    use gradprobe::write::{Csv, Entry, JsonLines, Sink};
+
+    let entry = Entry::new(report());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("steps");
+    std::fs::write(&path, "").unwrap();
+    Csv::open(&path).unwrap();
+    let headings = std::fs::read(&path).unwrap();
+    for_any!((bool, u8, u16, &[u8]), |(is_csv, cut, more, any): (bool, u8, u16, &[u8])| {
+        let mut before = if is_csv { headings.clone() } else { b"{".to_vec() };
+        before.truncate(if cut > 128 { usize::from(cut) } else { before.len() });
+        before.extend_from_slice(any);
+        before.extend(std::iter::repeat_n(b'x', (more % 5000).into()));
+        std::fs::write(&path, &before).unwrap();
+        let opened: Result<Box<dyn Sink>, Error> = match is_csv {
+            true => Csv::open(&path).map(|csv| Box::new(csv) as _),
+            false => JsonLines::open(&path).map(|json| Box::new(json) as _),
+        };
+        match opened {
+            Ok(mut sink) => {
+                sink.write(&entry).unwrap();
+                let after = std::fs::read(&path).unwrap();
+                let kept = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |place| place + 1);
+                assert!(after.starts_with(&before[..kept]) && after.len() > kept && after.ends_with(b"\n"));
+            }
+            Err(_) => assert!(std::fs::read(&path).unwrap() == before),
+        }
+    });
+}
