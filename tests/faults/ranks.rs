@@ -67,6 +67,11 @@ fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
         let of_own = rank.call("histogram", || probe.histogram()?.measure(&refs(&raw)))?;
         let of_all = rank.call("histogram of all", || probe.ranks()?.histograms(&of_own))?;
         reports.extend(bytemuck::cast_slice::<_, u8>(of_all.histograms()));
+        let of_model = rank.call("model", || match probe.ranks()?.model() {
+            Err(Error::NotDeclared { .. }) => Ok(Vec::new()),
+            other => other,
+        })?;
+        reports.extend(of_model.iter().flat_map(|(_, record)| bytemuck::bytes_of(record)));
         rank.call("replicas", || probe.ranks()?.differing_replicas())
     };
     script();

@@ -14,7 +14,7 @@ use gradprobe::{
         CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError,
         sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD},
     },
-    gsnr::GsnrConfig,
+    gsnr::{AdamMoments, AdamStep, GsnrConfig},
     optim::AdamW,
     samples::SampleConfig,
 };
@@ -257,6 +257,22 @@ every_call! {
                 probe.measure(&step.all())?;
             }
             let report = probe.gsnr()?.report()?;
+            Ok(report.tensors().flat_map(|(_, record)| bytes_of(record).to_vec()).collect())
+        });
+        run.end(probe);
+    }
+
+    /// The same of Adam's moments.
+    moments = |run| {
+        let trainer = Trainer::new();
+        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), Config::new().moments()));
+        let Some(mut probe) = made else { return };
+        let slices = own(|| LENGTHS.map(|length| trainer.stream.clone_htod(&vec![0.25f32; length])));
+        let [Ok(first), Ok(second), Ok(third)] = &slices else { return };
+        let moments = [first, second, third].map(|slice| AdamMoments { exp_avg: slice, exp_avg_sq: slice });
+        let step = AdamStep { step: 10, beta1: 0.9, beta2: 0.999 };
+        run.check("report", || {
+            let report = probe.moments()?.report(&step, &moments)?;
             Ok(report.tensors().flat_map(|(_, record)| bytes_of(record).to_vec()).collect())
         });
         run.end(probe);
