@@ -98,7 +98,10 @@ impl Drop for Freed {
     fn drop(&mut self) {
         let stream = &self.streams.main;
         // A copy beside the stream may not be over.
-        let is_free = || self.streams.await_copies().and_then(|()| Ok(!is_capturing(stream)?));
+        let is_free = || {
+            self.streams.await_copies()?;
+            is_capturing(stream).map(|is_capturing| !is_capturing)
+        };
         // In a capture the free would become a part of the graph; where nothing is known, memory is better left.
         if insist(is_free) != Ok(true) {
             return;
@@ -108,6 +111,7 @@ impl Drop for Freed {
             // SAFETY: allocated by `allocate`, and freed once, after all that was queued.
             unsafe { result::free_async(self.address, stream.cu_stream()) }
         } else {
+            let _relaxed = Relaxed::new();
             // SAFETY: the same; it waits for the device.
             unsafe { result::free_sync(self.address) }
         };
@@ -157,6 +161,7 @@ unsafe impl Device for Cuda {
                 bytes,
             ))?
         } else {
+            let _relaxed = Relaxed::new();
             // SAFETY: as above.
             unsafe { result::malloc_sync(bytes) }.map_err(not_allocated(
                 "cuMemAlloc",
