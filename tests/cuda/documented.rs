@@ -122,3 +122,21 @@ fn the_default_stream_ends_the_capture_of_a_blocking_stream() {
     // SAFETY: made above, and used no more.
     unsafe { result::stream::destroy(blocking.cu_stream()) }.unwrap();
 }
+
+/// "The per-thread default stream is an implicit stream local to both the thread and the CUcontext ... will synchronize with the
+/// legacy default stream".
+#[test]
+fn each_thread_has_a_default_stream_of_its_own() {
+    let Some(context) = device() else { return };
+    let (default, own) = (context.default_stream(), context.per_thread_stream());
+    let gate = Gate::shut(&own);
+    let of_other = || {
+        context.bind_to_thread().unwrap();
+        is_done_soon(&context.per_thread_stream())
+    };
+    assert!(thread::scope(|scope| scope.spawn(of_other).join().unwrap()));
+    assert!(!is_done_soon(&own));
+    assert!(!is_done_soon(&default));
+    gate.open();
+    context.synchronize().unwrap();
+}

@@ -3,7 +3,8 @@
 //!
 //! Device memory is host memory, a stream is a thread with a queue, and a launch runs the PTX that was loaded, by
 //! `gradprobe-ptx`, each in another order: what is launched is what is interpreted. It shows the calls and their order, not
-//! the hardware: where NVIDIA leaves open whether a call waits, only a GPU can tell.
+//! the hardware. `tests/cuda/documented.rs` asks it, and a GPU where there is one, what NVIDIA documents of streams and captures;
+//! where that leaves open whether a call waits or what is done later, as of copies from pageable memory, it does both.
 //!
 //! It forgives less than a real driver does:
 //!
@@ -13,7 +14,7 @@
 //! * what would be undefined – a copy outside of all allocations, a kernel that reads or writes what is freed, too short or
 //!   without a value, races, a graph whose kernels are unloaded, a communicator that is aborted before its work has run, a
 //!   handle that is gone, a call without a current context – ends the process with a line that says so;
-//! * so does, but only when the process ends, a context that ended before what was made in it.
+//! * so does, but only when the process ends, a context that ended before what was made in it, unless it was lost.
 //!
 //! A function that is not here cannot be called: cudarc panics with its name.
 //!
@@ -24,9 +25,9 @@
 //!
 //! It is NCCL as well, as much of it as gathers records, when it is loaded as `libnccl.so`: ranks are streams, of one device.
 //!
-//! Two functions no other driver has tell which calls were made, `gradprobe_host_driver_trace_begin` and `…_end`; a third
-//! holds copies to page-locked memory, `gradprobe_host_driver_hold_copies`, so that a stream that should wait for one and
-//! does not is seen.
+//! Of the functions that no other driver has, `gradprobe_host_driver_trace_begin` and `…_end` tell which calls were made;
+//! `…_hold_copies` holds copies to page-locked memory, so that a stream that should wait for one and does not is seen;
+//! `…_faults_begin` and its kin (`src/faults.rs`) fail a call, and `…_left` tells what was made and not released.
 #![allow(unsafe_code, reason = "C functions that get addresses, and device memory that is host memory")]
 
 mod context;
