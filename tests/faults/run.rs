@@ -161,7 +161,10 @@ impl Run {
     /// latest.
     pub fn check(&mut self, what: &'static str, mut ask: impl FnMut() -> Result<Vec<u8>, Error>) {
         self.driver.give_memory();
-        let found = self.call(what, &mut ask).or_else(|| self.call(what, ask));
+        let found = self.call(what, &mut ask).or_else(|| {
+            self.driver.give_memory();
+            self.call(what, ask)
+        });
         let may_have_none = self.kind().is_some_and(|kind| kind.is_lost() || kind.is_of_peers());
         match found {
             Some(found) if !self.expected_next().is_none_or(|expected| *expected == found) => {

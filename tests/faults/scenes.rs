@@ -285,16 +285,15 @@ every_call! {
         let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
         let Some(mut probe) = made else { return };
         let Trainer { steps, known, .. } = &mut trainer;
+        let Some(mut fresh) = run.made("state", || probe.state()) else { return run.end(probe) };
         for (number, step) in steps.iter_mut().enumerate() {
             if number == 2 {
                 run.call("set", || probe.set_loss_scale(4.0));
             }
             run.call("step", || probe.step(&mut step.all_mut()));
         }
-        let state = run.call("state", || probe.state());
-        let mut fresh = state.unwrap_or_default();
+        run.call("state", || probe.state());
         (fresh.step, fresh.loss_scale) = (5, Some((2.0, 0)));
-        fresh.clip.fill(0);
         run.check("going on from a state", || {
             probe.restore(&fresh)?;
             probe.measure(&known.all())?;

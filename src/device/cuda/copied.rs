@@ -1,18 +1,21 @@
 //! Tensors that lie on the host, copied to the device for a call and, if they were changed, back: for tools and tests. A
 //! trainer's gradients are on the device already.
 
-use super::driver::failed;
+use super::{
+    driver::{failed, insist},
+    memory::Memory,
+};
 use crate::{
     Error,
     tensor::{Lent, Until},
 };
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use cudarc::driver::{CudaStream, result};
 use std::sync::Arc;
 
 /// A tensor's elements in device memory of their own, as misaligned as they are on the host.
 #[derive(Debug)]
 pub(crate) struct Copied<'a> {
-    _memory: CudaSlice<u8>,
+    _memory: Memory,
     address: u64,
     back: Option<&'a mut [u8]>,
     stream: Arc<CudaStream>,
@@ -38,16 +41,14 @@ impl<'a> Copied<'a> {
 
     fn new(bytes: &[u8], stream: &Arc<CudaStream>) -> Result<Self, Error> {
         const ALIGNMENT: usize = 16;
-        // SAFETY: only what was copied there is read.
-        let memory = unsafe { stream.alloc::<u8>(bytes.len() + ALIGNMENT) }
-            .map_err(failed("cuMemAllocAsync", "making room for a tensor"))?;
-        let address = memory.device_ptr(stream).0 + (bytes.as_ptr() as usize % ALIGNMENT) as u64;
+        let memory = Memory::new(stream, bytes.len() + ALIGNMENT)?;
+        let address = memory.address() + (bytes.as_ptr() as usize % ALIGNMENT) as u64;
         if !bytes.is_empty() {
             // SAFETY: there is room for so many bytes from there on, and they stay until the copy is waited for.
             unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
                 .map_err(failed("cuMemcpyHtoDAsync", "copying a tensor to the device"))?;
             // From page-locked memory the copy is not over when the call returns.
-            stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor"))?;
+            over(stream)?;
         }
         Ok(Self { _memory: memory, address, back: None, stream: Arc::clone(stream) })
     }
@@ -66,6 +67,11 @@ impl<'a> Copied<'a> {
         // SAFETY: the copy has as many bytes there, and is waited for.
         unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) }
             .map_err(failed("cuMemcpyDtoHAsync", "copying a tensor to the host"))?;
-        stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor"))
+        over(&stream)
     }
+}
+
+/// Waits for a copy from or to memory that is lent for so long only.
+fn over(stream: &CudaStream) -> Result<(), Error> {
+    insist(|| stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor")))
 }

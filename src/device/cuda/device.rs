@@ -1,7 +1,8 @@
 //! A CUDA stream as a [`Device`]: everything is ordered on it, and nothing waits but a read that is waited for.
 
 use super::{
-    driver::{failed, insist, make_current, not_allocated},
+    driver::{failed, insist, make_current},
+    memory::Memory,
     module,
     pinned::{Pinned, Uploads},
     streams::{PinnedRead, Streams},
@@ -87,34 +88,16 @@ pub(super) fn is_capturing(stream: &CudaStream) -> Result<bool, Error> {
     Ok(status != Status::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What was allocated on the probe's stream, and is freed in its order. Not by cudarc's slices: those have two events each, which
-/// nobody needs here, and lose the memory when an event cannot be made.
+/// Memory that a copy beside the stream may still read.
 struct Freed {
-    address: u64,
+    _memory: Memory,
     streams: Arc<Streams>,
 }
 
 impl Drop for Freed {
     fn drop(&mut self) {
-        let stream = &self.streams.main;
-        // A copy beside the stream may not be over.
-        let is_free = || {
-            self.streams.await_copies()?;
-            is_capturing(stream).map(|is_capturing| !is_capturing)
-        };
-        // In a capture the free would become a part of the graph; where nothing is known, memory is better left.
-        if insist(is_free) != Ok(true) {
-            return;
-        }
-        // Errors have nowhere to go.
-        let _ = if stream.context().has_async_alloc() {
-            // SAFETY: allocated by `allocate`, and freed once, after all that was queued.
-            unsafe { result::free_async(self.address, stream.cu_stream()) }
-        } else {
-            let _relaxed = Relaxed::new();
-            // SAFETY: the same; it waits for the device.
-            unsafe { result::free_sync(self.address) }
-        };
+        // Where that fails twice the context is lost, and there are no copies any more.
+        let _ = insist(|| self.streams.await_copies());
     }
 }
 
@@ -150,27 +133,10 @@ unsafe impl Device for Cuda {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
-        let (stream, streams) = (&self.streams.main, Arc::clone(&self.streams));
-        make_current(stream.context())?;
-        // Where there are no pools of memory, as on some virtual GPUs, in no stream's order.
-        let address = if stream.context().has_async_alloc() {
-            // SAFETY: the stream is alive; the callers write before they read, or leave that to the kernels.
-            unsafe { result::malloc_async(stream.cu_stream(), bytes) }.map_err(not_allocated(
-                "cuMemAllocAsync",
-                "allocating device memory",
-                bytes,
-            ))?
-        } else {
-            let _relaxed = Relaxed::new();
-            // SAFETY: as above.
-            unsafe { result::malloc_sync(bytes) }.map_err(not_allocated(
-                "cuMemAlloc",
-                "allocating device memory",
-                bytes,
-            ))?
-        };
+        let memory = Memory::new(&self.streams.main, bytes)?;
+        let (address, streams) = (memory.address(), Arc::clone(&self.streams));
         // SAFETY: so many bytes lie there until the owner is dropped.
-        Ok(unsafe { Buffer::new(address, bytes, Freed { address, streams }) })
+        Ok(unsafe { Buffer::new(address, bytes, Freed { _memory: memory, streams }) })
     }
 
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error> {

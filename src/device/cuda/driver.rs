@@ -63,8 +63,8 @@ pub(super) fn earlier_errors(context: &CudaContext) -> Result<(), Error> {
     context.check_err().map_err(failed("an earlier call", "cudarc dropped something or noted the use of a slice"))
 }
 
-/// What a `drop` needs to know is asked twice: the first answer may be the error of an earlier call, which cudarc gives once.
-/// Where the second is an error too, the context is lost.
+/// What must be known before memory goes is asked twice: the first answer may be the error of an earlier call, which cudarc gives
+/// once. Where the second is an error too, the context is lost, and nothing in it runs any more.
 pub(super) fn insist<T>(ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
     ask().or_else(|_| ask())
 }

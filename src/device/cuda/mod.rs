@@ -63,6 +63,7 @@
 mod copied;
 mod device;
 mod driver;
+mod memory;
 mod module;
 #[cfg(feature = "nccl")]
 mod nccl;
