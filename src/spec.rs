@@ -37,10 +37,10 @@ pub const PACKET: usize = 8;
 pub const PACKETS: usize = 8;
 /// Elements a lane sums before it merges with its other groups.
 pub const GROUP: usize = PACKET * PACKETS;
-/// Lanes of a warp.
-pub const WARP: usize = 32;
+/// Lanes of a warp. Miri takes a second for 2048 elements: it has smaller warps, and so other bits.
+pub const WARP: usize = if cfg!(miri) { 2 } else { 32 };
 /// Lanes that share a chunk: the threads of a block, but for those of [`STEP_THREADS`].
-pub const LANES: usize = 128;
+pub const LANES: usize = 4 * WARP;
 /// Groups of one lane in a chunk.
 pub const GROUPS: usize = 4;
 /// Elements of a warp's share of a row.

@@ -85,7 +85,10 @@ impl Drop for HostMemory {
 
 /// A copy of such memory, made at once.
 #[derive(Debug)]
-pub struct HostRead(Vec<u8>);
+pub struct HostRead {
+    memory: HostMemory,
+    bytes: usize,
+}
 
 impl HostRead {
     /// Room for this many bytes.
@@ -93,18 +96,15 @@ impl HostRead {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn new(bytes: usize) -> Result<Self, Error> {
-        let mut memory = Vec::new();
-        memory.try_reserve_exact(bytes).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
-        memory.resize(bytes, 0);
-        Ok(Self(memory))
+        Ok(Self { memory: HostMemory::new(bytes)?, bytes })
     }
 }
 
 impl Read for HostRead {
     fn start(&mut self, from: &Buffer) -> Result<(), Error> {
-        let count = self.0.len().min(from.bytes());
+        let count = self.bytes.min(from.bytes());
         // SAFETY: devices on the host make this of the buffers that they make, and run nothing while it copies.
-        unsafe { std::ptr::copy_nonoverlapping(from.address() as *const u8, self.0.as_mut_ptr(), count) };
+        unsafe { std::ptr::copy_nonoverlapping(from.address() as *const u8, self.memory.memory.as_ptr(), count) };
         Ok(())
     }
 
@@ -113,6 +113,7 @@ impl Read for HostRead {
     }
 
     fn wait(&self) -> Result<&[u8], Error> {
-        Ok(&self.0)
+        // SAFETY: its own memory, zeroed when it was made, which only `start` changes.
+        Ok(unsafe { HostMemory::bytes(self.memory.address(), self.bytes) })
     }
 }

@@ -93,7 +93,8 @@ fn sum_slots<E: Element>(slots: &[f32; RUN]) -> [f32; WARP] {
         // They are pairs already.
         DType::BF16 => *as_array(&slots[..RUN / 2]),
     };
-    pairs::<64, 32>(&pairs::<128, 64>(&of_pairs))
+    let of_fours: [f32; RUN / 4] = pairs(&of_pairs);
+    pairs(&of_fours)
 }
 
 /// All the elements of a slice that has that many.
