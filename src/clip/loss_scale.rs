@@ -135,15 +135,14 @@ impl LossScaleState {
                 self.scale = scale;
             }
             self.growth_tracker = 0;
-        // Restored, it may be any number; the kernel's begins anew as well.
-        } else if self.growth_tracker.wrapping_add(1) >= self.growth_interval {
+        } else if self.growth_tracker + 1 >= self.growth_interval {
             let scale = self.scale * self.growth_factor;
             if scale.is_finite() {
                 self.scale = scale;
             }
             self.growth_tracker = 0;
         } else {
-            self.growth_tracker = self.growth_tracker.wrapping_add(1);
+            self.growth_tracker += 1;
         }
     }
 }

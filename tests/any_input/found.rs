@@ -72,7 +72,7 @@ fn states_of_no_probe_are_refused_and_those_of_odd_ones_go_on() {
     }
     probe.restore(&changed(&|state| state.loss_scale = Some((65536.0, u32::MAX)))).unwrap();
     probe.measure(&[&TWO]).unwrap();
-    assert_eq!((probe.wait().unwrap().step(), probe.state().unwrap().loss_scale), (2, Some((65536.0, 0))));
+    assert_eq!((probe.wait().unwrap().step(), probe.state().unwrap().loss_scale), (2, Some((131_072.0, 0))));
 }
 
 #[test]

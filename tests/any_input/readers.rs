@@ -108,7 +108,7 @@ fn any_text_is_a_baseline_or_refused() {
     });
 }
 
-/// Files that are there already are continued at the end of a line, or left as they are.
+/// Files that are there already are continued at the end of an entry, refuse the step, or are left as they are.
 #[cfg(all(feature = "json", feature = "csv"))]
 #[test]
 fn any_file_is_continued_or_left_as_it_is() {
@@ -117,27 +117,36 @@ fn any_file_is_continued_or_left_as_it_is() {
     let entry = Entry::new(report());
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("steps");
-    std::fs::write(&path, "").unwrap();
-    Csv::open(&path).unwrap();
-    let headings = std::fs::read(&path).unwrap();
+    let open = |is_csv: bool| -> Result<Box<dyn Sink>, Error> {
+        Ok(if is_csv { Box::new(Csv::open(&path)?) } else { Box::new(JsonLines::open(&path)?) })
+    };
+    let [headings, nothing] = [true, false].map(|is_csv| {
+        std::fs::write(&path, "").unwrap();
+        open(is_csv).unwrap();
+        std::fs::read(&path).unwrap()
+    });
+    let entries = [(true, &headings), (false, &nothing)].map(|(is_csv, empty)| {
+        std::fs::write(&path, "").unwrap();
+        open(is_csv).unwrap().write(&entry).unwrap();
+        std::fs::read(&path).unwrap()[empty.len()..].to_vec()
+    });
     for_any!((bool, u8, u16, &[u8]), |(is_csv, cut, more, any): (bool, u8, u16, &[u8])| {
         let mut before = if is_csv { headings.clone() } else { b"{".to_vec() };
         before.truncate(if cut > 128 { usize::from(cut) } else { before.len() });
         before.extend_from_slice(any);
         before.extend(std::iter::repeat_n(b'x', (more % 5000).into()));
         std::fs::write(&path, &before).unwrap();
-        let opened: Result<Box<dyn Sink>, Error> = match is_csv {
-            true => Csv::open(&path).map(|csv| Box::new(csv) as _),
-            false => JsonLines::open(&path).map(|json| Box::new(json) as _),
-        };
-        match opened {
-            Ok(mut sink) => {
-                sink.write(&entry).unwrap();
-                let after = std::fs::read(&path).unwrap();
-                let kept = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |place| place + 1);
-                assert!(after.starts_with(&before[..kept]) && after.len() > kept && after.ends_with(b"\n"));
+        let written = open(is_csv).map(|mut sink| sink.write(&entry));
+        let after = std::fs::read(&path).unwrap();
+        match written {
+            Ok(Ok(())) => {
+                let kept = after.strip_suffix(&*entries[usize::from(!is_csv)]).expect("the entry is whole");
+                assert!(before.starts_with(kept) || is_csv && kept == headings);
+                assert!(kept.is_empty() || kept.ends_with(b"\n"));
             }
-            Err(_) => assert!(std::fs::read(&path).unwrap() == before),
+            Ok(Err(Error::StepWritten { .. })) => assert!(before.starts_with(&after) && after.ends_with(b"\n")),
+            Ok(Err(other)) => panic!("{other}"),
+            Err(_) => assert!(after == before),
         }
     });
 }

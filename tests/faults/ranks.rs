@@ -50,12 +50,20 @@ impl Rank<'_> {
     }
 }
 
+/// A probe is made, and dropped: the ranks come together.
+fn come_together(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
+    let Ok(device) = own(|| Cuda::new(&trainer.stream)) else { return Vec::new() };
+    let config = Config::new().ranks(ranks);
+    let made = rank.call("making a probe", || Probe::new(device, plan(), config));
+    let reports = made.iter().flat_map(|probe| probe.plan().tensors()).map(|spec| spec.len as u8).collect();
+    rank.end(made);
+    reports
+}
+
 /// Steps of a rank, and a histogram of all; the reports, up to the first error.
 fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
     let mut reports = Vec::new();
-    let Ok(device) = own(|| Cuda::new(&trainer.stream)) else { return reports };
-    let config = Config::new().clip(Clip::global_norm(1.0)).histogram().ranks(ranks);
-    let Some(mut probe) = rank.call("making a probe", || Probe::new(device, plan(), config)) else { return reports };
+    let mut probe = trainer.probe(plan(), Config::new().clip(Clip::global_norm(1.0)).histogram().ranks(ranks));
     let mut script = || {
         for step in &trainer.steps[..2] {
             let mut raw = own(|| step.raw(&trainer.stream));
@@ -82,9 +90,7 @@ fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
 /// The same, captured and replayed.
 fn replays(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
     let mut reports = Vec::new();
-    let Ok(device) = own(|| Cuda::new(&trainer.stream)) else { return reports };
-    let config = Config::new().clip(Clip::global_norm(1.0)).ranks(ranks);
-    let Some(mut probe) = rank.call("making a probe", || Probe::new(device, plan(), config)) else { return reports };
+    let mut probe = trainer.probe(plan(), Config::new().clip(Clip::global_norm(1.0)).ranks(ranks));
     let mut raw = own(|| trainer.steps[0].raw(&trainer.stream));
     let mut script = || {
         // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
@@ -177,6 +183,11 @@ every_call! {
             Ok(bits(&probe.wait()?))
         });
         run.end(probe);
+    }
+
+    /// Two ranks come together, or neither does.
+    coming_together = |run| {
+        pair(run, Ranks::data_parallel, come_together);
     }
 
     /// Shards, with whole tensors.

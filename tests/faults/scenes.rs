@@ -94,9 +94,9 @@ impl Trainer {
         })
     }
 
-    /// A device whose making does not count: of one scene it does.
-    pub fn device(&self) -> Result<Cuda, Error> {
-        aside(|| Cuda::new(&self.stream))
+    /// A probe whose making does not count: that of `all_that_is_declared` does.
+    pub fn probe(&self, plan: Plan, config: Config) -> Probe {
+        own(|| Probe::new(Cuda::new(&self.stream)?, plan, config)).unwrap()
     }
 }
 
@@ -115,12 +115,34 @@ pub fn known(probe: &mut Probe, trainer: &Trainer) -> Result<Vec<u8>, Error> {
 }
 
 every_call! {
+    /// A device and a probe with all its features are made, and dropped.
+    all_that_is_declared = |run| {
+        let trainer = Trainer::new();
+        let plan = || plan().with_weights(DType::ALL);
+        let config = Config::new()
+            .clip(Clip::Quantile { quantile: 0.9 })
+            .loss_scale(LossScale::dynamic())
+            .rules(Rules::default())
+            .history(3)
+            .tracking(GsnrConfig::new())
+            .moments()
+            .histogram()
+            .dot()
+            .samples(SampleConfig::new(10, 2))
+            .adaptive_clip(AdaptiveClip::new([100, 70, 65]))
+            .optimizer(AdamW::new(1e-2))
+            .micro_batches(2);
+        let made = run.made("making a probe", || Probe::new(Cuda::new(&trainer.stream)?, plan()?, config.clone()));
+        let Some(mut probe) = made else { return };
+        run.check("measuring", || known(&mut probe, &trainer));
+        run.end(probe);
+    }
+
     /// The step of the documentation, with reports that are waited for and not.
     a_step = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::global_norm(1.0)).history(3).rules(Rules::default());
-        let made = run.made("making a probe", || Probe::new(Cuda::new(&trainer.stream)?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         let [first, second, third, fourth] = &mut trainer.steps;
         run.call("measure", || probe.measure(&first.all()));
         run.call("clip", || probe.clip(&mut first.all_mut()));
@@ -147,8 +169,7 @@ every_call! {
         let trainer = Trainer::new();
         let (raw, known_raw) = own(|| (trainer.steps.each_ref().map(|step| step.raw(&trainer.stream)), trainer.known.raw(&trainer.stream)));
         let config = Config::new().clip(Clip::global_norm(1.0)).tracking(GsnrConfig::new());
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         let captured: Option<CudaGraph> = {
             // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
             let bound = run.made("bind", || unsafe { probe.bind(&refs(&raw[0]), &[]) });
@@ -186,8 +207,7 @@ every_call! {
         let plan = || plan().with_weights(DType::ALL);
         let units = || AdaptiveClip::new([100, 70, 65]);
         let config = Config::new().adaptive_clip(units());
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan()?, config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan().unwrap(), config);
         let Trainer { steps, weights, known, stream } = &mut trainer;
         let _ = stream;
         for step in steps {
@@ -206,8 +226,7 @@ every_call! {
     beside_steps = |run| {
         let trainer = Trainer::new();
         let config = Config::new().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2);
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         let tensors = trainer.steps[0].all();
         run.call("histogram", || probe.histogram()?.measure(&tensors).map(drop));
         run.call("dot", || probe.dot()?.measure(&tensors, &trainer.weights.all()).map(drop));
@@ -244,8 +263,7 @@ every_call! {
     tracking = |run| {
         let trainer = Trainer::new();
         let config = Config::new().tracking(GsnrConfig::new().window(4));
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         for step in &trainer.steps {
             run.call("measure", || probe.measure(&step.all()));
             run.call("launch", || probe.gsnr()?.launch());
@@ -265,8 +283,7 @@ every_call! {
     /// The same of Adam's moments.
     moments = |run| {
         let trainer = Trainer::new();
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), Config::new().moments()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), Config::new().moments());
         let slices = own(|| LENGTHS.map(|length| trainer.stream.clone_htod(&vec![0.25f32; length])));
         let [Ok(first), Ok(second), Ok(third)] = &slices else { return };
         let moments = [first, second, third].map(|slice| AdamMoments { exp_avg: slice, exp_avg_sq: slice });
@@ -282,8 +299,7 @@ every_call! {
     loss_scale = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::Quantile { quantile: 0.9 }).loss_scale(LossScale::dynamic().initial(8.0));
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         let Trainer { steps, known, .. } = &mut trainer;
         let Some(mut fresh) = run.made("state", || probe.state()) else { return run.end(probe) };
         for (number, step) in steps.iter_mut().enumerate() {
@@ -306,8 +322,7 @@ every_call! {
     an_optimizer = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::global_norm(1.0)).optimizer(AdamW::new(1e-2));
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, plan(), config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(plan(), config);
         let fresh = run.made("state", || probe.optimizer()?.state());
         for step in &trainer.steps {
             run.call("update", || probe.update(&step.all(), &mut trainer.weights.all_mut()));
@@ -334,8 +349,7 @@ every_call! {
         let config = Config::new().clip(Clip::global_norm(1.0));
         let values = |number: usize| (0..200).map(|index| ((index * number) % 17) as f32 - 8.0).collect::<Vec<_>>();
         let one = || Plan::new([("w", DType::F32, 200)]);
-        let made = run.made("making a probe", || Probe::new(trainer.device()?, one()?, config.clone()));
-        let Some(mut probe) = made else { return };
+        let mut probe = trainer.probe(one().unwrap(), config);
         for step in 1..4 {
             let mut gradients = values(step);
             run.call("measure", || probe.measure(&[&HostTensor::F32(&gradients)]));
