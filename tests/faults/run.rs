@@ -167,7 +167,7 @@ impl Run {
         });
         let may_have_none = self.kind().is_some_and(|kind| kind.is_lost() || kind.is_of_peers());
         match found {
-            Some(found) if !self.expected_next().is_none_or(|expected| *expected == found) => {
+            Some(found) if self.expected_next().is_some_and(|expected| *expected != found) => {
                 self.complain(&format!("{what} gave other bits"));
             }
             None if !may_have_none => self.complain(&format!("{what} gave nothing after the fault was over")),
@@ -178,7 +178,7 @@ impl Run {
 
     /// As far as there are such reports, they are those without a fault.
     pub fn compare(&mut self, what: &'static str, reports: Vec<u8>) {
-        if !self.expected_next().is_none_or(|expected| expected.starts_with(&reports)) {
+        if self.expected_next().is_some_and(|expected| !expected.starts_with(&reports)) {
             self.complain(&format!("{what} gave other bits"));
         }
         self.found.push(reports);

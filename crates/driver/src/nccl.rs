@@ -252,11 +252,11 @@ macro_rules! entry_point {
             if let Err(refused) = begin(stringify!($name)) {
                 return refused;
             }
-            let done = (|| $body)();
-            match faults::of_this_call() {
-                Some(Fault::ReleaseAndRefuse(_)) => ncclResult_t::ncclSystemError,
-                Some(Fault::Progress) if done == ncclResult_t::ncclSuccess => ncclResult_t::ncclInProgress,
-                _ => done,
+            let run = || $body;
+            match (run(), faults::of_this_call()) {
+                (_, Some(Fault::ReleaseAndRefuse(_))) => ncclResult_t::ncclSystemError,
+                (ncclResult_t::ncclSuccess, Some(Fault::Progress)) => ncclResult_t::ncclInProgress,
+                (done, _) => done,
             }
         }
         const _: unsafe fn($($type),*) -> ncclResult_t = sys::$name;
