@@ -62,7 +62,9 @@ fn come_together(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8
 /// Steps of a rank, and a histogram of all; the reports, up to the first error.
 fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
     let mut reports = Vec::new();
-    let mut probe = trainer.probe(plan(), Config::new().clip(Clip::global_norm(1.0)).histogram().ranks(ranks));
+    let config = Config::new().clip(Clip::global_norm(1.0)).histogram().ranks(ranks);
+    // The other rank may have lost the device already.
+    let Ok(mut probe) = trainer.probe(plan(), config) else { return reports };
     let mut script = || {
         for step in &trainer.steps[..2] {
             let mut raw = own(|| step.raw(&trainer.stream));
@@ -89,7 +91,9 @@ fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
 /// The same, captured and replayed.
 fn replays(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
     let mut reports = Vec::new();
-    let mut probe = trainer.probe(plan(), Config::new().clip(Clip::global_norm(1.0)).ranks(ranks));
+    let Ok(mut probe) = trainer.probe(plan(), Config::new().clip(Clip::global_norm(1.0)).ranks(ranks)) else {
+        return reports;
+    };
     let mut raw = own(|| trainer.steps[0].raw(&trainer.stream));
     let mut script = || {
         // SAFETY: memory and probe live as long as the graph, and are used on this stream only.

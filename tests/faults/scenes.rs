@@ -95,8 +95,8 @@ impl Trainer {
     }
 
     /// A probe whose making does not count: that of `all_that_is_declared` does.
-    pub fn probe(&self, plan: Plan, config: Config) -> Probe {
-        own(|| Probe::new(Cuda::new(&self.stream)?, plan, config)).unwrap()
+    pub fn probe(&self, plan: Plan, config: Config) -> Result<Probe, Error> {
+        own(|| Probe::new(Cuda::new(&self.stream)?, plan, config))
     }
 }
 
@@ -142,7 +142,7 @@ every_call! {
     a_step = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::global_norm(1.0)).history(3).rules(Rules::default());
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         let [first, second, third, fourth] = &mut trainer.steps;
         run.call("measure", || probe.measure(&first.all()));
         run.call("clip", || probe.clip(&mut first.all_mut()));
@@ -169,7 +169,7 @@ every_call! {
         let trainer = Trainer::new();
         let (raw, known_raw) = own(|| (trainer.steps.each_ref().map(|step| step.raw(&trainer.stream)), trainer.known.raw(&trainer.stream)));
         let config = Config::new().clip(Clip::global_norm(1.0)).tracking(GsnrConfig::new());
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         let captured: Option<CudaGraph> = {
             // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
             let bound = run.made("bind", || unsafe { probe.bind(&refs(&raw[0]), &[]) });
@@ -207,7 +207,7 @@ every_call! {
         let plan = || plan().with_weights(DType::ALL);
         let units = || AdaptiveClip::new([100, 70, 65]);
         let config = Config::new().adaptive_clip(units());
-        let mut probe = trainer.probe(plan().unwrap(), config);
+        let mut probe = trainer.probe(plan().unwrap(), config).unwrap();
         let Trainer { steps, weights, known, stream } = &mut trainer;
         let _ = stream;
         for step in steps {
@@ -226,7 +226,7 @@ every_call! {
     beside_steps = |run| {
         let trainer = Trainer::new();
         let config = Config::new().histogram().dot().samples(SampleConfig::new(10, 2)).micro_batches(2);
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         let tensors = trainer.steps[0].all();
         run.call("histogram", || probe.histogram()?.measure(&tensors).map(drop));
         run.call("dot", || probe.dot()?.measure(&tensors, &trainer.weights.all()).map(drop));
@@ -263,7 +263,7 @@ every_call! {
     tracking = |run| {
         let trainer = Trainer::new();
         let config = Config::new().tracking(GsnrConfig::new().window(4));
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         for step in &trainer.steps {
             run.call("measure", || probe.measure(&step.all()));
             run.call("launch", || probe.gsnr()?.launch());
@@ -283,7 +283,7 @@ every_call! {
     /// The same of Adam's moments.
     moments = |run| {
         let trainer = Trainer::new();
-        let mut probe = trainer.probe(plan(), Config::new().moments());
+        let mut probe = trainer.probe(plan(), Config::new().moments()).unwrap();
         let slices = own(|| LENGTHS.map(|length| trainer.stream.clone_htod(&vec![0.25f32; length])));
         let [Ok(first), Ok(second), Ok(third)] = &slices else { return };
         let moments = [first, second, third].map(|slice| AdamMoments { exp_avg: slice, exp_avg_sq: slice });
@@ -299,7 +299,7 @@ every_call! {
     loss_scale = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::Quantile { quantile: 0.9 }).loss_scale(LossScale::dynamic().initial(8.0));
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         let Trainer { steps, known, .. } = &mut trainer;
         let Some(mut fresh) = run.made("state", || probe.state()) else { return run.end(probe) };
         for (number, step) in steps.iter_mut().enumerate() {
@@ -322,7 +322,7 @@ every_call! {
     an_optimizer = |run| {
         let mut trainer = Trainer::new();
         let config = Config::new().clip(Clip::global_norm(1.0)).optimizer(AdamW::new(1e-2));
-        let mut probe = trainer.probe(plan(), config);
+        let mut probe = trainer.probe(plan(), config).unwrap();
         let fresh = run.made("state", || probe.optimizer()?.state());
         for step in &trainer.steps {
             run.call("update", || probe.update(&step.all(), &mut trainer.weights.all_mut()));
@@ -349,7 +349,7 @@ every_call! {
         let config = Config::new().clip(Clip::global_norm(1.0));
         let values = |number: usize| (0..200).map(|index| ((index * number) % 17) as f32 - 8.0).collect::<Vec<_>>();
         let one = || Plan::new([("w", DType::F32, 200)]);
-        let mut probe = trainer.probe(one().unwrap(), config);
+        let mut probe = trainer.probe(one().unwrap(), config).unwrap();
         for step in 1..4 {
             let mut gradients = values(step);
             run.call("measure", || probe.measure(&[&HostTensor::F32(&gradients)]));
