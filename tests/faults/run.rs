@@ -263,7 +263,9 @@ pub fn fail_every_call(name: &str, script: impl Fn(&mut Run)) {
             let differs = seen.iter().zip(&calls).take(index + 1).position(|(seen, call)| seen != call);
             assert!(
                 seen.len() > index && differs.is_none(),
-                "{name}, {kind:?} of call {index}: calls differ at {differs:?}"
+                "{name}, {kind:?} of call {index}: calls differ, {:?} from {:?}",
+                around(&seen, differs.unwrap_or(index)),
+                around(&calls, differs.unwrap_or(index)),
             );
             faults += 1;
             // A communicator is aborted by a thread of its own.
@@ -279,6 +281,11 @@ pub fn fail_every_call(name: &str, script: impl Fn(&mut Run)) {
     }
     println!("{name}: {} calls, {faults} faults", calls.len());
     assert!(wrong.is_empty(), "{name}: {} complaints\n    {}", wrong.len(), wrong.join("\n    "));
+}
+
+/// Some calls before and after one.
+fn around(calls: &[String], index: usize) -> &[String] {
+    &calls[index.saturating_sub(12).min(calls.len())..(index + 6).min(calls.len())]
 }
 
 /// What is wrong with a run.
