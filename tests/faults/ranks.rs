@@ -60,7 +60,7 @@ fn come_together(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8
 }
 
 /// Steps of a rank, and a histogram of all; the reports, up to the first error.
-fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
+fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks, has_whole_tensors: bool) -> Vec<u8> {
     let mut reports = Vec::new();
     let config = Config::new().clip(Clip::global_norm(1.0)).histogram().ranks(ranks);
     // The other rank may have lost the device already.
@@ -76,11 +76,10 @@ fn steps(rank: &mut Rank<'_>, trainer: &Trainer, ranks: Ranks) -> Vec<u8> {
         let of_own = rank.call("histogram", || probe.histogram()?.measure(&refs(&raw)))?;
         let of_all = rank.call("histogram of all", || probe.ranks()?.histograms(&of_own))?;
         reports.extend(bytemuck::cast_slice::<_, u8>(of_all.histograms()));
-        let of_model = rank.call("model", || match probe.ranks()?.model() {
-            Err(Error::NotDeclared { .. }) => Ok(Vec::new()),
-            other => other,
-        })?;
-        reports.extend(of_model.iter().flat_map(|(_, record)| bytemuck::bytes_of(record)));
+        if has_whole_tensors {
+            let of_model = rank.call("model", || probe.ranks()?.model())?;
+            reports.extend(of_model.iter().flat_map(|(_, record)| bytemuck::bytes_of(record)));
+        }
         rank.call("replicas", || probe.ranks()?.differing_replicas())
     };
     script();
@@ -199,17 +198,18 @@ every_call! {
             let mesh = Mesh::new([("dp", 2)]).unwrap();
             Ranks::alike(communicator, &mesh, mesh.layout([("dp", Along::Sharded)]).unwrap()).whole_tensors()
         };
-        pair(run, ranks_of, steps);
+        pair(run, ranks_of, |rank, trainer, ranks| steps(rank, trainer, ranks, true));
     }
 
     /// Replicas, which wait for one another only where they are compared strictly.
     replicas = |run| {
-        pair(run, |communicator| Ranks::data_parallel(communicator).replica_check(ReplicaCheck::Strict), steps);
+        let ranks_of = |communicator| Ranks::data_parallel(communicator).replica_check(ReplicaCheck::Strict);
+        pair(run, ranks_of, |rank, trainer, ranks| steps(rank, trainer, ranks, false));
     }
 
     /// Plain data parallelism.
     data_parallel = |run| {
-        pair(run, Ranks::data_parallel, steps);
+        pair(run, Ranks::data_parallel, |rank, trainer, ranks| steps(rank, trainer, ranks, false));
     }
 
     /// In graphs, of which the collectives are a part.
