@@ -79,6 +79,8 @@ impl Drop for Cuda {
         } else {
             let _ = insist(wait);
         }
+        // Here, as to unload them would end the captures of other streams.
+        self.kernels.clear();
     }
 }
 
