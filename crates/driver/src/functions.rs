@@ -56,19 +56,23 @@ pub fn forget(context: context::Id) {
     MODULES.retain(|module| module.context != context);
 }
 
-/// PTX, read once for all modules made of it.
-fn read(ptx: String) -> Outcome<Arc<gradprobe_ptx::Module>> {
-    static READ: Mutex<Vec<(String, Arc<gradprobe_ptx::Module>)>> = Mutex::new(Vec::new());
+/// The kernels of an image whose PTX is this, read once for all modules made of it: that takes longer than a script's step.
+fn read(image: &[u8], ptx: impl FnOnce() -> String) -> Outcome<Arc<gradprobe_ptx::Module>> {
+    static READ: Mutex<Vec<(Vec<u8>, Arc<gradprobe_ptx::Module>)>> = Mutex::new(Vec::new());
     let mut known = READ.lock().unwrap();
-    if let Some((_, kernels)) = known.iter().find(|(text, _)| *text == ptx) {
+    if let Some((_, kernels)) = known.iter().find(|(known, _)| *known == image) {
         return Ok(Arc::clone(kernels));
+    }
+    let ptx = ptx();
+    if !ptx.contains(".version") {
+        return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
     }
     let kernels = gradprobe_ptx::Module::parse(&ptx).map_err(|error| {
         eprintln!("host driver: {error}");
         CUresult::CUDA_ERROR_INVALID_PTX
     })?;
     let kernels = Arc::new(kernels);
-    known.push((ptx, Arc::clone(&kernels)));
+    known.push((image.to_vec(), Arc::clone(&kernels)));
     Ok(kernels)
 }
 
@@ -375,21 +379,19 @@ entry_points! {
         refuse_in_any_capture()?;
         // SAFETY: an image has a header of 16 bytes, PTX more characters.
         let head = unsafe { slice::from_raw_parts(image.cast::<u8>(), 16) };
-        let ptx = if fatbin::is_fatbin(head) {
+        let kernels = if fatbin::is_fatbin(head) {
             if env::var_os("GRADPROBE_HOST_DRIVER_NO_BINARY").is_some() {
                 return Err(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
             }
             // SAFETY: the header says how many bytes there are.
             let image = unsafe { slice::from_raw_parts(image.cast::<u8>(), fatbin::length(head)) };
-            fatbin::ptx(image).unwrap_or_else(|error| die(&error))
+            read(image, || fatbin::ptx(image).unwrap_or_else(|error| die(&error)))?
         } else {
             // SAFETY: what is no binary is PTX, a string that ends with 0.
-            unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned()
+            let text = unsafe { CStr::from_ptr(image.cast()) };
+            read(text.to_bytes(), || text.to_string_lossy().into_owned())?
         };
-        if !ptx.contains(".version") {
-            return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
-        }
-        give!(module, MODULES.insert(Module { context, kernels: read(ptx)? }));
+        give!(module, MODULES.insert(Module { context, kernels }));
         Ok(())
     }
 
