@@ -2,6 +2,10 @@
 //! each access: `.ci/run` has it do so. As an ordinary test it compares with what a fresh probe says.
 #![allow(unsafe_code, reason = "names memory by its address")]
 
+#[path = "common/clips.rs"]
+mod clips;
+
+use clips::CLIPS;
 use gradprobe::{
     Absent, Clip, Config, Cpu, DType, Error, HostTensor, Plan, Probe, RawTensor, Report, Rules, Tensor, TensorMut,
     clip::{AdaptiveClip, LossScale},
@@ -18,17 +22,6 @@ use std::thread;
 const LENGTHS: [usize; 5] = [if cfg!(miri) { 131 } else { 2051 }, 9, 32, 1, 0];
 const DTYPES: [DType; 5] = [DType::F16, DType::F32, DType::BF16, DType::F32, DType::F16];
 const WEIGHTS: [DType; 5] = [DType::BF16, DType::F32, DType::BF16, DType::F16, DType::F32];
-
-const CLIPS: [Clip; 8] = [
-    Clip::None,
-    Clip::global_norm(1.0),
-    Clip::Value { max_abs: 1.0 },
-    Clip::Quantile { quantile: 0.9 },
-    Clip::TensorNorm { max_norm: 1.0 },
-    Clip::Percentile { percentile: 50.0, history: 2, max_norm: Some(1.0) },
-    Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 2, max_norm: None },
-    Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: Some(1.0) },
-];
 
 /// Elements on the host, at an odd place of their memory.
 #[derive(Clone, Debug, PartialEq)]

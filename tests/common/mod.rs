@@ -8,6 +8,7 @@
 pub mod absent;
 pub mod cases;
 pub mod check;
+pub mod clips;
 pub mod data;
 pub mod gsnr;
 pub mod gsnr_cases;

@@ -3,7 +3,7 @@
 //! host.
 #![allow(unsafe_code, reason = "implements a device, which addresses are trusted of")]
 
-use crate::common::host::OnHost;
+use crate::common::{clips::CLIPS, host::OnHost};
 use crate::on_cpu::{Altered, OnCpu};
 use gradprobe::{
     Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Record, Rules, Tensor, TensorMut,
@@ -69,17 +69,6 @@ const FEATURES: [(&str, Declare); 12] = [
 fn everything(lengths: &[u64], clip: Clip) -> Config {
     FEATURES.into_iter().fold(Config::new().clip(clip), |config, (_, declare)| declare(config, lengths))
 }
-
-const CLIPS: [Clip; 8] = [
-    Clip::None,
-    Clip::global_norm(1.0),
-    Clip::Value { max_abs: 1.0 },
-    Clip::Quantile { quantile: 0.9 },
-    Clip::TensorNorm { max_norm: 1.0 },
-    Clip::Percentile { percentile: 50.0, history: 4, max_norm: Some(1.0) },
-    Clip::ZScore { smoothing: 0.9, threshold: 2.0, warmup: 2, max_norm: None },
-    Clip::TensorEma { smoothing: 0.9, threshold: 1.05, warmup: 2, max_norm: Some(1.0) },
-];
 
 /// Everything that a probe can be asked for, and the call that declares it.
 fn requests(probe: &mut Probe) -> Vec<(&'static str, Result<(), Error>)> {

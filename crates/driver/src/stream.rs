@@ -107,7 +107,7 @@ impl Stream {
         }
     }
 
-    /// The moment at which all that is queued so far is done.
+    /// The moment at which all that is queued in this stream alone is done.
     pub fn moment(&self) -> Arc<Moment> {
         let moment = Arc::new(Moment::default());
         let comes = Arc::clone(&moment);
@@ -117,10 +117,15 @@ impl Stream {
 
     /// Waits until the queue is empty.
     pub fn wait(&self) {
+        self.mark().wait();
+    }
+
+    /// The moment at which all that is queued so far is done, and what the legacy default stream waits for.
+    fn mark(&self) -> Arc<Moment> {
         let moment = Arc::new(Moment::default());
         let comes = Arc::clone(&moment);
         self.enqueue(move || comes.come());
-        moment.wait();
+        moment
     }
 
     /// What is being captured, if anything is.
@@ -210,12 +215,7 @@ impl Event {
         }
         *self.last.lock().unwrap() = match &*stream.capture() {
             Some(capture) => Recorded::Captured(capture.id()?),
-            None => {
-                let moment = Arc::new(Moment::default());
-                let comes = Arc::clone(&moment);
-                stream.enqueue(move || comes.come());
-                Recorded::At(moment)
-            }
+            None => Recorded::At(stream.mark()),
         };
         Ok(())
     }

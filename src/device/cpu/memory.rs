@@ -95,15 +95,23 @@ pub(crate) unsafe fn tensor_mut<'a>(address: u64, length: u64, dtype: u32) -> Ho
     }
 }
 
+/// The tables of the tensors of a launch: their addresses, and what they are.
+///
+/// # Safety
+/// As of [`tensors`].
+unsafe fn tables<'a>(a: &Common) -> (&'a [u64], &'a [TensorEntry]) {
+    let count = a.tensor_count as usize;
+    // SAFETY: the caller's promise.
+    unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) }
+}
+
 /// The tensors of a launch, to be read, and their table.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch), of host memory, as long as they are used.
 pub(crate) unsafe fn tensors<'a>(a: &Common) -> (Vec<HostTensor<'a>>, &'a [TensorEntry]) {
-    let count = a.tensor_count as usize;
     // SAFETY: the caller's promise.
-    let (addresses, entries): (&[u64], &'a [TensorEntry]) =
-        unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) };
+    let (addresses, entries) = unsafe { tables(a) };
     let of = |(&address, entry): (&u64, &TensorEntry)| {
         // SAFETY: the caller's promise.
         unsafe { tensor(address, entry.length, entry.dtype.into()) }
@@ -116,10 +124,8 @@ pub(crate) unsafe fn tensors<'a>(a: &Common) -> (Vec<HostTensor<'a>>, &'a [Tenso
 /// # Safety
 /// As of [`tensors`].
 pub(crate) unsafe fn tensors_mut<'a>(a: &Common) -> (Vec<HostTensorMut<'a>>, &'a [TensorEntry]) {
-    let count = a.tensor_count as usize;
     // SAFETY: the caller's promise.
-    let (addresses, entries): (&[u64], &'a [TensorEntry]) =
-        unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) };
+    let (addresses, entries) = unsafe { tables(a) };
     let of = |(&address, entry): (&u64, &TensorEntry)| {
         // SAFETY: the caller's promise; tensors to be changed do not overlap.
         unsafe { tensor_mut(address, entry.length, entry.dtype.into()) }
