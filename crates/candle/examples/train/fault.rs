@@ -28,9 +28,3 @@ pub fn kill_units(variables: &VarMap) -> candle_core::Result<()> {
     let killed: Vec<f32> = (0..bias.elem_count()).map(|unit| if unit % 16 == 0 { 0.0 } else { -1e3 }).collect();
     bias.set(&Tensor::from_vec(killed, bias.shape(), bias.device())?)
 }
-
-/// The same values, with a distance of 0 added: that of `x` from itself, √(x − x)². The slope of a root at 0 is infinite, and
-/// times the 0 that is the slope of the square it is NaN.
-pub fn with_root_of_zero(x: &Tensor) -> candle_core::Result<Tensor> {
-    x + (x - x.detach())?.sqr()?.sqrt()?
-}

@@ -6,14 +6,20 @@
 //! ways, for the diagnosis to find. Exit code 2 for a command line that cannot be understood, 1 for every other failure; a
 //! run that goes bad is no failure.
 
+#[path = "../shared/block.rs"]
+mod block;
 mod fault;
 mod model;
 mod options;
+#[path = "../shared/root.rs"]
+mod root;
 mod summary;
 mod table;
 mod text;
 mod training;
 mod watch;
+#[path = "../shared/weights.rs"]
+mod weights;
 
 use candle_core::Device;
 use clap::Parser;

@@ -30,7 +30,7 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     let model = Model::new(text.alphabet(), options.fault == Some(Fault::Sigmoid), &builder)?;
     let parameters = ParamsAdamW { lr: options.lr, weight_decay: 0.0, ..ParamsAdamW::default() };
     let mut watch = Watch::new(&variables, options, &parameters, device)?;
-    model::seed(&mut variables, &watch.names(), &mut random, device)?;
+    model::seed(&mut variables, &watch.names(), &mut random)?;
     let mut candle = Candle::new(&variables, options.optimizer, parameters)?;
 
     let mut rate = options.lr;
