@@ -27,13 +27,15 @@ pub struct TensorSpec {
 #[derive(Clone)]
 pub struct Plan(Arc<Contents>);
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Contents {
     tensors: Vec<TensorSpec>,
     /// Of all tensors.
     chunks: usize,
     /// Types of the weights, where they are measured too.
     weights: Option<Vec<DType>>,
+    /// Lengths of the dimensions, where they are known.
+    shapes: Option<Vec<Vec<u64>>>,
 }
 
 impl Plan {
@@ -61,7 +63,7 @@ impl Plan {
             }
             chunks += usize::try_from(len.div_ceil(CHUNK as u64)).map_err(|_| too_large())?;
         }
-        Ok(Self(Arc::new(Contents { tensors, chunks, weights: None })))
+        Ok(Self(Arc::new(Contents { tensors, chunks, weights: None, shapes: None })))
     }
 
     /// The same plan for a probe that can measure the weights beside their gradients, in the same launch: they are as
@@ -71,12 +73,45 @@ impl Plan {
     /// [`Error::TensorCount`] when there are not as many types as tensors.
     pub fn with_weights(self, dtypes: impl IntoIterator<Item = DType>) -> Result<Self, Error> {
         let dtypes: Vec<DType> = dtypes.into_iter().collect();
-        let Contents { tensors, chunks, .. } = &*self.0;
-        let (planned, given) = (tensors.len(), dtypes.len());
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
+        self.check_count(dtypes.len())?;
+        Ok(self.with(|contents| contents.weights = Some(dtypes)))
+    }
+
+    /// The same plan with the shapes of the tensors, one a tensor: the outputs' dimension first, as PyTorch and candle have them,
+    /// and rows first in a table of embeddings. No number that is measured depends on them; [`health`](crate::health) tells
+    /// weights from biases by them, and how many inputs a weight sums over.
+    ///
+    /// # Errors
+    /// [`Error::TensorCount`] when there are not as many shapes as tensors, [`Error::InvalidConfig`], which names the tensor, for
+    /// a shape of another number of elements.
+    pub fn with_shapes<S: Into<Vec<u64>>>(self, shapes: impl IntoIterator<Item = S>) -> Result<Self, Error> {
+        let shapes: Vec<Vec<u64>> = shapes.into_iter().map(Into::into).collect();
+        self.check_count(shapes.len())?;
+        for (TensorSpec { name, len, .. }, shape) in self.tensors().iter().zip(&shapes) {
+            if shape.iter().try_fold(1u64, |product, &length| product.checked_mul(length)) != Some(*len) {
+                let expected = "of as many elements as the plan's tensors";
+                let value = format!("{shape:?} of {name:?}, which has {len}");
+                return Err(Error::InvalidConfig { option: "shapes", expected, value });
+            }
         }
-        Ok(Self(Arc::new(Contents { tensors: tensors.clone(), chunks: *chunks, weights: Some(dtypes) })))
+        Ok(self.with(|contents| contents.shapes = Some(shapes)))
+    }
+
+    /// # Errors
+    /// [`Error::TensorCount`] unless there is one a tensor.
+    fn check_count(&self, given: usize) -> Result<(), Error> {
+        let planned = self.tensors().len();
+        if planned == given { Ok(()) } else { Err(Error::TensorCount { planned, given }) }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Contents)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+
+    /// Lengths of the tensors' dimensions, in a plan [`with_shapes`](Self::with_shapes).
+    pub fn shapes(&self) -> Option<&[Vec<u64>]> {
+        self.0.shapes.as_deref()
     }
 
     /// Types of the weights, one a tensor, in a plan [`with_weights`](Self::with_weights).

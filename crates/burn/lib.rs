@@ -35,7 +35,8 @@ impl BurnProbe {
         let parameters = required.map(Parameter::try_from).collect::<Result<Vec<_>, _>>()?;
         let places = parameters.iter().enumerate().map(|(index, parameter)| (parameter.name.clone(), index)).collect();
         let tensors = parameters.iter().map(|parameter| (&*parameter.name, parameter.dtype, parameter.len()));
-        let probe = Probe::new(Cpu, Plan::new(tensors)?, config)?;
+        let probe =
+            Probe::new(Cpu, Plan::new(tensors)?.with_shapes(parameters.iter().map(Parameter::lengths))?, config)?;
         Ok(Self { parameters, places, probe })
     }
 

@@ -71,6 +71,15 @@ impl Parameter {
         self.shape.iter().map(|&length| length as u64).product()
     }
 
+    /// Of the dimensions, the outputs' first: burn's linear layers have the inputs first.
+    pub fn lengths(&self) -> Vec<u64> {
+        let mut lengths: Vec<u64> = self.shape.iter().map(|&length| length as u64).collect();
+        if let [_, _] = lengths[..] {
+            lengths.reverse();
+        }
+        lengths
+    }
+
     /// Shape and type, as burn spells them.
     pub fn describe(&self) -> String {
         let dtype = match self.dtype {

@@ -66,7 +66,7 @@ impl CandleProbe {
         let device = variables::device(&planned)?;
         let dtypes = planned.iter().map(Planned::known_dtype).collect::<Result<Vec<_>, _>>()?;
         let tensors = planned.iter().zip(dtypes).map(|(of, dtype)| (of.name.as_str(), dtype, of.len()));
-        let plan = Plan::new(tensors)?;
+        let plan = Plan::new(tensors)?.with_shapes(planned.iter().map(Planned::lengths))?;
         let source = source(variables);
         let exchanges = planned.iter().map(|_| Exchange::on(device)).collect::<Result<_, _>>()?;
         let probe = probe_of(&source, device, plan, config.clone())?;

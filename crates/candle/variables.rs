@@ -80,6 +80,11 @@ impl Planned {
         self.shape.elem_count() as u64
     }
 
+    /// Of its dimensions.
+    pub fn lengths(&self) -> Vec<u64> {
+        self.shape.dims().iter().map(|&length| length as u64).collect()
+    }
+
     /// Shape, type and device.
     pub fn describe(&self) -> String {
         describe(&self.shape, self.dtype, &self.device)

@@ -23,6 +23,7 @@ pub struct Entry {
     pub name: String,
     pub dtype: DType,
     pub len: u64,
+    pub shape: Vec<u64>,
     /// Where its data begins, from the end of the header.
     pub start: usize,
 }
@@ -72,7 +73,8 @@ fn parse(path: &Path, header: &[u8], wanted: impl Fn(&str) -> bool) -> Result<(V
         let info: TensorInfo = serde_json::from_value(value).map_err(|error| Failure::tensor(path, &name, error))?;
         if wanted(&name) {
             let (dtype, len) = check(&info).map_err(|reason| Failure::tensor(path, &name, reason))?;
-            entries.push(Entry { name: name.clone(), dtype, len, start: info.data_offsets.0 });
+            let shape = info.shape.iter().map(|&length| length as u64).collect();
+            entries.push(Entry { name: name.clone(), dtype, len, shape, start: info.data_offsets.0 });
         }
         infos.push((name, info));
     }

@@ -29,16 +29,21 @@ pub fn report(
     report.into()
 }
 
-/// One finding. Its step is the place of the file in `steps`, from 0; what is known of all steps together has the last.
+/// One finding. Its step is the place in `steps`, from 0, of the file in which it began; of what is known of all steps together, the
+/// last. The message says how many tensors it is about besides the first.
 fn finding(finding: &Finding) -> Value {
+    let message = match finding.others.len() {
+        0 => finding.message.clone(),
+        others => format!("{}; and {others} more", finding.message),
+    };
     json!({
         "severity": finding.severity.name(),
         "kind": finding.kind.name(),
-        "step": finding.step.saturating_sub(1),
+        "step": finding.since.saturating_sub(1),
         "tensor": finding.tensor,
         "value": number(finding.value),
         "threshold": number(finding.threshold),
-        "message": finding.message,
+        "message": message,
         "advice": finding.advice,
     })
 }

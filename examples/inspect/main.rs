@@ -122,7 +122,9 @@ fn run(options: &Options) -> Result<(), Failure> {
             copies.write(file, &step, &tensors)?;
         }
         let diagnosis = health.diagnose(&report)?;
-        findings.extend_from_slice(diagnosis.findings());
+        // What goes on from step to step is told once.
+        let is_new = |found: &&Finding| !findings.iter().any(|earlier| found.is_of_same_cause(earlier));
+        findings.extend(diagnosis.findings().iter().filter(is_new).cloned().collect::<Vec<_>>());
         if options.json {
             steps.push(json::step(file, &report, copies.is_some()));
             continue;
@@ -130,7 +132,8 @@ fn run(options: &Options) -> Result<(), Failure> {
         progress.clear();
         let gap = if index > 0 { "\n" } else { "" };
         let name = one_line(&file.display().to_string());
-        let diagnosis = if diagnosis.verdict() == Verdict::Healthy { String::new() } else { diagnosis.to_string() };
+        let is_worth_a_look = diagnosis.verdict() != Verdict::Healthy || !diagnosis.undecided().is_empty();
+        let diagnosis = if is_worth_a_look { diagnosis.to_string() } else { String::new() };
         let rate = units::rate(bytes, time);
         let printed = print(&format!("{gap}{name}\n{report}{rate} on {}\n{diagnosis}", probe.device()));
         match printed {
@@ -141,7 +144,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     }
     progress.clear();
     let gsnr = if files.len() > 1 { Some(probe.gsnr()?.report()?) } else { None };
-    let of_all = gsnr.as_ref().map_or_else(Vec::new, |gsnr| health.diagnose_gsnr(gsnr));
+    let of_all = gsnr.as_ref().map_or_else(|| Ok(Vec::new()), |gsnr| health.diagnose_gsnr(gsnr))?;
     let verdict = findings.iter().chain(&of_all).map(|finding| finding.severity).max().unwrap_or_default();
     if options.json {
         findings.extend(of_all);

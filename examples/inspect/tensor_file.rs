@@ -39,7 +39,8 @@ impl TensorFile {
     /// A plan to measure the tensors by.
     pub fn plan(&self) -> Result<Plan, Failure> {
         let plan = Plan::new(self.entries.iter().map(|t| (t.name.as_str(), t.dtype, t.len)));
-        plan.map_err(|error| Failure::file(&self.path, error))
+        let shapes = self.entries.iter().map(|t| t.shape.as_slice());
+        plan.and_then(|plan| plan.with_shapes(shapes)).map_err(|error| Failure::file(&self.path, error))
     }
 
     /// Memory to read the tensors into.

@@ -1,6 +1,27 @@
-//! What usually helps, by kind: the remedies that the literature on gradient monitoring gives, most promising first.
+//! What usually helps, by kind and cause: the remedies that the literature on gradient monitoring gives, most promising first.
 
 use super::FindingKind;
+
+/// The remedies for a finding of this kind by this rule, most promising first: for the cause where the rule tells it.
+pub(super) fn advice_for(kind: FindingKind, rule: &str) -> &'static [&'static str] {
+    match (kind, rule) {
+        (FindingKind::Exploding, "gain") => &[INITIALISE, LOWER_RATE, WARM_UP, "decay the weights"],
+        (FindingKind::Vanishing, "gain") => &[INITIALISE, "add a normalisation"],
+        (FindingKind::Exploding, "max_abs") => &[
+            "leave the step out",
+            "one element of one tensor: test the memory of that machine, and look at the batch by its tag",
+            LOWER_RATE,
+            CLIP,
+        ],
+        (FindingKind::Vanishing, "silent") => &[
+            "check that the loss depends on the parameters: no detach, no constant, nothing masked out whole",
+            LOSS_SCALE,
+            "use Leaky ReLU, GELU or SiLU in place of ReLU",
+        ],
+        (FindingKind::Dead, "inactive_rows") => &["check the indices: those of a table are the same few in every step"],
+        _ => advice(kind),
+    }
+}
 
 /// The remedies for a kind of finding, most promising first.
 pub const fn advice(kind: FindingKind) -> &'static [&'static str] {

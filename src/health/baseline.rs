@@ -1,99 +1,119 @@
 //! What healthy steps were like, learned from a run and kept as text.
 
+use super::robust::{NORMAL, median_and_deviation};
 use crate::{Error, Plan, Report, history::HistoryReport};
 use std::{fmt, str::FromStr};
 
-/// The range of norms over healthy steps: of all tensors together and of each. Learned from a run's own last steps
-/// ([`of_history`](Self::of_history)) or step by step ([`observe`](Self::observe)), and kept as text: `Display` writes it
-/// and `FromStr` reads it back to the bit.
+/// The usual norms of healthy steps: of all tensors together and of each, by the median and the median absolute deviation, which a
+/// few odd steps do not move. Learned from a run's own last steps ([`of_history`](Self::of_history)) or from reports
+/// ([`of_reports`](Self::of_reports)), and kept as text for the next run: `Display` writes it and `FromStr` reads it back to the bit.
 ///
-/// The text is one line for the format, one for the total and one a tensor, of fields between tabs: elements, steps,
-/// smallest norm, largest norm, name. In a name, tab, line feed, carriage return and backslash are `\t`, `\n`, `\r`,
-/// `\\`.
+/// The text is a line for the format, one with the learning rate or `-`, one for the total and one a tensor, of fields between tabs:
+/// elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and backslash are `\t`, `\n`, `\r`, `\\`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Baseline {
-    total: NormRange,
-    tensors: Vec<(String, u64, NormRange)>,
+    learning_rate: Option<f64>,
+    total: UsualNorm,
+    tensors: Vec<(String, u64, UsualNorm)>,
 }
 
-/// The norms that were seen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct NormRange {
+/// The norms that were seen, without those that were 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UsualNorm {
     /// Steps they are of.
     pub steps: u64,
-    /// The smallest; +Inf without steps.
-    pub smallest: f64,
-    /// The largest; 0 without steps.
-    pub largest: f64,
+    /// Their median; 0 without steps.
+    pub median: f64,
+    /// The standard deviation of their logarithm, as 1.4826 times the median absolute one; 0 without steps.
+    pub deviation: f64,
 }
 
-impl NormRange {
-    const NONE: Self = Self { steps: 0, smallest: f64::INFINITY, largest: 0.0 };
+impl UsualNorm {
+    fn of(norms: impl Iterator<Item = f64>) -> Self {
+        let mut logarithms: Vec<f64> = norms.filter(|&norm| norm > 0.0).map(f64::ln).collect();
+        let steps = logarithms.len() as u64;
+        if steps == 0 {
+            return Self::default();
+        }
+        let (median, deviation) = median_and_deviation(&mut logarithms);
+        Self { steps, median: median.exp(), deviation: NORMAL * deviation }
+    }
 
-    fn add(&mut self, norm: f64) {
-        self.steps = self.steps.saturating_add(1);
-        self.smallest = self.smallest.min(norm);
-        self.largest = self.largest.max(norm);
+    /// How many deviations of the logarithm, at least of `least`, a norm lies above it.
+    pub(super) fn deviations(&self, norm: f64, least: f64) -> f64 {
+        (norm / self.median).ln() / self.deviation.max(least)
     }
 }
 
-const HEADER: &str = "gradprobe baseline 1";
+const HEADER: &str = "gradprobe baseline 2";
 
 impl Baseline {
-    /// Of the tensors of a plan, before any step.
-    pub fn new(plan: &Plan) -> Self {
-        let tensors = plan.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.len, NormRange::NONE)).collect();
-        Self { total: NormRange::NONE, tensors }
+    /// Of the last steps of a run from number `first` on, from 1, so that its warm-up can be left out. Steps that were not finite or
+    /// skipped are.
+    pub fn of_history(history: &HistoryReport, first: u64) -> Self {
+        let healthy = history.steps().filter(|(step, _)| {
+            let outputs = &step.outputs;
+            outputs.step >= first && outputs.found_inf == 0.0 && outputs.skip == 0
+        });
+        let steps = healthy.map(|(step, tensors)| {
+            let norms = tensors.iter().map(|tensor| tensor.finite_l2_norm).collect();
+            (step.outputs.finite_total_norm, norms)
+        });
+        Self::learned(history.plan(), &steps.collect::<Vec<_>>())
     }
 
-    /// Of the last steps of a run, those left out that were not finite or skipped.
-    pub fn of_history(history: &HistoryReport) -> Self {
-        let mut baseline = Self::new(history.plan());
-        for (step, tensors) in history.steps() {
-            if step.outputs.found_inf == 0.0 && step.outputs.skip == 0 {
-                baseline.add(
-                    step.outputs.finite_total_norm,
-                    tensors.iter().map(|tensor| tensor.has_elements().then_some(tensor.finite_l2_norm)),
-                );
-            }
-        }
-        baseline
-    }
-
-    /// Takes a step in, unless it is not finite or to be skipped.
+    /// Of these steps of a plan, but for those that are not finite or to be skipped.
     ///
     /// # Errors
-    /// [`Error::BaselineOfAnotherModel`], which names the first tensor that differs.
-    pub fn observe(&mut self, report: &Report) -> Result<(), Error> {
-        self.check(report.plan())?;
-        let outputs = report.outputs();
-        if outputs.found_inf == 0.0 && outputs.skip == 0 {
-            self.add(
-                outputs.finite_total_norm,
-                report.records().iter().map(|record| (record.count > 0).then(|| record.finite_l2_norm())),
-            );
+    /// [`Error::ReportOfAnotherPlan`].
+    pub fn of_reports<'a>(plan: &Plan, reports: impl IntoIterator<Item = &'a Report>) -> Result<Self, Error> {
+        let mut steps = Vec::new();
+        for report in reports {
+            if report.plan() != plan {
+                return Err(Error::ReportOfAnotherPlan);
+            }
+            let outputs = report.outputs();
+            if outputs.found_inf == 0.0 && outputs.skip == 0 {
+                let norms = report.records().iter().map(|record| record.finite_l2_norm()).collect();
+                steps.push((outputs.finite_total_norm, norms));
+            }
         }
-        Ok(())
+        Ok(Self::learned(plan, &steps))
     }
 
-    fn add(&mut self, total: f64, norms: impl Iterator<Item = Option<f64>>) {
-        self.total.add(total);
-        for ((_, _, range), norm) in self.tensors.iter_mut().zip(norms) {
-            norm.into_iter().for_each(|norm| range.add(norm));
-        }
+    /// From the total and the tensors' norms of each step; that of an absent tensor is 0.
+    fn learned(plan: &Plan, steps: &[(f64, Vec<f64>)]) -> Self {
+        let total = UsualNorm::of(steps.iter().map(|&(total, _)| total));
+        let of_tensor = |(index, tensor): (usize, &crate::TensorSpec)| {
+            let usual = UsualNorm::of(steps.iter().map(|(_, norms)| norms[index]));
+            (tensor.name.clone(), tensor.len, usual)
+        };
+        Self { learning_rate: None, total, tensors: plan.tensors().iter().enumerate().map(of_tensor).collect() }
+    }
+
+    /// With the learning rate that the steps were made with. Under another one by more than a factor of 2,
+    /// [`Rules::learning_rate`](super::Rules::learning_rate), nothing is judged by it.
+    #[must_use]
+    pub fn at_learning_rate(self, learning_rate: f64) -> Self {
+        Self { learning_rate: Some(learning_rate), ..self }
+    }
+
+    /// The learning rate that the steps were made with, if it was given.
+    pub fn learning_rate(&self) -> Option<f64> {
+        self.learning_rate
     }
 
     /// The total norms that were seen.
-    pub fn total(&self) -> NormRange {
+    pub fn total(&self) -> UsualNorm {
         self.total
     }
 
     /// Names and norms of the tensors, in the plan's order.
-    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, NormRange)> {
-        self.tensors.iter().map(|(name, _, range)| (name.as_str(), *range))
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, UsualNorm)> {
+        self.tensors.iter().map(|(name, _, usual)| (name.as_str(), *usual))
     }
 
-    pub(super) fn range_of(&self, index: usize) -> &NormRange {
+    pub(super) fn usual_of(&self, index: usize) -> &UsualNorm {
         &self.tensors[index].2
     }
 
@@ -122,11 +142,15 @@ impl Baseline {
 
 impl fmt::Display for Baseline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let range = |range: &NormRange| format!("{}\t{:e}\t{:e}", range.steps, range.smallest, range.largest);
+        let fields = |usual: &UsualNorm| format!("{}\t{:e}\t{:e}", usual.steps, usual.median, usual.deviation);
         writeln!(f, "{HEADER}")?;
-        writeln!(f, "{}", range(&self.total))?;
-        for (name, len, norms) in &self.tensors {
-            writeln!(f, "{len}\t{}\t{}", range(norms), escape(name))?;
+        match self.learning_rate {
+            Some(rate) => writeln!(f, "{rate:e}")?,
+            None => writeln!(f, "-")?,
+        }
+        writeln!(f, "{}", fields(&self.total))?;
+        for (name, len, usual) in &self.tensors {
+            writeln!(f, "{len}\t{}\t{}", fields(usual), escape(name))?;
         }
         Ok(())
     }
@@ -145,40 +169,50 @@ impl FromStr for Baseline {
         let mut lines = text.split_terminator('\n');
         let header = lines.next().unwrap_or_default();
         if header != HEADER {
-            return Err(invalid("text that begins with \"gradprobe baseline 1\"", header));
+            return Err(invalid("text that begins with \"gradprobe baseline 2\"", header));
         }
+        let rate = lines.next().unwrap_or_default();
+        let learning_rate = match rate {
+            "-" => None,
+            text => {
+                let rate: Option<f64> = text.parse().ok().filter(|&rate: &f64| rate > 0.0 && rate.is_finite());
+                Some(rate.ok_or_else(|| invalid("a line with a learning rate, or -", text))?)
+            }
+        };
         let total = lines.next().unwrap_or_default();
         let fields: Vec<&str> = total.split('\t').collect();
-        let total =
-            parse_range(&fields).ok_or_else(|| invalid("a line of steps and two norms for the total", total))?;
+        let total = parse_usual(&fields)
+            .ok_or_else(|| invalid("a line of steps, median and deviation for the total", total))?;
         let mut tensors = Vec::new();
         for line in lines {
             let fields: Vec<&str> = line.split('\t').collect();
             let tensor = match fields[..] {
-                [len, steps, smallest, largest, name] => {
-                    let (len, range) = (len.parse().ok(), parse_range(&[steps, smallest, largest]));
-                    len.zip(range).zip(unescape(name)).map(|((len, range), name)| (name, len, range))
+                [len, steps, median, deviation, name] => {
+                    let (len, usual) = (len.parse().ok(), parse_usual(&[steps, median, deviation]));
+                    len.zip(usual).zip(unescape(name)).map(|((len, usual), name)| (name, len, usual))
                 }
                 _ => None,
             };
             tensors.push(
-                tensor.ok_or_else(|| invalid("lines of elements, steps, two norms and a name for tensors", line))?,
+                tensor.ok_or_else(|| {
+                    invalid("lines of elements, steps, median, deviation and a name for tensors", line)
+                })?,
             );
         }
-        Ok(Self { total, tensors })
+        Ok(Self { learning_rate, total, tensors })
     }
 }
 
-fn parse_range(fields: &[&str]) -> Option<NormRange> {
-    let [steps, smallest, largest] = fields else { return None };
-    let range =
-        NormRange { steps: steps.parse().ok()?, smallest: smallest.parse().ok()?, largest: largest.parse().ok()? };
-    let valid = if range.steps == 0 {
-        range == NormRange::NONE
-    } else {
-        range.smallest >= 0.0 && range.smallest <= range.largest && range.largest < f64::INFINITY
+fn parse_usual(fields: &[&str]) -> Option<UsualNorm> {
+    let [steps, median, deviation] = fields else { return None };
+    let usual =
+        UsualNorm { steps: steps.parse().ok()?, median: median.parse().ok()?, deviation: deviation.parse().ok()? };
+    let is_number = |x: f64| (0.0..f64::INFINITY).contains(&x);
+    let valid = match usual.steps {
+        0 => usual == UsualNorm::default(),
+        _ => usual.median > 0.0 && is_number(usual.median) && is_number(usual.deviation),
     };
-    valid.then_some(range)
+    valid.then_some(usual)
 }
 
 fn escape(name: &str) -> String {

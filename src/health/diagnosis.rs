@@ -11,11 +11,23 @@ pub struct Diagnosis {
     pub(super) step: u64,
     pub(super) verdict: Verdict,
     pub(super) findings: Vec<Finding>,
+    pub(super) undecided: Vec<Undecided>,
     pub(super) words: Vec<u32>,
     pub(super) step_word: u32,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) frontier: Option<Frontier>,
     pub(super) flow: Option<Flow>,
+}
+
+/// What cannot be told yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Undecided {
+    /// What it may be.
+    pub kind: FindingKind,
+    /// The tensor it concerns; `None` where it is about all of them.
+    pub tensor: Option<String>,
+    /// What it takes to tell.
+    pub needs: String,
 }
 
 impl Diagnosis {
@@ -29,10 +41,15 @@ impl Diagnosis {
         self.verdict
     }
 
-    /// What is wrong, most severe first; of the same severity by kind, then what concerns all tensors, then tensors in
-    /// the plan's order.
+    /// What is wrong, one finding a cause, most severe first; of the same severity by kind, then what concerns all tensors, then
+    /// what concerns some.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+
+    /// What may be wrong, and what it takes to tell. No part of the verdict.
+    pub fn undecided(&self) -> &[Undecided] {
+        &self.undecided
     }
 
     /// Names and verdicts of the tensors, in the plan's order.
@@ -77,8 +94,6 @@ impl Diagnosis {
     }
 }
 
-/// Lines of one kind that are printed before the rest is counted.
-const SHOWN: usize = 4;
 /// Remedies that are printed.
 const REMEDIES: usize = 5;
 
@@ -91,6 +106,7 @@ impl fmt::Display for Diagnosis {
         }
         writeln!(f)?;
         write_findings(f, &self.findings)?;
+        write_undecided(f, &self.undecided)?;
         if let Some(frontier) = &self.frontier {
             write!(f, "  began at step {} in {}", frontier.step, printable(&frontier.tensor))?;
             write!(f, ", element {} ({})", frontier.element, frontier.kind)?;
@@ -115,18 +131,29 @@ pub fn table(findings: &[Finding]) -> impl fmt::Display + '_ {
     Table(findings)
 }
 
-/// Those of one severity and kind together.
 fn write_findings(f: &mut fmt::Formatter<'_>, findings: &[Finding]) -> fmt::Result {
-    let of = |finding: &Finding| (finding.severity, finding.kind);
-    for same in findings.chunk_by(|a, b| of(a) == of(b)) {
-        let mark = if same[0].severity == Verdict::Critical { "✖" } else { "▲" };
-        for finding in &same[..same.len().min(SHOWN)] {
-            let name = finding.tensor.as_deref().map_or_else(|| "all tensors".to_owned(), printable);
-            writeln!(f, "  {mark} {:9} {name}: {}", finding.kind, finding.message)?;
+    for finding in findings {
+        let mark = if finding.severity == Verdict::Critical { "✖" } else { "▲" };
+        write!(f, "  {mark} {:9} {}", finding.kind, named(finding.tensor.as_deref(), finding.others.len()))?;
+        if finding.since < finding.step {
+            write!(f, ", since step {}", finding.since)?;
         }
-        if same.len() > SHOWN {
-            writeln!(f, "  {mark} {:9} and {} more", same[0].kind, same.len() - SHOWN)?;
-        }
+        writeln!(f, ": {}", finding.message)?;
+    }
+    Ok(())
+}
+
+/// A tensor and how many others.
+fn named(tensor: Option<&str>, others: usize) -> String {
+    let name = tensor.map_or_else(|| "all tensors".to_owned(), printable);
+    if others > 0 { format!("{name} and {others} more") } else { name }
+}
+
+/// What needs the same together.
+fn write_undecided(f: &mut fmt::Formatter<'_>, undecided: &[Undecided]) -> fmt::Result {
+    for same in undecided.chunk_by(|a, b| (a.kind, &a.needs) == (b.kind, &b.needs)) {
+        let (kind, name) = (same[0].kind, named(same[0].tensor.as_deref(), same.len() - 1));
+        writeln!(f, "  ? {kind:9} {name}: cannot tell yet; that takes {}", same[0].needs)?;
     }
     Ok(())
 }
@@ -138,26 +165,7 @@ fn write_advice(f: &mut fmt::Formatter<'_>, advice: &[&str]) -> fmt::Result {
     Ok(())
 }
 
-/// Orders findings as [`Diagnosis::findings`] has them; those of one kind keep their order.
-pub(super) fn sort(findings: &mut [Finding]) {
-    findings.sort_by_key(|finding| (std::cmp::Reverse(finding.severity), finding.kind, finding.tensor.is_some()));
-}
-
 /// The worst verdict of these findings.
 pub(super) fn worst<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> Verdict {
     findings.into_iter().map(|finding| finding.severity).max().unwrap_or_default()
-}
-
-/// A finding with the advice for its kind.
-pub(super) fn finding(
-    severity: Verdict,
-    kind: FindingKind,
-    step: u64,
-    tensor: Option<&str>,
-    (value, threshold): (f64, f64),
-    rule: &'static str,
-    message: String,
-) -> Finding {
-    let advice = super::advice(kind);
-    Finding { severity, kind, step, tensor: tensor.map(str::to_owned), value, threshold, rule, message, advice }
 }

@@ -65,9 +65,13 @@ pub struct Finding {
     pub kind: FindingKind,
     /// The measurement it was found in, as [`Report::step`](crate::Report::step).
     pub step: u64,
-    /// The tensor it concerns; `None` where it is about all of them.
+    /// The measurement in which it began: this one, or an earlier one where it takes several to tell.
+    pub since: u64,
+    /// The tensor it concerns, the first of them to look at; `None` where it is about all of them.
     pub tensor: Option<String>,
-    /// What was measured.
+    /// The other tensors it concerns.
+    pub others: Vec<String>,
+    /// What was measured, of `tensor`.
     pub value: f64,
     /// The limit it passed.
     pub threshold: f64,
@@ -77,6 +81,19 @@ pub struct Finding {
     pub message: String,
     /// What usually helps, most promising first.
     pub advice: &'static [&'static str],
+}
+
+impl Finding {
+    /// The tensors it concerns, the first to look at before the others; none where it is about all of them.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.tensor.iter().chain(&self.others).map(String::as_str)
+    }
+
+    /// Whether this and a finding of an earlier step are of one cause, which goes on: for those who tell it once.
+    pub fn is_of_same_cause(&self, earlier: &Self) -> bool {
+        (self.since, self.severity, self.kind, self.rule)
+            == (earlier.since, earlier.severity, earlier.kind, earlier.rule)
+    }
 }
 
 impl FindingKind {

@@ -1,6 +1,6 @@
 //! How the gradient's norm goes with the depth of the model.
 
-use super::{FlowMeasure, names};
+use super::{FlowMeasure, names, robust::median};
 use crate::{Plan, Record};
 use std::sync::Arc;
 
@@ -15,6 +15,8 @@ pub struct Flow {
     /// Place in the depth and norm.
     layers: Vec<(usize, f64)>,
     slope: f64,
+    /// The first tensor that counts of the first layer.
+    first_tensor: usize,
 }
 
 /// Which layer each tensor belongs to; known from the plan.
@@ -23,6 +25,8 @@ pub(super) struct Layers {
     /// Of the tensors that count.
     places: Vec<Option<usize>>,
     names: Arc<[String]>,
+    /// Whether the names tell the depth; else the plan's order is taken for it.
+    pub are_numbered: bool,
 }
 
 impl Layers {
@@ -36,7 +40,8 @@ impl Layers {
                 *place = None;
             }
         }
-        Self { places, names: names.into() }
+        let are_numbered = names.first() != plan.tensors().first().map(|tensor| &tensor.name);
+        Self { places, names: names.into(), are_numbered }
     }
 
     /// The flow of a step. `None` with fewer than [`Flow::LEAST_LAYERS`] layers.
@@ -53,7 +58,14 @@ impl Layers {
         let norms = squares.iter().map(|squares| squares.sqrt()).enumerate();
         let layers: Vec<(usize, f64)> = norms.filter(|&(_, norm)| norm > 0.0 && norm.is_finite()).collect();
         let slope = theil_sen(&pool(&layers));
-        (layers.len() >= Flow::LEAST_LAYERS).then(|| Flow { names: Arc::clone(&self.names), layers, slope })
+        let first = layers.first()?.0;
+        let first_tensor = self.places.iter().position(|&place| place == Some(first))?;
+        (layers.len() >= Flow::LEAST_LAYERS).then(|| Flow {
+            names: Arc::clone(&self.names),
+            layers,
+            slope,
+            first_tensor,
+        })
     }
 }
 
@@ -102,6 +114,10 @@ impl Flow {
         norms().fold(0.0, f64::max) / norms().fold(f64::INFINITY, f64::min)
     }
 
+    pub(super) fn first_tensor(&self) -> usize {
+        self.first_tensor
+    }
+
     pub(super) fn measure(&self, measure: FlowMeasure) -> f64 {
         match measure {
             FlowMeasure::Slope => self.fitted_ratio(),
@@ -132,11 +148,5 @@ fn theil_sen(points: &[(f64, f64)]) -> f64 {
     for (index, &(depth, logarithm)) in points.iter().enumerate() {
         slopes.extend(points[..index].iter().map(|&(d, l)| (logarithm - l) / (depth - d)));
     }
-    if slopes.is_empty() {
-        return 0.0;
-    }
-    let (odd, middle) = (slopes.len() % 2 == 1, slopes.len() / 2);
-    let (below, &mut upper, _) = slopes.select_nth_unstable_by(middle, f64::total_cmp);
-    let lower = below.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if odd { upper } else { (lower + upper) / 2.0 }
+    median(&mut slopes)
 }

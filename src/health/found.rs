@@ -1,34 +1,83 @@
-//! Findings while a step is being diagnosed: what a passed limit is called, one finding a tensor and kind.
+//! Findings while a step is being diagnosed: what a passed limit is called, and one finding a cause.
 
-use super::{Finding, FindingKind, Limits, Statistic, ThresholdRule, Verdict, diagnosis::finding};
+use super::{
+    Finding, FindingKind, Limits, Statistic, ThresholdRule, Verdict, advice::advice_for, diagnosis::Undecided,
+    threshold::count_to_f64,
+};
 use crate::{Plan, Record};
 
 /// What has been found of a step so far.
 pub(super) struct Found<'a> {
     plan: &'a Plan,
     step: u64,
-    /// With the place of the tensor; findings of the step have the number of tensors.
-    findings: Vec<(usize, Finding)>,
-    tensors: usize,
+    /// Of each tensor, the bits k of the kinds that do not concern it.
+    exempt: &'a [u32],
+    seen: Vec<Seen>,
+    undecided: Vec<Undecided>,
+}
+
+/// A finding to be.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub kind: FindingKind,
+    pub severity: Verdict,
+    pub value: f64,
+    pub limit: f64,
+    pub rule: &'static str,
+    /// Its tensor; none where it is about all of them.
+    pub index: Option<usize>,
+    /// The other tensors that it is about.
+    pub others: Vec<usize>,
+    /// The step in which it began; none for this one.
+    pub since: Option<u64>,
+    pub message: String,
+}
+
+impl Seen {
+    /// Of this step, about all tensors, without words.
+    pub fn new(kind: FindingKind, severity: Verdict, (value, limit): (f64, f64), rule: &'static str) -> Self {
+        let (index, others, since, message) = (None, Vec::new(), None, String::new());
+        Self { kind, severity, value, limit, rule, index, others, since, message }
+    }
+
+    /// How far past its limit it is.
+    fn excess(&self) -> f64 {
+        if self.limit == 0.0 { 0.0 } else { (self.value / self.limit).ln().abs() }
+    }
 }
 
 impl<'a> Found<'a> {
-    pub(super) fn new(plan: &'a Plan, step: u64, tensors: usize) -> Self {
-        Self { plan, step, findings: Vec::new(), tensors }
+    pub(super) fn new(plan: &'a Plan, step: u64, exempt: &'a [u32]) -> Self {
+        Self { plan, step, exempt, seen: Vec::new(), undecided: Vec::new() }
     }
 
-    pub(super) fn push(
-        &mut self,
-        index: Option<usize>,
-        kind: FindingKind,
-        severity: Verdict,
-        values: (f64, f64),
-        rule: &'static str,
-        message: String,
-    ) {
-        let name = index.map(|index| self.plan.tensors()[index].name.as_str());
-        let found = finding(severity, kind, self.step, name, values, rule, message);
-        self.findings.push((index.unwrap_or(self.tensors), found));
+    pub(super) fn step(&self) -> u64 {
+        self.step
+    }
+
+    pub(super) fn is_exempt(&self, index: usize, kind: FindingKind) -> bool {
+        self.exempt[index] & 1 << kind as u32 != 0
+    }
+
+    /// Whether something of these kinds has been found.
+    pub(super) fn has(&self, kinds: &[FindingKind]) -> bool {
+        self.seen.iter().any(|seen| kinds.contains(&seen.kind))
+    }
+
+    /// Takes it in, unless its kind does not concern its tensor.
+    pub(super) fn push(&mut self, seen: Seen) {
+        if seen.index.is_none_or(|index| !self.is_exempt(index, seen.kind)) {
+            self.seen.push(seen);
+        }
+    }
+
+    /// What this may be of a tensor, or of all, and what it takes to tell; unless it does not concern that tensor.
+    pub(super) fn undecided(&mut self, kind: FindingKind, index: impl Into<Option<usize>>, needs: String) {
+        let index = index.into();
+        if index.is_none_or(|index| !self.is_exempt(index, kind)) {
+            let tensor = index.map(|index| self.plan.tensors()[index].name.clone());
+            self.undecided.push(Undecided { kind, tensor, needs });
+        }
     }
 
     /// A tensor that is not finite.
@@ -40,9 +89,9 @@ impl<'a> Found<'a> {
             if count > 0 {
                 let message =
                     format!("{count} of {} elements are {what}; the first that is not finite is {first}", record.count);
-                #[expect(clippy::cast_precision_loss, reason = "below 2^53")]
-                let values = (count as f64, 0.0);
-                self.push(Some(index), kind, Verdict::Critical, values, "nonfinite", message);
+                let values = (count_to_f64(count), 0.0);
+                let seen = Seen::new(kind, Verdict::Critical, values, "nonfinite");
+                self.push(Seen { index: Some(index), message, ..seen });
             }
         }
     }
@@ -73,31 +122,71 @@ impl<'a> Found<'a> {
         } else {
             format!("{what} {value:.3e}, {side} {limit:.3e}{more}")
         };
-        self.push(index, kind, severity, (value, limit), statistic.name(), message);
+        self.push(Seen { index, message, ..Seen::new(kind, severity, (value, limit), statistic.name()) });
     }
 
-    /// The worst of each kind and tensor, in the order of [`Diagnosis::findings`](super::Diagnosis::findings); the
-    /// verdicts of the tensors raised by them. The elements of a vanishing tensor are dead as well, which is no finding
-    /// of its own: its units are not what is wrong.
-    pub(super) fn finish(self, verdicts: &mut [Verdict]) -> Vec<Finding> {
-        let Self { mut findings, tensors, .. } = self;
-        findings.sort_by_key(|(index, found)| (*index, found.kind, std::cmp::Reverse(found.severity)));
-        findings.dedup_by_key(|(index, found)| (*index, found.kind));
-        let vanishing: Vec<usize> = findings
-            .iter()
-            .filter(|(_, found)| found.kind == FindingKind::Vanishing)
-            .map(|&(index, _)| index)
-            .collect();
-        findings.retain(|(index, found)| found.kind != FindingKind::Dead || vanishing.binary_search(index).is_err());
-        for (index, found) in &findings {
-            if let Some(verdict) = verdicts.get_mut(*index) {
-                *verdict = (*verdict).max(found.severity);
+    /// One finding a cause, in the order of [`Diagnosis::findings`](super::Diagnosis::findings); the verdicts of the tensors
+    /// raised by them. `order` is that of the backward pass.
+    ///
+    /// Of each tensor and kind the worst counts. The elements of a vanishing tensor are dead as well, which is no finding of its own:
+    /// its units are not what is wrong. A step that explodes is no spike besides. What is of one kind, rule and severity is one
+    /// finding, named by the tensor that is furthest past its limit, or else that the backward pass reaches first.
+    pub(super) fn finish(self, order: &[usize], verdicts: &mut [Verdict]) -> (Vec<Finding>, Vec<Undecided>) {
+        let explodes = self.has(&[FindingKind::Exploding, FindingKind::Ratio]);
+        let mut seen = self.seen;
+        seen.sort_by_key(|seen| (seen.index, seen.kind, std::cmp::Reverse(seen.severity)));
+        seen.dedup_by(|b, a| (a.index, a.kind) == (b.index, b.kind) && a.others.is_empty() && b.others.is_empty());
+        let vanishing: Vec<usize> =
+            seen.iter().filter(|seen| seen.kind == FindingKind::Vanishing).filter_map(|seen| seen.index).collect();
+        seen.retain(|seen| {
+            let follows = match seen.kind {
+                FindingKind::Dead => seen.index.is_some_and(|index| vanishing.contains(&index)),
+                FindingKind::Spike => explodes,
+                _ => false,
+            };
+            !follows
+        });
+        for seen in &seen {
+            for index in seen.index.iter().chain(&seen.others) {
+                verdicts[*index] = verdicts[*index].max(seen.severity);
             }
         }
-        // What concerns all tensors comes first.
-        findings
-            .sort_by_key(|(index, found)| (std::cmp::Reverse(found.severity), found.kind, (index + 1) % (tensors + 1)));
-        findings.into_iter().map(|(_, found)| found).collect()
+        let mut places = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(place, &index)| places[index] = place);
+        let place = |seen: &Seen| seen.index.map(|index| places[index]);
+        seen.sort_by(|a, b| {
+            let cause = |seen: &Seen| (std::cmp::Reverse(seen.severity), seen.kind, seen.index.is_some(), seen.rule);
+            cause(a).cmp(&cause(b)).then(b.excess().total_cmp(&a.excess())).then(place(a).cmp(&place(b)))
+        });
+        let mut findings: Vec<Finding> = Vec::new();
+        for seen in seen {
+            let name = |index: usize| self.plan.tensors()[index].name.clone();
+            let alike = |last: &&mut Finding| {
+                let of_tensors = last.tensor.is_some() && seen.index.is_some();
+                of_tensors && (last.severity, last.kind, last.rule) == (seen.severity, seen.kind, seen.rule)
+            };
+            let others = seen.others.iter().copied().map(name);
+            let since = seen.since.unwrap_or(self.step);
+            if let Some(last) = findings.last_mut().filter(alike) {
+                last.others.extend(seen.index.map(name).into_iter().chain(others));
+                last.since = last.since.min(since);
+                continue;
+            }
+            findings.push(Finding {
+                severity: seen.severity,
+                kind: seen.kind,
+                step: self.step,
+                since,
+                tensor: seen.index.map(name),
+                others: others.collect(),
+                value: seen.value,
+                threshold: seen.limit,
+                rule: seen.rule,
+                message: seen.message,
+                advice: advice_for(seen.kind, seen.rule),
+            });
+        }
+        (findings, self.undecided)
     }
 }
 

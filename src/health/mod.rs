@@ -1,5 +1,6 @@
 #![doc = include_str!("../health.md")]
 
+mod activity;
 mod advice;
 mod baseline;
 mod cadence;
@@ -11,18 +12,24 @@ mod found;
 mod frontier;
 mod groups;
 mod judge;
+mod jump;
 mod monitor;
 mod names;
 mod presets;
+mod robust;
 mod rules;
+mod run;
+
+mod structure;
 mod threshold;
 mod updates;
+mod weights;
 
 pub use advice::advice;
-pub use baseline::{Baseline, NormRange};
+pub use baseline::{Baseline, UsualNorm};
 pub use cadence::Cadence;
 pub use compare::{Compared, Comparison, NormChange, NormSummary, RunSummary, suggested_clip};
-pub use diagnosis::{Diagnosis, table};
+pub use diagnosis::{Diagnosis, Undecided, table};
 pub use finding::{Finding, FindingKind, Verdict};
 pub use flow::Flow;
 pub use frontier::Frontier;

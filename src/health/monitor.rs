@@ -1,17 +1,23 @@
 //! Follows the health of a run: turns each step's report into a diagnosis, and remembers what that needs.
 
 use super::{
-    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, Frontier, Limits, NormRange, Rules, StepNorms, Verdict,
-    diagnosis::{self, finding},
+    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, FlowRule, Frontier, Limits, Rules, StepNorms, UsualNorm,
+    Verdict,
+    activity::Activity,
+    diagnosis,
     flow::Layers,
-    found::{Found, past_above, past_below, percent},
+    found::{Found, Seen, past_above, past_below, percent},
     frontier,
     groups::largest,
+    jump::{Jump, LEAST_DEVIATION, jump},
+    run::Run,
+    structure::Structure,
     threshold::{NONFINITE, count_to_f64, step_word, tensor_word, verdict_of},
     updates::Updates,
+    weights::Weights,
 };
 use crate::{
-    Error, Plan, Record, Report, StepOutputs, TensorSpec, gsnr::GsnrReport, histogram::HistogramReport,
+    DType, Error, Plan, Record, Report, StepOutputs, TensorSpec, gsnr::GsnrReport, histogram::HistogramReport,
     measure::printable, ranks::RankCheck,
 };
 use std::collections::VecDeque;
@@ -40,6 +46,7 @@ pub struct Health {
     /// In which a backward pass reaches the tensors.
     order: Vec<usize>,
     layers: Layers,
+    structure: Structure,
     state: State,
 }
 
@@ -50,8 +57,10 @@ struct State {
     /// Of the last clean step, 0 before it.
     norms: Vec<f64>,
     total: f64,
-    /// Clean steps in a row in which a tensor was vanishing.
-    vanishing: Vec<u32>,
+    /// Clean steps in a row in which a tensor was vanishing by a threshold.
+    vanishing: Vec<Run>,
+    activity: Activity,
+    weights: Weights,
     updates: Updates,
     window: VecDeque<Past>,
     frontier: Option<Frontier>,
@@ -61,18 +70,22 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 struct Past {
     norm: f64,
+    /// Elements that had a gradient tensor: steps of other tensors are no comparison.
+    elements: u64,
     clipped: bool,
     log_coefficient: f64,
 }
 
 impl State {
-    fn new(plan: &Plan) -> Self {
+    fn new(plan: &Plan, structure: &Structure) -> Self {
         let tensors = plan.tensors().len();
         Self {
             step: 0,
             norms: vec![0.0; tensors],
             total: 0.0,
-            vanishing: vec![0; tensors],
+            vanishing: vec![Run::default(); tensors],
+            activity: Activity::new(structure),
+            weights: Weights::default(),
             updates: Updates::new(plan),
             window: VecDeque::new(),
             frontier: None,
@@ -80,9 +93,10 @@ impl State {
     }
 }
 
-/// The least standard deviation of the logarithm of norms that a z-score is measured by: norms of a run without noise
-/// must rise by half before they are a spike of 4, not by 4 %.
-const LEAST_DEVIATION: f64 = 0.1;
+/// Share of a rise that one tensor must have for the spike to be its own.
+const ALONE: f64 = 0.9;
+/// Steps that a baseline must be of.
+const LEAST_LEARNED: u64 = 6;
 /// Tensors that a spike's message names.
 const NAMED: usize = 3;
 
@@ -96,7 +110,13 @@ impl Health {
         rules.check()?;
         rules.check_patterns(plan)?;
         rules.learned_from().map_or(Ok(()), |baseline| baseline.check(plan))?;
-        let exempt: Vec<u32> = plan.tensors().iter().map(|tensor| rules.exemptions_of(&tensor.name)).collect();
+        let structure = Structure::of(plan);
+        let exempt_from = |(index, tensor): (usize, &TensorSpec)| {
+            let has_ratio = !rules.knows_weights() || (structure.is_weight[index] && tensor.dtype != DType::F16);
+            let ratio = if has_ratio { 0 } else { 1 << FindingKind::Ratio as u32 };
+            rules.exemptions_of(&tensor.name) | ratio
+        };
+        let exempt: Vec<u32> = plan.tensors().iter().enumerate().map(exempt_from).collect();
         let layers = Layers::of(plan, |index| exempt[index] & 1 << FindingKind::Flow as u32 != 0);
         let tensors = exempt.len();
         Ok(Self {
@@ -105,7 +125,8 @@ impl Health {
             exempt,
             order: (0..tensors).rev().collect(),
             layers,
-            state: State::new(plan),
+            state: State::new(plan, &structure),
+            structure,
         })
     }
 
@@ -135,12 +156,17 @@ impl Health {
         &self.rules
     }
 
-    /// Goes by other rules from the next step on, with what is remembered kept.
+    /// Goes by other rules from the next step on, with what is remembered kept; but for the norms of the window, where the learning
+    /// rate is another by more than a factor of 2.
     ///
     /// # Errors
     /// Those of [`new`](Self::new); the rules then stay.
     pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
         let Self { rules, exempt, layers, .. } = Self::new(&self.plan, rules)?;
+        // Norms under another rate are no comparison.
+        if rules.rate().zip(self.rules.rate()).is_some_and(|(now, then)| are_apart(now, then)) {
+            self.state.window.clear();
+        }
         (self.rules, self.exempt, self.layers) = (rules, exempt, layers);
         Ok(())
     }
@@ -152,7 +178,7 @@ impl Health {
 
     /// Forgets all steps and the frontier.
     pub fn reset(&mut self) {
-        self.state = State::new(&self.plan);
+        self.state = State::new(&self.plan, &self.structure);
     }
 
     /// Diagnoses the next step.
@@ -169,13 +195,13 @@ impl Health {
         let united = words.iter().fold(0, |united, word| united | word);
         let step_word = step_word(self.rules.thresholds(), united, &norms);
         if clean {
-            self.state.count_vanishing(&words, records);
+            self.state.count_vanishing(&words, report);
         } else if self.state.frontier.is_none() {
             self.state.frontier = frontier::find(&self.plan, records, &self.order, outputs.step);
         }
         let flow = if clean { self.layers.flow(records) } else { None };
 
-        let mut found = Found::new(&self.plan, outputs.step, self.exempt.len());
+        let mut found = Found::new(&self.plan, outputs.step, &self.exempt);
         for (index, record) in report.records().iter().enumerate().filter(|&(index, _)| words[index] != 0) {
             if words[index] & NONFINITE != 0 {
                 found.nonfinite(index, record);
@@ -197,10 +223,13 @@ impl Health {
             self.of_ranks(check, &mut found);
         }
         if outputs.skip == 0 {
-            self.state.updates.judge(report, &self.rules, &self.exempt, &mut found);
+            self.state.updates.judge(report, &self.rules, &mut found);
         }
+        self.state.weights.judge(report, &self.structure, &self.rules, &mut found);
         if clean {
-            self.of_spike(outputs.finite_total_norm, records, &mut found);
+            let context = (&self.structure, &self.rules, &self.order[..]);
+            self.state.activity.judge((outputs.step, records), context, &mut found);
+            self.of_jump(outputs.finite_total_norm, records, &mut found);
             self.state.remember(outputs, records, self.rules.window);
             self.of_window(&mut found);
             self.of_baseline(outputs.finite_total_norm, records, &mut found);
@@ -208,12 +237,13 @@ impl Health {
         self.state.step = outputs.step;
 
         let mut verdicts: Vec<Verdict> = words.iter().map(|&word| verdict_of(word)).collect();
-        let findings = found.finish(&mut verdicts);
+        let (findings, undecided) = found.finish(&self.order, &mut verdicts);
         Ok(Diagnosis {
             plan: self.plan.clone(),
             step: outputs.step,
             verdict: diagnosis::worst(&findings).max(verdict_of(step_word)),
             findings,
+            undecided,
             words,
             step_word,
             verdicts,
@@ -242,7 +272,7 @@ impl Health {
             if bit & !(exempt | exempt << 16) == 0 {
                 continue;
             }
-            let steps = self.state.vanishing[index];
+            let steps = self.state.vanishing[index].steps;
             let persists = clean
                 && self.rules.persistence > 0
                 && steps >= self.rules.persistence
@@ -256,7 +286,9 @@ impl Health {
     }
 
     fn of_flow(&self, flow: &Flow, found: &mut Found<'_>) {
-        let Some(rule) = self.rules.flow else { return };
+        // The slope is of a depth: an order of names would do for none.
+        let is_told = |rule: &FlowRule| self.layers.are_numbered || rule.measure != FlowMeasure::Slope;
+        let Some(rule) = self.rules.flow.filter(is_told) else { return };
         let ratio = flow.measure(rule.measure);
         let (change, passed) = match (past_below(rule.below, ratio), past_above(rule.above, ratio)) {
             (Some(passed), _) => ("shrink", passed),
@@ -272,7 +304,12 @@ impl Health {
             "gradients {change} towards the input: {what} {ratio:.3e} times the last one's, limit {limit:.3e}; from one \
              layer to the next it is {factor:.3} times as large"
         );
-        found.push(None, FindingKind::Flow, passed.0, (ratio, passed.1), "flow", message);
+        let index = flow.first_tensor();
+        found.push(Seen {
+            index: Some(index),
+            message,
+            ..Seen::new(FindingKind::Flow, passed.0, (ratio, passed.1), "flow")
+        });
     }
 
     /// What is not the same on all ranks will not be again by itself.
@@ -282,34 +319,57 @@ impl Health {
             let is_named = |spec: &TensorSpec| Some(&spec.name) == differing.tensor.as_ref();
             let index = self.plan.tensors().iter().position(is_named);
             let message = format!("{what} in step {} {differing}", check.step);
-            found.push(index, FindingKind::RanksDiffer, Verdict::Critical, (1.0, 0.0), "rank_check", message);
+            let seen = Seen::new(FindingKind::RanksDiffer, Verdict::Critical, (1.0, 0.0), "rank_check");
+            found.push(Seen { index, message, ..seen });
         }
     }
 
-    /// Measured against the steps before it.
-    fn of_spike(&self, norm: f64, records: &[Record], found: &mut Found<'_>) {
-        let logarithms = || self.state.window.iter().filter(|past| past.norm > 0.0).map(|past| past.norm.ln());
-        let count = logarithms().count();
-        if norm <= 0.0 || count < self.rules.least_steps {
-            return;
+    /// The norm measured against the steps before it.
+    fn of_jump(&self, norm: f64, records: &[Record], found: &mut Found<'_>) {
+        let elements = elements_of(records);
+        let is_alike = |past: &&Past| past.norm > 0.0 && past.elements == elements;
+        let before: Vec<f64> = self.state.window.iter().filter(is_alike).map(|past| past.norm).collect();
+        let Some(jump) = jump(&before, norm).filter(|_| norm > 0.0) else { return };
+        // What is twice as far is told even if it came by and by.
+        let is_told = |limits: Limits| jump.at_once || jump.deviations.abs() > 2.0 * limits.warning;
+        if let Some((severity, limit)) =
+            past_above(self.rules.fall, -jump.deviations).filter(|_| is_told(self.rules.fall))
+        {
+            let message = format!("norm {norm:.3e}, {}", beside(&jump, norm, before.len(), limit));
+            found.push(Seen {
+                message,
+                ..Seen::new(FindingKind::Unstable, severity, (-jump.deviations, limit), "fall")
+            });
         }
-        let mean = logarithms().sum::<f64>() / to_f64(count);
-        let variance = logarithms().map(|x| (x - mean).powi(2)).sum::<f64>() / to_f64(count);
-        let z = (norm.ln() - mean) / variance.sqrt().max(LEAST_DEVIATION);
-        let Some((severity, limit)) = past_above(self.rules.spike, z) else { return };
+        let Some((severity, limit)) =
+            past_above(self.rules.spike, jump.deviations).filter(|_| is_told(self.rules.spike))
+        else {
+            return;
+        };
         let rise = |(index, record): (usize, &Record)| {
             let before = self.state.norms[index];
             (self.plan.tensors()[index].name.as_str(), record.finite_sum_squares() - before * before)
         };
         let risen =
             largest(records.iter().enumerate().filter(|(_, record)| record.count > 0).map(rise).collect(), NAMED);
+        let alone = risen.first().filter(|part| part.share > ALONE);
+        let is_alone = |spec: &TensorSpec| alone.is_some_and(|part| part.tensor == spec.name);
+        let index = self.plan.tensors().iter().position(is_alone);
         let risen: Vec<String> =
             risen.iter().map(|part| format!("{} ({:.0} %)", printable(part.tensor), 100.0 * part.share)).collect();
+        // As a flipped bit has it.
+        let of_elements = index.map_or_else(String::new, |index| {
+            let largest = f64::from(records[index].max_abs_or_zero);
+            let share = largest * largest / records[index].finite_sum_squares();
+            format!("; its largest element has {:.0} % of its square", 100.0 * share)
+        });
         let message = format!(
-            "norm {norm:.3e} lies {z:.1} deviations above the {count} steps before, limit {limit}; most of the rise: {}",
+            "norm {norm:.3e}, {}; most of the rise: {}{of_elements}",
+            beside(&jump, norm, before.len(), limit),
             risen.join(", ")
         );
-        found.push(None, FindingKind::Spike, severity, (z, limit), "spike", message);
+        let seen = Seen::new(FindingKind::Spike, severity, (jump.deviations, limit), "spike");
+        found.push(Seen { index, message, ..seen });
     }
 
     /// The window, the step included.
@@ -324,63 +384,73 @@ impl Health {
         let variation = mean_of(&|past| (past.norm - mean).powi(2)).sqrt() / mean;
         if let Some((severity, limit)) = past_above(self.rules.variation, variation) {
             let message = format!("the norm varies by {variation:.2} of its mean over {count} steps, limit {limit}");
-            found.push(None, FindingKind::Unstable, severity, (variation, limit), "variation", message);
+            let seen = Seen::new(FindingKind::Unstable, severity, (variation, limit), "variation");
+            found.push(Seen { message, ..seen });
         }
         let clipped = mean_of(&|past| f64::from(u8::from(past.clipped)));
         if let Some((severity, limit)) = past_above(self.rules.clipped_fraction, clipped) {
             let message = format!("{} % of {count} steps were clipped, limit {} %", percent(clipped), percent(limit));
-            found.push(None, FindingKind::Clipped, severity, (clipped, limit), "clipped_fraction", message);
+            let seen = Seen::new(FindingKind::Clipped, severity, (clipped, limit), "clipped_fraction");
+            found.push(Seen { message, ..seen });
         }
         let coefficient = mean_of(&|past| past.log_coefficient).exp();
         if let Some((severity, limit)) = past_below(self.rules.mean_coefficient, coefficient) {
             let message = format!(
                 "the clip cuts gradients, and so the learning rate, to {coefficient:.3e} on average, limit {limit}"
             );
-            found.push(None, FindingKind::Clipped, severity, (coefficient, limit), "mean_coefficient", message);
+            let seen = Seen::new(FindingKind::Clipped, severity, (coefficient, limit), "mean_coefficient");
+            found.push(Seen { message, ..seen });
         }
     }
 
     fn of_baseline(&self, total: f64, records: &[Record], found: &mut Found<'_>) {
         let Some(baseline) = self.rules.learned_from() else { return };
-        let Limits { warning, critical } = self.rules.learned;
-        let mut judge = |index: Option<usize>, norm: f64, range: &NormRange| {
-            if range.steps == 0 {
+        let rates = self.rules.rate().zip(baseline.learning_rate());
+        let needs = match rates.filter(|&(now, then)| are_apart(now, then)) {
+            Some((now, then)) => Some(format!("a baseline at a learning rate near {now:e}; this one is of {then:e}")),
+            None if baseline.total().steps < LEAST_LEARNED => Some(format!("a baseline of {LEAST_LEARNED} steps")),
+            None => None,
+        };
+        if let Some(needs) = needs {
+            found.undecided(FindingKind::Exploding, None, needs);
+            return;
+        }
+        let mut judge = |index: Option<usize>, norm: f64, usual: &UsualNorm| {
+            // What never had a gradient taught nothing, and what has none is told apart.
+            if usual.steps < LEAST_LEARNED || norm <= 0.0 {
                 return;
             }
-            let exempt = |kind: FindingKind| index.is_some_and(|index| self.exempt[index] & 1 << kind as u32 != 0);
-            let low = Limits::new(range.smallest / warning, range.smallest / critical);
-            let high = Limits::new(range.largest * warning, range.largest * critical);
-            let (kind, (severity, limit)) = match (past_below(low, norm), past_above(high, norm)) {
-                (Some(passed), _) => (FindingKind::Vanishing, passed),
-                // Of a tensor that never had a gradient nothing was learned.
-                (_, Some(passed)) if range.largest > 0.0 => (FindingKind::Exploding, passed),
-                _ => return,
-            };
-            if !exempt(kind) {
-                let (smallest, largest) = (range.smallest, range.largest);
-                let message = format!(
-                    "norm {norm:.3e}, limit {limit:.3e}; in {} healthy steps it was {smallest:.3e} to {largest:.3e}",
-                    range.steps
-                );
-                found.push(index, kind, severity, (norm, limit), "learned", message);
-            }
+            let deviations = usual.deviations(norm, LEAST_DEVIATION);
+            let Some((severity, limit)) = past_above(self.rules.learned, deviations.abs()) else { return };
+            let kind = if deviations > 0.0 { FindingKind::Exploding } else { FindingKind::Vanishing };
+            let message = format!(
+                "norm {norm:.3e}, {:.1} deviations from the usual {:.3e} of {} healthy steps, limit {limit}",
+                deviations.abs(),
+                usual.median,
+                usual.steps
+            );
+            let seen = Seen::new(kind, severity, (deviations.abs(), limit), "learned");
+            found.push(Seen { index, message, ..seen });
         };
         judge(None, total, &baseline.total());
         for (index, record) in records.iter().enumerate().filter(|(_, record)| record.count > 0) {
-            judge(Some(index), record.finite_l2_norm(), baseline.range_of(index));
+            judge(Some(index), record.finite_l2_norm(), baseline.usual_of(index));
         }
     }
 
-    /// What signal and noise over the tracked steps say: noisy, and of norms that jump. Of the step diagnosed last.
-    pub fn diagnose_gsnr(&self, report: &GsnrReport) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        for (name, record) in report.tensors() {
-            let exempt = self.rules.exemptions_of(name);
-            let mut add = |kind: FindingKind, passed: Option<(Verdict, f64)>, value, rule, message: &str| {
-                if let Some((severity, limit)) = passed.filter(|_| exempt & 1 << kind as u32 == 0) {
-                    let message = format!("{message} {value:.3e} over {} steps, limit {limit}", record.steps);
-                    findings.push(finding(severity, kind, self.state.step, Some(name), (value, limit), rule, message));
-                }
+    /// What the tracked steps say: noisy, of norms that jump, and rows that are never looked up. Of the step diagnosed last.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`].
+    pub fn diagnose_gsnr(&self, report: &GsnrReport) -> Result<Vec<Finding>, Error> {
+        if *report.plan() != self.plan {
+            return Err(Error::ReportOfAnotherPlan);
+        }
+        let mut found = Found::new(&self.plan, self.state.step, &self.exempt);
+        for (index, record) in report.records() {
+            let mut add = |kind, (severity, limit): (Verdict, f64), value: f64, rule, what: &str| {
+                let message = format!("{what} {value:.3e} over {} steps, limit {limit}", record.steps);
+                found.push(Seen { index: Some(*index), message, ..Seen::new(kind, severity, (value, limit), rule) });
             };
             let median = record.median().and_then(|median| Some((past_below(self.rules.gsnr_median, median)?, median)));
             // Pure noise of n elements has a signal of 0 ± √(2/n)/k: only what cannot be that far off counts.
@@ -390,29 +460,37 @@ impl Health {
                 past_below(self.rules.signal, signal + 2.0 * error).map(|passed| (passed, signal))
             });
             if let Some((passed, median)) = median {
-                add(FindingKind::Noisy, Some(passed), median, "gsnr_median", "median signal to noise");
+                add(FindingKind::Noisy, passed, median, "gsnr_median", "median signal to noise");
             } else if let Some((passed, signal)) = signal {
-                add(FindingKind::Noisy, Some(passed), signal, "signal", "squared gradient over its variance");
+                add(FindingKind::Noisy, passed, signal, "signal", "squared gradient over its variance");
             }
-            if let Some(variation) = record.norm_cv() {
-                let passed = past_above(self.rules.variation, variation);
+            if let Some(variation) = record.norm_cv()
+                && let Some(passed) = past_above(self.rules.variation, variation)
+            {
                 add(FindingKind::Unstable, passed, variation, "variation", "std over mean of the norm");
             }
         }
-        diagnosis::sort(&mut findings);
-        findings
+        self.state.activity.of_rows(report, &self.structure, &self.rules, &mut found);
+        Ok(self.finished(found))
+    }
+
+    fn finished(&self, found: Found<'_>) -> Vec<Finding> {
+        found.finish(&self.order, &mut vec![Verdict::Healthy; self.exempt.len()]).0
     }
 
     /// What narrower formats would lose of these gradients. Of the step diagnosed last.
-    pub fn diagnose_histogram(&self, report: &HistogramReport) -> Vec<Finding> {
-        let mut findings = Vec::new();
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`].
+    pub fn diagnose_histogram(&self, report: &HistogramReport) -> Result<Vec<Finding>, Error> {
+        if *report.plan() != self.plan {
+            return Err(Error::ReportOfAnotherPlan);
+        }
+        let mut found = Found::new(&self.plan, self.state.step, &self.exempt);
         let total = report.total();
         for rule in &self.rules.underflow {
             let Some(scale) = rule.scale.or_else(|| total.loss_scale(rule.format)) else { continue };
-            for (name, histogram) in report.tensors() {
-                if self.rules.exemptions_of(name) & 1 << FindingKind::Underflow as u32 != 0 {
-                    continue;
-                }
+            for (index, histogram) in report.histograms().iter().enumerate() {
                 // The lower bound: what is certain.
                 let Some(lost) = histogram.shares(rule.format, scale).map(|shares| shares.underflow.low) else {
                     continue;
@@ -424,25 +502,40 @@ impl Health {
                         rule.format,
                         percent(limit)
                     );
-                    let values = (lost, limit);
-                    let kind = FindingKind::Underflow;
-                    findings.push(finding(severity, kind, self.state.step, Some(name), values, "underflow", message));
+                    let seen = Seen::new(FindingKind::Underflow, severity, (lost, limit), "underflow");
+                    found.push(Seen { index: Some(index), message, ..seen });
                 }
             }
         }
-        diagnosis::sort(&mut findings);
-        findings
+        Ok(self.finished(found))
     }
 }
 
+/// Whether two learning rates are more than a factor of 2 apart.
+fn are_apart(a: f64, b: f64) -> bool {
+    a > 2.0 * b || b > 2.0 * a
+}
+
+fn elements_of(records: &[Record]) -> u64 {
+    records.iter().map(|record| record.count).sum()
+}
+
+/// A jump in words.
+fn beside(jump: &Jump, norm: f64, steps: usize, limit: f64) -> String {
+    let (times, deviations) = (norm / jump.median, jump.deviations.abs());
+    let side = if jump.deviations > 0.0 { "above" } else { "below" };
+    let before =
+        if steps == 1 { "norm of the step before".to_owned() } else { format!("median of the {steps} steps before") };
+    format!("{times:.3e} times the {before}, {deviations:.1} deviations {side} it, limit {limit}")
+}
+
 impl State {
-    fn count_vanishing(&mut self, words: &[u32], records: &[Record]) {
+    fn count_vanishing(&mut self, words: &[u32], report: &Report) {
         let bits = 1 << FindingKind::Vanishing as u32 | 1 << (16 + FindingKind::Vanishing as u32);
-        for ((steps, word), record) in self.vanishing.iter_mut().zip(words).zip(records) {
-            if record.count == 0 {
-                continue;
+        for ((run, word), record) in self.vanishing.iter_mut().zip(words).zip(report.records()) {
+            if record.count > 0 {
+                run.count(word & bits != 0, report.step());
             }
-            *steps = if word & bits != 0 { steps.saturating_add(1) } else { 0 };
         }
     }
 
@@ -456,6 +549,7 @@ impl State {
         }
         self.window.push_back(Past {
             norm: outputs.finite_total_norm,
+            elements: elements_of(records),
             clipped: outputs.flags & StepOutputs::FLAG_CLIPPED != 0,
             log_coefficient: outputs.coefficient_f64.ln(),
         });

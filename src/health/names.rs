@@ -71,6 +71,19 @@ fn components(name: &str) -> impl Iterator<Item = &str> {
     name.split(['.', '/', ':'])
 }
 
+/// The name with each number in it as one mark: that of the tensors beside it in their stack.
+pub(super) fn without_numbers(name: &str) -> String {
+    let mut result = String::new();
+    for c in name.chars() {
+        match (c.is_ascii_digit(), result.ends_with('#')) {
+            (true, true) => {}
+            (true, false) => result.push('#'),
+            (false, _) => result.push(c),
+        }
+    }
+    result
+}
+
 /// Where a name says that its layer is: what comes before the number, and the number. The first part that is all digits
 /// (`blocks.3.`, `h.0.`), else the first that ends in digits (`fc1.weight`); the last part names the tensor alone.
 pub(super) fn layer_of(name: &str) -> Option<(&str, u64)> {

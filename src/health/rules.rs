@@ -151,8 +151,28 @@ pub struct Rules {
     /// Steps in a row for which a tensor must have been vanishing before that is critical; 0 for never. ("For several
     /// consecutive steps" is how the literature has it.)
     pub persistence: u32,
-    /// On the z-score of the logarithm of the total norm over the window: a spike above these.
+    /// On how many deviations of the logarithm the total norm lies above the median of the window, and at once: a spike above
+    /// these. The deviation is the median absolute one, and at least 0.375; with fewer than six steps, half of the largest.
     pub spike: Limits,
+    /// The same below the median: unstable above these.
+    pub fall: Limits,
+    /// On the norm of a weight's gradient over the largest weight's, for three steps in a row without doubling: vanishing below
+    /// these.
+    pub beside_largest: Limits,
+    /// On the share of a bias's elements without a gradient, for five steps and as many in each: units that are dead above these.
+    pub inactive: Limits,
+    /// On the share of the elements of a weight without a bias, such as a table, that have no gradient in any tracked step, where the
+    /// others are the same in each ([`Health::diagnose_gsnr`](super::Health::diagnose_gsnr)): rows that are never looked up above
+    /// these.
+    pub inactive_rows: Limits,
+    /// On the gain of the weights, the root mean square of their elements times the root of the inputs they sum over: too large
+    /// where that of a quarter of them is above these. Needs shapes ([`Plan::with_shapes`]) and the weights' norms.
+    pub gain_above: Limits,
+    /// On the median gain of the weights: too small below these.
+    pub gain_below: Limits,
+    /// Whether tensors that get no gradient at all are looked for: a warning after five steps; critical after three
+    /// when it is all of them.
+    pub looks_for_silence: bool,
     /// On the coefficient of variation of the total norm over the window, and of a tensor's over tracked steps.
     pub variation: Limits,
     /// On early over late layers.
@@ -176,7 +196,8 @@ pub struct Rules {
     pub signal: Limits,
     /// On what narrower formats lose.
     pub underflow: Vec<UnderflowRule>,
-    /// Factors beyond the range of norms in the [`Baseline`], if one is set: both at least 1.
+    /// On how many deviations of the logarithm a norm lies from the usual one of the [`Baseline`], if one is set: exploding above
+    /// these, vanishing as far below. A deviation counts for at least 0.375.
     pub learned: Limits,
     baseline: Option<Baseline>,
 }
@@ -204,6 +225,13 @@ impl Rules {
             least_steps: 16,
             persistence: 0,
             spike: Limits::warning_above(f64::INFINITY),
+            fall: Limits::warning_above(f64::INFINITY),
+            beside_largest: Limits::warning_below(f64::NEG_INFINITY),
+            inactive: Limits::warning_above(f64::INFINITY),
+            inactive_rows: Limits::warning_above(f64::INFINITY),
+            gain_above: Limits::warning_above(f64::INFINITY),
+            gain_below: Limits::warning_below(f64::NEG_INFINITY),
+            looks_for_silence: false,
             variation: Limits::warning_above(f64::INFINITY),
             flow: None,
             update_ratio: Limits::warning_above(f64::INFINITY),
@@ -214,7 +242,7 @@ impl Rules {
             gsnr_median: Limits::warning_below(f64::NEG_INFINITY),
             signal: Limits::warning_below(f64::NEG_INFINITY),
             underflow: Vec::new(),
-            learned: Limits::new(10.0, 100.0),
+            learned: Limits::new(6.0, 12.0),
             baseline: None,
         }
     }
@@ -258,10 +286,17 @@ impl Rules {
         self
     }
 
-    /// With the optimizer's learning rate, finite and at least 1e-290: in any preset, a tensor's norm below 1e-10/lr is then
-    /// vanishing and one above 1/lr exploding, both critical. To be called anew when a schedule changes it.
+    /// With the optimizer's learning rate, finite and at least 1e-290; to be called anew when a schedule changes it. By the default
+    /// preset, a gradient is then out of proportion to its weight where a step of SGD would replace it: lr · norm above the weight's.
+    /// In the others, a tensor's norm below 1e-10/lr is vanishing and one above 1/lr exploding, both critical.
     #[must_use]
     pub fn learning_rate(self, learning_rate: f64) -> Self {
+        if self.preset == Preset::Default {
+            let high = 1.0 / learning_rate;
+            let mut rules = self.with(ThresholdRule::above(Statistic::Ratio, FindingKind::Ratio, high, f64::INFINITY));
+            rules.learning_rate = Some(learning_rate);
+            return rules;
+        }
         let (low, high) = (1e-10 / learning_rate, 1.0 / learning_rate);
         let mut rules = self
             .with(ThresholdRule::below(Statistic::Norm, FindingKind::Vanishing, low, low))
@@ -270,8 +305,7 @@ impl Rules {
         rules
     }
 
-    /// With what healthy steps were like, for norms far outside their range to be found: by the factors of
-    /// [`learned`](Self::learned).
+    /// With what healthy steps were like, for norms far from the usual to be found: by [`learned`](Self::learned).
     #[must_use]
     pub fn baseline(mut self, baseline: Baseline) -> Self {
         self.baseline = Some(baseline);
@@ -281,6 +315,17 @@ impl Rules {
     /// The rules that one step decides by itself, for a device to evaluate as well.
     pub fn thresholds(&self) -> &[ThresholdRule] {
         &self.thresholds
+    }
+
+    /// Whether the ratio is of weights alone, whose scale is known: not of biases, and not of f16, whose loss scale is in the
+    /// gradients.
+    pub(super) fn knows_weights(&self) -> bool {
+        self.preset == Preset::Default
+    }
+
+    /// The learning rate, if it was given.
+    pub(super) fn rate(&self) -> Option<f64> {
+        self.learning_rate
     }
 
     pub(crate) fn learned_from(&self) -> Option<&Baseline> {
@@ -337,6 +382,12 @@ impl Rules {
         }
         let above = f64::INFINITY;
         check_limits("spike", self.spike, false, above)?;
+        check_limits("fall", self.fall, false, above)?;
+        check_limits("beside_largest", self.beside_largest, true, 1.0)?;
+        check_limits("inactive", self.inactive, false, 1.0)?;
+        check_limits("inactive_rows", self.inactive_rows, false, 1.0)?;
+        check_limits("gain_above", self.gain_above, false, above)?;
+        check_limits("gain_below", self.gain_below, true, above)?;
         check_limits("variation", self.variation, false, above)?;
         check_limits("update_ratio", self.update_ratio, false, above)?;
         check_limits("stalled", self.stalled, true, 1.0)?;
@@ -346,9 +397,6 @@ impl Rules {
         check_limits("gsnr_median", self.gsnr_median, true, above)?;
         check_limits("signal", self.signal, true, above)?;
         check_limits("learned", self.learned, false, above)?;
-        if self.learned.warning < 1.0 {
-            return Err(invalid("learned", "at least 1", self.learned.warning));
-        }
         for rule in &self.underflow {
             check_limits("underflow", rule.above, false, 1.0)?;
         }

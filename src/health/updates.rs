@@ -5,7 +5,8 @@
 
 use super::{
     FindingKind, Groups, Limits, Rules, Verdict,
-    found::{Found, percent},
+    found::{Found, Seen, percent},
+    run::Run,
     threshold::count_to_f64,
 };
 use crate::{Plan, Report, TensorReport, optim::UpdateRecord};
@@ -33,9 +34,9 @@ pub(super) struct Updates {
 /// For how many updates in a row a layer has been past each limit: that of a warning, and the critical.
 #[derive(Clone, Debug, Default)]
 struct Runs {
-    too_large: [u32; 2],
-    stalled: [u32; 2],
-    lost: [u32; 2],
+    too_large: [Run; 2],
+    stalled: [Run; 2],
+    lost: [Run; 2],
 }
 
 /// A layer in a step.
@@ -58,9 +59,8 @@ impl Updates {
         Self { layers, weight_squares, runs, peak: 0.0 }
     }
 
-    /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights. `exempt` has the
-    /// bits k of the kinds that do not concern a tensor.
-    pub fn judge(&mut self, report: &Report, rules: &Rules, exempt: &[u32], found: &mut Found<'_>) {
+    /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights.
+    pub fn judge(&mut self, report: &Report, rules: &Rules, found: &mut Found<'_>) {
         if report.updates().is_none() {
             return;
         }
@@ -74,7 +74,8 @@ impl Updates {
                 let (count, all) = (update.nonfinite_count, update.count);
                 let message = format!("the update leaves {count} of {all} weights NaN or infinite");
                 let (kind, values) = (FindingKind::UpdateTooLarge, (count_to_f64(count), 0.0));
-                found.push(Some(index), kind, Verdict::Critical, values, "nonfinite_weights", message);
+                let seen = Seen::new(kind, Verdict::Critical, values, "nonfinite_weights");
+                found.push(Seen { index: Some(index), message, ..seen });
             }
             let before = std::mem::replace(&mut self.weight_squares[index], update.weight_squares);
             let before = report.param_norm_before(index).map_or(before, |norm| norm * norm);
@@ -83,18 +84,18 @@ impl Updates {
         if outputs.found_inf != 0.0 {
             return;
         }
+        let step = report.step();
         let median = median_ratio(&layers);
         self.peak = self.peak.max(median);
         let has_ended = median < ENDED * self.peak;
         for (layer, runs) in layers.iter().zip(&mut self.runs).filter(|(layer, _)| layer.update.count > 0) {
             let index = layer.largest.0;
             let mut add = |kind: FindingKind, passed: Passed, value, rule, message: String| {
-                if exempt[index] & 1 << kind as u32 == 0 {
-                    let for_steps =
-                        if passed.steps > 1 { format!(", for {} steps", passed.steps) } else { String::new() };
-                    let (values, message) = ((value, passed.limit), message + &for_steps);
-                    found.push(Some(index), kind, passed.severity, values, rule, message);
-                }
+                let Run { steps, since } = passed.run;
+                let for_steps = if steps > 1 { format!(", for {steps} steps") } else { String::new() };
+                let (message, since) = (message + &for_steps, Some(since));
+                let seen = Seen::new(kind, passed.severity, (value, passed.limit), rule);
+                found.push(Seen { index: Some(index), since, message, ..seen });
             };
             // Comparisons with NaN are false.
             let of_before = layer.update.update_norm() / layer.weight_squares.sqrt();
@@ -102,7 +103,7 @@ impl Updates {
             let can_tell = |limit: f64| f64::from(layer.update.steps) * limit * limit >= 4.0;
             let is_past = |limit| of_before > limit && can_tell(limit);
             let least = if of_before > AT_ONCE * rules.update_ratio.critical { 1 } else { PERSISTENCE };
-            if let Some(passed) = persists(&mut runs.too_large, least, rules.update_ratio, is_past) {
+            if let Some(passed) = persists((&mut runs.too_large, step), least, rules.update_ratio, is_past) {
                 let message =
                     format!("its layer's update has {of_before:.3e} of the weights' norm, above {:.3e}", passed.limit);
                 add(FindingKind::UpdateTooLarge, passed, of_before, "update_ratio", message);
@@ -110,7 +111,7 @@ impl Updates {
             let slow = u32::try_from(rules.least_steps).unwrap_or(u32::MAX);
             let ratio = layer.ratio().unwrap_or(f64::NAN);
             let beside = if layer.zeros < layer.update.count { ratio / median } else { f64::NAN };
-            if let Some(passed) = persists(&mut runs.stalled, slow, rules.stalled, |limit| beside < limit) {
+            if let Some(passed) = persists((&mut runs.stalled, step), slow, rules.stalled, |limit| beside < limit) {
                 let message = format!(
                     "its layer moves by {ratio:.3e} of its norm, {beside:.3e} of the median layer's, below {:.3e}",
                     passed.limit
@@ -118,7 +119,7 @@ impl Updates {
                 add(FindingKind::Stalled, passed, beside, "stalled", message);
             }
             let lost = if has_ended { f64::NAN } else { layer.lost_share() };
-            if let Some(passed) = persists(&mut runs.lost, slow, rules.update_lost, |limit| lost > limit) {
+            if let Some(passed) = persists((&mut runs.lost, step), slow, rules.update_lost, |limit| lost > limit) {
                 let (share, limit) = (percent(lost), percent(passed.limit));
                 let message = format!("rounding leaves {share} % of its layer as it was, above {limit} %");
                 add(FindingKind::UpdateLost, passed, lost, "update_lost", message);
@@ -158,15 +159,20 @@ impl Layer {
 struct Passed {
     severity: Verdict,
     limit: f64,
-    steps: u32,
+    run: Run,
 }
 
 /// Counts one more update that is past each limit or not; the worse of those that were passed often enough.
-fn persists(runs: &mut [u32; 2], least: u32, limits: Limits, is_past: impl Fn(f64) -> bool) -> Option<Passed> {
+fn persists(
+    (runs, step): (&mut [Run; 2], u64),
+    least: u32,
+    limits: Limits,
+    is_past: impl Fn(f64) -> bool,
+) -> Option<Passed> {
     let levels = [(Verdict::Warning, limits.warning), (Verdict::Critical, limits.critical)];
-    let passed = levels.into_iter().zip(runs).filter_map(|((severity, limit), steps)| {
-        *steps = if is_past(limit) { steps.saturating_add(1) } else { 0 };
-        (*steps >= least).then_some(Passed { severity, limit, steps: *steps })
+    let passed = levels.into_iter().zip(runs).filter_map(|((severity, limit), run)| {
+        run.count(is_past(limit), step);
+        (run.steps >= least).then_some(Passed { severity, limit, run: *run })
     });
     passed.last()
 }

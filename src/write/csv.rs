@@ -96,7 +96,7 @@ fn row(entry: &Entry, tensor: &EntryTensor<'_>) -> Vec<String> {
     let TensorReport { name, dtype, .. } = tensor.report;
     let of_tensor = statistics::of_tensors(Output::Csv).map(|statistic| cell((statistic.of)(tensor)));
     let of_step = statistics::of_steps(Output::Csv).map(|statistic| cell((statistic.of)(entry)));
-    let own = entry.findings().iter().filter(|finding| finding.tensor.as_deref() == Some(name));
+    let own = entry.findings().iter().filter(|finding| finding.tensors().any(|tensor| tensor == name));
     let findings = own.map(|finding| finding.kind.name()).collect::<Vec<_>>().join(" ");
     let first = [entry.step().to_string(), name.to_owned(), dtype.to_string()];
     first.into_iter().chain(of_tensor).chain([findings]).chain(of_step).collect()

@@ -4,7 +4,6 @@ use gradprobe::{
     Clip, Config, Cpu, DType, Error, Plan, Probe, ProbeState, Tensor,
     clip::{AdaptiveClip, LossScale},
     gsnr::{AccumulationNoise, GsnrConfig},
-    health::Baseline,
     optim::AdamW,
     ranks::{Along, Mesh, Ranks, Reduction, ThreadCommunicator, Transport},
 };
@@ -39,16 +38,6 @@ fn names_may_be_longer_than_a_format_can_pad() {
         AccumulationNoise::new(plan, 2).unwrap().to_string(),
     ];
     assert!(tables.iter().all(|table| table.contains(&name)));
-}
-
-#[test]
-fn a_baseline_of_all_steps_there_can_be_learns_on() {
-    let mut probe = probe(Config::new());
-    probe.measure(&[&TWO]).unwrap();
-    let text = format!("gradprobe baseline 1\n{0}\t1e0\t1e0\n2\t{0}\t1e0\t1e0\tw\n", u64::MAX);
-    let mut baseline: Baseline = text.parse().unwrap();
-    baseline.observe(&probe.wait().unwrap()).unwrap();
-    assert_eq!((baseline.total().steps, baseline.total().largest), (u64::MAX, 5.0));
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use crate::{Many, Rare, for_any, header};
 use arbitrary::Arbitrary;
-use gradprobe::{Config, Cpu, DType, Error, Plan, Probe, Report, health::Baseline};
+use gradprobe::{
+    Config, Cpu, DType, Error, Plan, Probe, Report,
+    health::{Baseline, Health, Rules},
+};
 use std::path::Path;
 
 #[derive(Arbitrary, Debug)]
@@ -53,6 +56,7 @@ fn any_header_of_a_safetensors_file_is_read_or_refused() {
         match header::read(Path::new("any"), &mut &file[..], size, |name| name != "b") {
             Ok((head, entries)) => {
                 for entry in entries {
+                    assert_eq!(entry.shape.iter().product::<u64>(), entry.len);
                     let bytes = entry.len * entry.dtype.size() as u64;
                     assert!(head.len() as u64 + entry.start as u64 + bytes <= size, "{entry:?}");
                 }
@@ -77,21 +81,21 @@ struct AnyBaseline<'a> {
 }
 
 const LINES: [&str; 12] = [
-    "gradprobe baseline 1\n",
-    "1\t2e0\t3e0\n",
-    "2\t1\t1e-3\t1e3\ta\\t\n",
-    "1\t18446744073709551615\t0\t1\tb\n",
-    "0\tinf\t0\n",
+    "gradprobe baseline 2\n",
+    "-\n7\t2e0\t3e0\n",
+    "2\t7\t1e-3\t1e3\ta\\t\n",
+    "1\t18446744073709551615\t1\t0\tb\n",
+    "1e-3\n0\t0\t0\n",
     "18446744073709551615\t1\t1\n",
     "\t",
     "\n",
     "NaN",
     "-0",
     "\\",
-    "1\t0\tinf\t0\tb\n",
+    "1\t0\t0\t0\tb\n",
 ];
 
-/// A baseline that can be read is written as it was, and learns on.
+/// A baseline that can be read is written as it was, and a step of its model is judged by it.
 #[test]
 fn any_text_is_a_baseline_or_refused() {
     let report = report();
@@ -99,9 +103,11 @@ fn any_text_is_a_baseline_or_refused() {
         let mut text: String = input.pieces.0.iter().map(|&piece| LINES[piece as usize % LINES.len()]).collect();
         text.push_str(input.any);
         match text.parse::<Baseline>() {
-            Ok(mut baseline) => {
+            Ok(baseline) => {
                 assert_eq!(baseline.to_string().parse(), Ok(baseline.clone()), "{text:?}");
-                let _ = baseline.observe(&report);
+                if let Ok(mut health) = Health::new(report.plan(), Rules::default().baseline(baseline)) {
+                    health.diagnose(&report).unwrap();
+                }
             }
             Err(error) => assert!(matches!(error, Error::InvalidConfig { option: "baseline", .. }), "{error}"),
         }

@@ -129,54 +129,42 @@ fn the_learning_rate_sets_the_limits_of_norms() {
 }
 
 #[test]
-fn the_default_goes_by_the_size_of_elements() {
-    let of = |value: f32, count: usize| found(Rules::default(), &[("a", &vec![value; count])]);
-    // The same of one element as of 10000, whose norm is a hundred times as large.
-    for count in [1, 10_000] {
-        assert_eq!(of(0.9e-10, count), [(FindingKind::Vanishing, CRITICAL)]);
-        assert_eq!(of(0.9e-8, count), [(FindingKind::Vanishing, WARNING)]);
-        assert_eq!(of(1.1e-8, count), []);
-        assert_eq!(of(1.0, count), []);
-        assert_eq!(of(1.1, count), [(FindingKind::Exploding, WARNING)]);
-        assert_eq!(of(101.0, count), [(FindingKind::Exploding, CRITICAL)]);
+fn the_default_has_limits_that_no_healthy_training_meets() {
+    // Whatever the size of gradients: a loss may be a sum, a mean, or in cents.
+    for value in [1e-12, 1e-3, 1e5] {
+        assert_eq!(found(Rules::default(), &[("a", &[value; 8]), ("b", &[value; 3])]), [], "{value}");
     }
-    let healthy: &[f32] = &[1e-3; 8];
-    let beside = |name: &str, elements: &[f32]| found(Rules::default(), &[(name, elements), ("other", healthy)]);
-    // A tensor of zeros is worth a look; a step of nothing else is the end.
-    assert_eq!(beside("a", &[0.0; 5]), [(FindingKind::Zeros, WARNING)]);
-    let nothing = [(FindingKind::Vanishing, CRITICAL), (FindingKind::Zeros, WARNING)];
-    assert_eq!(found(Rules::default(), &[("a", &[0.0, -0.0])]), nothing);
-    assert_eq!(found(Rules::default(), &[("a", &[]), ("b", &[])]), []);
-    assert_eq!(found(Rules::default(), &[]), []);
-    // Shares of dead elements; not of embeddings, whose words may not occur.
-    let dead = |name: &str, dead: usize| {
-        beside(name, &(0..100).map(|i| if i < dead { 1e-11 } else { 1e-3 }).collect::<Vec<_>>())
+    // √f32::MAX, beyond which Adam's second moment is infinite.
+    assert_eq!(found(Rules::default(), &[("a", &[1.0, 1.8e19])]), []);
+    assert_eq!(found(Rules::default(), &[("a", &[1.0, 1.9e19])]), [(FindingKind::Exploding, CRITICAL)]);
+    let of_weights = |rules: Rules, name: &str, dtype: DType, norm: f64| {
+        let plan = Plan::new([(name, dtype, 4), ("other.weight", DType::F32, 4)]).unwrap();
+        let plan = plan.with_shapes([vec![2, 2], vec![2, 2]]).unwrap();
+        let mut probe = Probe::new(Cpu, plan, Config::new()).unwrap();
+        let halves = [half::f16::from_f32(0.5); 4];
+        let first = if dtype == DType::F16 { HostTensor::F16(&halves) } else { HostTensor::F32(&[0.5; 4]) };
+        let report = probe.measure_host(&[first, HostTensor::F32(&[0.5; 4])]).unwrap();
+        kinds(&diagnose_by(rules, &report.with_param_norms(&[norm, 1.0]).unwrap()))
     };
-    assert_eq!(dead("a", 50), []);
-    assert_eq!(dead("a", 51), [(FindingKind::Dead, WARNING)]);
-    assert_eq!(dead("a", 91), [(FindingKind::Dead, CRITICAL)]);
-    assert_eq!(dead("tok_embeddings.weight", 99), []);
-    assert_eq!(beside("transformer.wte.weight", &[0.0; 9]), []);
-    // Keys' biases have no gradient but rounding.
-    assert_eq!(beside("layers.0.attn.k_proj.bias", &[1e-13; 9]), []);
-    let of_queries = [(FindingKind::Vanishing, WARNING), (FindingKind::Spread, WARNING)];
-    assert_eq!(beside("layers.0.attn.q_proj.bias", &[1e-9; 9]), of_queries);
-    let ratio = |name: &str, weight: f64| {
-        let report = measure(&[(name, &[0.5])]).with_param_norms(&[weight]).unwrap();
-        kinds(&diagnose_by(Rules::default(), &report))
-    };
-    assert_eq!(ratio("a.weight", 0.51), []);
-    assert_eq!(ratio("a.weight", 0.49), [(FindingKind::Ratio, WARNING)]);
-    assert_eq!(ratio("a.weight", 0.004), [(FindingKind::Ratio, CRITICAL)]);
-    assert_eq!(ratio("a.weight", 1e6), [(FindingKind::Ratio, WARNING)]);
-    assert_eq!(ratio("a.bias", 0.004), []);
+    let default = |dtype, norm| of_weights(Rules::default(), "a.weight", dtype, norm);
+    assert_eq!(default(DType::F32, 0.011), []);
+    assert_eq!(default(DType::F32, 0.009), [(FindingKind::Ratio, WARNING)]);
+    // The loss scale is in gradients of f16.
+    assert_eq!(default(DType::F16, 0.009), []);
+    // With the learning rate: a step that would replace the weight.
+    let with_rate = |norm| of_weights(Rules::default().learning_rate(0.1), "a.weight", DType::F32, norm);
+    assert_eq!(with_rate(0.11), []);
+    assert_eq!(with_rate(0.09), [(FindingKind::Ratio, WARNING)]);
+    // Biases begin at 0.
+    let report = measure(&[("a.bias", &[0.5]), ("a.weight", &[0.5; 4])]).with_param_norms(&[1e-9, 1.0]).unwrap();
+    assert_eq!(kinds(&diagnose_by(Rules::default(), &report)), []);
 }
 
 #[test]
 fn what_is_not_finite_is_found_first_and_alone() {
     let nan_and_inf: &[f32] = &[1e9, f32::NAN, f32::NEG_INFINITY, f32::NAN];
     let report =
-        measure(&[("healthy", &[1e-3; 8]), ("bad", nan_and_inf), ("large", &[1e9]), ("inf", &[f32::INFINITY])]);
+        measure(&[("healthy", &[1e-3; 8]), ("bad", nan_and_inf), ("large", &[1e20]), ("inf", &[f32::INFINITY])]);
     for preset in Preset::ALL {
         let rules = Rules::preset(preset).learning_rate(0.1);
         let diagnosis = diagnose_by(rules, &report);
@@ -186,9 +174,11 @@ fn what_is_not_finite_is_found_first_and_alone() {
         // A finite tensor is judged nevertheless, the step as a whole is not.
         assert_ne!(words[2], 0, "{preset:?}");
         assert_eq!(diagnosis.step_word(), words.iter().fold(0, |all, word| all | word));
-        let of_bad: Vec<_> = diagnosis.findings().iter().filter(|f| f.tensor.as_deref() == Some("bad")).collect();
-        let [nan, inf] = of_bad[..] else { panic!("{of_bad:?}") };
-        assert_eq!((nan.kind, nan.value, inf.kind, inf.value), (FindingKind::Nan, 2.0, FindingKind::Inf, 1.0));
+        let [nan, inf] = &diagnosis.findings()[..2] else { panic!("{diagnosis}") };
+        assert_eq!((nan.kind, nan.value, nan.tensor.as_deref()), (FindingKind::Nan, 2.0, Some("bad")));
+        // One finding of both tensors, named by the one that the backward pass reaches first.
+        assert_eq!((inf.kind, inf.value, inf.tensor.as_deref()), (FindingKind::Inf, 1.0, Some("inf")));
+        assert_eq!(inf.others, ["bad"]);
         assert_eq!(nan.message, "2 of 4 elements are NaN; the first that is not finite is 1");
         assert_eq!((nan.severity, nan.step, nan.threshold, nan.rule), (CRITICAL, 1, 0.0, "nonfinite"));
         assert_eq!(diagnosis.verdicts()[0], Verdict::Healthy);
@@ -270,7 +260,7 @@ fn unhealthy_limits_are_refused() {
         |rules: &mut Rules| rules.mean_coefficient = Limits::new(0.1, 0.2),
         |rules: &mut Rules| rules.gsnr_median = Limits::new(-1.0, -1.0),
         |rules: &mut Rules| rules.signal = Limits::new(f64::NAN, f64::NAN),
-        |rules: &mut Rules| rules.learned = Limits::new(0.5, 2.0),
+        |rules: &mut Rules| rules.learned = Limits::new(2.0, 0.5),
         |rules: &mut Rules| rules.window = 1,
         |rules: &mut Rules| rules.window = 1 << 20,
         |rules: &mut Rules| rules.least_steps = 0,
@@ -307,19 +297,21 @@ fn the_models_in_tests_data_are_what_they_are() {
     assert_eq!(kinds(&diagnose_by(Rules::default(), &golden("gpt-mixed-step0"))), []);
 
     let vanishing = diagnose_by(Rules::default(), &golden("vanishing"));
-    assert_eq!(vanishing.verdict(), Verdict::Critical);
     let flow = vanishing.flow().unwrap();
     assert_eq!(flow.layers().len(), 21);
     assert!((6.0..8.0).contains(&flow.factor()), "{}", flow.factor());
-    let kinds_found = kinds(&vanishing);
-    assert_eq!(kinds_found.iter().filter(|&&found| found == (FindingKind::Vanishing, CRITICAL)).count(), 22);
-    assert!(kinds_found.contains(&(FindingKind::Flow, CRITICAL)));
-    assert!(!kinds_found.iter().any(|&(kind, _)| kind == FindingKind::Dead));
+    let [finding] = vanishing.findings() else { panic!("{vanishing}") };
+    assert_eq!((finding.kind, finding.tensor.as_deref()), (FindingKind::Flow, Some("0.weight")));
 
-    let dead = diagnose_by(Rules::default(), &golden("dead"));
-    let tensors: Vec<&str> = dead.findings().iter().filter_map(|finding| finding.tensor.as_deref()).collect();
-    assert_eq!(tensors, ["0.bias", "0.weight", "2.weight"]);
-    assert!(dead.findings().iter().all(|finding| finding.kind == FindingKind::Dead));
+    // Three quarters of the units are off in this step; one step cannot tell whether they are in others.
+    assert_eq!(kinds(&diagnose_by(Rules::default(), &golden("dead"))), []);
+    let dead = diagnose_by(Rules::preset(Preset::Course), &golden("dead"));
+    let of_dead: Vec<_> = dead.findings().iter().filter(|finding| finding.kind == FindingKind::Dead).collect();
+    let [finding] = of_dead[..] else { panic!("{dead}") };
+    assert_eq!(
+        (finding.tensor.as_deref(), &finding.others[..]),
+        (Some("2.weight"), &["0.weight", "0.bias"].map(str::to_owned)[..])
+    );
 
     let report = golden("exploding-step3");
     let order = backward_order(report.plan());
@@ -432,19 +424,21 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     let noise = |seed: u64, i: u64| named(seed, i) - 0.5;
     let plan = Plan::new([("noise", DType::F32, 4096), ("signal", DType::F32, 4096)]).unwrap();
     let mut probe = Probe::new(Cpu, plan.clone(), Config::new().tracking(GsnrConfig::new())).unwrap();
-    let mut health = Health::new(&plan, Rules::default()).unwrap();
+    let mut rules = Rules::default();
+    rules.signal = Limits::new(0.01, f64::NEG_INFINITY);
+    let mut health = Health::new(&plan, rules).unwrap();
     for step in 0..8 {
         let noise: Vec<f32> = (0..4096).map(|i| 1e-3 * noise(step, i)).collect();
         let signal: Vec<f32> = noise.iter().map(|x| x + 1e-3).collect();
         health.diagnose(&probe.measure_host(&[HostTensor::F32(&noise), HostTensor::F32(&signal)]).unwrap()).unwrap();
     }
     let report = probe.gsnr_report().unwrap();
-    let findings = health.diagnose_gsnr(&report);
+    let findings = health.diagnose_gsnr(&report).unwrap();
     let [finding] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!((finding.kind, finding.tensor.as_deref(), finding.step), (FindingKind::Noisy, Some("noise"), 8));
     assert!(table(&findings).to_string().contains("noisy     noise: squared gradient over its variance"));
     health.set_rules(Rules::preset(Preset::LrScaled).learning_rate(1e-3)).unwrap();
-    let findings = health.diagnose_gsnr(&report);
+    let findings = health.diagnose_gsnr(&report).unwrap();
     assert_eq!((findings.len(), findings[0].rule, findings[0].threshold), (1, "gsnr_median", 1.0));
 
     // A fifth of the elements is 2^-60 of the largest: beyond what f16 spans, not bf16.
@@ -452,7 +446,7 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
     let plan = Plan::new([("a", DType::F32, 100)]).unwrap();
     let mut probe = Probe::new(Cpu, plan.clone(), Config::new().histogram()).unwrap();
     let report = probe.histogram_host(&[HostTensor::F32(&elements)]).unwrap();
-    let findings = Health::new(&plan, Rules::default()).unwrap().diagnose_histogram(&report);
+    let findings = Health::new(&plan, Rules::default()).unwrap().diagnose_histogram(&report).unwrap();
     let [finding] = &findings[..] else { panic!("{findings:?}") };
     assert_eq!((finding.kind, finding.value, finding.threshold), (FindingKind::Underflow, 0.2, 0.1));
     assert_eq!(
@@ -465,18 +459,19 @@ fn noise_and_underflow_are_found_across_steps_and_in_histograms() {
         scale: Some(0),
         above: Limits::new(0.0, 0.1),
     }];
-    let findings = Health::new(&plan, rules).unwrap().diagnose_histogram(&report);
+    let findings = Health::new(&plan, rules).unwrap().diagnose_histogram(&report).unwrap();
     assert_eq!((findings.len(), findings[0].severity), (1, CRITICAL));
 }
 
 #[test]
 fn a_diagnosis_reads_at_a_glance_whatever_the_names() {
     let name = "a \"quoted\"\nname\u{1b}[2J\t/";
-    let report = measure(&[(name, &[f32::NAN, 1.0]), ("b", &[101.0; 4]), ("c", &[102.0; 4])]);
+    let report = measure(&[(name, &[f32::NAN, 1.0]), ("b", &[1e20; 4]), ("c", &[1e21; 4])]);
     let diagnosis = diagnose_by(Rules::default(), &report);
     let text = diagnosis.to_string();
     assert!(text.starts_with("step 1: critical (3 of 3 tensors)\n"), "{text}");
     assert!(text.contains(r#"nan       a "quoted"\nname\u{1b}[2J\t/: 1 of 2 elements are NaN"#), "{text}");
+    assert!(text.contains("exploding c and 1 more: largest |x| 1.000e21"), "{text}");
     assert!(text.contains("began at step 1 in a"), "{text}");
     assert!(text.chars().all(|c| c == '\n' || !c.is_control()));
     let remedies = diagnosis.advice();
@@ -485,6 +480,6 @@ fn a_diagnosis_reads_at_a_glance_whatever_the_names() {
     sorted.sort_unstable();
     sorted.dedup();
     assert_eq!(sorted.len(), remedies.len());
-    assert!(advice(FindingKind::Exploding).iter().all(|remedy| remedies.contains(remedy)));
+    assert!(diagnosis.findings()[1].advice.iter().all(|remedy| remedies.contains(remedy)));
     assert!(FindingKind::ALL.iter().all(|&kind| !advice(kind).is_empty()));
 }

@@ -17,6 +17,7 @@ mod cpu;
 mod declared;
 mod harness;
 mod health;
+mod health_default;
 mod health_run;
 mod health_updates;
 mod oracle;

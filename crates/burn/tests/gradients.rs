@@ -290,7 +290,9 @@ fn half_precision_is_measured_and_a_shared_parameter_once() {
     let mut probe = BurnProbe::new(&model, config.clone()).unwrap();
     let measured = probe.step(&model, &mut gradients).unwrap();
     assert_eq!(missing(&measured), [""; 0]);
+    // The outputs' dimension first, which is burn's last.
     let plan = Plan::new([("half", DType::F16, 40), ("brain", DType::BF16, 15)]).unwrap();
+    let plan = plan.with_shapes([vec![40], vec![5, 3]]).unwrap();
     let tensors = [HostTensor::F16(&halves), HostTensor::BF16(&brains)];
     let report = on_cpu(&plan, config, &tensors);
     assert_eq!(measured.plan(), &plan);

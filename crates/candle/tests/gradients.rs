@@ -201,7 +201,7 @@ fn half_precision_is_measured_and_clipped_as_it_is() {
     probe.step(&mut gradients).unwrap();
     let measured = arrived(&mut probe);
     let planned = [("half", ProbeDType::F16, 40), ("brain", ProbeDType::BF16, 15), ("empty", ProbeDType::F32, 0)];
-    let plan = Plan::new(planned).unwrap();
+    let plan = Plan::new(planned).unwrap().with_shapes([vec![40], vec![3, 5], vec![0, 5]]).unwrap();
     let tensors = [HostTensor::F16(&halves), HostTensor::BF16(&brains), HostTensor::F32(&[])];
     let report = on_cpu(&plan, config, &tensors);
     assert_eq!(measured.plan(), &plan);

@@ -213,6 +213,8 @@ impl View {
         for finding in &self.findings {
             let style = style(Some(finding.severity));
             let tensor = finding.tensor.as_deref().map_or_else(String::new, |name| format!(" {}", printable(name)));
+            let others = finding.others.len();
+            let tensor = if others > 0 { format!("{tensor} and {others} more") } else { tensor };
             lines.push(Line::from(vec![
                 Span::styled(format!("{} {}", finding.severity, finding.kind), style),
                 Span::from(format!("{tensor}: {}", printable(&finding.message))),

@@ -1,0 +1,264 @@
+//! What gets no gradient: tensors that are all 0, weights whose gradient is nothing beside the others', and elements that never had
+//! one.
+//!
+//! One step cannot tell. A branch that begins at 0 has no gradient behind it in its first step, an expert none in a step that sends
+//! it no token, a row of a table none where its word does not occur, and a bias before a normalisation never more than rounding.
+//! So a tensor must have been silent for several steps, of a stack in which no other comes and goes; only weights are compared with
+//! each other; and units are off where they are about as many in every step, rows where the others are the same.
+
+use super::{
+    FindingKind, Rules, Verdict,
+    found::{Found, Seen, past_above, past_below, percent},
+    run::Run,
+    structure::Structure,
+    threshold::count_to_f64,
+};
+use crate::{Record, gsnr::GsnrReport};
+
+/// Steps in a row that tell ("for several consecutive steps", as the literature on vanishing gradients has it).
+const PERSISTENCE: u32 = 3;
+/// The same of one tensor that gets nothing: a head that is trained on one batch of four has none in three.
+const SILENCE: u32 = 5;
+/// A gradient that grows so much from one step to the next is on its way back.
+const RECOVERS: f64 = 4.0;
+/// The fewest units with a gradient over the most, of steps in which the others may be off for good: in batches of one sample their
+/// number varies.
+const AS_MANY: f64 = 0.5;
+/// Elements of a table with a gradient in a mean step, over those with one in any: where it is always the same rows.
+const SAME_ROWS: f64 = 0.95;
+/// Tracked steps that tell of rows.
+const LEAST_TRACKED: u32 = 4;
+
+/// What is kept from step to step, by clean ones.
+#[derive(Clone, Debug)]
+pub(super) struct Activity {
+    tensors: Vec<Tensor>,
+    /// Of each stack, whether a tensor has come back after a step without gradient.
+    comes_and_goes: Vec<bool>,
+    nothing: Run,
+    /// Whether any tensor ever had a gradient.
+    alive: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Tensor {
+    /// Without any gradient.
+    silent: Run,
+    /// With one that is nothing beside the largest.
+    vanishing: Run,
+    alive: bool,
+    last_norm: f64,
+    /// With most units without a gradient, and about as many in each step: the fewest that had one, and the most.
+    idle: Run,
+    active: (u64, u64),
+    /// Elements with a gradient, added up over these steps.
+    active_sum: f64,
+    steps: u32,
+}
+
+impl Activity {
+    pub fn new(structure: &Structure) -> Self {
+        let stacks = structure.stacks.iter().max().map_or(0, |last| last + 1);
+        Self {
+            tensors: vec![Tensor::default(); structure.stacks.len()],
+            comes_and_goes: vec![false; stacks],
+            nothing: Run::default(),
+            alive: false,
+        }
+    }
+
+    /// Judges the next clean step. `order` is that of the backward pass.
+    pub fn judge(
+        &mut self,
+        (step, records): (u64, &[Record]),
+        (structure, rules, order): (&Structure, &Rules, &[usize]),
+        found: &mut Found<'_>,
+    ) {
+        let norms: Vec<f64> = records.iter().map(Record::finite_l2_norm).collect();
+        let largest = (0..norms.len()).filter(|&i| structure.is_weight[i]).map(|i| norms[i]).fold(0.0, f64::max);
+        for (index, (tensor, record)) in self.tensors.iter_mut().zip(records).enumerate() {
+            if record.count == 0 {
+                continue;
+            }
+            let norm = norms[index];
+            if norm > 0.0 && tensor.alive && tensor.silent.steps > 0 {
+                self.comes_and_goes[structure.stacks[index]] = true;
+            }
+            tensor.silent.count(norm == 0.0, step);
+            tensor.alive |= norm > 0.0;
+            let recovers = tensor.last_norm > 0.0 && norm >= RECOVERS * tensor.last_norm;
+            let beside = norm / largest;
+            let is_low = norm > 0.0 && structure.is_weight[index] && beside < rules.beside_largest.warning;
+            tensor.vanishing.count(is_low && !recovers, step);
+            tensor.last_norm = norm;
+            let active = record.finite_count() - record.zero_count;
+            tensor.active_sum += count_to_f64(active);
+            tensor.steps = tensor.steps.saturating_add(1);
+            tensor.count_units(
+                active,
+                inactive_share(record) > rules.inactive.warning && structure.is_bias(index),
+                step,
+            );
+        }
+        if !rules.looks_for_silence || records.iter().all(|record| record.count == 0) {
+            return;
+        }
+        let is_nothing = norms.iter().all(|&norm| norm == 0.0);
+        self.nothing.count(is_nothing, step);
+        let was_alive = self.alive;
+        self.alive |= !is_nothing;
+        if is_nothing {
+            self.of_nothing(was_alive, order, found);
+            return;
+        }
+        self.of_silent(structure, order, found);
+        self.of_units(records, rules, found);
+        // Where something explodes, it is not the others that vanish; and what shrinks from layer to layer has been told.
+        if !found.has(&[FindingKind::Exploding, FindingKind::Ratio, FindingKind::Flow]) {
+            self.of_vanishing(&norms, largest, rules, found);
+        }
+    }
+
+    fn of_nothing(&self, was_alive: bool, order: &[usize], found: &mut Found<'_>) {
+        let steps = self.nothing.steps;
+        let severity = match (steps >= PERSISTENCE, was_alive) {
+            (true, _) => Verdict::Critical,
+            (false, false) => Verdict::Warning,
+            // A batch without a loss, as of a hinge, is no fault.
+            (false, true) => {
+                found.undecided(FindingKind::Vanishing, None, format!("{} more steps", PERSISTENCE - steps));
+                return;
+            }
+        };
+        let mut silent = order.iter().copied();
+        found.push(Seen {
+            index: silent.next(),
+            others: silent.collect(),
+            since: Some(self.nothing.since),
+            message: format!("no gradient at all, of any tensor, {}", for_steps(steps)),
+            ..Seen::new(FindingKind::Vanishing, severity, (0.0, 0.0), "silent")
+        });
+    }
+
+    fn of_silent(&self, structure: &Structure, order: &[usize], found: &mut Found<'_>) {
+        let mut silent = Vec::new();
+        for &index in order {
+            let tensor = &self.tensors[index];
+            // Beside a weight that has one, a bias without a gradient is one that cancels: the last of a Wasserstein critic, say.
+            let cancels =
+                || !structure.is_weight[index] && structure.module_of(index).iter().any(|&i| self.has_gradient(i));
+            if tensor.silent.steps == 0 || self.comes_and_goes[structure.stacks[index]] || cancels() {
+                continue;
+            }
+            if tensor.silent.steps >= SILENCE {
+                silent.push(index);
+            } else {
+                let needs = format!("{} more steps without a gradient", SILENCE - tensor.silent.steps);
+                found.undecided(FindingKind::Zeros, index, needs);
+            }
+        }
+        silent.retain(|&index| !found.is_exempt(index, FindingKind::Zeros));
+        let Some((&first, others)) = silent.split_first() else { return };
+        let Tensor { silent: Run { steps, since }, alive, .. } = self.tensors[first];
+        let before = if alive { "; it had one before" } else { "; it never had one" };
+        found.push(Seen {
+            index: Some(first),
+            others: others.to_vec(),
+            since: Some(since),
+            message: format!("no gradient {}{before}", for_steps(steps)),
+            ..Seen::new(FindingKind::Zeros, Verdict::Warning, (1.0, 0.0), "silent")
+        });
+    }
+
+    /// Units that are off in every step. Their bias tells: elements of a weight may be without a gradient for the inputs they are of.
+    fn of_units(&self, records: &[Record], rules: &Rules, found: &mut Found<'_>) {
+        for (index, (tensor, record)) in self.tensors.iter().zip(records).enumerate() {
+            let Run { steps, since } = tensor.idle;
+            let inactive = inactive_share(record);
+            if (1..SILENCE).contains(&steps) {
+                found.undecided(FindingKind::Dead, index, format!("{} more such steps", SILENCE - steps));
+            } else if let Some((severity, limit)) = past_above(rules.inactive, inactive).filter(|_| steps > 0) {
+                let message = format!(
+                    "{} % of the units without a gradient, above {} %, {}, and about as many in each",
+                    percent(inactive),
+                    percent(limit),
+                    for_steps(steps)
+                );
+                let seen = Seen::new(FindingKind::Dead, severity, (inactive, limit), "inactive");
+                found.push(Seen { index: Some(index), since: Some(since), message, ..seen });
+            }
+        }
+    }
+
+    /// Rows of a weight without a bias, such as a table, that no tracked step looked up, where it was the same few in each.
+    pub fn of_rows(&self, report: &GsnrReport, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
+        for &(index, ref record) in report.records() {
+            let tensor = &self.tensors[index];
+            let (ever, all) = (count_to_f64(record.defined), count_to_f64(record.defined + record.constant));
+            let same = tensor.active_sum / f64::from(tensor.steps) / ever;
+            // Comparisons with NaN are false.
+            let is_same = same >= SAME_ROWS;
+            if record.steps < LEAST_TRACKED || !structure.is_alone(index) || !is_same {
+                continue;
+            }
+            let inactive = count_to_f64(record.constant) / all;
+            let Some((severity, limit)) = past_above(rules.inactive_rows, inactive) else { continue };
+            found.push(Seen {
+                index: Some(index),
+                since: Some((found.step() + 1).saturating_sub(u64::from(record.steps))),
+                message: format!(
+                    "{} % of the elements had no gradient in any of {} steps, above {} %; the others are the same in each",
+                    percent(inactive),
+                    record.steps,
+                    percent(limit)
+                ),
+                ..Seen::new(FindingKind::Dead, severity, (inactive, limit), "inactive_rows")
+            });
+        }
+    }
+
+    fn has_gradient(&self, index: usize) -> bool {
+        self.tensors[index].alive && self.tensors[index].silent.steps == 0
+    }
+
+    fn of_vanishing(&self, norms: &[f64], largest: f64, rules: &Rules, found: &mut Found<'_>) {
+        for (index, tensor) in self.tensors.iter().enumerate().filter(|(_, tensor)| tensor.vanishing.steps > 0) {
+            let beside = norms[index] / largest;
+            let Some((severity, limit)) = past_below(rules.beside_largest, beside) else { continue };
+            if tensor.vanishing.steps < PERSISTENCE {
+                continue;
+            }
+            found.push(Seen {
+                index: Some(index),
+                since: Some(tensor.vanishing.since),
+                message: format!(
+                    "norm {:.3e}, {beside:.3e} of the largest weight's, below {limit:.0e} {}",
+                    norms[index],
+                    for_steps(tensor.vanishing.steps)
+                ),
+                ..Seen::new(FindingKind::Vanishing, severity, (beside, limit), "beside_largest")
+            });
+        }
+    }
+}
+
+impl Tensor {
+    fn count_units(&mut self, active: u64, is_idle: bool, step: u64) {
+        let (fewest, most) = (self.active.0.min(active), self.active.1.max(active));
+        let goes_on = self.idle.steps > 0 && count_to_f64(fewest) >= AS_MANY * count_to_f64(most);
+        if goes_on {
+            self.active = (fewest, most);
+        } else {
+            (self.idle, self.active) = (Run::default(), (active, active));
+        }
+        self.idle.count(is_idle && active > 0, step);
+    }
+}
+
+fn inactive_share(record: &Record) -> f64 {
+    count_to_f64(record.zero_count) / count_to_f64(record.finite_count())
+}
+
+fn for_steps(steps: u32) -> String {
+    if steps == 1 { "in this step".to_owned() } else { format!("for {steps} steps") }
+}

@@ -1,0 +1,74 @@
+//! What a tensor is in its model, as far as shapes, lengths and names tell: a weight or a bias, in which module, beside which
+//! others.
+
+use super::{Groups, TensorType, names, threshold::count_to_f64};
+use crate::Plan;
+use std::collections::HashMap;
+
+/// Known from the plan.
+#[derive(Clone, Debug)]
+pub(super) struct Structure {
+    /// The module of each tensor: those that only differ in the last part of their names are of one.
+    modules: Vec<usize>,
+    /// The tensors of each module.
+    members: Vec<Vec<usize>>,
+    /// Whether it is a weight, which sums over more than one input: all but the first dimension; without shapes, the largest of its
+    /// module.
+    pub is_weight: Vec<bool>,
+    /// √ of the inputs that a weight sums over, where shapes are known. None of biases and of tables, whose rows are looked up.
+    pub fan_in_roots: Vec<Option<f64>>,
+    /// Those whose names are alike but for numbers: experts and layers of one stack.
+    pub stacks: Vec<usize>,
+}
+
+impl Structure {
+    pub fn of(plan: &Plan) -> Self {
+        let tensors = plan.tensors();
+        let groups = Groups::by_layer(plan);
+        let modules: Vec<usize> = groups.of_tensors().iter().flatten().copied().collect();
+        let mut members: Vec<Vec<usize>> = vec![Vec::new(); groups.names().len()];
+        modules.iter().enumerate().for_each(|(index, &module)| members[module].push(index));
+        let is_weight = |index: usize| match plan.shapes() {
+            Some(shapes) => inputs_of(&shapes[index]) > 1,
+            // The first of the largest.
+            None => members[modules[index]].iter().rev().max_by_key(|&&other| tensors[other].len) == Some(&index),
+        };
+        let is_weight: Vec<bool> = (0..tensors.len()).map(is_weight).collect();
+        // Tables of embeddings and positions: a name is all that tells.
+        let is_table = |index: usize| TensorType::of(&tensors[index].name) == TensorType::Embedding;
+        let fan_in_root = |index: usize| {
+            let inputs = inputs_of(&plan.shapes()?[index]);
+            Some(count_to_f64(inputs).sqrt())
+        };
+        let fan_in_roots = (0..tensors.len())
+            .map(|index| if is_weight[index] && !is_table(index) { fan_in_root(index) } else { None })
+            .collect();
+        let mut known = HashMap::new();
+        let stacks = tensors.iter().map(|tensor| {
+            let next = known.len();
+            *known.entry(names::without_numbers(&tensor.name)).or_insert(next)
+        });
+        let stacks = stacks.collect();
+        Self { modules, members, is_weight, fan_in_roots, stacks }
+    }
+
+    /// The tensors of the module that this one is of.
+    pub fn module_of(&self, tensor: usize) -> &[usize] {
+        &self.members[self.modules[tensor]]
+    }
+
+    /// Whether it is beside a weight.
+    pub fn is_bias(&self, tensor: usize) -> bool {
+        !self.is_weight[tensor] && self.module_of(tensor).iter().any(|&other| self.is_weight[other])
+    }
+
+    /// Whether it is of a module of weights alone, without a bias to tell of its units.
+    pub fn is_alone(&self, tensor: usize) -> bool {
+        self.module_of(tensor).iter().all(|&other| self.is_weight[other])
+    }
+}
+
+/// Elements that each output sums over: 1 of a vector.
+fn inputs_of(shape: &[u64]) -> u64 {
+    shape.iter().skip(1).product()
+}

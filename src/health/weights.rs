@@ -1,0 +1,81 @@
+//! Whether the weights are of a size that lets signals through: what an initialisation that is too large or too small has, and
+//! weights that too high a rate has thrown about.
+//!
+//! The gain of a weight is the root mean square of its elements times the root of the inputs it sums over: by how much it makes a
+//! signal larger. He's initialisation has 1.41, Glorot's 1, PyTorch's layers 0.58 (He et al., "Delving Deep into Rectifiers", 2015;
+//! Glorot and Bengio, 2010). Tables of embeddings sum over nothing and have none.
+
+use super::{
+    FindingKind, Limits, Rules, Verdict,
+    found::{Found, Seen},
+    run::Run,
+    structure::Structure,
+    threshold::count_to_f64,
+};
+use crate::Report;
+
+/// One of so many weights must be too large, and two where there are two: a model may have one that is meant to be.
+const SHARE: usize = 4;
+
+/// What is kept from step to step.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Weights {
+    large: Run,
+    small: Run,
+}
+
+impl Weights {
+    /// Judges the weights of a step, if their norms and shapes are known.
+    pub fn judge(&mut self, report: &Report, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
+        let gain = |(index, tensor): (usize, crate::TensorReport<'_>)| {
+            let (norm, root) = (tensor.param_norm?, structure.fan_in_roots[index]?);
+            let gain = norm / count_to_f64(tensor.len).sqrt() * root;
+            (gain > 0.0 && gain.is_finite()).then_some((index, gain))
+        };
+        let mut gains: Vec<(usize, f64)> = report.tensors().enumerate().filter_map(gain).collect();
+        gains.sort_by(|a, b| a.1.total_cmp(&b.1));
+        let count = gains.len();
+        if count == 0 {
+            return;
+        }
+        let is_large = |limit: f64| {
+            let large = count - gains.partition_point(|&(_, gain)| gain <= limit);
+            large >= count.min(2) && SHARE * large >= count
+        };
+        let median = gains[count / 2].1;
+        let large = level(rules.gain_above, is_large);
+        let small = level(rules.gain_below, |limit| median < limit);
+        let step = report.step();
+        self.large.count(large.is_some(), step);
+        self.small.count(small.is_some(), step);
+        let usual = "an initialisation by He has 1.4, PyTorch's 0.6";
+        if let Some((severity, limit)) = large {
+            let mut above = gains.iter().rev().take_while(|&&(_, gain)| gain > limit).map(|&(index, _)| index);
+            let largest = gains[count - 1].1;
+            found.push(Seen {
+                index: above.next(),
+                others: above.collect(),
+                since: Some(self.large.since),
+                message: format!("the weights are too large: gain {largest:.3e}, above {limit}; {usual}"),
+                ..Seen::new(FindingKind::Exploding, severity, (largest, limit), "gain")
+            });
+        }
+        if let Some((severity, limit)) = small {
+            let mut below = gains.iter().take_while(|&&(_, gain)| gain < limit).map(|&(index, _)| index);
+            found.push(Seen {
+                index: below.next(),
+                others: below.collect(),
+                since: Some(self.small.since),
+                message: format!("the weights are too small: median gain {median:.3e}, below {limit}; {usual}"),
+                ..Seen::new(FindingKind::Vanishing, severity, (median, limit), "gain")
+            });
+        }
+    }
+}
+
+/// The worst of the limits that is passed.
+fn level(limits: Limits, is_past: impl Fn(f64) -> bool) -> Option<(Verdict, f64)> {
+    [(Verdict::Critical, limits.critical), (Verdict::Warning, limits.warning)]
+        .into_iter()
+        .find(|&(_, limit)| is_past(limit))
+}
