@@ -165,8 +165,12 @@ fn everything_goes_on_from_what_was_saved() {
         again.restore(&state).unwrap();
         again.optimizer().unwrap().restore(&of_optimizer).unwrap();
         // The words of health know the norms of the step before, which are no part of the state.
-        let [(mut seen, changed), (mut expected, unbroken)] =
-            [&mut again, &mut probe].map(|probe| use_all(probe, 2, false));
+        let (mut seen, changed) = use_all(&mut again, 2, false);
+        // Miri, to which a step is a minute, need not see another.
+        if cfg!(miri) {
+            continue;
+        }
+        let (mut expected, unbroken) = use_all(&mut probe, 2, false);
         assert_eq!(changed, unbroken, "{clip:?}");
         let health = std::mem::offset_of!(gradprobe::StepOutputs, health);
         [&mut seen, &mut expected].into_iter().for_each(|bits| bits[health..health + 4].fill(0));

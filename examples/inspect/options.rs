@@ -36,7 +36,8 @@ pub struct Options {
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = preset)]
     pub preset: Preset,
 
-    /// The learning rate: norms below 1e-10/X count as vanishing and above 1/X as exploding
+    /// The learning rate: by the default rules, a gradient of which X is more than its weight is too large; by the others, norms
+    /// below 1e-10/X count as vanishing and above 1/X as exploding
     #[arg(
         long,
         value_name = "X",

@@ -46,7 +46,7 @@ fn lengthened(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// For each test. The tests run side by side.
-const SECONDS: Duration = Duration::from_secs(10);
+const SECONDS: Duration = Duration::from_secs(5);
 
 /// A number that options may be given: most of the time the usual one, then one that is no nonsense, then any.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,5 @@
 //! What the default rules say of what gets no gradient and of the size of weights: on runs made for it. How well they fit real
-//! trainings is `tests/zoo.rs`'s.
+//! trainings is `tests/zoo`'s.
 
 use crate::models::{host::OnHost, kinds, named};
 use gradprobe::{
