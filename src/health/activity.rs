@@ -13,7 +13,7 @@ use super::{
     structure::Structure,
     threshold::count_to_f64,
 };
-use crate::{Record, gsnr::GsnrReport};
+use crate::{Record, gsnr::GsnrReport, measure::printable};
 
 /// Steps in a row that tell ("for several consecutive steps", as the literature on vanishing gradients has it).
 const PERSISTENCE: u32 = 3;
@@ -81,7 +81,8 @@ impl Activity {
                 continue;
             }
             let norm = norms[index];
-            if norm > 0.0 && tensor.alive && tensor.silent.steps > 0 {
+            // Not in a step in which there was nothing for any tensor.
+            if norm > 0.0 && tensor.alive && tensor.silent.steps > self.nothing.steps {
                 self.comes_and_goes[structure.stacks[index]] = true;
             }
             tensor.silent.count(norm == 0.0, step);
@@ -161,11 +162,16 @@ impl Activity {
         let Some((&first, others)) = silent.split_first() else { return };
         let Tensor { silent: Run { steps, since }, alive, .. } = self.tensors[first];
         let before = if alive { "; it had one before" } else { "; it never had one" };
+        // Where the backward pass was still alive.
+        let place = order.iter().position(|&index| index == first).unwrap_or(0);
+        let last_alive = order[..place].iter().rev().find(|&&index| self.has_gradient(index));
+        let last_alive = last_alive
+            .map_or_else(String::new, |&index| format!("; {} above it has one", printable(found.name(index))));
         found.push(Seen {
             index: Some(first),
             others: others.to_vec(),
             since: Some(since),
-            message: format!("no gradient {}{before}", for_steps(steps)),
+            message: format!("no gradient {}{before}{last_alive}", for_steps(steps)),
             ..Seen::new(FindingKind::Zeros, Verdict::Warning, (1.0, 0.0), "silent")
         });
     }

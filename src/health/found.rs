@@ -51,6 +51,10 @@ impl<'a> Found<'a> {
         Self { plan, step, exempt, seen: Vec::new(), undecided: Vec::new() }
     }
 
+    pub(super) fn name(&self, index: usize) -> &'a str {
+        &self.plan.tensors()[index].name
+    }
+
     pub(super) fn step(&self) -> u64 {
         self.step
     }
@@ -75,7 +79,7 @@ impl<'a> Found<'a> {
     pub(super) fn undecided(&mut self, kind: FindingKind, index: impl Into<Option<usize>>, needs: String) {
         let index = index.into();
         if index.is_none_or(|index| !self.is_exempt(index, kind)) {
-            let tensor = index.map(|index| self.plan.tensors()[index].name.clone());
+            let tensor = index.map(|index| self.name(index).to_owned());
             self.undecided.push(Undecided { kind, tensor, needs });
         }
     }

@@ -82,6 +82,15 @@ impl Config {
 }
 
 impl Probe {
+    /// What diagnoses its steps, to be asked what tracked steps and histograms say.
+    ///
+    /// # Errors
+    /// [`Error::NotDeclared`] without [`Config::rules`].
+    pub fn health(&self) -> Result<&Health, Error> {
+        let judge = self.rooms.rules.as_ref().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
+        Ok(&judge.health)
+    }
+
     /// Goes by other rules from the next step on, for another learning rate say: one upload. What the diagnosis remembers
     /// is kept.
     ///

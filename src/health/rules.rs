@@ -156,6 +156,8 @@ pub struct Rules {
     pub spike: Limits,
     /// The same below the median: unstable above these.
     pub fall: Limits,
+    /// The same of a weight's share of the total norm, over its last eight steps: a spike above these.
+    pub share: Limits,
     /// On the norm of a weight's gradient over the largest weight's, for three steps in a row without doubling: vanishing below
     /// these.
     pub beside_largest: Limits,
@@ -226,6 +228,7 @@ impl Rules {
             persistence: 0,
             spike: Limits::warning_above(f64::INFINITY),
             fall: Limits::warning_above(f64::INFINITY),
+            share: Limits::warning_above(f64::INFINITY),
             beside_largest: Limits::warning_below(f64::NEG_INFINITY),
             inactive: Limits::warning_above(f64::INFINITY),
             inactive_rows: Limits::warning_above(f64::INFINITY),
@@ -383,6 +386,7 @@ impl Rules {
         let above = f64::INFINITY;
         check_limits("spike", self.spike, false, above)?;
         check_limits("fall", self.fall, false, above)?;
+        check_limits("share", self.share, false, above)?;
         check_limits("beside_largest", self.beside_largest, true, 1.0)?;
         check_limits("inactive", self.inactive, false, 1.0)?;
         check_limits("inactive_rows", self.inactive_rows, false, 1.0)?;

@@ -74,7 +74,7 @@ fn tensors_without_a_gradient_are_one_finding_after_five_steps() {
     assert_eq!((finding.kind, finding.severity, finding.since, finding.step), (FindingKind::Zeros, WARNING, 1, 5));
     // The backward pass comes to the bias first.
     assert_eq!((finding.tensor.as_deref(), &finding.others[..]), (Some("0.bias"), &["0.weight".to_owned()][..]));
-    assert_eq!(finding.message, "no gradient for 5 steps; it never had one");
+    assert_eq!(finding.message, "no gradient for 5 steps; it never had one; 1.weight above it has one");
     assert_eq!(diagnosis.verdicts(), [WARNING, WARNING, Verdict::Healthy, Verdict::Healthy]);
     assert!(diagnosis.to_string().contains("zeros     0.bias and 1 more, since step 1: no gradient"), "{diagnosis}");
     // It had one: the run begins anew.
@@ -119,7 +119,11 @@ fn no_gradient_at_all_is_critical_after_three_steps() {
     // A batch without a loss, as of a hinge.
     let diagnosis = run.step(&[0.0; 4]);
     assert_eq!((kinds(&diagnosis), diagnosis.undecided().len()), (vec![], 1));
-    assert_eq!(kinds(&run.step(&[1.0; 4])), []);
+    // Nor does it make a model of parts that come and go: with it these are five steps.
+    for _ in 0..3 {
+        assert_eq!(kinds(&run.step(&[0.0, 0.0, 1.0, 1.0])), []);
+    }
+    assert_eq!(kinds(&run.step(&[0.0, 0.0, 1.0, 1.0])), [(FindingKind::Zeros, WARNING)]);
 }
 
 #[test]
@@ -178,6 +182,8 @@ fn units_that_never_fire_are_dead_and_those_of_one_batch_are_not() {
 fn a_table_whose_rows_are_the_same_few_in_every_step_is_found() {
     let rows_of = |name: &str, row: &dyn Fn(u64, u64) -> u64| {
         let mut run = Run::new(&[(name, &[50, 2]), ("head.weight", &[3, 2])]);
+        let config = Config::new().tracking(GsnrConfig::new()).rules(Rules::default());
+        run.probe = Probe::new(Cpu, run.health.plan().clone(), config).unwrap();
         for _ in 0..6 {
             let mut gradients = run.noise(&[0.0, 1.0]);
             for sample in 0..16 {
@@ -185,11 +191,10 @@ fn a_table_whose_rows_are_the_same_few_in_every_step_is_found() {
                 gradients[0][2 * row] = named(run.step, sample);
                 gradients[0][2 * row + 1] = 1.0;
             }
-            let report = run.measure(&gradients);
-            assert_eq!(kinds(&run.health.diagnose(&report).unwrap()), []);
+            assert_eq!(run.measure(&gradients).diagnosis().unwrap().verdict(), Verdict::Healthy);
         }
         let report = run.probe.gsnr_report().unwrap();
-        let findings = run.health.diagnose_gsnr(&report).unwrap();
+        let findings = run.probe.health().unwrap().diagnose_gsnr(&report).unwrap();
         findings.iter().map(|finding| (finding.kind, finding.severity)).collect::<Vec<_>>()
     };
     assert_eq!(rows_of("wte.weight", &|_, sample| sample % 4), [(FindingKind::Dead, WARNING)]);
@@ -197,6 +202,33 @@ fn a_table_whose_rows_are_the_same_few_in_every_step_is_found() {
     assert_eq!(rows_of("wte.weight", &|step, sample| step * 3 + sample % 4), []);
     // Positions beyond the text.
     assert_eq!(rows_of("wpe.weight", &|_, sample| sample), []);
+}
+
+#[test]
+fn a_weight_whose_share_of_the_norm_jumps_is_named() {
+    let mut run = Run::new(&TWO_LAYERS);
+    for step in 0..20 {
+        assert_eq!(kinds(&run.step(&[0.1, 0.1, 1.0, 1.0])), [], "{step}");
+    }
+    // By 1 of the others' 4 the total hardly moves.
+    let diagnosis = run.step(&[1.0, 0.1, 1.0, 1.0]);
+    let [finding] = diagnosis.findings() else { panic!("{diagnosis}") };
+    assert_eq!((finding.kind, finding.severity, finding.rule), (FindingKind::Spike, WARNING, "share"));
+    assert_eq!((finding.tensor.as_deref(), finding.others.len()), (Some("0.weight"), 0));
+    // A bias may.
+    assert_eq!(kinds(&run.step(&[0.1, 1.0, 1.0, 1.0])), []);
+}
+
+#[test]
+fn steps_may_be_missing_in_between() {
+    let mut run = Run::new(&TWO_LAYERS);
+    for step in 0..60 {
+        let gradients = run.noise(&[0.1, 0.1, 1.0, 0.0]);
+        let report = run.measure(&gradients);
+        if step % 10 == 0 {
+            assert_eq!(kinds(&run.health.diagnose(&report).unwrap()), [], "{step}");
+        }
+    }
 }
 
 #[test]
