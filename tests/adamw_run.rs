@@ -145,8 +145,8 @@ fn the_graph_trains_as_f64_does_and_skips_what_is_broken() {
             assert_eq!((report.outputs().skip, report.step()), (1, step as u64));
             assert_eq!(report.outputs().flags, StepOutputs::FLAG_NAN | StepOutputs::FLAG_SKIP);
             let diagnosis = report.diagnosis().unwrap();
-            let of_nan = diagnosis.findings().iter().filter(|finding| finding.kind == FindingKind::Nan).count();
-            assert_eq!((diagnosis.verdict(), of_nan), (Verdict::Critical, 4), "{diagnosis}");
+            let of_nan = diagnosis.findings().iter().find(|finding| finding.kind == FindingKind::Nan).unwrap();
+            assert_eq!((diagnosis.verdict(), of_nan.tensors().count()), (Verdict::Critical, 4), "{diagnosis}");
             let frontier = diagnosis.frontier().unwrap();
             assert_eq!((frontier.step, frontier.element), (step as u64, 0), "{diagnosis}");
             let after = training.state().unwrap();

@@ -17,14 +17,16 @@ use crate::{Record, gsnr::GsnrReport, measure::printable};
 
 /// Steps in a row that tell ("for several consecutive steps", as the literature on vanishing gradients has it).
 const PERSISTENCE: u32 = 3;
-/// The same of one tensor that gets nothing: a head that is trained on one batch of four has none in three.
+/// The same of units.
 const SILENCE: u32 = 5;
+/// So often must tensors of a stack have come back for its others to be taken for such as come and go: once may be an accident.
+const RETURNS: u32 = 2;
 /// A gradient that grows so much from one step to the next is on its way back.
 const RECOVERS: f64 = 4.0;
 /// The fewest units with a gradient over the most, of steps in which the others may be off for good: in batches of one sample their
 /// number varies.
 const AS_MANY: f64 = 0.5;
-/// Elements of a table with a gradient in a mean step, over those with one in any: where it is always the same rows.
+/// Elements of a table with a gradient in the last step, over those that have had one: where it is always the same rows.
 const SAME_ROWS: f64 = 0.95;
 /// Tracked steps that tell of rows.
 const LEAST_TRACKED: u32 = 4;
@@ -33,8 +35,8 @@ const LEAST_TRACKED: u32 = 4;
 #[derive(Clone, Debug)]
 pub(super) struct Activity {
     tensors: Vec<Tensor>,
-    /// Of each stack, whether a tensor has come back after a step without gradient.
-    comes_and_goes: Vec<bool>,
+    /// Of each stack, how often a tensor has come back after a step without gradient.
+    returns: Vec<u32>,
     nothing: Run,
     /// Whether any tensor ever had a gradient.
     alive: bool,
@@ -51,9 +53,11 @@ struct Tensor {
     /// With most units without a gradient, and about as many in each step: the fewest that had one, and the most.
     idle: Run,
     active: (u64, u64),
-    /// Elements with a gradient, added up over these steps.
-    active_sum: f64,
-    steps: u32,
+    /// Elements with a gradient in the last step, and without.
+    last_active: u64,
+    last_zeros: u64,
+    /// Whether it was there in the last step.
+    is_present: bool,
 }
 
 impl Activity {
@@ -61,7 +65,7 @@ impl Activity {
         let stacks = structure.stacks.iter().max().map_or(0, |last| last + 1);
         Self {
             tensors: vec![Tensor::default(); structure.stacks.len()],
-            comes_and_goes: vec![false; stacks],
+            returns: vec![0; stacks],
             nothing: Run::default(),
             alive: false,
         }
@@ -77,13 +81,14 @@ impl Activity {
         let norms: Vec<f64> = records.iter().map(Record::finite_l2_norm).collect();
         let largest = (0..norms.len()).filter(|&i| structure.is_weight[i]).map(|i| norms[i]).fold(0.0, f64::max);
         for (index, (tensor, record)) in self.tensors.iter_mut().zip(records).enumerate() {
-            if record.count == 0 {
+            tensor.is_present = record.count > 0;
+            if !tensor.is_present {
                 continue;
             }
             let norm = norms[index];
             // Not in a step in which there was nothing for any tensor.
             if norm > 0.0 && tensor.alive && tensor.silent.steps > self.nothing.steps {
-                self.comes_and_goes[structure.stacks[index]] = true;
+                self.returns[structure.stacks[index]] += 1;
             }
             tensor.silent.count(norm == 0.0, step);
             tensor.alive |= norm > 0.0;
@@ -92,16 +97,12 @@ impl Activity {
             let is_low = norm > 0.0 && structure.is_weight[index] && beside < rules.beside_largest.warning;
             tensor.vanishing.count(is_low && !recovers, step);
             tensor.last_norm = norm;
-            let active = record.finite_count() - record.zero_count;
-            tensor.active_sum += count_to_f64(active);
-            tensor.steps = tensor.steps.saturating_add(1);
-            tensor.count_units(
-                active,
-                inactive_share(record) > rules.inactive.warning && structure.is_bias(index),
-                step,
-            );
+            tensor.last_zeros = record.zero_count;
+            tensor.last_active = record.finite_count() - record.zero_count;
+            let is_idle = structure.has_units(index) && inactive_share(record) > rules.inactive.warning;
+            tensor.count_units(is_idle, step);
         }
-        if !rules.looks_for_silence || records.iter().all(|record| record.count == 0) {
+        if rules.silence == 0 || records.iter().all(|record| record.count == 0) {
             return;
         }
         let is_nothing = norms.iter().all(|&norm| norm == 0.0);
@@ -112,10 +113,10 @@ impl Activity {
             self.of_nothing(was_alive, order, found);
             return;
         }
-        self.of_silent(structure, order, found);
+        self.of_silent((structure, rules, order), found);
         self.of_units(records, rules, found);
         // Where something explodes, it is not the others that vanish; and what shrinks from layer to layer has been told.
-        if !found.has(&[FindingKind::Exploding, FindingKind::Ratio, FindingKind::Flow]) {
+        if !found.explodes(Verdict::Warning) && !found.has(&[FindingKind::Flow]) {
             self.of_vanishing(&norms, largest, rules, found);
         }
     }
@@ -141,20 +142,21 @@ impl Activity {
         });
     }
 
-    fn of_silent(&self, structure: &Structure, order: &[usize], found: &mut Found<'_>) {
+    fn of_silent(&self, (structure, rules, order): (&Structure, &Rules, &[usize]), found: &mut Found<'_>) {
         let mut silent = Vec::new();
         for &index in order {
             let tensor = &self.tensors[index];
             // Beside a weight that has one, a bias without a gradient is one that cancels: the last of a Wasserstein critic, say.
             let cancels =
                 || !structure.is_weight[index] && structure.module_of(index).iter().any(|&i| self.has_gradient(i));
-            if tensor.silent.steps == 0 || self.comes_and_goes[structure.stacks[index]] || cancels() {
+            let comes_and_goes = self.returns[structure.stacks[index]] >= RETURNS;
+            if !tensor.is_present || tensor.silent.steps == 0 || comes_and_goes || cancels() {
                 continue;
             }
-            if tensor.silent.steps >= SILENCE {
+            if tensor.silent.steps >= rules.silence {
                 silent.push(index);
             } else {
-                let needs = format!("{} more steps without a gradient", SILENCE - tensor.silent.steps);
+                let needs = format!("{} more steps without a gradient", rules.silence - tensor.silent.steps);
                 found.undecided(FindingKind::Zeros, index, needs);
             }
         }
@@ -181,6 +183,9 @@ impl Activity {
         for (index, (tensor, record)) in self.tensors.iter().zip(records).enumerate() {
             let Run { steps, since } = tensor.idle;
             let inactive = inactive_share(record);
+            if !tensor.is_present {
+                continue;
+            }
             if (1..SILENCE).contains(&steps) {
                 found.undecided(FindingKind::Dead, index, format!("{} more such steps", SILENCE - steps));
             } else if let Some((severity, limit)) = past_above(rules.inactive, inactive).filter(|_| steps > 0) {
@@ -200,18 +205,23 @@ impl Activity {
     pub fn of_rows(&self, report: &GsnrReport, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
         for &(index, ref record) in report.records() {
             let tensor = &self.tensors[index];
-            let (ever, all) = (count_to_f64(record.defined), count_to_f64(record.defined + record.constant));
-            let same = tensor.active_sum / f64::from(tensor.steps) / ever;
-            // Comparisons with NaN are false.
-            let is_same = same >= SAME_ROWS;
-            if record.steps < LEAST_TRACKED || !structure.is_alone(index) || !is_same {
+            let all = record.defined + record.constant;
+            let is_whole = tensor.is_present && tensor.last_active + tensor.last_zeros == all;
+            // Elements that vary have had a gradient: where it is no more than those that have one now, it is always these.
+            let is_same = count_to_f64(tensor.last_active) >= SAME_ROWS * count_to_f64(record.defined);
+            if record.steps < LEAST_TRACKED
+                || record.defined == 0
+                || !structure.is_alone(index)
+                || !is_whole
+                || !is_same
+            {
                 continue;
             }
-            let inactive = count_to_f64(record.constant) / all;
+            let inactive = count_to_f64(record.constant.min(tensor.last_zeros)) / count_to_f64(all);
             let Some((severity, limit)) = past_above(rules.inactive_rows, inactive) else { continue };
             found.push(Seen {
                 index: Some(index),
-                since: Some((found.step() + 1).saturating_sub(u64::from(record.steps))),
+                since: Some((found.step() + 1).saturating_sub(u64::from(record.steps)).max(1)),
                 message: format!(
                     "{} % of the elements had no gradient in any of {} steps, above {} %; the others are the same in each",
                     percent(inactive),
@@ -224,11 +234,13 @@ impl Activity {
     }
 
     fn has_gradient(&self, index: usize) -> bool {
-        self.tensors[index].alive && self.tensors[index].silent.steps == 0
+        let tensor = &self.tensors[index];
+        tensor.is_present && tensor.alive && tensor.silent.steps == 0
     }
 
     fn of_vanishing(&self, norms: &[f64], largest: f64, rules: &Rules, found: &mut Found<'_>) {
-        for (index, tensor) in self.tensors.iter().enumerate().filter(|(_, tensor)| tensor.vanishing.steps > 0) {
+        let is_low = |tensor: &Tensor| tensor.is_present && tensor.vanishing.steps > 0;
+        for (index, tensor) in self.tensors.iter().enumerate().filter(|(_, tensor)| is_low(tensor)) {
             let beside = norms[index] / largest;
             let Some((severity, limit)) = past_below(rules.beside_largest, beside) else { continue };
             if tensor.vanishing.steps < PERSISTENCE {
@@ -249,7 +261,8 @@ impl Activity {
 }
 
 impl Tensor {
-    fn count_units(&mut self, active: u64, is_idle: bool, step: u64) {
+    fn count_units(&mut self, is_idle: bool, step: u64) {
+        let active = self.last_active;
         let (fewest, most) = (self.active.0.min(active), self.active.1.max(active));
         let goes_on = self.idle.steps > 0 && count_to_f64(fewest) >= AS_MANY * count_to_f64(most);
         if goes_on {

@@ -55,9 +55,11 @@ pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
             "use Leaky ReLU, GELU or SiLU in place of ReLU",
             LOSS_SCALE,
         ],
-        FindingKind::Ratio => {
-            &["above 1: lower the learning rate; below 1e-6: raise it, or give the layer its own", WARM_UP, INITIALISE]
-        }
+        FindingKind::Ratio => &[
+            "too large beside its weight: lower the learning rate; too small: raise it, or give the layer its own",
+            WARM_UP,
+            INITIALISE,
+        ],
         FindingKind::Spread => &[
             "give the layers learning rates of their own, or use an optimizer that does, such as Adam or LAMB",
             INITIALISE,

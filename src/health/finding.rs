@@ -1,6 +1,6 @@
 //! What is wrong with a gradient, as data.
 
-use std::fmt;
+use std::{collections::HashSet, fmt};
 
 /// How a tensor, a step or a run is, or how bad a finding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,11 +22,11 @@ pub enum FindingKind {
     Nan = 0,
     /// An element is infinite.
     Inf = 1,
-    /// A gradient too small to move its weights.
+    /// A gradient too small to move its weights, or weights too small to let one through.
     Vanishing = 2,
-    /// A gradient so large that a step throws its weights away.
+    /// A gradient so large that a step throws its weights away, or weights so large that it will be.
     Exploding = 3,
-    /// Elements below the dead threshold.
+    /// Elements below the dead threshold, units that are off, rows that are never looked up.
     Dead = 4,
     /// Elements that are 0.
     Zeros = 5,
@@ -38,7 +38,7 @@ pub enum FindingKind {
     Flow = 8,
     /// A norm far above those of the steps before.
     Spike = 9,
-    /// Norms that jump from step to step.
+    /// Norms that jump from step to step, or that fall at once.
     Unstable = 10,
     /// More noise than signal across steps.
     Noisy = 11,
@@ -71,13 +71,13 @@ pub struct Finding {
     pub tensor: Option<String>,
     /// The other tensors it concerns.
     pub others: Vec<String>,
-    /// What was measured, of `tensor`.
+    /// What was measured, of `tensor` or of all; 1 or 0 where it is a gradient that is not there.
     pub value: f64,
     /// The limit it passed.
     pub threshold: f64,
     /// The rule that says so, by a name that stays the same from version to version.
     pub rule: &'static str,
-    /// One sentence with value and limit in it.
+    /// What was seen, in a sentence, beside what is usual.
     pub message: String,
     /// What usually helps, most promising first.
     pub advice: &'static [&'static str],
@@ -89,10 +89,12 @@ impl Finding {
         self.tensor.iter().chain(&self.others).map(String::as_str)
     }
 
-    /// Whether this and a finding of an earlier step are of one cause, which goes on: for those who tell it once.
+    /// Whether a finding of an earlier step has told this, which goes on: of the same rule, beginning and tensors.
     pub fn is_of_same_cause(&self, earlier: &Self) -> bool {
-        (self.since, self.severity, self.kind, self.rule)
-            == (earlier.since, earlier.severity, earlier.kind, earlier.rule)
+        let is_one = (self.since, self.severity, self.kind, self.rule)
+            == (earlier.since, earlier.severity, earlier.kind, earlier.rule);
+        let known: HashSet<&str> = if is_one { earlier.tensors().collect() } else { HashSet::new() };
+        is_one && self.tensors().all(|tensor| known.contains(tensor))
     }
 }
 

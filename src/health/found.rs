@@ -68,11 +68,25 @@ impl<'a> Found<'a> {
         self.seen.iter().any(|seen| kinds.contains(&seen.kind))
     }
 
-    /// Takes it in, unless its kind does not concern its tensor.
-    pub(super) fn push(&mut self, seen: Seen) {
-        if seen.index.is_none_or(|index| !self.is_exempt(index, seen.kind)) {
-            self.seen.push(seen);
+    /// Takes it in, without the tensors that its kind does not concern.
+    pub(super) fn push(&mut self, mut seen: Seen) {
+        if let Some(first) = seen.index {
+            let concerned = |&index: &usize| !self.is_exempt(index, seen.kind);
+            let mut left = std::iter::once(first).chain(seen.others).filter(concerned);
+            let Some(first) = left.next() else { return };
+            (seen.index, seen.others) = (Some(first), left.collect());
         }
+        self.seen.push(seen);
+    }
+
+    /// Whether something explodes in this step, at least as bad as this; weights that are too large are no event of a step.
+    pub(super) fn explodes(&self, severity: Verdict) -> bool {
+        let is_explosion = |seen: &Seen| {
+            matches!(seen.kind, FindingKind::Exploding | FindingKind::Ratio)
+                && seen.rule != "gain"
+                && seen.severity >= severity
+        };
+        self.seen.iter().any(is_explosion)
     }
 
     /// What this may be of a tensor, or of all, and what it takes to tell; unless it does not concern that tensor.
@@ -101,7 +115,14 @@ impl<'a> Found<'a> {
     }
 
     /// A rule whose limit `value` passes, by this bit of the word. `more` ends the message.
-    pub(super) fn threshold(&mut self, index: Option<usize>, rule: &ThresholdRule, value: f64, bit: u32, more: &str) {
+    /// It began in the step `since`.
+    pub(super) fn threshold(
+        &mut self,
+        (index, since): (Option<usize>, u64),
+        rule: &ThresholdRule,
+        (value, bit): (f64, u32),
+        more: &str,
+    ) {
         let (Some(statistic), Some(kind)) = (rule.statistic(), rule.kind()) else { return };
         let severity = if bit >> 16 != 0 { Verdict::Critical } else { Verdict::Warning };
         // A warning that is raised by something else than the value has passed the warning alone.
@@ -126,7 +147,8 @@ impl<'a> Found<'a> {
         } else {
             format!("{what} {value:.3e}, {side} {limit:.3e}{more}")
         };
-        self.push(Seen { index, message, ..Seen::new(kind, severity, (value, limit), statistic.name()) });
+        let seen = Seen::new(kind, severity, (value, limit), statistic.name());
+        self.push(Seen { index, since: Some(since), message, ..seen });
     }
 
     /// One finding a cause, in the order of [`Diagnosis::findings`](super::Diagnosis::findings); the verdicts of the tensors
@@ -136,16 +158,19 @@ impl<'a> Found<'a> {
     /// its units are not what is wrong. A step that explodes is no spike besides. What is of one kind, rule and severity is one
     /// finding, named by the tensor that is furthest past its limit, or else that the backward pass reaches first.
     pub(super) fn finish(self, order: &[usize], verdicts: &mut [Verdict]) -> (Vec<Finding>, Vec<Undecided>) {
-        let explodes = self.has(&[FindingKind::Exploding, FindingKind::Ratio]);
+        let explodes = [Verdict::Warning, Verdict::Critical].map(|severity| self.explodes(severity));
         let mut seen = self.seen;
         seen.sort_by_key(|seen| (seen.index, seen.kind, std::cmp::Reverse(seen.severity)));
-        seen.dedup_by(|b, a| (a.index, a.kind) == (b.index, b.kind) && a.others.is_empty() && b.others.is_empty());
+        // What a format loses is not what another does.
+        let is_one =
+            |seen: &Seen| (seen.index, seen.kind, if seen.kind == FindingKind::Underflow { seen.rule } else { "" });
+        seen.dedup_by(|b, a| is_one(a) == is_one(b) && a.others.is_empty() && b.others.is_empty());
         let vanishing: Vec<usize> =
             seen.iter().filter(|seen| seen.kind == FindingKind::Vanishing).filter_map(|seen| seen.index).collect();
         seen.retain(|seen| {
             let follows = match seen.kind {
-                FindingKind::Dead => seen.index.is_some_and(|index| vanishing.contains(&index)),
-                FindingKind::Spike => explodes,
+                FindingKind::Dead => seen.index.is_some_and(|index| vanishing.binary_search(&index).is_ok()),
+                FindingKind::Spike => explodes[usize::from(seen.severity == Verdict::Critical)],
                 _ => false,
             };
             !follows
@@ -160,14 +185,16 @@ impl<'a> Found<'a> {
         let place = |seen: &Seen| seen.index.map(|index| places[index]);
         seen.sort_by(|a, b| {
             let cause = |seen: &Seen| (std::cmp::Reverse(seen.severity), seen.kind, seen.index.is_some(), seen.rule);
-            cause(a).cmp(&cause(b)).then(b.excess().total_cmp(&a.excess())).then(place(a).cmp(&place(b)))
+            let of_one_limit = cause(a).cmp(&cause(b)).then(a.limit.total_cmp(&b.limit));
+            of_one_limit.then(b.excess().total_cmp(&a.excess())).then(place(a).cmp(&place(b)))
         });
         let mut findings: Vec<Finding> = Vec::new();
         for seen in seen {
             let name = |index: usize| self.plan.tensors()[index].name.clone();
             let alike = |last: &&mut Finding| {
                 let of_tensors = last.tensor.is_some() && seen.index.is_some();
-                of_tensors && (last.severity, last.kind, last.rule) == (seen.severity, seen.kind, seen.rule)
+                let is_one = (last.severity, last.kind, last.rule) == (seen.severity, seen.kind, seen.rule);
+                of_tensors && is_one && last.threshold.total_cmp(&seen.limit).is_eq()
             };
             let others = seen.others.iter().copied().map(name);
             let since = seen.since.unwrap_or(self.step);

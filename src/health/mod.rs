@@ -20,7 +20,6 @@ mod robust;
 mod rules;
 mod run;
 mod shares;
-
 mod structure;
 mod threshold;
 mod updates;

@@ -1,8 +1,7 @@
 //! Follows the health of a run: turns each step's report into a diagnosis, and remembers what that needs.
 
 use super::{
-    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, FlowRule, Frontier, Limits, Rules, StepNorms, UsualNorm,
-    Verdict,
+    Diagnosis, Finding, FindingKind, Flow, FlowMeasure, FlowRule, Frontier, Rules, StepNorms, UsualNorm, Verdict,
     activity::Activity,
     diagnosis,
     flow::Layers,
@@ -18,8 +17,11 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    DType, Error, Plan, Record, Report, StepOutputs, TensorSpec, gsnr::GsnrReport, histogram::HistogramReport,
-    measure::printable, ranks::RankCheck,
+    DType, Error, Plan, Record, Report, StepOutputs, TensorSpec,
+    gsnr::GsnrReport,
+    histogram::{Format, HistogramReport},
+    measure::printable,
+    ranks::RankCheck,
 };
 use std::collections::VecDeque;
 
@@ -88,7 +90,7 @@ impl State {
             vanishing: vec![Run::default(); tensors],
             activity: Activity::new(structure),
             shares: Shares::new(tensors),
-            weights: Weights::default(),
+            weights: Weights::new(tensors),
             updates: Updates::new(plan),
             window: VecDeque::new(),
             frontier: None,
@@ -169,6 +171,7 @@ impl Health {
         // Norms under another rate are no comparison.
         if rules.rate().zip(self.rules.rate()).is_some_and(|(now, then)| are_apart(now, then)) {
             self.state.window.clear();
+            self.state.shares.clear();
         }
         (self.rules, self.exempt, self.layers) = (rules, exempt, layers);
         Ok(())
@@ -215,7 +218,7 @@ impl Health {
         if united & NONFINITE == 0 && norms.has_elements {
             for rule in self.rules.thresholds() {
                 if let Some((value, bit)) = rule.of_step(&norms).filter(|&(_, bit)| bit != 0) {
-                    found.threshold(None, rule, value, bit, "");
+                    found.threshold((None, outputs.step), rule, (value, bit), "");
                 }
             }
         }
@@ -228,8 +231,8 @@ impl Health {
         if outputs.skip == 0 {
             self.state.updates.judge(report, &self.rules, &mut found);
         }
-        self.state.weights.judge(report, &self.structure, &self.rules, &mut found);
         if clean {
+            self.state.weights.judge(report, &self.structure, &self.rules, &mut found);
             let context = (&self.structure, &self.rules, &self.order[..]);
             self.state.activity.judge((outputs.step, records), context, &mut found);
             self.of_jump(outputs.finite_total_norm, records, &mut found);
@@ -277,15 +280,15 @@ impl Health {
             if bit & !(exempt | exempt << 16) == 0 {
                 continue;
             }
-            let steps = self.state.vanishing[index].steps;
+            let Run { steps, since } = self.state.vanishing[index];
             let persists = clean
                 && self.rules.persistence > 0
                 && steps >= self.rules.persistence
                 && rule.kind() == Some(FindingKind::Vanishing);
             if persists {
-                found.threshold(Some(index), rule, value, 1 << 16, &format!(", for {steps} steps"));
+                found.threshold((Some(index), since), rule, (value, 1 << 16), &format!(", for {steps} steps"));
             } else {
-                found.threshold(Some(index), rule, value, bit, "");
+                found.threshold((Some(index), found.step()), rule, (value, bit), "");
             }
         }
     }
@@ -334,23 +337,15 @@ impl Health {
         let elements = elements_of(records);
         let is_alike = |past: &&Past| past.norm > 0.0 && past.elements == elements;
         let before: Vec<f64> = self.state.window.iter().filter(is_alike).map(|past| past.norm).collect();
-        let Some(jump) = jump(&before, norm).filter(|_| norm > 0.0) else { return };
-        // What is twice as far is told even if it came by and by.
-        let is_told = |limits: Limits| jump.at_once || jump.deviations.abs() > 2.0 * limits.warning;
-        if let Some((severity, limit)) =
-            past_above(self.rules.fall, -jump.deviations).filter(|_| is_told(self.rules.fall))
-        {
+        let Some(jump) = jump(&before, norm).filter(|jump| norm > 0.0 && jump.at_once) else { return };
+        if let Some((severity, limit)) = past_above(self.rules.fall, -jump.deviations) {
             let message = format!("norm {norm:.3e}, {}", beside(&jump, norm, before.len(), limit));
             found.push(Seen {
                 message,
                 ..Seen::new(FindingKind::Unstable, severity, (-jump.deviations, limit), "fall")
             });
         }
-        let Some((severity, limit)) =
-            past_above(self.rules.spike, jump.deviations).filter(|_| is_told(self.rules.spike))
-        else {
-            return;
-        };
+        let Some((severity, limit)) = past_above(self.rules.spike, jump.deviations) else { return };
         let rise = |(index, record): (usize, &Record)| {
             let before = self.state.norms[index];
             (self.plan.tensors()[index].name.as_str(), record.finite_sum_squares() - before * before)
@@ -368,11 +363,8 @@ impl Health {
             let share = largest * largest / records[index].finite_sum_squares();
             format!("; its largest element has {:.0} % of its square", 100.0 * share)
         });
-        let message = format!(
-            "norm {norm:.3e}, {}; most of the rise: {}{of_elements}",
-            beside(&jump, norm, before.len(), limit),
-            risen.join(", ")
-        );
+        let risen = if risen.is_empty() { String::new() } else { format!("; most of the rise: {}", risen.join(", ")) };
+        let message = format!("norm {norm:.3e}, {}{risen}{of_elements}", beside(&jump, norm, before.len(), limit));
         let seen = Seen::new(FindingKind::Spike, severity, (jump.deviations, limit), "spike");
         found.push(Seen { index, message, ..seen });
     }
@@ -507,12 +499,22 @@ impl Health {
                         rule.format,
                         percent(limit)
                     );
-                    let seen = Seen::new(FindingKind::Underflow, severity, (lost, limit), "underflow");
+                    let seen = Seen::new(FindingKind::Underflow, severity, (lost, limit), rule_of(rule.format));
                     found.push(Seen { index: Some(index), message, ..seen });
                 }
             }
         }
         Ok(self.finished(found))
+    }
+}
+
+/// The name of the rule on what a format loses.
+fn rule_of(format: Format) -> &'static str {
+    match format {
+        Format::F16 => "underflow_f16",
+        Format::BF16 => "underflow_bf16",
+        Format::E4M3 => "underflow_e4m3",
+        Format::E5M2 => "underflow_e5m2",
     }
 }
 

@@ -4,12 +4,14 @@
 //! "Gradient Flow", S4 "Debugging Transformer Gradients".
 
 use super::{
-    FindingKind::{self, Dead, Exploding, Ratio, Spread, Stalled, Unstable, Vanishing, Zeros},
+    FindingKind::{self, Dead, Exploding, Ratio, Spike, Spread, Stalled, Unstable, Vanishing, Zeros},
     FlowMeasure, FlowRule, Limits, Preset, Rules, Statistic, ThresholdRule, UnderflowRule,
 };
 use crate::histogram::Format;
 
 const NEVER: f64 = f64::INFINITY;
+/// The default's limit of a gradient's norm over its weight's, where no learning rate makes it less.
+pub(super) const RATIO: f64 = 100.0;
 const NEVER_BELOW: f64 = f64::NEG_INFINITY;
 
 pub(super) fn rules(preset: Preset) -> Rules {
@@ -36,11 +38,11 @@ fn default() -> Rules {
         // One flipped bit of an exponent does that.
         above(Statistic::MaxAbs, Exploding, 1.844_674_3e19, 1.844_674_3e19),
         // Healthy trainings, of a loss that is a sum and not a mean, have up to 19; initialisations that are too large from 140 on.
-        above(Statistic::Ratio, Ratio, 100.0, NEVER),
+        above(Statistic::Ratio, Ratio, RATIO, NEVER),
     ];
     let mut rules = Rules::none(Preset::Default, thresholds);
     // An expert that no token goes to.
-    rules = rules.exempt_if_any("*expert*", &[Dead, Zeros, Vanishing, Stalled]);
+    rules = rules.exempt_if_any("*expert*", &[Dead, Zeros, Vanishing, Stalled, Spike]);
     // Rows of words that do not occur, and positions beyond the longest text.
     for pattern in ["*embed*", "*emb.*", "*wte*", "*wpe*"] {
         rules = rules.exempt_if_any(pattern, &[Stalled]);
@@ -52,7 +54,8 @@ fn default() -> Rules {
     for pattern in ["*k_proj.bias", "*key.bias", "*key_proj.bias"] {
         rules = rules.exempt_if_any(pattern, &[Dead, Zeros]);
     }
-    rules.looks_for_silence = true;
+    // A head that is trained on one batch of four has none in three.
+    rules.silence = 5;
     // The healthy weights measured have 7e-4 of the largest one's and more; behind 14 sigmoids it is 1e-12.
     rules.beside_largest = Limits::warning_below(1e-5);
     // S1's text calls half of the units severe; a healthy convolution had 75 % that never fired in six steps.

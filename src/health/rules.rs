@@ -9,8 +9,8 @@ use wildmatch::WildMatch;
 /// they are kept apart by where they come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Preset {
-    /// Limits that hold for models of any size, from what the number formats and the optimizers do; see
-    /// [`Rules::preset`].
+    /// Limits measured on healthy trainings and on faulty ones, of which none is on a norm by itself; see the documentation of
+    /// [`health`](crate::health).
     #[default]
     Default,
     /// A norm is vanishing below 1e-10/lr and exploding above 1/lr: the change of the weights, lr·g, is what matters.
@@ -158,7 +158,7 @@ pub struct Rules {
     pub fall: Limits,
     /// The same of a weight's share of the total norm, over its last eight steps: a spike above these.
     pub share: Limits,
-    /// On the norm of a weight's gradient over the largest weight's, for three steps in a row without doubling: vanishing below
+    /// On the norm of a weight's gradient over the largest weight's, for three steps in a row without growing fourfold: vanishing below
     /// these.
     pub beside_largest: Limits,
     /// On the share of a bias's elements without a gradient, for five steps and as many in each: units that are dead above these.
@@ -172,9 +172,9 @@ pub struct Rules {
     pub gain_above: Limits,
     /// On the median gain of the weights: too small below these.
     pub gain_below: Limits,
-    /// Whether tensors that get no gradient at all are looked for: a warning after five steps; critical after three
-    /// when it is all of them.
-    pub looks_for_silence: bool,
+    /// For how many steps in a row a tensor must have no gradient for that to be a warning; of all tensors three are critical, and
+    /// the first of a run is a warning. With 0 neither is looked for.
+    pub silence: u32,
     /// On the coefficient of variation of the total norm over the window, and of a tensor's over tracked steps.
     pub variation: Limits,
     /// On early over late layers.
@@ -234,7 +234,7 @@ impl Rules {
             inactive_rows: Limits::warning_above(f64::INFINITY),
             gain_above: Limits::warning_above(f64::INFINITY),
             gain_below: Limits::warning_below(f64::NEG_INFINITY),
-            looks_for_silence: false,
+            silence: 0,
             variation: Limits::warning_above(f64::INFINITY),
             flow: None,
             update_ratio: Limits::warning_above(f64::INFINITY),
@@ -290,12 +290,13 @@ impl Rules {
     }
 
     /// With the optimizer's learning rate, finite and at least 1e-290; to be called anew when a schedule changes it. By the default
-    /// preset, a gradient is then out of proportion to its weight where a step of SGD would replace it: lr · norm above the weight's.
+    /// preset, a gradient is then out of proportion to its weight where a step of SGD would replace it, lr · norm above the weight's,
+    /// if that is less than 100 times it.
     /// In the others, a tensor's norm below 1e-10/lr is vanishing and one above 1/lr exploding, both critical.
     #[must_use]
     pub fn learning_rate(self, learning_rate: f64) -> Self {
         if self.preset == Preset::Default {
-            let high = 1.0 / learning_rate;
+            let high = (1.0 / learning_rate).min(presets::RATIO);
             let mut rules = self.with(ThresholdRule::above(Statistic::Ratio, FindingKind::Ratio, high, f64::INFINITY));
             rules.learning_rate = Some(learning_rate);
             return rules;

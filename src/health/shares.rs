@@ -3,7 +3,7 @@
 //! Of 158 healthy trainings none had a share that rose by more than 4.2 deviations within six steps.
 
 use super::{
-    FindingKind, Rules,
+    FindingKind, Rules, Verdict,
     found::{Found, Seen, past_above},
     jump::jump,
     structure::Structure,
@@ -21,7 +21,11 @@ const RISES: f64 = 2.0;
 
 /// What is kept of each tensor, by clean steps.
 #[derive(Clone, Debug)]
-pub(super) struct Shares(Vec<Last>);
+pub(super) struct Shares {
+    tensors: Vec<Last>,
+    /// Of the tensors that had a gradient.
+    elements: u64,
+}
 
 #[derive(Clone, Debug, Default)]
 struct Last {
@@ -32,7 +36,12 @@ struct Last {
 
 impl Shares {
     pub fn new(tensors: usize) -> Self {
-        Self(vec![Last::default(); tensors])
+        Self { tensors: vec![Last::default(); tensors], elements: 0 }
+    }
+
+    /// Forgets them.
+    pub fn clear(&mut self) {
+        self.tensors.fill_with(Last::default);
     }
 
     /// Judges the next clean step, of this total norm.
@@ -45,9 +54,14 @@ impl Shares {
         if total <= 0.0 {
             return;
         }
+        // Shares of other tensors are no comparison.
+        let elements = records.iter().map(|record| record.count).sum();
+        if std::mem::replace(&mut self.elements, elements) != elements {
+            self.clear();
+        }
         // Then it is known what rose.
-        let is_told = found.has(&[FindingKind::Exploding, FindingKind::Ratio, FindingKind::Spike]);
-        for (index, (last, record)) in self.0.iter_mut().zip(records).enumerate() {
+        let is_told = found.explodes(Verdict::Warning) || found.has(&[FindingKind::Spike]);
+        for (index, (last, record)) in self.tensors.iter_mut().zip(records).enumerate() {
             let norm = record.finite_l2_norm();
             let share = norm / total;
             if !structure.is_weight[index] || share <= 0.0 {

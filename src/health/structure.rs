@@ -12,9 +12,10 @@ pub(super) struct Structure {
     modules: Vec<usize>,
     /// The tensors of each module.
     members: Vec<Vec<usize>>,
-    /// Whether it is a weight, which sums over more than one input: all but the first dimension; without shapes, the largest of its
-    /// module.
+    /// Whether it is a weight, which sums over more than one input: all but the first dimension. Without shapes, the largest of its
+    /// module, unless its name begins with a b, as those of biases do.
     pub is_weight: Vec<bool>,
+    has_shapes: bool,
     /// √ of the inputs that a weight sums over, where shapes are known. None of biases and of tables, whose rows are looked up.
     pub fan_in_roots: Vec<Option<f64>>,
     /// Those whose names are alike but for numbers: experts and layers of one stack.
@@ -31,7 +32,12 @@ impl Structure {
         let is_weight = |index: usize| match plan.shapes() {
             Some(shapes) => inputs_of(&shapes[index]) > 1,
             // The first of the largest.
-            None => members[modules[index]].iter().rev().max_by_key(|&&other| tensors[other].len) == Some(&index),
+            None => {
+                let last = tensors[index].name.rsplit(['.', '/', ':']).next();
+                let is_largest =
+                    || members[modules[index]].iter().all(|&other| tensors[other].len <= tensors[index].len);
+                !last.is_some_and(|last| last.starts_with(['b', 'B'])) && is_largest()
+            }
         };
         let is_weight: Vec<bool> = (0..tensors.len()).map(is_weight).collect();
         // Tables of embeddings and positions: a name is all that tells.
@@ -49,7 +55,7 @@ impl Structure {
             *known.entry(names::without_numbers(&tensor.name)).or_insert(next)
         });
         let stacks = stacks.collect();
-        Self { modules, members, is_weight, fan_in_roots, stacks }
+        Self { modules, members, is_weight, has_shapes: plan.shapes().is_some(), fan_in_roots, stacks }
     }
 
     /// The tensors of the module that this one is of.
@@ -57,9 +63,10 @@ impl Structure {
         &self.members[self.modules[tensor]]
     }
 
-    /// Whether it is beside a weight.
-    pub fn is_bias(&self, tensor: usize) -> bool {
-        !self.is_weight[tensor] && self.module_of(tensor).iter().any(|&other| self.is_weight[other])
+    /// Whether its elements are units: a bias beside a weight, as its shape tells.
+    pub fn has_units(&self, tensor: usize) -> bool {
+        let is_bias = !self.is_weight[tensor] && self.module_of(tensor).iter().any(|&other| self.is_weight[other]);
+        self.has_shapes && is_bias
     }
 
     /// Whether it is of a module of weights alone, without a bias to tell of its units.
@@ -70,5 +77,5 @@ impl Structure {
 
 /// Elements that each output sums over: 1 of a vector.
 fn inputs_of(shape: &[u64]) -> u64 {
-    shape.iter().skip(1).product()
+    shape.iter().skip(1).fold(1, |inputs, &length| inputs.saturating_mul(length))
 }

@@ -18,17 +18,30 @@ use crate::Report;
 const SHARE: usize = 4;
 
 /// What is kept from step to step.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Weights {
     large: Run,
     small: Run,
+    /// Of each tensor, whether it was 0 once: what grows from there has no initialisation to judge.
+    was_zero: Vec<bool>,
 }
 
 impl Weights {
+    pub fn new(tensors: usize) -> Self {
+        Self { large: Run::default(), small: Run::default(), was_zero: vec![false; tensors] }
+    }
+
     /// Judges the weights of a step, if their norms and shapes are known.
     pub fn judge(&mut self, report: &Report, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
+        let was_zero = &mut self.was_zero;
         let gain = |(index, tensor): (usize, crate::TensorReport<'_>)| {
             let (norm, root) = (tensor.param_norm?, structure.fan_in_roots[index]?);
+            was_zero[index] |= norm == 0.0;
+            // Rows without a gradient are those of a table, which sums over nothing; of ranks' parts the norm is of all of it.
+            let is_table = structure.is_alone(index) && tensor.record.zero_count > 0;
+            if was_zero[index] || is_table || tensor.record.count != tensor.len {
+                return None;
+            }
             let gain = norm / count_to_f64(tensor.len).sqrt() * root;
             (gain > 0.0 && gain.is_finite()).then_some((index, gain))
         };
@@ -44,7 +57,7 @@ impl Weights {
         };
         let median = gains[count / 2].1;
         let large = level(rules.gain_above, is_large);
-        let small = level(rules.gain_below, |limit| median < limit);
+        let small = level(rules.gain_below, |limit| count > 1 && median < limit);
         let step = report.step();
         self.large.count(large.is_some(), step);
         self.small.count(small.is_some(), step);

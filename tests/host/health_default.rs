@@ -220,6 +220,79 @@ fn a_weight_whose_share_of_the_norm_jumps_is_named() {
 }
 
 #[test]
+fn a_finding_leaves_out_the_tensors_that_are_exempt_and_no_more() {
+    let mut run = Run::new(&TWO_LAYERS);
+    let rules = Rules::default().exempt("*bias", &[FindingKind::Vanishing, FindingKind::Zeros]);
+    run.health.set_rules(rules).unwrap();
+    let diagnosis = run.step(&[0.0; 4]);
+    let [finding] = diagnosis.findings() else { panic!("{diagnosis}") };
+    // The backward pass comes to a bias first.
+    assert_eq!(finding.tensors().collect::<Vec<_>>(), ["1.weight", "0.weight"]);
+    assert_eq!(diagnosis.verdicts()[1], Verdict::Healthy);
+}
+
+#[test]
+fn a_tensor_that_is_absent_says_nothing() {
+    for size in [0.0, 1e-8] {
+        let mut run = Run::new(&TWO_LAYERS);
+        let found = |run: &mut Run| {
+            let gradients = run.noise(&[size, size, 1.0, 1.0]);
+            run.probe.measure(&[&Absent as &dyn Tensor, &Absent, &gradients[2], &gradients[3]]).unwrap();
+            let diagnosis = run.health.diagnose(&run.probe.wait().unwrap()).unwrap();
+            (kinds(&diagnosis), diagnosis.undecided().len())
+        };
+        for steps in [2, 6] {
+            for _ in 0..steps {
+                run.step(&[size, size, 1.0, 1.0]);
+            }
+            for _ in 0..6 {
+                assert_eq!(found(&mut run), (vec![], 0), "{size} after {steps} steps");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_return_from_silence_may_be_an_accident() {
+    let mut run = Run::new(&[("0.weight", &[2, 2]), ("1.weight", &[2, 2]), ("2.weight", &[2, 2])]);
+    run.step(&[1.0, 1.0, 1.0]);
+    run.step(&[1.0, 1.0, 0.0]);
+    for _ in 0..5 {
+        assert_eq!(kinds(&run.step(&[1.0, 1.0, 1.0])), []);
+    }
+    for step in 1..=5 {
+        let found = kinds(&run.step(&[0.0, 1.0, 1.0]));
+        assert_eq!(found.len(), usize::from(step == 5), "{step}");
+    }
+}
+
+#[test]
+fn a_weight_that_never_varies_is_no_table_of_dead_rows() {
+    let mut run = Run::new(&[("head.weight", &[4, 2])]);
+    let gradients = run.noise(&[1.0]);
+    for _ in 0..6 {
+        let report = run.measure(&gradients);
+        run.health.diagnose(&report).unwrap();
+    }
+    let report = run.probe.gsnr_report().unwrap();
+    assert_eq!(run.health.diagnose_gsnr(&report).unwrap(), []);
+}
+
+#[test]
+fn a_batch_is_a_spike_though_weights_were_too_large_before() {
+    let mut run = Run::new(&[("0.weight", &[4, 4]), ("1.weight", &[4, 4])]);
+    let mut step = |size: f32| {
+        let gradients = run.noise(&[size, size]);
+        let report = run.measure(&gradients).with_param_norms(&[100.0, 100.0]).unwrap();
+        kinds(&run.health.diagnose(&report).unwrap())
+    };
+    for _ in 0..10 {
+        assert_eq!(step(1e-3), [(FindingKind::Exploding, WARNING)]);
+    }
+    assert_eq!(step(10.0), [(FindingKind::Spike, CRITICAL), (FindingKind::Exploding, WARNING)]);
+}
+
+#[test]
 fn steps_may_be_missing_in_between() {
     let mut run = Run::new(&TWO_LAYERS);
     for step in 0..60 {
@@ -271,6 +344,13 @@ fn what_does_not_fit_is_an_error_and_what_is_absent_is_nothing() {
     assert_eq!(wrong, "shapes must be of as many elements as the plan's tensors, not [2, 2] of \"a\", which has 6");
     assert!(matches!(plan_of_two().with_shapes([vec![6]]), Err(Error::TensorCount { planned: 2, given: 1 })));
     assert!(plan_of_two().with_shapes([vec![u64::MAX, 2], vec![2]]).is_err());
+    // No element, of however long dimensions.
+    let empty = Plan::new([("a", DType::F32, 0)]).unwrap().with_shapes([vec![0, 1 << 33, 1 << 33]]).unwrap();
+    assert!(Health::new(&empty, Rules::default()).is_ok());
+    assert_eq!(
+        plan(&TWO_LAYERS),
+        Plan::new(TWO_LAYERS.map(|(name, s)| (name, DType::F32, s.iter().product()))).unwrap()
+    );
     assert_eq!(plan_of_two().with_shapes([vec![2, 3], vec![2]]).unwrap().shapes().unwrap()[0], [2, 3]);
 
     // Signal and noise of another model.
