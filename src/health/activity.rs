@@ -102,18 +102,18 @@ impl Activity {
             let is_idle = structure.has_units(index) && inactive_share(record) > rules.inactive.warning;
             tensor.count_units(is_idle, step);
         }
-        if rules.silence == 0 || records.iter().all(|record| record.count == 0) {
+        if records.iter().all(|record| record.count == 0) {
             return;
         }
         let is_nothing = norms.iter().all(|&norm| norm == 0.0);
         self.nothing.count(is_nothing, step);
         let was_alive = self.alive;
         self.alive |= !is_nothing;
-        if is_nothing {
-            self.of_nothing(was_alive, order, found);
-            return;
+        match (rules.silence, is_nothing) {
+            (0, _) => {}
+            (_, true) => return self.of_nothing(was_alive, order, found),
+            (_, false) => self.of_silent((structure, rules, order), found),
         }
-        self.of_silent((structure, rules, order), found);
         self.of_units(records, rules, found);
         // Where something explodes, it is not the others that vanish; and what shrinks from layer to layer has been told.
         if !found.explodes(Verdict::Warning) && !found.has(&[FindingKind::Flow]) {
@@ -144,8 +144,13 @@ impl Activity {
 
     fn of_silent(&self, (structure, rules, order): (&Structure, &Rules, &[usize]), found: &mut Found<'_>) {
         let mut silent = Vec::new();
+        // Where the backward pass was still alive.
+        let mut last_alive = None;
         for &index in order {
             let tensor = &self.tensors[index];
+            if silent.is_empty() && self.has_gradient(index) {
+                last_alive = Some(index);
+            }
             // Beside a weight that has one, a bias without a gradient is one that cancels: the last of a Wasserstein critic, say.
             let cancels =
                 || !structure.is_weight[index] && structure.module_of(index).iter().any(|&i| self.has_gradient(i));
@@ -154,21 +159,17 @@ impl Activity {
                 continue;
             }
             if tensor.silent.steps >= rules.silence {
-                silent.push(index);
+                silent.extend(Some(index).filter(|&index| !found.is_exempt(index, FindingKind::Zeros)));
             } else {
                 let needs = format!("{} more steps without a gradient", rules.silence - tensor.silent.steps);
                 found.undecided(FindingKind::Zeros, index, needs);
             }
         }
-        silent.retain(|&index| !found.is_exempt(index, FindingKind::Zeros));
         let Some((&first, others)) = silent.split_first() else { return };
         let Tensor { silent: Run { steps, since }, alive, .. } = self.tensors[first];
         let before = if alive { "; it had one before" } else { "; it never had one" };
-        // Where the backward pass was still alive.
-        let place = order.iter().position(|&index| index == first).unwrap_or(0);
-        let last_alive = order[..place].iter().rev().find(|&&index| self.has_gradient(index));
-        let last_alive = last_alive
-            .map_or_else(String::new, |&index| format!("; {} above it has one", printable(found.name(index))));
+        let last_alive =
+            last_alive.map_or_else(String::new, |index| format!("; {} above it has one", printable(found.name(index))));
         found.push(Seen {
             index: Some(first),
             others: others.to_vec(),

@@ -61,27 +61,32 @@ impl Weights {
         let step = report.step();
         self.large.count(large.is_some(), step);
         self.small.count(small.is_some(), step);
-        let usual = "an initialisation by He has 1.4, PyTorch's 0.6";
-        if let Some((severity, limit)) = large {
-            let mut above = gains.iter().rev().take_while(|&&(_, gain)| gain > limit).map(|&(index, _)| index);
-            let largest = gains[count - 1].1;
+        let mut tell = |kind, (severity, limit), (size, value): (&str, f64), since, tensors: Vec<usize>| {
+            let usual = "an initialisation by He has 1.4, PyTorch's 0.6";
             found.push(Seen {
-                index: above.next(),
-                others: above.collect(),
-                since: Some(self.large.since),
-                message: format!("the weights are too large: gain {largest:.3e}, above {limit}; {usual}"),
-                ..Seen::new(FindingKind::Exploding, severity, (largest, limit), "gain")
+                index: tensors.first().copied(),
+                others: tensors[1..].to_vec(),
+                since: Some(since),
+                message: format!("the weights are too {size} {value:.3e}, limit {limit}; {usual}"),
+                ..Seen::new(kind, severity, (value, limit), "gain")
             });
+        };
+        let tensors_of = |gains: &[(usize, f64)]| gains.iter().map(|&(index, _)| index).collect::<Vec<_>>();
+        if let Some(passed) = large {
+            let above = gains.partition_point(|&(_, gain)| gain <= passed.1);
+            let mut tensors = tensors_of(&gains[above..]);
+            tensors.reverse();
+            tell(FindingKind::Exploding, passed, ("large: gain", gains[count - 1].1), self.large.since, tensors);
         }
-        if let Some((severity, limit)) = small {
-            let mut below = gains.iter().take_while(|&&(_, gain)| gain < limit).map(|&(index, _)| index);
-            found.push(Seen {
-                index: below.next(),
-                others: below.collect(),
-                since: Some(self.small.since),
-                message: format!("the weights are too small: median gain {median:.3e}, below {limit}; {usual}"),
-                ..Seen::new(FindingKind::Vanishing, severity, (median, limit), "gain")
-            });
+        if let Some(passed) = small {
+            let below = gains.partition_point(|&(_, gain)| gain < passed.1);
+            tell(
+                FindingKind::Vanishing,
+                passed,
+                ("small: median gain", median),
+                self.small.since,
+                tensors_of(&gains[..below]),
+            );
         }
     }
 }
