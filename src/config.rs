@@ -1,6 +1,6 @@
 //! What a probe is told once: everything.
 
-use crate::{Error, clip::Clip, features::Features};
+use crate::{Error, Rules, clip::Clip, features::Features, gsnr::GsnrConfig};
 
 /// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +64,13 @@ impl Config {
     /// Statistics and norms, and nothing else.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Statistics and norms, a diagnosis by the default rules, histograms, and signal and noise of every element over windows of 100
+    /// steps: all that [`Watch`](crate::Watch) looks at. Tracking takes 8 bytes an element and a pass over memory each step; without it,
+    /// declare [`rules`](Self::rules) and [`histogram`](Self::histogram) alone.
+    pub fn full() -> Self {
+        Self::new().rules(Rules::default()).histogram().tracking(GsnrConfig::new().window(100))
     }
 
     /// With this dead threshold.

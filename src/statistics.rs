@@ -70,6 +70,11 @@ pub(crate) fn of_steps(output: Output) -> impl Iterator<Item = &'static OfStep> 
     STEP.iter().filter(move |statistic| statistic.outputs.contains(&output))
 }
 
+/// Whether a statistic of a step has this name.
+pub(crate) fn is_of_steps(name: &str) -> bool {
+    name == "step" || STEP.iter().any(|statistic| statistic.name == name)
+}
+
 /// A statistic of a tensor by its name.
 pub(crate) fn of_tensor(name: &str) -> &'static OfTensor {
     [COUNTS, NUMBERS, BESIDE].into_iter().flatten().find(|s| s.name == name).expect("the name of a statistic")

@@ -6,10 +6,14 @@ mod memory;
 mod natural;
 mod optimizer;
 mod variables;
+mod watch;
 
 pub use error::Error;
-pub use gradprobe::{Clip, Config, NonFinitePolicy, Report, Rules, clip::LossScale, gsnr::GsnrConfig};
+pub use gradprobe::{
+    self, Clip, Config, NonFinitePolicy, Report, Rules, Seen, clip::LossScale, gsnr::GsnrConfig, optim,
+};
 pub use optimizer::{AdamW, adamw};
+pub use watch::Watch;
 
 use candle_core::{Device, Tensor, TensorId, Var, backprop::GradStore};
 use candle_nn::VarMap;
@@ -201,6 +205,12 @@ impl CandleProbe {
         let pairs = found.iter().zip(&self.planned);
         let in_order = |tensor, planned: &Planned| gradients::in_order(&planned.name, tensor);
         pairs.map(|(found, planned)| tensor(found).map(|tensor| in_order(tensor, planned)).transpose()).collect()
+    }
+}
+
+impl AsMut<Probe> for CandleProbe {
+    fn as_mut(&mut self) -> &mut Probe {
+        &mut self.probe
     }
 }
 

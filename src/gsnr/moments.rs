@@ -93,6 +93,7 @@ impl Room<'_, Moments> {
             gsnr_records: reduction.records.address(),
             bins: reduction.bins.address(),
         })?;
+        reduction.records.start(&*core.device)?;
         let report = reduction.report(core, |index| addresses[2 * index] != 0);
         lent.into_iter().try_for_each(crate::tensor::Lent::finish)?;
         report

@@ -68,9 +68,9 @@ impl Reduction {
         Ok(Self { records, bins })
     }
 
-    /// Waits for the records of those tensors that have one.
-    pub fn report(&mut self, core: &Core, has_one: impl Fn(usize) -> bool) -> Result<GsnrReport, Error> {
-        let records = values::<GsnrRecord>(self.records.wait(&*core.device)?).into_iter().enumerate();
+    /// Waits for the records of those tensors that have one, whose copy was begun.
+    pub fn report(&self, core: &Core, has_one: impl Fn(usize) -> bool) -> Result<GsnrReport, Error> {
+        let records = values::<GsnrRecord>(self.records.finish()?).into_iter().enumerate();
         GsnrReport::new(core.plan.clone(), records.filter(|(index, _)| has_one(*index)).collect())
     }
 }
@@ -140,15 +140,32 @@ impl Room<'_, Tracking> {
         })
     }
 
+    /// [`launch`](Self::launch), and begins to copy the records to the host; does not wait. [`finish`](Self::finish) gives them.
+    ///
+    /// # Errors
+    /// [`Error::WaitInCapture`], or the device's.
+    pub fn start(&mut self) -> Result<(), Error> {
+        outside_capture(&*self.core.device, Error::WaitInCapture)?;
+        self.launch()?;
+        self.memory.reduction.records.start(&*self.core.device)
+    }
+
+    /// Waits for what was [started](Self::start) last: signal and noise up to then.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] before the first start, [`Error::TooFewSteps`] before the second step, or the device's.
+    pub fn finish(&mut self) -> Result<GsnrReport, Error> {
+        let Tracking { fresh, reduction, .. } = &*self.memory;
+        reduction.report(self.core, |index| fresh[index].is_tracked())
+    }
+
     /// Signal and noise of the tracked tensors up to the last step. Waits for them.
     ///
     /// # Errors
-    /// [`Error::TooFewSteps`] before the second step, [`Error::WaitInCapture`], or the device's.
+    /// Those of [`start`](Self::start) and [`finish`](Self::finish).
     pub fn report(&mut self) -> Result<GsnrReport, Error> {
-        outside_capture(&*self.core.device, Error::WaitInCapture)?;
-        self.launch()?;
-        let Tracking { fresh, reduction, .. } = &mut *self.memory;
-        reduction.report(self.core, |index| fresh[index].is_tracked())
+        self.start()?;
+        self.finish()
     }
 
     /// Forgets all steps that were tracked: one upload.

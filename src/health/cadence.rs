@@ -24,6 +24,11 @@ pub struct Cadence {
 }
 
 impl Cadence {
+    /// The same, of a number that is known to be above 0.
+    pub(crate) const fn each(every: u64) -> Self {
+        Self { every, windows: Vec::new(), patterns: Vec::new() }
+    }
+
     /// The steps whose numbers are multiples of `every`, at least 1.
     ///
     /// # Errors
@@ -32,7 +37,7 @@ impl Cadence {
         if every == 0 {
             return Err(Error::InvalidConfig { option: "every", expected: "at least 1", value: "0".to_owned() });
         }
-        Ok(Self { every, windows: Vec::new(), patterns: Vec::new() })
+        Ok(Self::each(every))
     }
 
     /// Only from step `start` to step `end`, both included; with several windows, in any of them.

@@ -309,6 +309,11 @@ impl Rules {
         rules
     }
 
+    /// Whether a learning rate changes nothing but what it is for.
+    pub(crate) fn follows_learning_rate(&self) -> bool {
+        self.preset == Preset::Default || self.learning_rate.is_some()
+    }
+
     /// With what healthy steps were like, for norms far from the usual to be found: by [`learned`](Self::learned).
     #[must_use]
     pub fn baseline(mut self, baseline: Baseline) -> Self {

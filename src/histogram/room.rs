@@ -76,15 +76,32 @@ impl Room<'_, Histograms> {
         tensors.finish()
     }
 
-    /// The histograms of these tensors, in the plan's order. Waits for them.
+    /// [`launch`](Self::launch), and begins to copy the histograms to the host; does not wait. [`finish`](Self::finish) gives them.
     ///
     /// # Errors
     /// Those of [`Probe::measure`], and [`Error::WaitInCapture`].
-    pub fn measure(&mut self, tensors: &[&dyn Tensor]) -> Result<HistogramReport, Error> {
+    pub fn start(&mut self, tensors: &[&dyn Tensor]) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::WaitInCapture)?;
         self.launch(tensors)?;
-        let histograms = values(self.memory.0.wait(&*self.core.device)?);
+        self.memory.0.start(&*self.core.device)
+    }
+
+    /// Waits for the histograms that were [started](Self::start) last.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] before the first start, and the device's.
+    pub fn finish(&mut self) -> Result<HistogramReport, Error> {
+        let histograms = values(self.memory.0.finish()?);
         Ok(HistogramReport::new(self.core.plan.clone(), histograms))
+    }
+
+    /// The histograms of these tensors, in the plan's order. Waits for them.
+    ///
+    /// # Errors
+    /// Those of [`start`](Self::start).
+    pub fn measure(&mut self, tensors: &[&dyn Tensor]) -> Result<HistogramReport, Error> {
+        self.start(tensors)?;
+        self.finish()
     }
 }
 

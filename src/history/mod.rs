@@ -11,7 +11,7 @@ pub use room::History;
 
 pub(crate) use cpu::Ring;
 
-use crate::{Error, Plan, Record, StepOutputs, measure::narrow};
+use crate::{Error, Plan, Record, StepOutputs, measure::narrow, probe::Numbering};
 use bytemuck::{Pod, Zeroable};
 
 /// One step of the history (112 bytes, the same on the device).
@@ -26,6 +26,14 @@ pub struct HistoryStep {
     pub reserved: u64,
 }
 const _: () = assert!(size_of::<HistoryStep>() == 112);
+
+impl HistoryStep {
+    /// With the trainer's number of the step.
+    fn numbered(mut self, numbering: &Numbering) -> Self {
+        self.outputs.step = numbering.of(self.outputs.step);
+        self
+    }
+}
 
 /// One tensor in one step of the history (24 bytes, the same on the device).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -142,12 +150,12 @@ impl NormStatistics {
 
 impl HistoryReport {
     /// From a ring, whose empty places are 0.
-    pub(crate) fn new(plan: Plan, steps: &[HistoryStep], tensors: &[HistoryTensor]) -> Self {
+    pub(crate) fn new(plan: Plan, steps: &[HistoryStep], tensors: &[HistoryTensor], numbering: &Numbering) -> Self {
         let mut places: Vec<usize> = (0..steps.len()).filter(|&place| steps[place].outputs.step > 0).collect();
         places.sort_by_key(|&place| steps[place].outputs.step);
         let count = plan.tensors().len();
         Self {
-            steps: places.iter().map(|&place| steps[place]).collect(),
+            steps: places.iter().map(|&place| steps[place].numbered(numbering)).collect(),
             tensors: places.iter().map(|&place| tensors[place * count..(place + 1) * count].to_vec()).collect(),
             plan,
         }

@@ -67,6 +67,7 @@ impl Room<'_, History> {
     pub fn report(&mut self) -> Result<HistoryReport, Error> {
         let bytes = self.memory.ring.wait(&*self.core.device)?;
         let (steps, tensors) = bytes.split_at(self.memory.steps * size_of::<HistoryStep>());
-        Ok(HistoryReport::new(self.core.plan.clone(), &values::<HistoryStep>(steps), &values(tensors)))
+        let (plan, numbering) = (self.core.plan.clone(), &self.core.numbering);
+        Ok(HistoryReport::new(plan, &values::<HistoryStep>(steps), &values(tensors), numbering))
     }
 }

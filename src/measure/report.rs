@@ -101,7 +101,7 @@ impl Report {
         &self.plan
     }
 
-    /// Which measurement of its probe this is, from 1.
+    /// The number of the step: which measurement of its probe this is, from 1, or as [`Probe::set_step`](crate::Probe::set_step) says.
     pub fn step(&self) -> u64 {
         self.outputs.step
     }

@@ -71,6 +71,7 @@ impl<T: Pod + PartialEq> Mirrored<T> {
 pub(crate) struct ReadBack {
     buffer: Buffer,
     read: Box<dyn Read>,
+    is_started: bool,
     bytes: usize,
 }
 
@@ -80,7 +81,7 @@ impl ReadBack {
         // CUDA refuses to allocate nothing.
         let buffer = device.allocate(bytes.max(1))?;
         device.clear(&buffer)?;
-        Ok(Self { read: device.read(bytes.max(1))?, buffer, bytes })
+        Ok(Self { read: device.read(bytes.max(1))?, is_started: false, buffer, bytes })
     }
 
     /// With this in it.
@@ -98,13 +99,34 @@ impl ReadBack {
         &self.buffer
     }
 
+    /// Begins to copy them, after what was launched.
+    ///
+    /// # Errors
+    /// [`Error::WaitInCapture`], or the device's.
+    pub fn start(&mut self, device: &dyn Device) -> Result<(), Error> {
+        outside_capture(device, Error::WaitInCapture)?;
+        self.read.start(&self.buffer)?;
+        self.is_started = true;
+        Ok(())
+    }
+
+    /// Waits for the copy that was begun last.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] before the first, and the device's.
+    pub fn finish(&self) -> Result<&[u8], Error> {
+        if !self.is_started {
+            return Err(Error::NotMeasured);
+        }
+        Ok(&self.read.wait()?[..self.bytes])
+    }
+
     /// Waits for what was launched, and for the copy.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
     pub fn wait(&mut self, device: &dyn Device) -> Result<&[u8], Error> {
-        outside_capture(device, Error::WaitInCapture)?;
-        self.read.start(&self.buffer)?;
-        Ok(&self.read.wait()?[..self.bytes])
+        self.start(device)?;
+        self.finish()
     }
 }

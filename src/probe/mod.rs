@@ -3,12 +3,14 @@
 mod arguments;
 mod given;
 mod memory;
+mod numbering;
 mod reports;
 mod state;
 
 pub(crate) use arguments::Other;
 pub use arguments::{Arguments, Common, StepArguments, TensorEntry};
 pub(crate) use given::{Given, Located, Planned, check_address, weight_of};
+pub(crate) use numbering::Numbering;
 pub use state::ProbeState;
 
 pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
@@ -17,7 +19,7 @@ use crate::{
     Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,
     clip::ClipArguments,
     device::{Buffer, Device, Read, counting::Counting},
-    features::Rooms,
+    features::{Features, Rooms},
     measure::StepSums,
     ranks::Ranks,
     spec::{CHUNK, TILE},
@@ -69,6 +71,7 @@ pub(crate) struct Core {
     pub updates: u64,
     /// Whether a step has been launched.
     pub measured: bool,
+    pub numbering: Numbering,
     /// Whether somebody has vouched for graphs; see [`Probe::bind`].
     promised: bool,
     clip_state: Buffer,
@@ -166,6 +169,16 @@ impl Probe {
         &self.core.plan
     }
 
+    /// Whether [`Config::histogram`] was declared.
+    pub(crate) fn declares_histogram(&self) -> bool {
+        self.rooms.histogram.is_some()
+    }
+
+    /// Whether [`Config::tracking`] was declared.
+    pub(crate) fn declares_tracking(&self) -> bool {
+        self.rooms.tracking.is_some()
+    }
+
     /// The device: `cpu`, `cuda`, or what the emulation calls itself.
     pub fn device(&self) -> &'static str {
         self.core.device.name()
@@ -207,6 +220,17 @@ impl Probe {
         self.core.promised = true;
         weights.map_or(Ok(()), Given::finish)?;
         tensors.finish()
+    }
+
+    /// Gives the next step this number: that of the trainer, which may begin anywhere and leave steps out. Without it, a step has one more
+    /// than the last, and the first 1. Reports, findings and history have it; replayed graphs count on by one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] unless it is after the last.
+    pub fn set_step(&mut self, step: u64) -> Result<(), Error> {
+        let Features { history, samples, .. } = &self.core.config.features;
+        let kept = history.unwrap_or(0).max(samples.map_or(0, |samples| samples.steps()));
+        self.core.numbering.set_next(step, u64::from(kept) + reports::READS as u64)
     }
 
     /// Launches the measurement of these tensors, those of the plan in its order.
@@ -280,6 +304,7 @@ impl Probe {
         }
         // What follows of the step is reported even where the rest fails.
         core.measured = true;
+        core.numbering.launched();
         self.reports.step_launched();
         if let Some(tracking) = &self.rooms.tracking {
             tracking.launch_update(core)?;
@@ -434,6 +459,7 @@ impl Core {
                 apart: false,
                 updates: 0,
                 measured: false,
+                numbering: Numbering::default(),
                 promised: false,
                 clip_state,
                 clip_read,

@@ -11,7 +11,7 @@ use crate::{
 use std::{collections::VecDeque, sync::Arc};
 
 /// Reports on their way to the host at one time; beyond, steps are measured but not reported.
-const READS: usize = 4;
+pub(super) const READS: usize = 4;
 
 /// What a report is read from, and the reads.
 pub(super) struct Reports {
@@ -22,7 +22,7 @@ pub(super) struct Reports {
     idle: Vec<Box<dyn Read>>,
     /// Whether a step was launched since the last read began.
     unread: bool,
-    /// The last step that was given or passed over.
+    /// The last measurement that was given or passed over.
     reported: u64,
     /// What was found in it: a step is diagnosed once.
     diagnosis: Option<Arc<Diagnosis>>,
@@ -56,7 +56,7 @@ impl Reports {
         Ok(Self { results, reads, idle, unread: false, reported: 0, diagnosis: None })
     }
 
-    /// The last step that was given or passed over.
+    /// The last measurement that was given or passed over.
     pub fn reported(&self) -> u64 {
         self.reported
     }
@@ -144,8 +144,11 @@ impl Probe {
         let Some(read) = reports.reads.front() else { return Ok(None) };
         // It stays in its place if this fails.
         let (outputs, rest) = read.wait()?.split_at(size_of::<StepOutputs>());
-        let outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
-        let is_new = outputs.step > reports.reported;
+        let mut outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
+        let measurement = outputs.step;
+        core.numbering.seen(measurement);
+        outputs.step = core.numbering.of(measurement);
+        let is_new = measurement > reports.reported;
         let mut report = None;
         if is_new || again {
             let (of_records, of_words) = rest.split_at(core.record_count() * size_of::<Record>());
@@ -156,19 +159,21 @@ impl Probe {
             let words = judge.is_some().then(|| values(of_words));
             let updates = rooms.optimizer.as_ref().map(|optimizer| {
                 let padding = of_updates.len() % size_of::<UpdateRecord>();
-                (optimizer.declared(), values::<UpdateRecord>(&of_updates[padding..]))
+                let mut updates: Vec<UpdateRecord> = values(&of_updates[padding..]);
+                updates.iter_mut().for_each(|update| update.step = core.numbering.of(update.step));
+                (optimizer.declared(), updates)
             });
             let weights = records.split_off(core.plan.tensors().len());
             let weights = (outputs.weights != 0).then_some(weights);
             let ranks = rooms
                 .ranks
                 .as_ref()
-                .map(|ranks| ranks.checked(&core.plan, &bytemuck::pod_read_unaligned(of_ranks), &outputs));
+                .map(|ranks| ranks.checked(core, &bytemuck::pod_read_unaligned(of_ranks), (&outputs, measurement)));
             let made = Report::new(core.plan.clone(), outputs, records, weights, words)
                 .with_updates(updates)
                 .with_ranks(ranks);
             if is_new {
-                reports.reported = outputs.step;
+                reports.reported = measurement;
                 let diagnosis = judge.as_mut().map(|judge| judge.health.diagnose(&made)).transpose()?;
                 reports.diagnosis = diagnosis.map(Arc::new);
             }

@@ -9,8 +9,10 @@ use crate::{Error, StepOutputs, clip::check_scale};
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ProbeState {
-    /// Steps measured.
+    /// The number of the last step: [`Probe::set_step`].
     pub step: u64,
+    /// Steps measured.
+    pub measurements: u64,
     /// What the clip remembers, as the device has it: the same on all ranks, but for averages of a rank's own tensors.
     pub clip: Vec<u64>,
     /// The loss scale of the next step, and the steps without NaN or Inf since it last changed.
@@ -18,7 +20,7 @@ pub struct ProbeState {
 }
 
 /// No probe comes that far; steps behind it would have no number.
-const LAST: u64 = 1 << 62;
+pub(super) const LAST: u64 = 1 << 62;
 
 impl Probe {
     /// What has been learnt up to the last step that was launched, for which it waits.
@@ -27,7 +29,11 @@ impl Probe {
     /// [`Error::WaitInCapture`], or the device's.
     pub fn state(&mut self) -> Result<ProbeState, Error> {
         outside_capture(&*self.core.device, Error::WaitInCapture)?;
-        let step = if self.core.measured { self.wait()?.step() } else { self.reports.reported() };
+        if self.core.measured {
+            self.wait()?;
+        }
+        let measurements = self.reports.reported();
+        let step = self.core.numbering.of(measurements);
         let Self { core, rooms, .. } = self;
         core.clip_read.start(&core.clip_state)?;
         let clip = values(core.clip_read.wait()?);
@@ -35,7 +41,7 @@ impl Probe {
             Some(memory) => Some(memory.current(&*core.device)?),
             None => None,
         };
-        Ok(ProbeState { step, clip, loss_scale })
+        Ok(ProbeState { step, measurements, clip, loss_scale })
     }
 
     /// Goes on from there: the next step is the one after, and decided as it would have been. On many ranks all do this, with
@@ -50,9 +56,9 @@ impl Probe {
         let Self { reports, core, rooms } = self;
         let is_of_clip = core.config.clip.is_state(core.plan.tensors().len(), &state.clip);
         // The first word of a clip is the number of the steps that it has learnt from.
-        let is_late = [state.step].iter().chain(state.clip.first()).any(|&steps| steps > LAST);
+        let is_late = [state.step, state.measurements].iter().chain(state.clip.first()).any(|&steps| steps > LAST);
         if !is_of_clip || is_late || rooms.loss_scale.is_some() != state.loss_scale.is_some() {
-            let ProbeState { step, clip, loss_scale } = state;
+            let ProbeState { step, clip, loss_scale, .. } = state;
             let value = format!("of step {step}, {} words, loss scale {loss_scale:?}", clip.len());
             let expected = "of a probe with the same clip, plan and loss scale";
             return Err(Error::InvalidConfig { option: "state", expected, value });
@@ -62,6 +68,7 @@ impl Probe {
             memory.set(&*core.device, scale, growth_tracker)?;
         }
         core.device.upload(bytemuck::cast_slice(&state.clip), &core.clip_state)?;
-        reports.restore(&*core.device, StepOutputs { step: state.step, ..StepOutputs::default() })
+        core.numbering.restore(state.measurements, state.step);
+        reports.restore(&*core.device, StepOutputs { step: state.measurements, ..StepOutputs::default() })
     }
 }

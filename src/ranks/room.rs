@@ -276,8 +276,13 @@ impl RankMemory {
     }
 
     /// What a step's sums say, for its report.
-    pub(crate) fn checked(&self, plan: &Plan, sums: &CheckSums, outputs: &StepOutputs) -> RankCheck {
-        let step = outputs.step - u64::from(self.ranks.is_alone() && outputs.step > 0);
+    pub(crate) fn checked(
+        &self,
+        core: &Core,
+        sums: &CheckSums,
+        (outputs, measurement): (&StepOutputs, u64),
+    ) -> RankCheck {
+        let step = core.numbering.of(measurement - u64::from(self.ranks.is_alone() && measurement > 0));
         let differs = |bit: u32| outputs.flags & bit != 0;
         let state = differs(StepOutputs::FLAG_STATE).then(|| {
             let all: Vec<u32> = (0..self.ranks.mesh.ranks()).collect();
@@ -285,7 +290,7 @@ impl RankMemory {
             let ranks = if sums.state == [0; 2] { Vec::new() } else { located(sums.state, &all) };
             Differing { ranks, ..Differing::default() }
         });
-        let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(plan, sums.replicas));
+        let replicas = differs(StepOutputs::FLAG_REPLICAS).then(|| self.located(&core.plan, sums.replicas));
         RankCheck { step, replicas, state }
     }
 

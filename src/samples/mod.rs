@@ -7,7 +7,7 @@ pub use room::Samples;
 
 pub(crate) use room::SampleArguments;
 
-use crate::{Error, Plan};
+use crate::{Error, Plan, probe::Numbering};
 use bytemuck::{Pod, Zeroable};
 
 /// Elements to be kept of each step, and steps. Takes 4 bytes an element and step where the gradients are.
@@ -90,7 +90,7 @@ pub struct SampleReport {
 
 impl SampleReport {
     /// From a ring: the numbers of its steps, 0 where there is none yet, and the values of each.
-    pub(crate) fn new(places: Vec<SamplePlace>, numbers: &[u64], ring: &[f32]) -> Self {
+    pub(crate) fn new(places: Vec<SamplePlace>, numbers: &[u64], ring: &[f32], numbering: &Numbering) -> Self {
         let count = places.len();
         let mut steps: Vec<(u64, Vec<f32>)> = Vec::new();
         let mut skipped = 0;
@@ -102,6 +102,7 @@ impl SampleReport {
             }
         }
         steps.sort_by_key(|&(number, _)| number);
+        steps.iter_mut().for_each(|(number, _)| *number = numbering.of(*number));
         Self { places, steps, skipped }
     }
 

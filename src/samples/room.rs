@@ -102,6 +102,7 @@ impl Room<'_, Samples> {
     pub fn report(&mut self) -> Result<SampleReport, Error> {
         let bytes = self.memory.ring.wait(&*self.core.device)?;
         let (numbers, ring) = bytes.split_at(self.memory.steps * size_of::<u64>());
-        Ok(SampleReport::new(self.memory.places.clone(), &values::<u64>(numbers), &values::<f32>(ring)))
+        let (places, numbering) = (self.memory.places.clone(), &self.core.numbering);
+        Ok(SampleReport::new(places, &values::<u64>(numbers), &values::<f32>(ring), numbering))
     }
 }

@@ -50,6 +50,11 @@ impl Appender {
         Ok(Self { path, open, file, last, rows, torn: None })
     }
 
+    /// The last step in it.
+    pub fn last(&self) -> Option<(&Path, u64)> {
+        Some((&self.path, self.last?))
+    }
+
     /// Where it is.
     #[cfg(feature = "tensorboard")]
     pub fn path(&self) -> &Path {

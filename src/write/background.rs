@@ -19,7 +19,7 @@ use std::{
 #[derive(Debug)]
 pub struct Background {
     /// `None` once the thread is told to end.
-    entries: Option<SyncSender<Entry>>,
+    entries: Option<SyncSender<Arc<Entry>>>,
     thread: Option<JoinHandle<()>>,
     tally: Arc<Mutex<Tally>>,
     dropped: u64,
@@ -34,7 +34,7 @@ struct Tally {
 }
 
 /// How a run of sinks ended. Every entry that was sent is in one of the three counts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Finished {
     /// Entries that every sink has written.
     pub written: u64,
@@ -57,7 +57,7 @@ impl Background {
         if capacity == 0 {
             return Err(Error::InvalidConfig { option: "capacity", expected: "at least 1", value: "0".to_owned() });
         }
-        let (entries, queue) = sync_channel::<Entry>(capacity);
+        let (entries, queue) = sync_channel::<Arc<Entry>>(capacity);
         let tally = Arc::new(Mutex::new(Tally::default()));
         let shared = Arc::clone(&tally);
         let work = move || {
@@ -98,7 +98,8 @@ impl Background {
     }
 
     /// Hands an entry over, or drops it and says `false`. Takes microseconds.
-    pub fn send(&mut self, entry: Entry) -> bool {
+    pub fn send(&mut self, entry: impl Into<Arc<Entry>>) -> bool {
+        let entry = entry.into();
         let sent = self.entries.as_ref().is_some_and(|entries| entries.try_send(entry).is_ok());
         self.dropped += u64::from(!sent);
         sent

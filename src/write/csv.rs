@@ -18,7 +18,8 @@ use std::{
 /// same bits. A file that is there is continued; it must have the same headings.
 ///
 /// The columns are `step`, `tensor` and `dtype`, the [statistics](crate::statistics#what-is-written) of tensors that are in
-/// CSV, `findings`, and those of steps, the same in each row of a step; `step_verdict` is the step's.
+/// CSV, `findings`, and those of steps, the same in each row of a step; `step_verdict` is the step's. The trainer's own numbers are not
+/// in it, nor are steps [without details](Entry::without_details).
 #[derive(Debug)]
 pub struct Csv(Appender);
 
@@ -35,8 +36,15 @@ impl Csv {
 
 impl Sink for Csv {
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        if !entry.has_details() {
+            return Ok(());
+        }
         let (count, rows) = (entry.report().records().len(), rows(entry.tensors().map(|tensor| row(entry, &tensor))));
         self.0.append(entry.step(), count, &rows)
+    }
+
+    fn last(&self) -> Option<(&Path, u64)> {
+        self.0.last()
     }
 }
 

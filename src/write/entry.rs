@@ -5,12 +5,16 @@ use crate::{
     gsnr::{GsnrRecord, GsnrReport},
     health::Diagnosis,
     histogram::{Histogram, HistogramReport},
+    statistics,
 };
 
 /// What a step has to say: its report and, where they were made, its diagnosis, signal and noise, and histograms.
 #[derive(Clone, Debug)]
 pub struct Entry {
     report: Report,
+    scalars: Vec<(String, f64)>,
+    /// Whether files that grow have the tensors too.
+    has_details: bool,
     verdict: Option<Verdict>,
     /// One a tensor, or none at all.
     verdicts: Vec<Verdict>,
@@ -40,9 +44,46 @@ impl<'a> From<TensorReport<'a>> for EntryTensor<'a> {
 }
 
 impl Entry {
-    /// A step of which only the statistics are known.
+    /// A step with what its report says, its diagnosis included if there is one.
     pub fn new(report: Report) -> Self {
-        Self { report, verdict: None, verdicts: Vec::new(), findings: Vec::new(), gsnr: None, histogram: None }
+        let diagnosis = report.diagnosis();
+        Self {
+            verdict: diagnosis.map(Diagnosis::verdict),
+            verdicts: diagnosis.map_or_else(Vec::new, |diagnosis| diagnosis.verdicts().to_vec()),
+            findings: diagnosis.map_or_else(Vec::new, |diagnosis| diagnosis.findings().to_vec()),
+            report,
+            scalars: Vec::new(),
+            has_details: true,
+            gsnr: None,
+            histogram: None,
+        }
+    }
+
+    /// With the trainer's own numbers of this step, by name: loss, learning rate. In place of those it had.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a name that is empty, there twice, or that of a statistic of the step.
+    pub fn with_scalars<N: Into<String>>(self, scalars: impl IntoIterator<Item = (N, f64)>) -> Result<Self, Error> {
+        Ok(self.with_checked_scalars(checked_scalars(scalars)?))
+    }
+
+    pub(crate) fn with_checked_scalars(self, scalars: Vec<(String, f64)>) -> Self {
+        Self { scalars, ..self }
+    }
+
+    /// With findings beside those of the step.
+    pub(crate) fn with_findings_beside(mut self, findings: Vec<Finding>) -> Self {
+        let worst = findings.iter().map(|finding| finding.severity).max();
+        self.verdict = self.verdict.max(worst);
+        self.findings.extend(findings);
+        self
+    }
+
+    /// Without its tensors in JSON lines, CSV and TensorBoard's event files, which then grow by the numbers of the step alone: of
+    /// 1000 tensors, an entry takes half a megabyte. What shows the last step has them all the same.
+    #[must_use]
+    pub fn without_details(self) -> Self {
+        Self { has_details: false, ..self }
     }
 
     /// With the diagnosis of the step.
@@ -103,6 +144,8 @@ impl Entry {
     pub(super) fn without_histogram(&self) -> Self {
         Self {
             report: self.report.clone(),
+            scalars: self.scalars.clone(),
+            has_details: self.has_details,
             verdict: self.verdict,
             verdicts: self.verdicts.clone(),
             findings: self.findings.clone(),
@@ -116,7 +159,17 @@ impl Entry {
         &self.report
     }
 
-    /// Which measurement of its probe this is, from 1.
+    /// The trainer's own numbers, in their order.
+    pub fn scalars(&self) -> &[(String, f64)] {
+        &self.scalars
+    }
+
+    /// Whether files that grow have the tensors too.
+    pub fn has_details(&self) -> bool {
+        self.has_details
+    }
+
+    /// Its number: [`Report::step`].
     pub fn step(&self) -> u64 {
         self.report.step()
     }
@@ -152,4 +205,23 @@ impl Entry {
             histogram: self.histogram.as_ref().map(|report| &report.histograms()[index]),
         })
     }
+}
+
+/// The trainer's own numbers of a step.
+///
+/// # Errors
+/// As [`Entry::with_scalars`].
+pub(crate) fn checked_scalars<N: Into<String>>(
+    scalars: impl IntoIterator<Item = (N, f64)>,
+) -> Result<Vec<(String, f64)>, Error> {
+    let mut checked: Vec<(String, f64)> = Vec::new();
+    for (name, value) in scalars {
+        let name = name.into();
+        if name.is_empty() || statistics::is_of_steps(&name) || checked.iter().any(|(other, _)| *other == name) {
+            let expected = "names that are not empty, not twice, and not those of statistics";
+            return Err(Error::InvalidConfig { option: "scalars", expected, value: format!("{name:?}") });
+        }
+        checked.push((name, value));
+    }
+    Ok(checked)
 }

@@ -30,8 +30,8 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), Error> {
 }
 
 /// A folder, made if it is not there.
-#[cfg(any(feature = "tensorboard", feature = "charts"))]
-pub(super) fn folder(path: &Path) -> Result<(), Error> {
+#[cfg(any(feature = "json", feature = "tensorboard", feature = "charts"))]
+pub(crate) fn folder(path: &Path) -> Result<(), Error> {
     fs::create_dir_all(path).map_err(|error| unwritable(path, error))
 }
 

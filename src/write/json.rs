@@ -77,11 +77,15 @@ impl Sink for JsonLines {
         line.push('\n');
         self.0.append(entry.step(), 1, line.as_bytes())
     }
+
+    fn last(&self) -> Option<(&Path, u64)> {
+        self.0.last()
+    }
 }
 
 /// One step as JSON without a line break:
-/// `{"step", …, "tensors": [{"name", "dtype", "absent"?, …}], "gsnr"?, "noise_scale", "histogram"?, "findings", "verdict"}`, with
-/// the [statistics](crate::statistics#what-is-written) of steps and tensors that are in JSON, in their order. A key that
+/// `{"step", "scalars"?, …, "tensors"?: [{"name", "dtype", "absent"?, …}], "gsnr"?, "noise_scale", "histogram"?, "findings",
+/// "verdict"}`, with the [statistics](crate::statistics#what-is-written) of steps and tensors that are in JSON, in their order. A key that
 /// ends in `?` is there where its value is known, as are `param_norm`, `ratio` and the `verdict` of a tensor; `absent` is
 /// there, and true, for a tensor that has no gradient in this step.
 ///
@@ -111,6 +115,8 @@ pub fn json_number(value: f64) -> impl Serialize {
 struct Step<'a>(&'a Entry);
 
 struct Tensor<'a>(EntryTensor<'a>);
+
+struct Scalars<'a>(&'a [(String, f64)]);
 
 #[derive(Serialize)]
 struct Gsnr<'a> {
@@ -156,10 +162,13 @@ impl Serialize for Step<'_> {
         let entry = self.0;
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("step", &entry.step())?;
+        if !entry.scalars().is_empty() {
+            map.serialize_entry("scalars", &Scalars(entry.scalars()))?;
+        }
         for statistic in statistics::of_steps(Output::Json) {
             // The lists have their places between the numbers.
             match statistic.name {
-                "noise_scale" => {
+                "noise_scale" if entry.has_details() => {
                     map.serialize_entry("tensors", &entry.tensors().map(Tensor).collect::<Vec<_>>())?;
                     if let Some(gsnr) = entry.gsnr() {
                         let tensors = gsnr.tensors().map(|(name, record)| Gsnr::new(name, record));
@@ -181,6 +190,12 @@ impl Serialize for Step<'_> {
             }
         }
         map.end()
+    }
+}
+
+impl Serialize for Scalars<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, Number(*value))))
     }
 }
 

@@ -56,7 +56,10 @@ mod tensorboard;
 #[cfg(feature = "csv")]
 pub use self::csv::Csv;
 pub use background::{Background, Finished};
+pub(crate) use entry::checked_scalars;
 pub use entry::{Entry, EntryTensor};
+#[cfg(any(feature = "json", feature = "tensorboard"))]
+pub(crate) use file::folder as make_folder;
 #[cfg(feature = "json")]
 pub use json::{JsonLines, json_gsnr, json_line, json_number, json_tensor};
 pub use prometheus::{Prometheus, prometheus_text};
@@ -64,6 +67,7 @@ pub use prometheus::{Prometheus, prometheus_text};
 pub use tensorboard::TensorBoard;
 
 use crate::Error;
+use std::path::Path;
 
 /// Something that entries are written to.
 ///
@@ -74,6 +78,11 @@ pub trait Sink: Send {
     /// # Errors
     /// Usually [`Error::Unwritable`], which names the file.
     fn write(&mut self, entry: &Entry) -> Result<(), Error>;
+
+    /// The file, and the last step that is in it, where steps are not written twice.
+    fn last(&self) -> Option<(&Path, u64)> {
+        None
+    }
 
     /// Completes what is written. Called once, after the last entry.
     ///

@@ -35,18 +35,20 @@ impl Sink for Prometheus {
     }
 }
 
-/// The gauges of one step in the text format, version 0.0.4: `gradprobe_step`, `gradprobe_total_norm` and its neighbours,
+/// The gauges of one step in the text format, version 0.0.4: `gradprobe_step`, `gradprobe_total_norm` and its neighbours, `gradprobe_scalar{name="…"}`,
 /// `gradprobe_tensor_l2_norm{tensor="…"}` and its neighbours, and `gradprobe_findings{kind="…",severity="…"}`. The
 /// neighbours are the scalars among the [statistics](crate::statistics#what-is-written). What does not exist has no line.
 pub fn prometheus_text(entry: &Entry) -> String {
     let mut text = String::new();
     #[expect(clippy::cast_precision_loss, reason = "what a gauge can hold")]
     let step = entry.step() as f64;
-    family(&mut text, "step", "Measurement that the others are of", [(String::new(), step)]);
+    family(&mut text, "step", "Step that the others are of", [(String::new(), step)]);
     for Statistic { name, meaning, of, .. } in statistics::of_steps(Output::Scalars) {
         let value = of(entry).and_then(Value::as_f64);
         family(&mut text, name, meaning, value.map(|value| (String::new(), value)));
     }
+    let samples = entry.scalars().iter().map(|(name, value)| (format!("{{name=\"{}\"}}", escaped(name)), *value));
+    family(&mut text, "scalar", "The trainer's own numbers", samples);
     for Statistic { name, meaning, of, .. } in statistics::of_tensors(Output::Scalars) {
         let samples = entry.tensors().filter_map(|tensor| {
             let value = of(&tensor)?.as_f64()?;

@@ -23,7 +23,7 @@ use std::{
 /// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
 ///
 /// Scalars, as f32, which is what TensorBoard keeps: those among the [statistics](crate::statistics#what-is-written), by
-/// their names of a step, and as `l2_norm/NAME` and so on of each tensor, as far as they exist. What is beyond f32 becomes
+/// their names of a step, the trainer's own by theirs, and as `l2_norm/NAME` and so on of each tensor, as far as they exist. What is beyond f32 becomes
 /// infinite or 0.
 ///
 /// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, the elements that are 0 in a bin of their own below.
@@ -66,6 +66,10 @@ impl Sink for TensorBoard {
             what: Some(event::What::Summary(Summary { value: values(entry) })),
         };
         self.file.append(entry.step(), 1, &framed(&event))
+    }
+
+    fn last(&self) -> Option<(&Path, u64)> {
+        self.file.last()
     }
 }
 
@@ -134,7 +138,8 @@ fn values(entry: &Entry) -> Vec<Value> {
         let value = (statistic.of)(entry)?.as_f64()?;
         Some(Value::scalar(statistic.name.to_owned(), value))
     }));
-    for tensor in entry.tensors() {
+    values.extend(entry.scalars().iter().map(|(name, value)| Value::scalar(name.clone(), *value)));
+    for tensor in entry.tensors().filter(|_| entry.has_details()) {
         let (name, record) = (tensor.report.name, tensor.report.record);
         values.extend(statistics::of_tensors(Output::Scalars).filter_map(|statistic| {
             let value = (statistic.of)(&tensor)?;

@@ -49,8 +49,13 @@ fn a_healthy_run_learns_and_ends_healthy() {
     let lines = fs::read_to_string(first.join("steps.jsonl")).unwrap();
     let steps: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(steps.len(), 60);
-    assert!(steps.iter().all(|step| step["verdict"] == "healthy" && step["tensors"].as_array().unwrap().len() == 54));
-    assert!(steps[9]["histogram"].is_array() && steps[9]["gsnr"].is_array());
+    assert!(steps.iter().all(|step| step["verdict"] == "healthy" && step["scalars"]["loss"].as_f64().unwrap() < 4.5));
+    assert_eq!(steps[59]["scalars"]["lr"], steps[20]["scalars"]["lr"]);
+    for (step, number) in steps.iter().zip(1..) {
+        let has_details = number % 10 == 0;
+        assert_eq!(step["tensors"].as_array().map(Vec::len), has_details.then_some(54), "{number}");
+        assert!(step["histogram"].is_array() == has_details && step["gsnr"].is_array() == has_details);
+    }
     assert_eq!(fs::read_dir(first.join("tensorboard")).unwrap().count(), 1);
     for picture in ["overview", "norms", "histograms", "gsnr", "norm-by-depth"] {
         let svg = fs::read_to_string(first.join("pictures").join(format!("{picture}.svg"))).unwrap();

@@ -1,7 +1,8 @@
 //! What is said at the end: the verdict over all steps, the worst of them in full, what is in the folder, and the cost.
 
-use crate::{options::Choice, watch::Seen};
+use crate::options::Choice;
 use gradprobe::{FindingKind, Verdict, health::Diagnosis, write::Finished};
+use gradprobe_candle::Seen;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
@@ -34,17 +35,17 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub fn add(&mut self, seen: &Seen) {
-        let verdict = seen.diagnosis.verdict();
+    pub fn add(&mut self, seen: &Seen, diagnosis: &Diagnosis) {
+        let verdict = diagnosis.verdict();
         self.steps += 1;
         self.unhealthy += u64::from(verdict != Verdict::Healthy);
-        self.skipped += u64::from(seen.skip);
-        self.clipped += u64::from(seen.coefficient != 1.0);
-        for kind in seen.diagnosis.findings().iter().map(|finding| finding.kind).collect::<BTreeSet<_>>() {
+        self.skipped += u64::from(seen.skip());
+        self.clipped += u64::from(seen.coefficient() != 1.0);
+        for kind in diagnosis.findings().iter().map(|finding| finding.kind).collect::<BTreeSet<_>>() {
             *self.found.entry(kind).or_default() += 1;
         }
         if verdict > self.verdict() {
-            self.worst = Some(seen.diagnosis.clone());
+            self.worst = Some(diagnosis.clone());
         }
     }
 

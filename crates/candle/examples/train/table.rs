@@ -1,6 +1,8 @@
 //! The table that is printed while the run goes on.
 
-use crate::watch::{Seen, words};
+use crate::watch::{Noise, words};
+use gradprobe::health::Diagnosis;
+use gradprobe_candle::Seen;
 use std::io::{self, Write};
 
 /// Prints a line every so many steps, and when the verdict changes.
@@ -31,28 +33,26 @@ impl Table {
     }
 
     /// Whether a step has a line.
-    pub fn shows(&self, seen: &Seen) -> bool {
-        seen.step == 1
-            || seen.step == self.steps
-            || seen.step.is_multiple_of(self.every)
-            || words(&seen.diagnosis) != self.words
+    pub fn shows(&self, seen: &Seen, diagnosis: &Diagnosis) -> bool {
+        let step = seen.step();
+        step == 1 || step == self.steps || step.is_multiple_of(self.every) || words(diagnosis) != self.words
     }
 
     /// # Errors
     /// When standard output is closed.
-    pub fn line(&mut self, seen: &Seen, loss: f32) -> io::Result<()> {
-        self.words = words(&seen.diagnosis);
+    pub fn line(&mut self, seen: &Seen, diagnosis: &Diagnosis, (loss, noise): (f32, Noise)) -> io::Result<()> {
+        self.words = words(diagnosis);
         let mut stdout = io::stdout().lock();
         writeln!(
             stdout,
             "{:>6} {loss:>9.4} {:>9} {:>7.4} {:>9} {:>9}  {}{}",
-            seen.step,
-            number(Some(seen.norm)),
-            seen.coefficient,
-            number(seen.gsnr),
-            number(seen.noise_scale),
+            seen.step(),
+            number(Some(seen.norm())),
+            seen.coefficient(),
+            number(noise.gsnr),
+            number(noise.scale),
             self.words,
-            if seen.skip { ", skipped" } else { "" }
+            if seen.skip() { ", skipped" } else { "" }
         )?;
         stdout.flush()
     }

@@ -8,10 +8,11 @@ use crate::{
     summary::{Costs, Summary},
     table::Table,
     text::Text,
-    watch::{Seen, Watch},
+    watch::Watch,
 };
-use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
+use candle_core::{DType, Device, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
+use gradprobe_candle::Seen;
 use std::{
     io::{self, Write},
     time::{Duration, Instant},
@@ -42,45 +43,44 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
         let strikes = |fault| step == middle && options.fault == Some(fault);
         if strikes(Fault::Lr) {
             rate *= fault::RATE;
-            watch.set_learning_rate(rate)?;
         }
         let warm = rate * f64::from(step.min(WARM_UP)) / f64::from(WARM_UP);
-        watch.set_rate(warm)?;
         if strikes(Fault::Dead) {
             fault::kill_units(&variables)?;
         }
         let start = Instant::now();
         let mut sum = GradStore::default();
-        let mut losses = Vec::new();
+        let mut losses = 0.0;
         for _ in 0..options.accumulate {
             let (inputs, targets) = text.batch(options.batch as usize, &mut random, device)?;
             let scores = model.forward(&inputs, strikes(Fault::Nan))?;
             let loss = (cross_entropy(&scores, &targets)? / f64::from(options.accumulate))?;
             add(&mut sum, loss.backward()?, &variables)?;
-            losses.push(loss.detach());
+            // On a GPU this waits, as every trainer does that prints its loss.
+            losses += loss.to_scalar::<f32>()?;
             watch.micro_batch(&sum)?;
         }
-        training.losses.push(Tensor::stack(&losses, 0)?.sum_all()?);
+        training.losses.push(losses);
         // By turns, so that neither has the caches always after the other.
         let beside = options.optimizer == Choice::Both && step % 2 == 0;
         let mut other = if beside { candle.step(&sum, warm)? } else { Duration::ZERO };
-        let reports = watch.step(&mut sum)?;
-        if !beside && !reports.iter().any(|seen| seen.skip) {
+        let seen = watch.step(step.into(), &mut sum, losses, warm)?;
+        if !beside && !seen.as_ref().is_some_and(Seen::skip) {
             other += candle.step(&sum, warm)?;
         }
         time += start.elapsed();
         if options.optimizer == Choice::Both {
             time -= other;
         }
-        training.show(&reports)?;
+        training.show(seen, &mut watch)?;
     }
-    training.show(&watch.rest()?)?;
+    training.show(watch.rest()?, &mut watch)?;
     let costs = Costs { steps: time, gradprobe: watch.time(), candle: candle.time, optimizer: options.optimizer };
-    let finished = watch.finish();
-    let ends = training.ends()?;
+    let finished = watch.finish()?;
+    let ends = training.ends();
     let said = training.summary.text(ends, &costs, &finished, &options.out);
     io::stdout().write_all(said.as_bytes())?;
-    finished.error.map_or(Ok(()), |error| Err(error.into()))
+    Ok(())
 }
 
 /// Candle's AdamW, if it is wanted: on the variables, or on copies of them.
@@ -121,30 +121,31 @@ impl Candle {
     }
 }
 
-/// What is shown of a run. Losses stay on the device until somebody looks at them.
+/// What is shown of a run.
 struct Training {
-    losses: Vec<Tensor>,
+    losses: Vec<f32>,
     table: Table,
     summary: Summary,
 }
 
 impl Training {
-    fn show(&mut self, reports: &[Seen]) -> Result<()> {
-        for seen in reports {
-            self.summary.add(seen);
-            if self.table.shows(seen) {
-                let loss = self.losses[usize::try_from(seen.step - 1)?].to_scalar()?;
-                self.table.line(seen, loss)?;
-            }
+    fn show(&mut self, seen: Option<Seen>, watch: &mut Watch) -> Result<()> {
+        let Some(seen) = seen else { return Ok(()) };
+        let diagnosis = seen.report().diagnosis().ok_or("no rules were given")?;
+        self.summary.add(&seen, diagnosis);
+        let noise = watch.noise(&seen);
+        if self.table.shows(&seen, diagnosis) {
+            let loss = self.losses[usize::try_from(seen.step() - 1)?];
+            self.table.line(&seen, diagnosis, (loss, noise))?;
         }
         Ok(())
     }
 
     /// The mean losses of the first and the last steps.
-    fn ends(&self) -> Result<(f32, f32)> {
-        let mean = |losses: &[Tensor]| Tensor::stack(losses, 0)?.mean_all()?.to_scalar::<f32>();
+    fn ends(&self) -> (f32, f32) {
         let count = self.losses.len().min(ENDS);
-        Ok((mean(&self.losses[..count])?, mean(&self.losses[self.losses.len() - count..])?))
+        let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+        (mean(&self.losses[..count]), mean(&self.losses[self.losses.len() - count..]))
     }
 }
 

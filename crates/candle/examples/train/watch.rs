@@ -9,10 +9,9 @@ use candle_nn::{ParamsAdamW, VarMap};
 use gradprobe::{
     gsnr::{AccumulationNoise, GsnrReport},
     health::Diagnosis,
-    histogram::HistogramReport,
-    write::{Background, Entry, Finished, JsonLines, Sink, TensorBoard, charts::ChartFolder},
+    write::{Finished, charts::ChartFolder},
 };
-use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Report, Rules, adamw};
+use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Seen, adamw};
 use std::{
     fs, io,
     path::Path,
@@ -25,52 +24,31 @@ pub const MAX_NORM: f64 = 1.0;
 const WINDOW: u32 = 25;
 /// The same of accumulations: how much an earlier one weighs against the next.
 const DECAY: f64 = 0.95;
-/// Steps from one look at elements to the next, histogram and signal to noise: reads of their own, each a quarter of a
-/// millisecond here.
-const LOOKS: u64 = 10;
 
 /// Measures, clips, diagnoses and writes.
 pub struct Watch {
-    probe: CandleProbe,
+    watch: gradprobe_candle::Watch,
     /// Whether its optimizer moves the weights.
     updates: bool,
     /// On the sums of micro-batches, when there are several in a step.
     accumulation: Option<Accumulation>,
-    writers: Background,
-    steps: u64,
-    /// The last that was given.
-    given: u64,
-    /// Of this step, until its report comes.
-    histogram: Option<(u64, HistogramReport)>,
     noise: Noise,
     time: Duration,
 }
 
 /// Signal and noise as they were last looked at.
 #[derive(Clone, Copy, Default)]
-struct Noise {
-    gsnr: Option<f64>,
-    scale: Option<f64>,
+pub struct Noise {
+    /// The median over the tensors of the median signal-to-noise ratio of their elements.
+    pub gsnr: Option<f64>,
+    /// tr Σ / |G|², in batches.
+    pub scale: Option<f64>,
 }
 
 struct Accumulation {
     probe: CandleProbe,
     noise: AccumulationNoise,
     micro_batches: u32,
-}
-
-/// What a step's report says.
-pub struct Seen {
-    pub step: u64,
-    pub norm: f64,
-    pub coefficient: f64,
-    /// Whether the optimizer should leave the step out.
-    pub skip: bool,
-    /// The median over the tensors of the median signal-to-noise ratio of their elements.
-    pub gsnr: Option<f64>,
-    /// tr Σ / |G|², in batches.
-    pub noise_scale: Option<f64>,
-    pub diagnosis: Diagnosis,
 }
 
 impl Watch {
@@ -80,16 +58,16 @@ impl Watch {
         // not finite is left out of it instead.
         let late = device.is_cuda() && !updates;
         let non_finite = if late { NonFinitePolicy::ZeroNonFinite } else { NonFinitePolicy::Skip };
-        let config = if updates { Config::new().optimizer(adamw(parameters)) } else { Config::new() };
-        let config = config
+        let config = Config::full()
             .clip(Clip::global_norm(MAX_NORM))
             .non_finite(non_finite)
-            .tracking(GsnrConfig::new().window(WINDOW))
-            .histogram()
-            .rules(Rules::default().learning_rate(options.lr));
-        let probe = CandleProbe::new(variables, config)?;
+            .tracking(GsnrConfig::new().window(WINDOW));
         // An update measures its weights anyway.
-        let probe = if updates { probe } else { probe.with_weights()? };
+        let probe = if updates {
+            CandleProbe::new(variables, config.optimizer(adamw(parameters)))?
+        } else {
+            CandleProbe::new(variables, config)?.with_weights()?
+        };
         let accumulation = match options.accumulate {
             1 => None,
             micro_batches => {
@@ -98,38 +76,19 @@ impl Watch {
                 Some(Accumulation { probe, noise, micro_batches })
             }
         };
-        let writers = Background::new(sinks(&options.out, &probe)?, 256)?;
-        Ok(Self {
-            probe,
-            updates,
-            accumulation,
-            writers,
-            steps: 0,
-            given: 0,
-            histogram: None,
-            noise: Noise::default(),
-            time: Duration::ZERO,
-        })
+        remove_earlier(&options.out)?;
+        let pictures = ChartFolder::create(options.out.join("pictures"), probe.plan())?;
+        let mut watch = gradprobe_candle::Watch::from(probe);
+        watch.write_to(&options.out)?;
+        watch.sink(pictures);
+        // The table and the summary tell.
+        watch.quiet();
+        Ok(Self { watch, updates, accumulation, noise: Noise::default(), time: Duration::ZERO })
     }
 
     /// The names of the variables, in their natural order.
-    pub fn names(&self) -> Vec<String> {
-        self.probe.plan().tensors().iter().map(|tensor| tensor.name.clone()).collect()
-    }
-
-    /// Lets the diagnosis know the learning rate, by which it tells what is too large a gradient.
-    pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
-        Ok(self.probe.probe().set_rules(Rules::default().learning_rate(learning_rate))?)
-    }
-
-    /// Sets the learning rate of its optimizer.
-    pub fn set_rate(&mut self, learning_rate: f64) -> Result<()> {
-        let start = Instant::now();
-        if self.updates {
-            self.probe.probe().optimizer()?.set_learning_rate(learning_rate)?;
-        }
-        self.time += start.elapsed();
-        Ok(())
+    pub fn names(&mut self) -> Vec<String> {
+        self.watch.probe().plan().tensors().iter().map(|tensor| tensor.name.clone()).collect()
     }
 
     /// Looks at the sum of the first micro-batches of a step.
@@ -146,72 +105,39 @@ impl Watch {
         Ok(())
     }
 
-    /// Measures the gradients of a step, clips them or moves the weights by them, and gives the reports that have arrived: on
-    /// the CPU this step's.
-    pub fn step(&mut self, gradients: &mut GradStore) -> Result<Vec<Seen>> {
+    /// Measures the gradients of a step, clips them or moves the weights by them at this learning rate, and gives the last step whose
+    /// report has arrived: on the CPU this one.
+    pub fn step(
+        &mut self,
+        step: u64,
+        gradients: &mut GradStore,
+        loss: f32,
+        learning_rate: f64,
+    ) -> Result<Option<Seen>> {
         let start = Instant::now();
-        self.steps += 1;
-        // In the pictures one column of many.
-        if self.steps.is_multiple_of(LOOKS) {
-            self.histogram =
-                Some((self.steps, self.probe.lend(gradients, |probe, tensors| probe.histogram()?.measure(tensors))?));
-        }
-        if self.updates {
-            self.probe.update(gradients)?;
+        let scalars = [("loss", loss.into()), ("lr", learning_rate)];
+        let seen = if self.updates {
+            self.watch.probe().probe().optimizer()?.set_learning_rate(learning_rate)?;
+            self.watch.update(step, gradients, scalars)?
         } else {
-            self.probe.step(gradients)?;
-        }
-        let mut seen = Vec::new();
-        while let Some(measured) = self.probe.poll()? {
-            seen.push(self.seen(measured)?);
-        }
+            self.watch.step(step, gradients, scalars)?
+        };
         self.time += start.elapsed();
         Ok(seen)
     }
 
-    /// The report that is still on its way.
-    pub fn rest(&mut self) -> Result<Vec<Seen>> {
-        let last = self.probe.wait()?;
-        if last.step() == self.given { Ok(Vec::new()) } else { Ok(vec![self.seen(last)?]) }
+    /// The step that is still on its way.
+    pub fn rest(&mut self) -> Result<Option<Seen>> {
+        Ok(self.watch.wait()?)
     }
 
-    fn seen(&mut self, measured: Report) -> Result<Seen> {
-        let step = measured.step();
-        self.given = step;
-        let gsnr = if step.is_multiple_of(LOOKS) { self.tracked()? } else { None };
-        if let Some(gsnr) = &gsnr {
+    /// Signal and noise up to this step.
+    pub fn noise(&mut self, seen: &Seen) -> Noise {
+        if let Some(gsnr) = seen.entry().gsnr() {
             self.noise = Noise { gsnr: median(gsnr), scale: gsnr.noise_scale() };
         }
-        let diagnosis = measured.diagnosis().ok_or("no rules were given")?.clone();
-        let outputs = *measured.outputs();
         let accumulated = self.accumulation.as_ref().map(|accumulation| accumulation.noise.total().noise_scale.value());
-        let seen = Seen {
-            step,
-            norm: outputs.total_norm,
-            coefficient: outputs.coefficient_f64,
-            skip: outputs.skip != 0,
-            gsnr: self.noise.gsnr,
-            noise_scale: accumulated.unwrap_or(self.noise.scale),
-            diagnosis,
-        };
-        let mut entry = Entry::new(measured).with_diagnosis(&seen.diagnosis)?;
-        if let Some(gsnr) = gsnr {
-            entry = entry.with_gsnr(gsnr)?;
-        }
-        if let Some((_, histogram)) = self.histogram.take_if(|(of, _)| *of == step) {
-            entry = entry.with_histogram(histogram)?;
-        }
-        self.writers.send(entry);
-        Ok(seen)
-    }
-
-    /// Signal and noise of what is tracked.
-    fn tracked(&mut self) -> Result<Option<GsnrReport>> {
-        match self.probe.probe().gsnr()?.report() {
-            Ok(gsnr) => Ok(Some(gsnr)),
-            Err(gradprobe::Error::TooFewSteps { .. }) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        Noise { scale: accumulated.unwrap_or(self.noise.scale), ..self.noise }
     }
 
     /// Host time so far.
@@ -220,8 +146,8 @@ impl Watch {
     }
 
     /// Writes what is left.
-    pub fn finish(self) -> Finished {
-        self.writers.finish()
+    pub fn finish(mut self) -> Result<Finished> {
+        Ok(self.watch.finish()?)
     }
 }
 
@@ -232,29 +158,23 @@ fn median(report: &GsnrReport) -> Option<f64> {
     medians.get(medians.len() / 2).copied()
 }
 
-/// TensorBoard events, JSON lines and pictures, in place of those of an earlier run.
-fn sinks(folder: &Path, probe: &CandleProbe) -> Result<Vec<Box<dyn Sink>>> {
-    let lines = folder.join("steps.jsonl");
-    let events = folder.join("tensorboard");
+/// Makes room for a new run: a file of steps goes on, and no step is written twice.
+fn remove_earlier(folder: &Path) -> Result<()> {
     let named = |error: io::Error| format!("{}: {error}", folder.display());
+    let events = folder.join("tensorboard");
     fs::create_dir_all(&events).map_err(named)?;
+    let mut old = vec![folder.join("steps.jsonl"), folder.join("pictures/first-critical.svg")];
     for file in fs::read_dir(&events).map_err(named)? {
         let file = file.map_err(named)?;
+        // A trainer may have others beside ours.
         if file.file_name().to_string_lossy().contains(".gradprobe.") {
-            fs::remove_file(file.path()).map_err(named)?;
+            old.push(file.path());
         }
     }
-    let pictures = folder.join("pictures");
-    for old in [&lines, &pictures.join("first-critical.svg")] {
-        if old.exists() {
-            fs::remove_file(old).map_err(named)?;
-        }
+    for file in old.into_iter().filter(|file| file.exists()) {
+        fs::remove_file(file).map_err(named)?;
     }
-    Ok(vec![
-        Box::new(TensorBoard::create(events)?),
-        Box::new(JsonLines::open(lines)?),
-        Box::new(ChartFolder::create(pictures, probe.plan())?),
-    ])
+    Ok(())
 }
 
 /// The verdict with the worst finding in a few words: what is not finite, where that began.

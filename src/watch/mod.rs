@@ -1,0 +1,371 @@
+//! A trainer's steps, watched: measured, clipped, diagnosed, written and told, in one call a step.
+
+mod seen;
+mod told;
+
+pub use seen::Seen;
+
+use crate::{
+    Error, Probe, Report, Tensor, TensorMut,
+    gsnr::GsnrReport,
+    health::Cadence,
+    histogram::HistogramReport,
+    write::{Background, Entry, Finished, Sink, checked_scalars},
+};
+#[cfg(any(feature = "json", feature = "tensorboard"))]
+use std::path::Path;
+use std::{collections::VecDeque, fmt, sync::Arc};
+use told::{Change, Told};
+
+/// Entries that may wait for the thread that writes.
+const QUEUE: usize = 64;
+/// Steps from one with details to the next. A look at histograms, and at signal and noise, is a pass over memory each.
+const DETAILS: u64 = 10;
+
+/// Watches the steps of a trainer: a probe, and all that is done with its reports. Steps have the trainer's own numbers.
+///
+/// A step is measured and clipped, and its report read when it has arrived. With the rules of [`Config`](crate::Config) it is
+/// diagnosed, and what is wrong goes to standard error: once, when it begins, and a line when it is over. What is declared of
+/// histograms and tracking is looked at in every 10th step ([`details`](Self::details)). Nothing of that waits. What
+/// [`write_to`](Self::write_to) and [`sink`](Self::sink) are given is written by a thread of its own.
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, Watch};
+///
+/// let (mut weight, mut bias) = (vec![0.3f32; 4096], vec![0.1f32; 64]);
+/// let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::F32, 64)])?;
+/// let config = Config::full().clip(Clip::global_norm(1.0));
+/// let mut watch = Watch::new(Probe::new(Cpu, plan, config)?);
+/// # #[cfg(feature = "json")]
+/// watch.write_to(std::env::temp_dir().join(format!("run-{}", std::process::id())))?;
+/// for step in 0..3 {
+///     // … backward …
+///     let seen = watch.step(step, &mut [&mut weight, &mut bias], [("loss", 2.5), ("lr", 1e-3)])?;
+///     assert!(seen.is_some_and(|seen| seen.step() == step && !seen.skip()));
+/// }
+/// watch.finish()?;
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
+pub struct Watch<P = Probe> {
+    probe: P,
+    details: Cadence,
+    /// Until the first step.
+    sinks: Vec<Box<dyn Sink>>,
+    writers: Option<Background>,
+    /// Steps measured whose reports have not come yet, the oldest first.
+    waiting: VecDeque<Waiting>,
+    of_steps: Told,
+    of_looks: Told,
+    is_quiet: bool,
+    /// Whether it was told that a step was lost.
+    told_lost: bool,
+    /// The learning rate that the rules go by.
+    learning_rate: Option<f64>,
+}
+
+/// A step whose report has not come yet.
+struct Waiting {
+    step: u64,
+    scalars: Vec<(String, f64)>,
+    has_details: bool,
+    look: Look,
+}
+
+/// What is looked at beside the step.
+#[derive(Default)]
+struct Look {
+    /// Whether the two are still on their way.
+    has_histogram: bool,
+    has_gsnr: bool,
+    histogram: Option<HistogramReport>,
+    gsnr: Option<GsnrReport>,
+}
+
+impl Look {
+    /// Waits for what is on its way.
+    ///
+    /// # Errors
+    /// The device's.
+    fn finish(&mut self, probe: &mut Probe) -> Result<(), Error> {
+        if std::mem::take(&mut self.has_histogram) {
+            self.histogram = Some(probe.histogram()?.finish()?);
+        }
+        if std::mem::take(&mut self.has_gsnr) {
+            match probe.gsnr()?.finish() {
+                Ok(gsnr) => self.gsnr = Some(gsnr),
+                Err(Error::TooFewSteps { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<P: AsMut<Probe>> Watch<P> {
+    /// Watches the steps of this probe, or of an adapter's.
+    pub fn new(probe: P) -> Self {
+        Self {
+            probe,
+            details: Cadence::each(DETAILS),
+            sinks: Vec::new(),
+            writers: None,
+            waiting: VecDeque::new(),
+            of_steps: Told::default(),
+            of_looks: Told::default(),
+            is_quiet: false,
+            told_lost: false,
+            learning_rate: None,
+        }
+    }
+
+    /// Writes the run into this folder, made if it is not there: `steps.jsonl` with the feature `json`, for `gradprobe report` and
+    /// `live`, and event files in `tensorboard` with that feature. Before the first step.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`].
+    #[cfg(any(feature = "json", feature = "tensorboard"))]
+    pub fn write_to(&mut self, folder: impl AsRef<Path>) -> Result<(), Error> {
+        let folder = folder.as_ref();
+        crate::write::make_folder(folder)?;
+        #[cfg(feature = "json")]
+        self.sink(crate::write::JsonLines::open(folder.join("steps.jsonl"))?);
+        #[cfg(feature = "tensorboard")]
+        self.sink(crate::write::TensorBoard::create(folder.join("tensorboard"))?);
+        Ok(())
+    }
+
+    /// Writes the run to this as well. Before the first step.
+    pub fn sink(&mut self, sink: impl Sink + 'static) {
+        self.sinks.push(Box::new(sink));
+    }
+
+    /// The steps with details: their tensors are written to files that grow, and histograms, signal and noise looked at. Every 10th
+    /// without it. A step in which a finding begins has its tensors written all the same.
+    pub fn details(&mut self, cadence: Cadence) {
+        self.details = cadence;
+    }
+
+    /// Tells nothing on standard error: [`Seen::changed`] is for the trainer to show.
+    pub fn quiet(&mut self) {
+        self.is_quiet = true;
+    }
+
+    /// The probe.
+    pub fn probe(&mut self) -> &mut P {
+        &mut self.probe
+    }
+
+    /// One step as `run` takes it: it launches one measurement on the probe, and first
+    /// [`histogram()?.start(…)`](crate::Room::start) where its second argument says so. What the other steps are made of, for a
+    /// trainer that takes another.
+    ///
+    /// `scalars` are the trainer's own numbers of the step. The diagnosis goes by the one that is called `lr` or `learning_rate`, where its
+    /// rules are the default ones or know a rate already: anew when it has changed by more than a factor of 2.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] unless the step is after the last, and for scalars of odd names; [`Error::StepWritten`] when the first step is
+    /// not after those that are written; those of `run`, and the device's.
+    pub fn step_by<'s, E: From<Error>>(
+        &mut self,
+        step: u64,
+        scalars: impl IntoIterator<Item = (&'s str, f64)>,
+        run: impl FnOnce(&mut P, bool) -> Result<(), E>,
+    ) -> Result<Option<Seen>, E> {
+        let scalars = checked_scalars(scalars)?;
+        self.open(step)?;
+        self.follow_learning_rate(&scalars)?;
+        let probe = self.probe.as_mut();
+        probe.set_step(step)?;
+        let has_details = self.details.includes(step);
+        if has_details {
+            // There is room for one look.
+            self.waiting.iter_mut().try_for_each(|waiting| waiting.look.finish(probe))?;
+        }
+        let has_histogram = has_details && probe.declares_histogram();
+        run(&mut self.probe, has_histogram)?;
+        let probe = self.probe.as_mut();
+        let has_gsnr = has_details && probe.declares_tracking();
+        if has_gsnr {
+            probe.gsnr()?.start()?;
+        }
+        let look = Look { has_histogram, has_gsnr, ..Look::default() };
+        self.waiting.push_back(Waiting { step, scalars, has_details, look });
+        let mut last = None;
+        while !self.waiting.is_empty() {
+            let Some(report) = self.probe.as_mut().poll()? else { break };
+            last = Some(self.see(report)?);
+        }
+        Ok(last)
+    }
+
+    /// Waits for the last step, and gives it if it has not been given.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn wait(&mut self) -> Result<Option<Seen>, Error> {
+        if self.waiting.is_empty() {
+            return Ok(None);
+        }
+        let report = self.probe.as_mut().wait()?;
+        self.see(report).map(Some)
+    }
+
+    /// Waits for the last step, and until all is written. Steps after it are measured, and not written.
+    ///
+    /// # Errors
+    /// The first step that is lost, and why; and the device's.
+    pub fn finish(&mut self) -> Result<Finished, Error> {
+        self.wait()?;
+        let finished = self.writers.take().map(Background::finish).unwrap_or_default();
+        match finished.error {
+            Some(error) => Err(error),
+            None => Ok(finished),
+        }
+    }
+
+    /// Has the writers begin with this step.
+    fn open(&mut self, step: u64) -> Result<(), Error> {
+        if self.sinks.is_empty() {
+            return Ok(());
+        }
+        for sink in &self.sinks {
+            if let Some((path, last)) = sink.last().filter(|&(_, last)| step <= last) {
+                return Err(Error::StepWritten { path: path.to_owned(), step, last });
+            }
+        }
+        self.writers = Some(Background::new(std::mem::take(&mut self.sinks), QUEUE)?);
+        Ok(())
+    }
+
+    fn follow_learning_rate(&mut self, scalars: &[(String, f64)]) -> Result<(), Error> {
+        let rate = scalars.iter().find(|(name, _)| name == "lr" || name == "learning_rate").map(|(_, rate)| *rate);
+        let is_near = |rate: f64| self.learning_rate.is_some_and(|last| rate <= 2.0 * last && last <= 2.0 * rate);
+        let Some(rate) = rate.filter(|&rate| !is_near(rate)) else { return Ok(()) };
+        let probe = self.probe.as_mut();
+        let Ok(rules) = probe.health().map(|health| health.rules().clone()) else { return Ok(()) };
+        if rules.follows_learning_rate() {
+            let rules = rules.learning_rate(rate);
+            // A warm-up may begin with 0.
+            if rules.check().is_ok() {
+                probe.set_rules(rules)?;
+                self.learning_rate = Some(rate);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in a report that has come.
+    fn see(&mut self, report: Report) -> Result<Seen, Error> {
+        let probe = self.probe.as_mut();
+        let mut waiting = None;
+        // Reports of steps before it do not come any more.
+        while self.waiting.front().is_some_and(|next| next.step <= report.step()) {
+            waiting = self.waiting.pop_front();
+            waiting.as_mut().map_or(Ok(()), |next| next.look.finish(probe))?;
+        }
+        let Some(Waiting { scalars, has_details, look, .. }) = waiting.filter(|next| next.step == report.step()) else {
+            return Ok(Seen { entry: Arc::new(Entry::new(report)), changed: None });
+        };
+        let diagnosis = report.diagnosis().cloned();
+        let mut beside = Vec::new();
+        if let Ok(health) = probe.health() {
+            beside.extend(look.gsnr.as_ref().map(|gsnr| health.diagnose_gsnr(gsnr)).transpose()?.unwrap_or_default());
+            let histogram = look.histogram.as_ref().map(|histogram| health.diagnose_histogram(histogram));
+            beside.extend(histogram.transpose()?.unwrap_or_default());
+        }
+        let of_step = self.of_steps.update(diagnosis.iter().flat_map(|diagnosis| diagnosis.findings()));
+        let of_look = if has_details { self.of_looks.update(&beside) } else { Change::None };
+        let is_new = [of_step, of_look].contains(&Change::New);
+        let changed = is_new.then(|| seen::words(diagnosis.as_ref(), &beside));
+        let over = (of_step == Change::Over && !is_new).then(|| seen::over(report.step()));
+        let changed = changed.or(over);
+
+        let mut entry = Entry::new(report).with_findings_beside(beside);
+        entry = entry.with_checked_scalars(scalars);
+        if let Some(gsnr) = look.gsnr {
+            entry = entry.with_gsnr(gsnr)?;
+        }
+        if let Some(histogram) = look.histogram {
+            entry = entry.with_histogram(histogram)?;
+        }
+        if !has_details && !is_new {
+            entry = entry.without_details();
+        }
+        let seen = Seen { entry: Arc::new(entry), changed };
+        self.tell(&seen);
+        Ok(seen)
+    }
+
+    fn tell(&mut self, seen: &Seen) {
+        if let Some(writers) = &mut self.writers {
+            writers.send(Arc::clone(&seen.entry));
+            let error = if self.told_lost { None } else { writers.error() };
+            if let Some(error) = error {
+                self.told_lost = true;
+                self.say(&format!("{error}\n"));
+            }
+        }
+        if let Some(changed) = seen.changed() {
+            self.say(changed);
+        }
+    }
+
+    fn say(&self, text: &str) {
+        if !self.is_quiet {
+            eprint!("{text}");
+        }
+    }
+}
+
+impl Watch {
+    /// Measures these gradients and clips them in place: [`Probe::step`]. Gives the last step whose report has come: on the CPU this one,
+    /// on a GPU this or one of the last few.
+    ///
+    /// # Errors
+    /// Those of [`step_by`](Self::step_by) and of [`Probe::step`].
+    pub fn step<'s>(
+        &mut self,
+        step: u64,
+        gradients: &mut [&mut dyn TensorMut],
+        scalars: impl IntoIterator<Item = (&'s str, f64)>,
+    ) -> Result<Option<Seen>, Error> {
+        self.step_by(step, scalars, |probe, has_histogram| {
+            if has_histogram {
+                let shared: Vec<&dyn Tensor> = gradients.iter().map(|gradient| &**gradient as &dyn Tensor).collect();
+                probe.histogram()?.start(&shared)?;
+            }
+            probe.step(gradients)
+        })
+    }
+
+    /// Measures these gradients and moves the weights by them, with the optimizer that is declared: [`Probe::update`].
+    ///
+    /// # Errors
+    /// Those of [`step_by`](Self::step_by) and of [`Probe::update`].
+    pub fn update<'s>(
+        &mut self,
+        step: u64,
+        gradients: &[&dyn Tensor],
+        weights: &mut [&mut dyn TensorMut],
+        scalars: impl IntoIterator<Item = (&'s str, f64)>,
+    ) -> Result<Option<Seen>, Error> {
+        self.step_by(step, scalars, |probe, has_histogram| {
+            if has_histogram {
+                probe.histogram()?.start(gradients)?;
+            }
+            probe.update(gradients, weights)
+        })
+    }
+}
+
+impl AsMut<Probe> for Probe {
+    fn as_mut(&mut self) -> &mut Probe {
+        self
+    }
+}
+
+impl<P: fmt::Debug> fmt::Debug for Watch<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("probe", &self.probe).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,254 @@
+//! A run as [`Watch`] sees it: on the trainer's own step numbers, told once, written with and without details.
+
+use gradprobe::{
+    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Seen, Tensor, Verdict, Watch,
+    gsnr::GsnrConfig,
+    health::{Cadence, Rules},
+    optim::Sgd,
+    samples::SampleConfig,
+    write::{Entry, JsonLines, Sink},
+};
+use serde_json::Value;
+use std::{fs, path::Path, sync::mpsc};
+use tempfile::TempDir;
+
+const ELEMENTS: usize = 256;
+
+fn plan() -> Plan {
+    Plan::new([("0.weight", DType::F32, ELEMENTS as u64), ("1.weight", DType::F32, ELEMENTS as u64)]).unwrap()
+}
+
+fn watch(config: Config) -> Watch {
+    let mut watch = Watch::new(Probe::new(Cpu, plan(), config).unwrap());
+    watch.quiet();
+    watch
+}
+
+/// Gradients of a step, which differ from step to step.
+fn gradients(step: u64) -> [Vec<f32>; 2] {
+    let mut random = fastrand::Rng::with_seed(step);
+    [(); 2].map(|()| (0..ELEMENTS).map(|_| random.f32() - 0.4).collect())
+}
+
+fn take(watch: &mut Watch, step: u64, change: impl FnOnce(&mut [Vec<f32>; 2])) -> Seen {
+    let mut gradients = gradients(step);
+    change(&mut gradients);
+    let [first, second] = &mut gradients;
+    watch.step(step, &mut [first, second], [("loss", 1.0 / (1.0 + step as f64)), ("lr", 1e-3)]).unwrap().unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Gives the steps that it is told of, and whether they have details.
+struct Listener(mpsc::Sender<(u64, bool)>);
+
+impl Sink for Listener {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.0.send((entry.step(), entry.has_details())).map_err(|error| Error::Drawing { reason: error.to_string() })
+    }
+}
+
+#[test]
+fn all_that_has_a_step_number_has_the_trainers() {
+    let samples = SampleConfig::new(4, 8);
+    let mut watch = watch(Config::full().history(4).samples(samples).clip(Clip::global_norm(1.0)));
+    let steps = [0, 1, 2, 10, 20, 30, 31, 1000];
+    for step in steps {
+        let seen = take(&mut watch, step, |gradients| {
+            if step == 30 {
+                gradients[1][7] = f32::NAN;
+            }
+        });
+        assert_eq!((seen.step(), seen.report().diagnosis().unwrap().step()), (step, step));
+        assert_eq!(seen.report().outputs().step, step);
+        let gradients = gradients(step);
+        let tensors: [&dyn Tensor; 2] = [&gradients[0], &gradients[1]];
+        watch.probe().samples().unwrap().take(&tensors).unwrap();
+    }
+    let probe = watch.probe();
+    let history = probe.history().unwrap().report().unwrap();
+    assert_eq!(history.steps().map(|(step, _)| step.outputs.step).collect::<Vec<_>>(), steps[4..]);
+    let samples = probe.samples().unwrap().report().unwrap();
+    let finite: Vec<u64> = steps.into_iter().filter(|&step| step != 30).collect();
+    assert_eq!(samples.steps().map(|(step, _)| step).collect::<Vec<_>>(), finite);
+    let report = probe.wait().unwrap();
+    let frontier = report.diagnosis().unwrap().frontier().unwrap().clone();
+    assert_eq!((frontier.step, frontier.tensor.as_str(), frontier.element), (30, "1.weight", 7));
+    assert_eq!(probe.state().unwrap().step, 1000);
+}
+
+#[test]
+fn a_step_that_moves_the_weights_has_the_update_of_its_number() {
+    let mut watch = watch(Config::full().optimizer(Sgd::new(0.5)));
+    let mut weights = [vec![1f32; ELEMENTS], vec![2f32; ELEMENTS]];
+    for step in [7, 9] {
+        let ([first, second], [w0, w1]) = (gradients(step), &mut weights);
+        let seen = watch.update(step, &[&first, &second], &mut [w0, w1], [("lr", 0.5)]).unwrap().unwrap();
+        assert!(seen.report().tensors().all(|tensor| tensor.update.is_some_and(|update| update.step == step)));
+    }
+}
+
+#[test]
+fn lines_have_the_trainers_numbers_and_details_now_and_then() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("runs/1");
+    let mut watch = watch(Config::full());
+    watch.write_to(&run).unwrap();
+    for step in 1..=40 {
+        take(&mut watch, step, |gradients| {
+            if step == 33 {
+                gradients[0][3] = f32::INFINITY;
+            }
+        });
+    }
+    let mut odd = gradients(41);
+    let [first, second] = &mut odd;
+    watch.step(41, &mut [first, second], [("loss", f64::NAN), ("accuracy", f64::NEG_INFINITY)]).unwrap();
+    let finished = watch.finish().unwrap();
+    assert_eq!((finished.written, finished.lost, finished.dropped), (41, 0, 0));
+
+    let lines = lines(&run.join("steps.jsonl"));
+    assert!(lines.iter().zip(1..).all(|(line, step)| line["step"] == step));
+    assert!(lines[..40].iter().zip(1..).all(|(line, step)| line["scalars"]["loss"] == 1.0 / f64::from(1 + step)));
+    let with = |key: &str| -> Vec<usize> { (0..41).filter(|&index| !lines[index][key].is_null()).collect() };
+    assert_eq!(with("tensors"), [9, 19, 29, 32, 39], "every 10th, and where a finding begins");
+    assert_eq!((with("gsnr"), with("histogram")), (vec![9, 19, 29, 39], vec![9, 19, 29, 39]));
+    assert_eq!((&lines[40]["scalars"]["loss"], &lines[40]["scalars"]["accuracy"]), (&"nan".into(), &"-inf".into()));
+    // The gradients of the step itself, before the clip.
+    let bins = lines[39]["histogram"][1]["bins"].as_array().unwrap();
+    let largest = lines[39]["tensors"][1]["max_abs"].as_f64().unwrap();
+    let highest = bins.last().unwrap()[0].as_f64().unwrap();
+    assert!(highest <= largest && largest < highest * 1.2);
+}
+
+#[test]
+fn what_goes_on_is_told_once_and_so_is_its_end() {
+    let mut watch = watch(Config::new().rules(Rules::default()));
+    let mut told = Vec::new();
+    for step in 1..=60 {
+        let is_bad = (20..=45).contains(&step) && step % 4 != 3;
+        let seen = take(&mut watch, step, |gradients| {
+            if is_bad {
+                gradients[1][9] = f32::NAN;
+            }
+        });
+        assert_eq!(seen.skip(), is_bad);
+        assert_eq!(seen.entry().verdict(), Some(if is_bad { Verdict::Critical } else { Verdict::Healthy }));
+        told.extend(seen.changed().map(|words| (step, words.to_owned())));
+    }
+    let [(20, began), (56, over)] = &told[..] else { panic!("{told:?}") };
+    assert!(began.contains("began at step 20 in 1.weight, element 9 (nan)"), "{began}");
+    assert_eq!(over, "step 56: healthy again\n");
+}
+
+#[test]
+fn more_of_a_fault_is_told_as_well() {
+    let mut watch = watch(Config::new().rules(Rules::default()));
+    let told: Vec<u64> = (1..=30)
+        .filter(|&step| {
+            let spoil = |gradients: &mut [Vec<f32>; 2]| {
+                if step >= 5 {
+                    gradients[1][0] = f32::NAN;
+                }
+                if step >= 9 {
+                    gradients[0][0] = f32::NAN;
+                }
+            };
+            take(&mut watch, step, spoil).changed().is_some()
+        })
+        .collect();
+    assert_eq!(told, [5, 9]);
+}
+
+#[test]
+fn details_are_of_the_steps_that_are_asked_for() {
+    let (sender, receiver) = mpsc::channel();
+    let mut watch = watch(Config::new().histogram().tracking(GsnrConfig::new()));
+    watch.sink(Listener(sender));
+    watch.details(Cadence::every(3).unwrap());
+    // A report that nobody needs to wait for comes with its step; a tensor may be absent, and the first step too early for a variance.
+    for step in 3..=12 {
+        let mut first = gradients(step)[0].clone();
+        let seen = watch.step(step, &mut [&mut first, &mut Absent], []).unwrap().unwrap();
+        assert_eq!(seen.entry().histogram().is_some(), step % 3 == 0);
+        assert_eq!(seen.entry().gsnr().is_some(), step % 3 == 0 && step > 3);
+    }
+    watch.finish().unwrap();
+    let details: Vec<u64> = receiver.iter().filter(|(_, details)| *details).map(|(step, _)| step).collect();
+    assert_eq!(details, [3, 6, 9, 12]);
+}
+
+#[test]
+fn the_diagnosis_goes_by_the_learning_rate_of_the_step() {
+    let mut watch = watch(Config::new().rules(Rules::default()));
+    let mut rate_after = |step: u64, scalars: [(&str, f64); 1]| {
+        let mut gradients = gradients(step);
+        let [first, second] = &mut gradients;
+        watch.step(step, &mut [first, second], scalars).unwrap();
+        watch.probe().health().unwrap().rules().clone()
+    };
+    let at = |rate: f64| Rules::default().learning_rate(rate);
+    assert_eq!(rate_after(1, [("lr", 0.0)]), Rules::default(), "the first step of a warm-up");
+    assert_eq!(rate_after(2, [("lr", 1e-3)]), at(1e-3));
+    assert_eq!(rate_after(3, [("lr", 1.5e-3)]), at(1e-3), "near enough");
+    assert_eq!(rate_after(4, [("learning_rate", 3e-3)]), at(3e-3));
+    assert_eq!(rate_after(5, [("loss", 3.0)]), at(3e-3));
+    assert_eq!(rate_after(6, [("lr", f64::NAN)]), at(3e-3));
+}
+
+#[test]
+fn mistakes_are_told_at_once() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("steps.jsonl");
+    let step = |watch: &mut Watch, step: u64, scalars: &[(&str, f64)]| {
+        let [mut first, mut second] = gradients(step);
+        let taken = watch.step(step, &mut [&mut first, &mut second], scalars.iter().copied());
+        taken.map(drop).map_err(|error| error.to_string())
+    };
+    {
+        let mut watch = watch(Config::new());
+        watch.write_to(folder.path()).unwrap();
+        step(&mut watch, 5, &[]).unwrap();
+        assert_eq!(
+            step(&mut watch, 5, &[]).unwrap_err(),
+            "step must be after the last one, and at most 2^62, not 5 after 5"
+        );
+        assert!(step(&mut watch, u64::MAX, &[]).unwrap_err().contains("at most 2^62"));
+        for odd in [&[("", 1.0)][..], &[("loss", 1.0), ("loss", 2.0)], &[("total_norm", 1.0)], &[("step", 1.0)]] {
+            let refused = step(&mut watch, 6, odd).unwrap_err();
+            assert!(refused.starts_with("scalars must be names that are not empty"), "{refused}");
+        }
+        step(&mut watch, 6, &[]).unwrap();
+        watch.finish().unwrap();
+    }
+    assert_eq!(lines(&path).len(), 2);
+    let mut again = watch(Config::new());
+    again.write_to(folder.path()).unwrap();
+    let refused = step(&mut again, 6, &[]).unwrap_err();
+    assert!(refused.contains("step 6 is not after step 6, the last one there"), "{refused}");
+    assert!(refused.starts_with(path.to_str().unwrap()));
+    step(&mut again, 7, &[]).unwrap();
+    again.finish().unwrap();
+    assert_eq!(lines(&path).len(), 3);
+
+    let mut elsewhere = watch(Config::new());
+    let file = folder.path().join("file");
+    fs::write(&file, "something").unwrap();
+    assert!(matches!(elsewhere.write_to(&file), Err(Error::Unwritable { .. })));
+    assert!(JsonLines::open(&file).is_err());
+}
+
+/// A sink that fails does not hold up training; the end says so.
+#[test]
+fn a_step_that_is_lost_is_told_in_the_end() {
+    let (sender, receiver) = mpsc::channel();
+    drop(receiver);
+    let mut watch = watch(Config::new());
+    watch.sink(Listener(sender));
+    take(&mut watch, 1, |_| {});
+    take(&mut watch, 2, |_| {});
+    assert!(matches!(watch.finish(), Err(Error::EntryLost { step: 1, .. })));
+    take(&mut watch, 3, |_| {});
+}
