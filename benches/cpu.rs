@@ -7,12 +7,13 @@
 //! `GRADPROBE_CPU=avx2` in the environment no wider instructions are used. `benches/peers_cpu.py` runs this beside
 //! PyTorch and makes one table.
 //!
-//! Group `diagnose` is what the rules take on the host for a step of 1000 tensors, of which none or all are unhealthy.
+//! Group `diagnose` is what the rules take on the host for a step of 1000 tensors, of which none or all are unhealthy. Group `watch` is what
+//! watching and writing take of the training thread for 1000 tensors: `watch` against `probe`.
 
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradprobe::{
-    Clip, Config, Cpu, DType, Element, Plan, Probe, Tensor, TensorMut,
+    Clip, Config, Cpu, DType, Element, Plan, Probe, Tensor, TensorMut, Watch,
     gsnr::GsnrConfig,
     health::{Health, Rules},
     optim::AdamW,
@@ -231,9 +232,47 @@ fn diagnose(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// What a watched step of 1000 tensors costs the training thread beside the probe's own: `watch` against `probe`. Of the two cores, writers have
+/// one; every 10th step has details.
+fn watch(criterion: &mut Criterion) {
+    const TENSORS: usize = 1000;
+    let plan = || Plan::new((0..TENSORS).map(|i| (format!("layers.{i}.weight"), DType::F32, 16))).unwrap();
+    let mut gradients: Vec<Vec<f32>> = (0..TENSORS).map(|i| vec![1e-3 + 1e-6 * i as f32; 16]).collect();
+    let mut gradients: Vec<&mut dyn TensorMut> = gradients.iter_mut().map(|gradient| gradient as _).collect();
+    let config = || Config::new().rules(Rules::default());
+    let mut group = criterion.benchmark_group("watch");
+    let mut probe = Probe::new(Cpu, plan(), config()).unwrap();
+    group.bench_function("probe", |b| {
+        b.iter(|| {
+            probe.step(&mut gradients).unwrap();
+            black_box(probe.poll().unwrap())
+        });
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let mut watch = Watch::new(Probe::new(Cpu, plan(), config()).unwrap());
+    watch.write_to(folder.path()).unwrap();
+    let mut step = 0;
+    group.bench_function("watch", |b| {
+        b.iter(|| {
+            step += 1;
+            black_box(watch.step(step, &mut gradients, [("loss", 2.5), ("lr", 1e-3)]).unwrap())
+        });
+    });
+    let finished = watch.finish().unwrap();
+    group.finish();
+    let bytes = std::fs::metadata(folder.path().join("steps.jsonl")).unwrap().len();
+    println!(
+        "{} steps written, {} dropped, {} bytes a step",
+        finished.written,
+        finished.dropped,
+        bytes / finished.written
+    );
+}
+
 fn benches(criterion: &mut Criterion) {
     println!("instruction set: {}", Cpu.instruction_set());
     diagnose(criterion);
+    watch(criterion);
     optimizer(criterion);
     benches_of::<f32, u32>(criterion, "cpu/f32", |x| x);
     benches_of::<bf16, u16>(criterion, "cpu/bf16", bf16::from_f32);

@@ -28,6 +28,8 @@ mod dtype;
 mod error;
 mod features;
 pub mod gsnr;
+#[cfg(any(doc, doctest))]
+pub mod guide;
 pub mod health;
 pub mod histogram;
 pub mod history;
@@ -63,8 +65,3 @@ pub use watch::{Seen, Watch};
 /// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
 /// compile, in place of the line that includes it. NVRTC would look for it in a folder.
 pub const HEADER: &str = include_str!("../kernels/include/gradprobe.h");
-
-/// The README's code, compiled.
-#[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../README.md")]
-mod readme {}

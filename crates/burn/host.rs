@@ -6,7 +6,7 @@ use burn_core::{
     tensor::{DType, Tensor, TensorData},
 };
 use burn_optim::GradientsParams;
-use gradprobe::{HostTensorMut, Probe, Report, TensorMut};
+use gradprobe::{HostTensorMut, TensorMut};
 use half::{bf16, f16};
 use std::collections::HashMap;
 
@@ -43,21 +43,21 @@ impl Borrowed {
         }
     }
 
-    /// Measures, and clips if that is wanted. `places` has for each parameter of the plan which of these is its gradient.
+    /// Gives them to `does` in the plan's order. `places` has for each parameter of the plan which of these is its gradient.
     ///
     /// # Errors
-    /// [`Error::Read`], and the probe's.
-    pub fn measure(&mut self, probe: &mut Probe, places: &[Option<usize>], clip: bool) -> Result<Report, Error> {
+    /// [`Error::Read`], and those of `does`.
+    pub fn lend<R>(
+        &mut self,
+        places: &[Option<usize>],
+        does: impl FnOnce(&mut [&mut dyn TensorMut]) -> Result<R, gradprobe::Error>,
+    ) -> Result<R, Error> {
         let taken = self.0.iter_mut().map(elements_mut).collect::<Result<Vec<_>, _>>()?;
         let mut taken: Vec<Option<HostTensorMut<'_>>> = taken.into_iter().map(Some).collect();
         let planned = places.iter().map(|place| place.and_then(|place| taken[place].take()));
         let mut planned: Vec<Option<HostTensorMut<'_>>> = planned.collect();
-        if clip {
-            probe.step(&mut planned.iter_mut().map(|tensor| tensor as &mut dyn TensorMut).collect::<Vec<_>>())?;
-        } else {
-            probe.measure(&planned.iter().map(|tensor| tensor as &dyn gradprobe::Tensor).collect::<Vec<_>>())?;
-        }
-        Ok(probe.wait()?)
+        let mut tensors: Vec<&mut dyn TensorMut> = planned.iter_mut().map(|tensor| tensor as _).collect();
+        Ok(does(&mut tensors)?)
     }
 
     /// Puts all gradients where they were.

@@ -3,13 +3,15 @@
 mod error;
 mod host;
 mod parameters;
+mod watch;
 
 pub use error::Error;
-pub use gradprobe::{Clip, Config, NonFinitePolicy, Report, Rules, clip::LossScale, gsnr::GsnrConfig};
+pub use gradprobe::{self, Clip, Config, NonFinitePolicy, Report, Rules, Seen, clip::LossScale, gsnr::GsnrConfig};
+pub use watch::Watch;
 
 use burn_core::module::Module;
 use burn_optim::GradientsParams;
-use gradprobe::{Cpu, Plan, Probe};
+use gradprobe::{Cpu, Plan, Probe, Tensor, TensorMut};
 use host::Borrowed;
 use parameters::{Found, Parameter};
 use std::collections::HashMap;
@@ -46,8 +48,13 @@ impl BurnProbe {
         &mut self.probe
     }
 
-    /// The statistics of these gradients, which stay as they are. They are moved out and back: mutable for that alone. A
-    /// parameter without one is [absent](gradprobe::Absent).
+    /// The plan of the reports: all parameters that require a gradient.
+    pub fn plan(&self) -> &Plan {
+        self.probe.plan()
+    }
+
+    /// Measures these gradients, which stay as they are. They are moved out and back: mutable for that alone. A
+    /// parameter without one is [absent](gradprobe::Absent). The report comes by [`poll`](Self::poll).
     ///
     /// # Errors
     /// [`Error::Changed`] when the module is not the one the probe was made for, [`Error::Gradient`],
@@ -55,28 +62,66 @@ impl BurnProbe {
     ///
     /// # Panics
     /// As [`GradientsParams::get`] does, when a gradient has another number of dimensions than its parameter.
-    pub fn measure<M: Module>(&mut self, module: &M, gradients: &mut GradientsParams) -> Result<Report, Error> {
-        self.run(module, gradients, false)
+    pub fn measure<M: Module>(&mut self, module: &M, gradients: &mut GradientsParams) -> Result<(), Error> {
+        self.lend(module, gradients, |probe, tensors| probe.measure(tensors))
     }
 
-    /// The statistics of these gradients, which are then clipped as [`Config::clip`] says.
+    /// Measures these gradients and clips them, in place, as [`Config::clip`] says.
     ///
     /// # Errors
     /// Those of [`measure`](Self::measure); nothing is clipped then.
     ///
     /// # Panics
     /// As [`measure`](Self::measure).
-    pub fn step<M: Module>(&mut self, module: &M, gradients: &mut GradientsParams) -> Result<Report, Error> {
-        self.run(module, gradients, true)
+    pub fn step<M: Module>(&mut self, module: &M, gradients: &mut GradientsParams) -> Result<(), Error> {
+        self.lend_mut(module, gradients, |probe, tensors| probe.step(tensors))
     }
 
-    fn run<M: Module>(&mut self, module: &M, gradients: &mut GradientsParams, clip: bool) -> Result<Report, Error> {
+    /// The oldest report that has arrived and was not given yet, of gradients on the host the step's own: [`Probe::poll`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn poll(&mut self) -> Result<Option<Report>, Error> {
+        Ok(self.probe.poll()?)
+    }
+
+    /// The report of the last measurement: [`Probe::wait`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait(&mut self) -> Result<Report, Error> {
+        Ok(self.probe.wait()?)
+    }
+
+    /// Gives the probe and these gradients, in the plan's order, to what measures them otherwise: histograms, samples, micro-batches, dot
+    /// products.
+    ///
+    /// # Errors
+    /// Those of `does`, and of [`measure`](Self::measure).
+    ///
+    /// # Panics
+    /// As [`measure`](Self::measure).
+    pub fn lend<M: Module, R>(
+        &mut self,
+        module: &M,
+        gradients: &mut GradientsParams,
+        does: impl FnOnce(&mut Probe, &[&dyn Tensor]) -> Result<R, gradprobe::Error>,
+    ) -> Result<R, Error> {
+        self.lend_mut(module, gradients, |probe, tensors| does(probe, &shared(tensors)))
+    }
+
+    fn lend_mut<M: Module, R>(
+        &mut self,
+        module: &M,
+        gradients: &mut GradientsParams,
+        does: impl FnOnce(&mut Probe, &mut [&mut dyn TensorMut]) -> Result<R, gradprobe::Error>,
+    ) -> Result<R, Error> {
         let found = Found::in_module(module, gradients);
         let places = self.check(&found, gradients.len())?;
         let mut borrowed = Borrowed::take(module, gradients, &found)?;
-        let report = borrowed.measure(&mut self.probe, &places, clip);
+        let result = borrowed.lend(&places, |tensors| does(&mut self.probe, tensors));
         borrowed.put_back(gradients);
-        report
+        result
     }
 
     /// Which of the gradients, in the module's order, is that of each parameter, once the module is known to be that of the
@@ -110,4 +155,15 @@ impl BurnProbe {
         }
         Ok(places)
     }
+}
+
+impl AsMut<Probe> for BurnProbe {
+    fn as_mut(&mut self) -> &mut Probe {
+        &mut self.probe
+    }
+}
+
+/// The same tensors, to be read.
+fn shared<'a>(tensors: &'a [&mut dyn TensorMut]) -> Vec<&'a dyn Tensor> {
+    tensors.iter().map(|tensor| &**tensor as &dyn Tensor).collect()
 }

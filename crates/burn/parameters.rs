@@ -15,6 +15,8 @@ pub struct Parameter {
     pub name: String,
     pub shape: Vec<usize>,
     pub dtype: DType,
+    /// Whether it is the weight of a linear layer, or its bias.
+    pub is_of_linear: bool,
 }
 
 /// A float parameter as it was found in a module.
@@ -24,6 +26,7 @@ pub struct Found {
     pub shape: Vec<usize>,
     pub dtype: BurnDType,
     pub requires_gradient: bool,
+    pub is_of_linear: bool,
     /// Shape and type of its gradient, if there is one and it differs from the parameter; empty where it does not.
     pub gradient: Option<String>,
 }
@@ -45,7 +48,8 @@ fn known(dtype: BurnDType) -> Option<DType> {
 impl Found {
     /// The float parameters of a module in its order, each once, though two fields may share it.
     pub fn in_module<M: Module>(module: &M, gradients: &GradientsParams) -> Vec<Self> {
-        let mut survey = Survey { gradients, path: Vec::new(), seen: HashSet::new(), found: Vec::new() };
+        let mut survey =
+            Survey { gradients, path: Vec::new(), containers: Vec::new(), seen: HashSet::new(), found: Vec::new() };
         module.visit(&mut survey);
         survey.found
     }
@@ -60,7 +64,10 @@ impl TryFrom<Found> for Parameter {
 
     fn try_from(found: Found) -> Result<Self, Error> {
         match known(found.dtype) {
-            Some(dtype) => Ok(Self { name: found.name, shape: found.shape, dtype }),
+            Some(dtype) => {
+                let Found { name, shape, is_of_linear, .. } = found;
+                Ok(Self { name, shape, dtype, is_of_linear })
+            }
             None => Err(Error::Dtype { name: found.name, dtype: format!("{:?}", found.dtype) }),
         }
     }
@@ -71,10 +78,10 @@ impl Parameter {
         self.shape.iter().map(|&length| length as u64).product()
     }
 
-    /// Of the dimensions, the outputs' first: burn's linear layers have the inputs first.
+    /// Of the dimensions, the outputs' first: burn's linear layers have the inputs first, its convolutions and tables do not.
     pub fn lengths(&self) -> Vec<u64> {
         let mut lengths: Vec<u64> = self.shape.iter().map(|&length| length as u64).collect();
-        if let [_, _] = lengths[..] {
+        if self.is_of_linear && lengths.len() == 2 {
             lengths.reverse();
         }
         lengths
@@ -108,17 +115,20 @@ impl Parameter {
 struct Survey<'a> {
     gradients: &'a GradientsParams,
     path: Vec<String>,
+    containers: Vec<String>,
     seen: HashSet<ParamId>,
     found: Vec<Found>,
 }
 
 impl ModuleVisitor for Survey<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
+    fn enter_module(&mut self, name: &str, container: &str) {
         self.path.push(name.to_owned());
+        self.containers.push(container.to_owned());
     }
 
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.pop();
+        self.containers.pop();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -131,6 +141,7 @@ impl ModuleVisitor for Survey<'_> {
             if like { String::new() } else { describe(&gradient.dims(), gradient.dtype()) }
         });
         let (name, requires_gradient) = (self.path.join("."), param.is_require_grad());
-        self.found.push(Found { name, id: param.id, shape, dtype, requires_gradient, gradient });
+        let is_of_linear = self.containers.last().is_some_and(|container| container == "Struct:Linear");
+        self.found.push(Found { name, id: param.id, shape, dtype, requires_gradient, is_of_linear, gradient });
     }
 }

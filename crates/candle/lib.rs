@@ -227,3 +227,8 @@ fn probe_of(source: &Source, device: &Device, plan: Plan, mut config: Config) ->
     };
     Ok(probe?)
 }
+
+/// The code of the project's README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod readme {}

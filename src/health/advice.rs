@@ -117,3 +117,18 @@ const INITIALISE: &str =
     "check the initialisation: He for ReLU, Xavier for tanh, scaled down with depth on residual paths";
 const LOSS_SCALE: &str = "in mixed precision, adapt the loss scale: lower on overflow, higher when gradients become 0";
 const LARGER_BATCH: &str = "raise the batch size or accumulate more micro-batches";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guide_has_a_row_for_each() {
+        let guide = include_str!("../guide/findings.md");
+        for kind in FindingKind::ALL {
+            let row = guide.lines().find(|line| line.starts_with(&format!("| `{kind}` | ")));
+            let end = format!(" | {} |", advice(kind).join("; "));
+            assert!(row.is_some_and(|row| row.ends_with(&end)), "src/guide/findings.md: {kind} should end with{end}");
+        }
+    }
+}

@@ -6,10 +6,10 @@ use burn_core::{
     module::{Module, Param, ParamId},
     tensor::{DType as BurnDType, Device, Distribution, Tensor, TensorData},
 };
-use burn_nn::{Linear, LinearConfig};
+use burn_nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn_optim::{GradientsParams, SgdConfig};
-use gradprobe::{Cpu, DType, HostTensor, Plan, Probe, Record, Report};
-use gradprobe_burn::{BurnProbe, Clip, Config, Error, LossScale};
+use gradprobe::{Cpu, DType, HostTensor, Plan, Probe, Record, Report, health::Cadence};
+use gradprobe_burn::{BurnProbe, Clip, Config, Error, LossScale, Watch};
 use half::{bf16, f16};
 
 /// Twelve layers, so that the order of names is seen to be that of the layers, and parameters beside them.
@@ -82,6 +82,17 @@ fn present(report: &Report) -> Vec<Record> {
     report.tensors().filter(|tensor| !tensor.is_absent()).map(|tensor| *tensor.record).collect()
 }
 
+/// The report of a measurement, and of a step.
+fn measure(probe: &mut BurnProbe, model: &impl Module, gradients: &mut GradientsParams) -> Result<Report, Error> {
+    probe.measure(model, gradients)?;
+    probe.wait()
+}
+
+fn step(probe: &mut BurnProbe, model: &impl Module, gradients: &mut GradientsParams) -> Result<Report, Error> {
+    probe.step(model, gradients)?;
+    probe.wait()
+}
+
 fn missing(report: &Report) -> Vec<&str> {
     report.absent().collect()
 }
@@ -92,7 +103,7 @@ fn the_report_has_the_bits_of_the_cpu_probe() {
     let mut gradients = gradients(&model);
     let data = elements(&model, &gradients);
     let mut probe = BurnProbe::new(&model, Config::default()).unwrap();
-    let measured = probe.measure(&model, &mut gradients).unwrap();
+    let measured = measure(&mut probe, &model, &mut gradients).unwrap();
     let there = measured.tensors().filter(|tensor| !tensor.is_absent());
     let names: Vec<&str> = there.map(|tensor| tensor.name).collect();
     let layers = (0..12).flat_map(|i| [format!("layers.{i}.weight"), format!("layers.{i}.bias")]);
@@ -114,7 +125,7 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
     let before = elements(&model, &gradients);
     let norm = before.iter().flatten().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
     let mut probe = BurnProbe::new(&model, Config::default().clip(Clip::global_norm(0.5))).unwrap();
-    let measured = probe.step(&model, &mut gradients).unwrap();
+    let measured = step(&mut probe, &model, &mut gradients).unwrap();
     let outputs = measured.outputs();
     assert!((outputs.total_norm - norm).abs() < 5e-7 * norm, "{} {norm}", outputs.total_norm);
     #[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
@@ -122,7 +133,7 @@ fn the_clip_is_torch_s_and_a_step_can_follow() {
     assert!(coefficient < 1.0);
     let clipped: Vec<Vec<f32>> = before.iter().map(|data| data.iter().map(|x| x * coefficient).collect()).collect();
     assert_eq!(elements(&model, &gradients), clipped);
-    let again = probe.measure(&model, &mut gradients).unwrap();
+    let again = measure(&mut probe, &model, &mut gradients).unwrap();
     assert!((again.outputs().total_norm - 0.5).abs() < 1e-5);
     let scale = model.scale.val().to_data();
     let stepped = SgdConfig::new().init().step(0.1, model, gradients);
@@ -140,8 +151,8 @@ fn nothing_is_copied() {
     let tensor = Tensor::<1>::from_data(TensorData::new(buffer, [24]), (&Device::default(), BurnDType::F32));
     gradients.register(model.scale.id, tensor);
     let mut probe = BurnProbe::new(&model, Config::default().clip(Clip::global_norm(1.0))).unwrap();
-    probe.measure(&model, &mut gradients).unwrap();
-    let measured = probe.step(&model, &mut gradients).unwrap();
+    measure(&mut probe, &model, &mut gradients).unwrap();
+    let measured = step(&mut probe, &model, &mut gradients).unwrap();
     let data = gradients.remove::<1>(model.scale.id).unwrap().into_data();
     let after = data.as_slice::<f32>().unwrap();
     assert_eq!(after[23], values[23] * measured.outputs().coefficient);
@@ -163,7 +174,7 @@ fn shared_and_strided_gradients_are_right() {
     let config =
         Config::default().clip(Clip::global_norm(1.0)).non_finite(gradprobe_burn::NonFinitePolicy::ZeroNonFinite);
     let mut probe = BurnProbe::new(&model, config).unwrap();
-    let measured = probe.step(&model, &mut gradients).unwrap();
+    let measured = step(&mut probe, &model, &mut gradients).unwrap();
     let records = present(&measured);
     assert_eq!((records[0].first_nonfinite(), records[1].max_abs()), (Some(24), Some(3.0)));
     assert_eq!(held.to_data().as_slice::<f32>().unwrap(), [3.0; 24]);
@@ -177,16 +188,16 @@ fn a_missing_gradient_is_missing_and_not_zero() {
     let mut probe = BurnProbe::new(&model, Config::default()).unwrap();
     assert_eq!(probe.probe().plan().tensors().len(), 28);
     let mut all = gradients(&model);
-    let measured = probe.measure(&model, &mut all).unwrap();
+    let measured = measure(&mut probe, &model, &mut all).unwrap();
     assert_eq!(missing(&measured), ["unused.weight", "unused.bias"]);
     assert_eq!((measured.records().len(), present(&measured).len()), (28, 26));
     // Another one goes missing, and comes back: steps go on.
     let gradient = all.remove::<1>(model.scale.id).unwrap();
-    let measured = probe.measure(&model, &mut all).unwrap();
+    let measured = measure(&mut probe, &model, &mut all).unwrap();
     assert_eq!((missing(&measured).len(), measured.step()), (3, 2));
     all.register(model.scale.id, gradient);
-    assert_eq!(missing(&probe.measure(&model, &mut all).unwrap()).len(), 2);
-    assert_eq!(probe.measure(&model, &mut all).unwrap().step(), 4);
+    assert_eq!(missing(&measure(&mut probe, &model, &mut all).unwrap()).len(), 2);
+    assert_eq!(measure(&mut probe, &model, &mut all).unwrap().step(), 4);
 }
 
 /// The loss scale is the trainer's, whatever the set of gradients.
@@ -201,7 +212,7 @@ fn another_set_of_gradients_goes_on_with_the_loss_scale() {
         if step == 2 {
             all.remove::<1>(model.scale.id).unwrap();
         }
-        let outputs = *probe.measure(&model, &mut all).unwrap().outputs();
+        let outputs = *measure(&mut probe, &model, &mut all).unwrap().outputs();
         scales.push((outputs.loss_scale, outputs.next_loss_scale));
     }
     assert_eq!(scales, [(4.0, 8.0), (8.0, 16.0), (16.0, 32.0), (32.0, 64.0)]);
@@ -213,13 +224,13 @@ fn a_clip_that_looks_back_goes_on_with_another_set_of_gradients() {
     let clip = Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 1, max_norm: None };
     let mut probe = BurnProbe::new(&model, Config::default().clip(clip).history(4)).unwrap();
     let mut all = gradients(&model);
-    probe.step(&model, &mut all).unwrap();
+    step(&mut probe, &model, &mut all).unwrap();
     let addresses = probe.probe().addresses();
     let gradient = all.remove::<1>(model.scale.id).unwrap();
-    probe.step(&model, &mut all).unwrap();
+    step(&mut probe, &model, &mut all).unwrap();
     // A hundred times what it was when it had one last.
     all.register(model.scale.id, gradient * 100.0);
-    let report = probe.step(&model, &mut all).unwrap();
+    let report = step(&mut probe, &model, &mut all).unwrap();
     assert_eq!((report.step(), report.outputs().action), (3, gradprobe::StepOutputs::ACTION_SCALE_TENSORS));
     assert_eq!(probe.probe().history().unwrap().report().unwrap().steps().len(), 3);
     assert_eq!(probe.probe().addresses(), addresses, "it is the same memory");
@@ -288,11 +299,10 @@ fn half_precision_is_measured_and_a_shared_parameter_once() {
     gradients.register(model.brain.id, tensor);
     let config = Config::default().clip(Clip::global_norm(1.0));
     let mut probe = BurnProbe::new(&model, config.clone()).unwrap();
-    let measured = probe.step(&model, &mut gradients).unwrap();
+    let measured = step(&mut probe, &model, &mut gradients).unwrap();
     assert_eq!(missing(&measured), [""; 0]);
-    // The outputs' dimension first, which is burn's last.
     let plan = Plan::new([("half", DType::F16, 40), ("brain", DType::BF16, 15)]).unwrap();
-    let plan = plan.with_shapes([vec![40], vec![5, 3]]).unwrap();
+    let plan = plan.with_shapes([vec![40], vec![3, 5]]).unwrap();
     let tensors = [HostTensor::F16(&halves), HostTensor::BF16(&brains)];
     let report = on_cpu(&plan, config, &tensors);
     assert_eq!(measured.plan(), &plan);
@@ -320,4 +330,47 @@ fn another_dtype_is_refused_by_the_parameter_s_name() {
     let mut probe = probe;
     assert_eq!(probe.probe().plan().tensors()[0].name, "fine");
     assert_eq!(probe.probe().plan().tensors().len(), 1);
+}
+
+/// The outputs' dimension comes first: in burn's linear layers it is the last, in a table it is the first already.
+#[test]
+fn shapes_have_the_outputs_first() {
+    #[derive(Module, Debug)]
+    struct Words {
+        table: Embedding,
+        head: Linear,
+    }
+    let model =
+        Words { table: EmbeddingConfig::new(50, 24).init(&device()), head: LinearConfig::new(24, 3).init(&device()) };
+    let probe = BurnProbe::new(&model, Config::default()).unwrap();
+    assert_eq!(probe.plan().shapes().unwrap(), [vec![50, 24], vec![3, 24], vec![3]]);
+}
+
+#[test]
+fn a_run_is_watched_and_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model();
+    let mut watch = Watch::new(&model, Config::full().history(4).clip(Clip::global_norm(1e-3))).unwrap();
+    watch.quiet();
+    watch.write_to(folder.path()).unwrap();
+    watch.details(Cadence::every(6).unwrap());
+    for step in 1..=16 {
+        let mut gradients = gradients(&model);
+        if step == 15 {
+            let bad = gradients.remove::<1>(model.scale.id).unwrap() * f32::NAN;
+            gradients.register(model.scale.id, bad);
+        }
+        let before = elements(&model, &gradients);
+        let seen = watch.step(step, &model, &mut gradients, [("loss", 2.0)]).unwrap().unwrap();
+        assert_eq!((seen.step(), seen.skip(), seen.changed().is_some()), (step, step == 15, step == 15));
+        assert_eq!(elements(&model, &gradients)[0] != before[0], step != 15);
+    }
+    let history = watch.probe().probe().history().unwrap().report().unwrap();
+    assert_eq!(history.steps().map(|(step, _)| step.outputs.step).collect::<Vec<_>>(), [13, 14, 15, 16]);
+    watch.finish().unwrap();
+    let lines = std::fs::read_to_string(folder.path().join("steps.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let with = |key: &str| -> Vec<usize> { (0..16).filter(|&index| !lines[index][key].is_null()).collect() };
+    assert_eq!((with("gsnr"), with("histogram"), with("tensors")), (vec![5, 11], vec![5, 11], vec![5, 11, 14]));
+    assert_eq!(lines[14]["findings"][0]["tensor"], "scale");
 }
