@@ -226,6 +226,12 @@ pub enum Error {
     /// A clip or a wait before any measurement: there is no coefficient and no report yet.
     #[error("nothing has been measured yet: there is no coefficient to clip by and no report to wait for")]
     NotMeasured,
+    /// Gradients would be multiplied twice by what one measurement decided.
+    #[error(
+        "the last measurement's clip has been applied: measure before another clip, and before an optimizer's step, which \
+         applies it itself, do not clip"
+    )]
+    AlreadyClipped,
     /// The CUDA driver library could not be loaded.
     #[error("no CUDA driver: none of {searched} could be loaded ({reason})")]
     DriverNotFound {
