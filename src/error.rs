@@ -117,9 +117,14 @@ pub enum Error {
         /// Elements of a unit.
         unit: u64,
     },
-    /// A report of other tensors than those that noise is estimated of, or whose health is followed.
-    #[error("the report is of another plan than the one whose noise is estimated or health followed")]
-    ReportOfAnotherPlan,
+    /// A report of other tensors than those that it is asked about, or compared with.
+    #[error("the report is of another plan: tensor {name:?}: {what}")]
+    ReportOfAnotherPlan {
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
     /// Norms that were learned from other tensors.
     #[error("the baseline is of another model: tensor {name:?}: {what}")]
     BaselineOfAnotherModel {
@@ -159,13 +164,16 @@ pub enum Error {
         /// The tensor's name.
         name: String,
     },
-    /// A step was given another number of tensors than its plan has.
-    #[error("the plan has {planned} tensors, the step gave {given}")]
+    /// A list is not of one a tensor of the plan.
+    #[error("the plan has {planned} tensors, {given} were given: {}", first_that_differs(.first.as_deref()))]
     TensorCount {
         /// Tensors in the plan.
         planned: usize,
-        /// Tensors given.
+        /// As many were given.
         given: usize,
+        /// The first tensor of the plan in whose place there is one of another type or length, or none; `None` where all are
+        /// there, and more behind them.
+        first: Option<String>,
     },
     /// A step's tensor differs from the plan in dtype or length.
     #[error("tensor {name:?}: the plan has {planned}, the step gave {given}")]
@@ -311,11 +319,25 @@ pub enum Error {
         /// Why, and at which file.
         error: Box<Error>,
     },
-    /// Something to be written is of other tensors, or of another step, than the report it was put beside.
-    #[error("the {what} is of another plan or step than the report")]
+    /// Something to be written is of other tensors than the report it was put beside.
+    #[error("the {entry} is of another plan than the report: tensor {name:?}: {what}")]
     EntryOfAnotherPlan {
         /// What was given.
-        what: &'static str,
+        entry: &'static str,
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
+    /// Something to be written is of another step than the report it was put beside.
+    #[error("the {entry} is of step {step}, the report of step {reported}")]
+    EntryOfAnotherStep {
+        /// What was given.
+        entry: &'static str,
+        /// Its step.
+        step: u64,
+        /// The report's.
+        reported: u64,
     },
     /// A picture could not be drawn.
     #[error("drawing: {reason}")]
@@ -341,6 +363,10 @@ pub enum Error {
         /// Bytes that are needed in all.
         bytes: u64,
     },
+}
+
+fn first_that_differs(first: Option<&str>) -> String {
+    first.map_or("more than the plan's".to_owned(), |name| format!("the first that differs is {name:?}"))
 }
 
 impl Error {

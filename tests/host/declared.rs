@@ -377,8 +377,11 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
             "clip must be one that does not look at tensors that are parts here, or beside `Ranks::whole_tensors`, not \
              TensorNorm { max_norm: 0.5 }",
         ),
-        (Config::new().ranks(one_rank(0)), "the plan has 2 tensors, the step gave 0"),
-        (Config::new().adaptive_clip(AdaptiveClip::new([3])), "the plan has 2 tensors, the step gave 1"),
+        (Config::new().ranks(one_rank(0)), "the plan has 2 tensors, 0 were given: the first that differs is \"first\""),
+        (
+            Config::new().adaptive_clip(AdaptiveClip::new([3])),
+            "the plan has 2 tensors, 1 were given: the first that differs is \"second\"",
+        ),
         (
             Config::new().adaptive_clip(AdaptiveClip::new([3, 3])),
             "tensor \"second\": 4 elements do not fall into units of 3",

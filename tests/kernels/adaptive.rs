@@ -224,7 +224,7 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
         [Probe::new(Cpu, plan.clone(), config.clone()), Probe::new(Simt::default(), plan, config)]
     }
     for (rule, expected) in [
-        (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1 }),
+        (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) }),
         (AdaptiveClip::new([3, 3]), Error::UnitLength { name: "b".to_owned(), length: 4, unit: 3 }),
     ] {
         for refused in devices(plan(), Config::new().adaptive_clip(rule)) {
@@ -256,7 +256,10 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
         assert_eq!(clip(&mut probe, &weights), Err(Error::NotMeasured));
         assert!(probe.adaptive_clip().unwrap().report().is_err_and(|error| error == Error::NotMeasured));
         probe.measure_host(&weights).unwrap();
-        assert_eq!(clip(&mut probe, &weights[..1]), Err(Error::TensorCount { planned: 2, given: 1 }));
+        assert_eq!(
+            clip(&mut probe, &weights[..1]),
+            Err(Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) })
+        );
         let refused = clip(&mut probe, &[weights[0], weights[0]]);
         assert!(matches!(&refused, Err(Error::TensorMismatch { name, .. }) if name == "b"), "{refused:?}");
     }

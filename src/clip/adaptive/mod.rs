@@ -61,11 +61,8 @@ impl AdaptiveClip {
         };
         require(self.clipping.is_finite() && self.clipping > 0.0, "clipping", "finite and above 0", self.clipping)?;
         require(self.epsilon.is_finite() && self.epsilon >= 0.0, "epsilon", "finite and not negative", self.epsilon)?;
-        let (planned, given) = (plan.tensors().len(), self.unit_lengths.len());
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
-        }
-        let mut counts = Vec::with_capacity(planned);
+        plan.check_count(self.unit_lengths.len())?;
+        let mut counts = Vec::with_capacity(self.unit_lengths.len());
         for (tensor, &unit) in plan.tensors().iter().zip(&self.unit_lengths) {
             if unit > 0 && !tensor.len.is_multiple_of(unit) {
                 return Err(Error::UnitLength { name: tensor.name.clone(), length: tensor.len, unit });
