@@ -329,6 +329,17 @@ pub enum Error {
         /// How.
         what: String,
     },
+    /// A histogram beside a report of other gradients: of another step, of a part of the tensors, or of before or after a clip.
+    #[error(
+        "the histogram is of other gradients than the report, most likely measured after the clip: measure it before; \
+         tensor {name:?}: {what}"
+    )]
+    HistogramOfOtherGradients {
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
     /// Something to be written is of another step than the report it was put beside.
     #[error("the {entry} is of step {step}, the report of step {reported}")]
     EntryOfAnotherStep {

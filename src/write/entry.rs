@@ -83,12 +83,16 @@ impl Entry {
         Ok(Self { gsnr: Some(gsnr), ..self })
     }
 
-    /// With the histograms of the gradients that the report is of.
+    /// With the histograms of the gradients that the report is of: measured before the clip, and on ranks of whole tensors as
+    /// the report, or of parts as it.
     ///
     /// # Errors
-    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors.
+    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors, [`Error::HistogramOfOtherGradients`] when counts or
+    /// extremes of a tensor say that they are of other elements. One that a clip by less than a quarter left in the same bins is
+    /// not found.
     pub fn with_histogram(self, histogram: HistogramReport) -> Result<Self, Error> {
         self.report.plan().check_entry(histogram.plan(), "histogram")?;
+        histogram.check(&self.report)?;
         Ok(Self { histogram: Some(histogram), ..self })
     }
 
