@@ -117,6 +117,9 @@ pub enum Error {
         /// Elements of a unit.
         unit: u64,
     },
+    /// Adaptive clipping by the shapes of tensors, of a plan that has none.
+    #[error("a unit's length follows from the shapes, which the plan has none of: add `Plan::with_shapes`")]
+    WithoutShapes,
     /// A report of other tensors than those that it is asked about, or compared with.
     #[error("the report is of another plan: tensor {name:?}: {what}")]
     ReportOfAnotherPlan {
