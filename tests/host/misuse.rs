@@ -229,7 +229,8 @@ fn counts_and_extremes_of_any_tensor_tell_other_gradients() {
     let none: [f32; 0] = [];
     let wide = |x: [f32; 3]| x.map(f16::from_f32);
     let same = [bf16::NAN, bf16::NEG_INFINITY];
-    let cases: [([&dyn Tensor; 3], Option<(&str, &str)>); 8] = [
+    type Case<'a> = ([&'a dyn Tensor; 3], Option<(&'a str, &'a str)>);
+    let cases: [Case; 8] = [
         ([&a, &b, &none], None),
         ([&a, &same, &none], None),
         ([&Absent, &b, &none], Some(("a", "0 elements in the histogram, 3 in the report"))),
