@@ -117,9 +117,17 @@ pub enum Error {
         /// Elements of a unit.
         unit: u64,
     },
-    /// A report of other tensors than those that noise is estimated of, or whose health is followed.
-    #[error("the report is of another plan than the one whose noise is estimated or health followed")]
-    ReportOfAnotherPlan,
+    /// Adaptive clipping by the shapes of tensors, of a plan that has none.
+    #[error("a unit's length follows from the shapes, which the plan has none of: add `Plan::with_shapes`")]
+    WithoutShapes,
+    /// A report of other tensors than those that it is asked about, or compared with.
+    #[error("the report is of another plan: tensor {name:?}: {what}")]
+    ReportOfAnotherPlan {
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
     /// Norms that were learned from other tensors.
     #[error("the baseline is of another model: tensor {name:?}: {what}")]
     BaselineOfAnotherModel {
@@ -159,13 +167,16 @@ pub enum Error {
         /// The tensor's name.
         name: String,
     },
-    /// A step was given another number of tensors than its plan has.
-    #[error("the plan has {planned} tensors, the step gave {given}")]
+    /// A list is not of one a tensor of the plan.
+    #[error("the plan has {planned} tensors, {given} were given: {}", first_that_differs(.first.as_deref()))]
     TensorCount {
         /// Tensors in the plan.
         planned: usize,
-        /// Tensors given.
+        /// As many were given.
         given: usize,
+        /// The first tensor of the plan in whose place there is one of another type or length, or none; `None` where all are
+        /// there, and more behind them.
+        first: Option<String>,
     },
     /// A step's tensor differs from the plan in dtype or length.
     #[error("tensor {name:?}: the plan has {planned}, the step gave {given}")]
@@ -226,6 +237,12 @@ pub enum Error {
     /// A clip or a wait before any measurement: there is no coefficient and no report yet.
     #[error("nothing has been measured yet: there is no coefficient to clip by and no report to wait for")]
     NotMeasured,
+    /// Gradients would be multiplied twice by what one measurement decided.
+    #[error(
+        "the last measurement's clip has been applied: measure before another clip, and before an optimizer's step, which \
+         applies it itself, do not clip"
+    )]
+    AlreadyClipped,
     /// The CUDA driver library could not be loaded.
     #[error("no CUDA driver: none of {searched} could be loaded ({reason})")]
     DriverNotFound {
@@ -305,11 +322,36 @@ pub enum Error {
         /// Why, and at which file.
         error: Box<Error>,
     },
-    /// Something to be written is of other tensors, or of another step, than the report it was put beside.
-    #[error("the {what} is of another plan or step than the report")]
+    /// Something to be written is of other tensors than the report it was put beside.
+    #[error("the {entry} is of another plan than the report: tensor {name:?}: {what}")]
     EntryOfAnotherPlan {
         /// What was given.
-        what: &'static str,
+        entry: &'static str,
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
+    /// A histogram beside a report of other gradients: of another step, of a part of the tensors, or of before or after a clip.
+    #[error(
+        "the histogram is of other gradients than the report, most likely measured after the clip: measure it before; \
+         tensor {name:?}: {what}"
+    )]
+    HistogramOfOtherGradients {
+        /// The first tensor that differs.
+        name: String,
+        /// How.
+        what: String,
+    },
+    /// Something to be written is of another step than the report it was put beside.
+    #[error("the {entry} is of step {step}, the report of step {reported}")]
+    EntryOfAnotherStep {
+        /// What was given.
+        entry: &'static str,
+        /// Its step.
+        step: u64,
+        /// The report's.
+        reported: u64,
     },
     /// A picture could not be drawn.
     #[error("drawing: {reason}")]
@@ -335,6 +377,10 @@ pub enum Error {
         /// Bytes that are needed in all.
         bytes: u64,
     },
+}
+
+fn first_that_differs(first: Option<&str>) -> String {
+    first.map_or("more than the plan's".to_owned(), |name| format!("the first that differs is {name:?}"))
 }
 
 impl Error {

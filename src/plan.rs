@@ -97,11 +97,51 @@ impl Plan {
         Ok(self.with(|contents| contents.shapes = Some(shapes)))
     }
 
+    /// Checks that there are so many of what has no type and length of its own.
+    ///
     /// # Errors
     /// [`Error::TensorCount`] unless there is one a tensor.
-    fn check_count(&self, given: usize) -> Result<(), Error> {
-        let planned = self.tensors().len();
-        if planned == given { Ok(()) } else { Err(Error::TensorCount { planned, given }) }
+    pub(crate) fn check_count(&self, given: usize) -> Result<(), Error> {
+        if self.tensors().len() == given { Ok(()) } else { Err(self.count_differs(given, given)) }
+    }
+
+    /// The error of a list of so many, of which this is the first that differs.
+    fn count_differs(&self, given: usize, first: usize) -> Error {
+        let first = self.tensors().get(first).map(|tensor| tensor.name.clone());
+        Error::TensorCount { planned: self.tensors().len(), given, first }
+    }
+
+    /// Checks that a report is of this plan.
+    ///
+    /// # Errors
+    /// [`Error::ReportOfAnotherPlan`], which names the first tensor that differs.
+    pub(crate) fn check_report(&self, of: &Plan) -> Result<(), Error> {
+        let differs = |(name, what)| Err(Error::ReportOfAnotherPlan { name, what });
+        self.difference(of).map_or(Ok(()), differs)
+    }
+
+    /// The same of what is put beside a report of this plan.
+    ///
+    /// # Errors
+    /// [`Error::EntryOfAnotherPlan`], which names the first tensor that differs.
+    pub(crate) fn check_entry(&self, of: &Plan, entry: &'static str) -> Result<(), Error> {
+        let differs = |(name, what)| Err(Error::EntryOfAnotherPlan { entry, name, what });
+        self.difference(of).map_or(Ok(()), differs)
+    }
+
+    fn difference(&self, other: &Plan) -> Option<(String, String)> {
+        if self == other {
+            return None;
+        }
+        let described = |plan: &Plan| {
+            let weights = plan.weights().map(<[_]>::to_vec);
+            let of = move |(index, spec): (usize, &TensorSpec)| {
+                let weight = weights.as_ref().map_or(String::new(), |dtypes| format!(", {} weights", dtypes[index]));
+                (spec.name.clone(), format!("{} {} elements{weight}", spec.len, spec.dtype))
+            };
+            plan.tensors().iter().enumerate().map(of).collect::<Vec<_>>()
+        };
+        first_difference(described(self), described(other))
     }
 
     fn with(mut self, change: impl FnOnce(&mut Contents)) -> Self {
@@ -158,9 +198,7 @@ impl Plan {
         if planned == Planned::Weights && self.weights().is_none() {
             return Err(Error::NotDeclared { declare: "Plan::with_weights" });
         }
-        if given.len() != tensors.len() {
-            return Err(Error::TensorCount { planned: tensors.len(), given: given.len() });
-        }
+        let count = given.len();
         for (index, (spec, given)) in tensors.iter().zip(given).enumerate() {
             let Some((dtype, len)) = given else { continue };
             let planned = match planned {
@@ -170,6 +208,9 @@ impl Plan {
                 Planned::Lengths => None,
             };
             if spec.len != len || planned.is_some_and(|planned| planned != dtype) {
+                if count != tensors.len() {
+                    return Err(self.count_differs(count, index));
+                }
                 return Err(Error::TensorMismatch {
                     name: spec.name.clone(),
                     planned: match planned {
@@ -180,7 +221,7 @@ impl Plan {
                 });
             }
         }
-        Ok(())
+        self.check_count(count)
     }
 
     /// A plan of these tensors under these names: their types and lengths, wherever they lie.
@@ -204,6 +245,27 @@ impl Plan {
             }
         };
         Self::new(tensors.into_iter().map(shaped).collect::<Result<Vec<_>, _>>()?)
+    }
+}
+
+/// The first tensor by which two lists of names and descriptions differ, and how.
+pub(crate) fn first_difference<N: AsRef<str>>(
+    here: impl IntoIterator<Item = (N, String)>,
+    there: impl IntoIterator<Item = (N, String)>,
+) -> Option<(String, String)> {
+    let (mut here, mut there) = (here.into_iter(), there.into_iter());
+    loop {
+        let (name, what) = match (here.next(), there.next()) {
+            (None, None) => return None,
+            (Some((name, here)), Some((other, there))) => match (name.as_ref() == other.as_ref(), here == there) {
+                (true, true) => continue,
+                (true, false) => (name, format!("it has {there} there, {here} here")),
+                (false, _) => (name, format!("it has {:?} in its place", other.as_ref())),
+            },
+            (Some((name, _)), None) => (name, "it does not have that tensor".to_owned()),
+            (None, Some((name, _))) => (name, "only it has that tensor".to_owned()),
+        };
+        return Some((name.as_ref().to_owned(), what));
     }
 }
 

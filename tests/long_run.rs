@@ -278,7 +278,7 @@ fn learning_clips() {
     let max_norm = Some(2.0);
     for clip in [
         Clip::Percentile { percentile: 60.0, history: 1024, max_norm },
-        Clip::ZScore { smoothing: 0.97, threshold: 2.5, warmup: 25, max_norm: None },
+        Clip::zclip(),
         Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 100, max_norm },
     ] {
         let config = Config::new().clip(clip).adaptive_clip(AdaptiveClip::new([5, 7, 3]));

@@ -226,7 +226,7 @@ impl Record {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
-fn magnitude_over(magnitude: f32, divisor: f64) -> f32 {
+pub(crate) fn magnitude_over(magnitude: f32, divisor: f64) -> f32 {
     if magnitude == 0.0 || magnitude == f32::INFINITY {
         return magnitude;
     }

@@ -82,6 +82,42 @@ impl Clip {
         Self::GlobalNorm { max_norm }
     }
 
+    /// AutoClip, [`Clip::Percentile`], as in the paper (arXiv 2007.14469): to the 10th percentile of the norms so far. The last
+    /// 1024 steps are remembered, the most there is room for; the paper remembers all.
+    ///
+    /// ```
+    /// use gradprobe::{Clip, Config};
+    /// let config = Config::new().clip(Clip::auto_clip());
+    /// assert_eq!(config.clip, Clip::Percentile { percentile: 10.0, history: 1024, max_norm: None });
+    /// ```
+    pub const fn auto_clip() -> Self {
+        Self::Percentile { percentile: 10.0, history: Self::MAX_HISTORY, max_norm: None }
+    }
+
+    /// ZClip, [`Clip::ZScore`], as in the paper (arXiv 2504.02507). Nothing is clipped in the 25 steps of the warm-up; the
+    /// authors' program caps the norm at 1 there and after, which is a `max_norm` of 1.
+    ///
+    /// ```
+    /// use gradprobe::{Clip, Config};
+    /// let config = Config::new().clip(Clip::zclip());
+    /// assert_eq!(config.clip, Clip::ZScore { smoothing: 0.97, threshold: 2.5, warmup: 25, max_norm: None });
+    /// ```
+    pub const fn zclip() -> Self {
+        Self::ZScore { smoothing: 0.97, threshold: 2.5, warmup: 25, max_norm: None }
+    }
+
+    /// AdaGC, [`Clip::TensorEma`], as in the paper (arXiv 2502.11034): every tensor to 1.05 times the average of its own norms,
+    /// after 100 steps in which all together are clipped to the norm 1.
+    ///
+    /// ```
+    /// use gradprobe::{Clip, Config};
+    /// let config = Config::new().clip(Clip::ada_gc());
+    /// assert_eq!(config.clip, Clip::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 100, max_norm: Some(1.0) });
+    /// ```
+    pub const fn ada_gc() -> Self {
+        Self::TensorEma { smoothing: 0.98, threshold: 1.05, warmup: 100, max_norm: Some(1.0) }
+    }
+
     /// # Errors
     /// [`Error::InvalidConfig`] for a value outside its range.
     pub(crate) fn check(&self) -> Result<(), Error> {

@@ -115,9 +115,7 @@ impl AccumulationNoise {
     /// [`Error::ReportOfAnotherPlan`]; [`Error::MicroBatchOrder`] for a micro-batch that is not above the last and not
     /// the first, or is beyond the accumulation, and for a measurement not after the last. Nothing is changed then.
     pub fn add(&mut self, micro_batch: u32, report: &Report) -> Result<(), Error> {
-        if *report.plan() != self.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(report.plan())?;
         let Self { last, last_step, micro_batches, .. } = *self;
         let follows = micro_batch > last || micro_batch == 1;
         if !follows || !(1..=micro_batches).contains(&micro_batch) || report.step() <= last_step {

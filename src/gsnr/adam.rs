@@ -174,10 +174,7 @@ fn power(mut x: f64, mut n: u32) -> f64 {
 
 /// Checks moments against the plan. Those of no elements are none.
 pub(crate) fn check(plan: &Plan, moments: &[AdamMoments<'_>]) -> Result<(), Error> {
-    let (planned, given) = (plan.tensors().len(), moments.len());
-    if planned != given {
-        return Err(Error::TensorCount { planned, given });
-    }
+    plan.check_count(moments.len())?;
     for (spec, of) in plan.tensors().iter().zip(moments) {
         let shapes = [of.exp_avg.shape(), of.exp_avg_sq.shape()].map(|shape| shape.unwrap_or((DType::F32, 0)));
         if shapes.iter().all(|&(_, len)| len == 0) {

@@ -1,7 +1,7 @@
 //! What healthy steps were like, learned from a run and kept as text.
 
 use super::robust::{NORMAL, median_and_deviation};
-use crate::{Error, Plan, Report, history::HistoryReport};
+use crate::{Error, Plan, Report, history::HistoryReport, plan::first_difference};
 use std::{fmt, str::FromStr};
 
 /// The usual norms of healthy steps: of all tensors together and of each, by the median and the median absolute deviation, which a
@@ -69,9 +69,7 @@ impl Baseline {
     pub fn of_reports<'a>(plan: &Plan, reports: impl IntoIterator<Item = &'a Report>) -> Result<Self, Error> {
         let mut steps = Vec::new();
         for report in reports {
-            if report.plan() != plan {
-                return Err(Error::ReportOfAnotherPlan);
-            }
+            plan.check_report(report.plan())?;
             let outputs = report.outputs();
             if outputs.found_inf == 0.0 && outputs.skip == 0 {
                 let norms = report.records().iter().map(|record| record.finite_l2_norm()).collect();
@@ -122,21 +120,11 @@ impl Baseline {
     /// # Errors
     /// [`Error::BaselineOfAnotherModel`], which names the first tensor that differs.
     pub fn check(&self, plan: &Plan) -> Result<(), Error> {
-        let differs = |name: &str, what: String| Err(Error::BaselineOfAnotherModel { name: name.to_owned(), what });
-        for (index, tensor) in plan.tensors().iter().enumerate() {
-            match self.tensors.get(index) {
-                Some((name, len, _)) if *name == tensor.name && *len == tensor.len => {}
-                Some((name, len, _)) if *name == tensor.name => {
-                    return differs(name, format!("it has {len} elements there, {} here", tensor.len));
-                }
-                Some((other, ..)) => return differs(&tensor.name, format!("it has {other:?} in its place")),
-                None => return differs(&tensor.name, "it does not have that tensor".to_owned()),
-            }
-        }
-        match self.tensors.get(plan.tensors().len()) {
-            Some((name, ..)) => differs(name, "the model does not have that tensor".to_owned()),
-            None => Ok(()),
-        }
+        let described = |name, len| (name, format!("{len} elements"));
+        let here = plan.tensors().iter().map(|tensor| described(&tensor.name, tensor.len));
+        let there = self.tensors.iter().map(|(name, len, _)| described(name, *len));
+        let differs = |(name, what)| Err(Error::BaselineOfAnotherModel { name, what });
+        first_difference(here, there).map_or(Ok(()), differs)
     }
 }
 

@@ -64,9 +64,7 @@ impl RunSummary {
         let mut plan = None;
         for report in reports {
             let first = *plan.get_or_insert_with(|| report.plan());
-            if report.plan() != first {
-                return Err(Error::ReportOfAnotherPlan);
-            }
+            first.check_report(report.plan())?;
             if run.tensors.is_empty() {
                 run.tensors = report.tensors().map(|tensor| (tensor.name.to_owned(), NormSummary::default())).collect();
             }

@@ -31,6 +31,11 @@ pub struct Undecided {
 }
 
 impl Diagnosis {
+    /// What was diagnosed.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// The measurement it is of, as [`Report::step`](crate::Report::step).
     pub fn step(&self) -> u64 {
         self.step

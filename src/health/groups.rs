@@ -8,6 +8,7 @@ use wildmatch::WildMatch;
 /// Tensors of a plan in groups, each in at most one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Groups {
+    plan: Plan,
     names: Vec<String>,
     /// The group of each tensor.
     of: Vec<Option<usize>>,
@@ -49,7 +50,8 @@ impl Groups {
             let kind = TensorType::of(&tensor.name);
             TensorType::ALL.iter().position(|&other| other == kind)
         });
-        Self { of: of.collect(), names: TensorType::ALL.map(|kind| kind.name().to_owned()).into() }
+        let names = TensorType::ALL.map(|kind| kind.name().to_owned()).into();
+        Self { plan: plan.clone(), of: of.collect(), names }
     }
 
     /// By layer: tensors that only differ in the last part of their names (`weight`, `bias`), behind a `.`, `/` or `:`. A name of
@@ -80,7 +82,7 @@ impl Groups {
                 names.len() - 1
             }))
         });
-        Self { of: of.collect(), names }
+        Self { plan: plan.clone(), of: of.collect(), names }
     }
 
     /// By patterns: name and pattern of each group (`*` stands for any characters, `?` for one). A tensor is in the first
@@ -112,7 +114,7 @@ impl Groups {
                 return Err(Error::NoSuchTensor { pattern: pattern.as_ref().to_owned() });
             }
         }
-        Ok(Self { names, of })
+        Ok(Self { plan: plan.clone(), names, of })
     }
 
     /// The groups' names.
@@ -128,11 +130,9 @@ impl Groups {
     /// The groups in a step.
     ///
     /// # Errors
-    /// [`Error::ReportOfAnotherPlan`] when it has another number of tensors.
+    /// [`Error::ReportOfAnotherPlan`].
     pub fn norms(&self, report: &Report) -> Result<Vec<GroupNorm<'_>>, Error> {
-        if report.records().len() != self.of.len() {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(report.plan())?;
         let empty = |name| GroupNorm { name, tensors: 0, elements: 0, norm: 0.0, share: None, nonfinite: 0 };
         let mut norms: Vec<GroupNorm> = self.names.iter().map(|name| empty(name.as_str())).collect();
         for (group, record) in self.of.iter().zip(report.records()) {
@@ -157,11 +157,9 @@ impl Groups {
     /// to look at.
     ///
     /// # Errors
-    /// [`Error::ReportOfAnotherPlan`] when it is of another number of tensors.
+    /// [`Error::ReportOfAnotherPlan`].
     pub fn offenders(&self, diagnosis: &Diagnosis) -> Result<Vec<(&str, usize)>, Error> {
-        if diagnosis.verdicts().len() != self.of.len() {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(diagnosis.plan())?;
         let mut counts: Vec<(&str, usize)> = self.names.iter().map(|name| (name.as_str(), 0)).collect();
         for (group, verdict) in self.of.iter().zip(diagnosis.verdicts()) {
             if let Some(group) = group.filter(|_| *verdict != super::Verdict::Healthy) {
@@ -199,9 +197,7 @@ pub fn top_contributors(report: &Report, k: usize) -> Vec<Contribution<'_>> {
 /// # Errors
 /// [`Error::ReportOfAnotherPlan`] when the two are of different tensors.
 pub fn risen<'a>(before: &Report, after: &'a Report, k: usize) -> Result<Vec<Contribution<'a>>, Error> {
-    if before.plan() != after.plan() {
-        return Err(Error::ReportOfAnotherPlan);
-    }
+    before.plan().check_report(after.plan())?;
     let rise = |(tensor, before): (crate::TensorReport<'a>, &Record)| {
         (tensor.name, tensor.record.finite_sum_squares() - before.finite_sum_squares())
     };

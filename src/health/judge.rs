@@ -29,9 +29,7 @@ impl Health {
     /// [`Error::ReportOfAnotherPlan`], and [`Error::InvalidConfig`] for more rules than there is room for.
     pub(crate) fn table_of(&self, plan: &Plan) -> Result<Vec<u8>, Error> {
         let rules = self.rules().thresholds();
-        if *self.plan() != *plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        plan.check_report(self.plan())?;
         let too_many = || Error::InvalidConfig {
             option: "rules",
             expected: "at most 63 thresholds",

@@ -192,9 +192,7 @@ impl Health {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
     pub fn diagnose(&mut self, report: &Report) -> Result<Diagnosis, Error> {
-        if *report.plan() != self.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(report.plan())?;
         let (outputs, records) = (report.outputs(), report.records());
         let clean = outputs.found_inf == 0.0 && outputs.skip == 0;
         let (words, norms) = self.tensor_words(report);
@@ -440,9 +438,7 @@ impl Health {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
     pub fn diagnose_gsnr(&self, report: &GsnrReport) -> Result<Vec<Finding>, Error> {
-        if *report.plan() != self.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(report.plan())?;
         let mut found = Found::new(&self.plan, self.state.step, &self.exempt);
         for (index, record) in report.records() {
             let mut add = |kind, (severity, limit): (Verdict, f64), value: f64, rule, what: &str| {
@@ -480,9 +476,7 @@ impl Health {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
     pub fn diagnose_histogram(&self, report: &HistogramReport) -> Result<Vec<Finding>, Error> {
-        if *report.plan() != self.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.plan.check_report(report.plan())?;
         let mut found = Found::new(&self.plan, self.state.step, &self.exempt);
         let total = report.total();
         for rule in &self.rules.underflow {

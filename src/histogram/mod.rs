@@ -11,7 +11,8 @@ pub(crate) use room::HistogramArguments;
 pub(crate) use room::launch_of_all;
 
 use crate::{
-    Plan,
+    Error, Plan, Record, Report,
+    clip::{divisor, magnitude_over},
     measure::{printable, width_of},
 };
 use bytemuck::{Pod, Zeroable};
@@ -351,6 +352,33 @@ impl Histogram {
         Some(scale.clamp(f64::from(f32::MIN_POSITIVE), 2f64.powi(127)) as f32)
     }
 
+    /// How it cannot be of the elements of a record, which are divided by `divisor` there; `None` where it can.
+    fn difference(&self, record: &Record, divisor: f64) -> Option<String> {
+        let counts = [
+            ("elements", self.count(), record.count),
+            ("NaN", self.nan_count, record.nan_count),
+            ("infinite elements", self.inf_count, record.inf_count),
+            ("zeros", self.zero_count, record.zero_count),
+        ];
+        if let Some((of, own, records)) = counts.into_iter().find(|(_, own, records)| own != records) {
+            return Some(format!("{own} {of} in the histogram, {records} in the report"));
+        }
+        let extremes = [
+            ("smallest", self.occupied().next(), record.min_nonzero_abs_or_infinity),
+            ("largest", self.occupied().next_back(), record.max_abs_or_zero),
+        ];
+        extremes.into_iter().find_map(|(which, bin, of_record)| {
+            // As a record has them: rounding leaves their order.
+            let [low, high] = [Self::lowest_of(bin?.0), Self::highest_of(bin?.0)].map(|x| magnitude_over(x, divisor));
+            let differs = !(low..=high).contains(&of_record);
+            differs.then(|| {
+                format!(
+                    "{which} magnitude from {low:.3e} to {high:.3e} in the histogram, {of_record:.3e} in the report"
+                )
+            })
+        })
+    }
+
     /// How many finite elements that are not 0 have |x| < `limit`, or ≤ with `or_equal`: at least, and at most.
     fn count_below(&self, limit: f64, or_equal: bool) -> (u64, u64) {
         let below = |x: f32| f64::from(x) < limit || (or_equal && f64::from(x) == limit);
@@ -394,6 +422,19 @@ impl HistogramReport {
     /// What was measured.
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Fails unless it can be of the gradients that a report of the same plan is of: the counts are the same, and the extremes
+    /// lie in the outermost bins.
+    ///
+    /// # Errors
+    /// [`Error::HistogramOfOtherGradients`], which names the first tensor that differs.
+    pub(crate) fn check(&self, report: &Report) -> Result<(), Error> {
+        let divisor = divisor(report.outputs().loss_scale);
+        let mut pairs = self.tensors().zip(report.records());
+        let found = pairs.find_map(|((name, histogram), record)| Some((name, histogram.difference(record, divisor)?)));
+        let differs = |(name, what): (&str, _)| Err(Error::HistogramOfOtherGradients { name: name.to_owned(), what });
+        found.map_or(Ok(()), differs)
     }
 
     /// One histogram a tensor, in the plan's order.

@@ -89,10 +89,7 @@ impl Report {
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many as tensors.
     pub fn with_param_norms(self, norms: &[f64]) -> Result<Self, Error> {
-        let (planned, given) = (self.records.len(), norms.len());
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
-        }
+        self.plan.check_count(norms.len())?;
         Ok(Self { param_norms: Some(norms.to_vec()), ..self })
     }
 

@@ -195,12 +195,11 @@ impl Room<'_, OptimizerMemory> {
     /// that was read before has no updates yet, and its diagnosis is not made anew.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], and those of [`Probe::update`].
+    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] after a clip, which this applies itself, and those of
+    /// [`Probe::update`].
     pub fn step(&mut self, gradients: &[&dyn Tensor], weights: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let Self { core, memory } = self;
-        if !core.measured {
-            return Err(Error::NotMeasured);
-        }
+        core.check_unclipped()?;
         let place = core.device.place();
         let gradients = core.read(&place, gradients, Planned::Gradients)?;
         let weights = core.write(&place, weights, Planned::Updated)?;

@@ -160,6 +160,19 @@ impl Core {
         self.check_overlaps(tensors)
     }
 
+    /// Fails before anything was measured, and where gradients would be multiplied a second time by what was decided then.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`].
+    pub fn check_unclipped(&self) -> Result<(), Error> {
+        match self {
+            Self { measured: false, .. } => Err(Error::NotMeasured),
+            // A replayed graph measures without our knowing.
+            Self { clipped: true, promised: false, .. } => Err(Error::AlreadyClipped),
+            _ => Ok(()),
+        }
+    }
+
     /// What is changed in place would be changed twice.
     ///
     /// # Errors

@@ -72,6 +72,8 @@ pub(crate) struct Core {
     /// Whether a step has been launched.
     pub measured: bool,
     pub numbering: Numbering,
+    /// Whether gradients have been multiplied by what it decided.
+    pub clipped: bool,
     /// Whether somebody has vouched for graphs; see [`Probe::bind`].
     promised: bool,
     clip_state: Buffer,
@@ -262,14 +264,16 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Launches the clip of these tensors, in place, by what the last measurement decided. Where the configuration leaves
-    /// nothing that it could do, nothing is launched.
+    /// Launches the clip of these tensors, in place, by what the last measurement decided: once a measurement. Where the
+    /// configuration leaves nothing that it could do, nothing is launched, however often.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`measure`](Self::measure).
+    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] unless [`bind`](Self::bind) was called, after which a replay may have
+    /// measured since, [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let place = self.core.device.place();
         let tensors = self.core.write(&place, tensors, Planned::Gradients)?;
+        self.core.check_unclipped()?;
         self.core.place_to_change(&tensors)?;
         self.launch_clip()?;
         tensors.finish()
@@ -303,7 +307,7 @@ impl Probe {
             None => core.launch(chunks, &step)?,
         }
         // What follows of the step is reported even where the rest fails.
-        core.measured = true;
+        (core.measured, core.clipped) = (true, false);
         core.numbering.launched();
         self.reports.step_launched();
         if let Some(tracking) = &self.rooms.tracking {
@@ -315,7 +319,7 @@ impl Probe {
         Ok(())
     }
 
-    fn launch_clip(&self) -> Result<(), Error> {
+    fn launch_clip(&mut self) -> Result<(), Error> {
         let Self { core, .. } = self;
         let config = &core.config;
         let may_change = config.clip.may_clip()
@@ -325,7 +329,9 @@ impl Probe {
             return Ok(());
         }
         let StepArguments { common, clip_state, coefficients, .. } = core.step;
-        core.launch_chunks(&ClipArguments { common, clip_state, coefficients })
+        core.launch_chunks(&ClipArguments { common, clip_state, coefficients })?;
+        core.clipped = true;
+        Ok(())
     }
 }
 
@@ -460,6 +466,7 @@ impl Core {
                 updates: 0,
                 measured: false,
                 numbering: Numbering::default(),
+                clipped: false,
                 promised: false,
                 clip_state,
                 clip_read,

@@ -88,10 +88,7 @@ impl Ranks {
             let value = format!("{of_mesh} of {ranks} ranks");
             return Err(Error::InvalidConfig { option: "mesh", expected: "of all ranks of the communicator", value });
         }
-        let (planned, given) = (plan.tensors().len(), self.layouts.count().unwrap_or(plan.tensors().len()));
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
-        }
+        plan.check_count(self.layouts.count().unwrap_or(plan.tensors().len()))?;
         for (index, spec) in plan.tensors().iter().enumerate() {
             let Some(layout) = self.layouts.get(index) else { break };
             let refused = |what: String| Error::Placement { name: spec.name.clone(), what };

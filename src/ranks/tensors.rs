@@ -27,9 +27,7 @@ impl Room<'_, RankMemory> {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`], those of the communicator, or the device's.
     pub fn histograms(&mut self, own: &HistogramReport) -> Result<HistogramReport, Error> {
-        if *own.plan() != self.core.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.core.plan.check_report(own.plan())?;
         Ok(HistogramReport::new(self.core.plan.clone(), self.add_up(own.histograms())?))
     }
 
@@ -41,9 +39,7 @@ impl Room<'_, RankMemory> {
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`], those of the communicator, or the device's.
     pub fn gsnr(&mut self, own: &GsnrReport) -> Result<GsnrReport, Error> {
-        if *own.plan() != self.core.plan {
-            return Err(Error::ReportOfAnotherPlan);
-        }
+        self.core.plan.check_report(own.plan())?;
         let mut of = vec![GsnrSums::zeroed(); self.core.plan.tensors().len()];
         for &(index, r) in own.records() {
             let exact = |value: f64| {

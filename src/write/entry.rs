@@ -89,11 +89,12 @@ impl Entry {
     /// With the diagnosis of the step.
     ///
     /// # Errors
-    /// [`Error::EntryOfAnotherPlan`] when it is of other tensors or of another step.
+    /// [`Error::EntryOfAnotherPlan`] and [`Error::EntryOfAnotherStep`] when it is of other tensors or of another step.
     pub fn with_diagnosis(self, diagnosis: &Diagnosis) -> Result<Self, Error> {
-        let names = self.report.tensors().map(|tensor| tensor.name);
-        if diagnosis.step() != self.step() || !names.eq(diagnosis.tensors().map(|(name, _)| name)) {
-            return Err(Error::EntryOfAnotherPlan { what: "diagnosis" });
+        let entry = "diagnosis";
+        self.report.plan().check_entry(diagnosis.plan(), entry)?;
+        if diagnosis.step() != self.step() {
+            return Err(Error::EntryOfAnotherStep { entry, step: diagnosis.step(), reported: self.step() });
         }
         self.with_findings(diagnosis.verdict(), diagnosis.verdicts(), diagnosis.findings())
     }
@@ -110,10 +111,7 @@ impl Entry {
         findings: impl Into<Vec<Finding>>,
     ) -> Result<Self, Error> {
         let verdicts: Vec<Verdict> = tensors.into();
-        let (planned, given) = (self.report.records().len(), verdicts.len());
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
-        }
+        self.report.plan().check_count(verdicts.len())?;
         Ok(Self { verdict: Some(verdict), verdicts, findings: findings.into(), ..self })
     }
 
@@ -122,20 +120,20 @@ impl Entry {
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`] when they are of other tensors.
     pub fn with_gsnr(self, gsnr: GsnrReport) -> Result<Self, Error> {
-        if gsnr.plan() != self.report.plan() {
-            return Err(Error::EntryOfAnotherPlan { what: "signal-to-noise report" });
-        }
+        self.report.plan().check_entry(gsnr.plan(), "signal-to-noise report")?;
         Ok(Self { gsnr: Some(gsnr), ..self })
     }
 
-    /// With the histograms of the gradients that the report is of.
+    /// With the histograms of the gradients that the report is of: measured before the clip, and on ranks of whole tensors as
+    /// the report, or of parts as it.
     ///
     /// # Errors
-    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors.
+    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors, [`Error::HistogramOfOtherGradients`] when counts or
+    /// extremes of a tensor say that they are of other elements. One that a clip by less than a quarter left in the same bins is
+    /// not found.
     pub fn with_histogram(self, histogram: HistogramReport) -> Result<Self, Error> {
-        if histogram.plan() != self.report.plan() {
-            return Err(Error::EntryOfAnotherPlan { what: "histogram" });
-        }
+        self.report.plan().check_entry(histogram.plan(), "histogram")?;
+        histogram.check(&self.report)?;
         Ok(Self { histogram: Some(histogram), ..self })
     }
 

@@ -308,13 +308,16 @@ pub fn refuses_what_was_not_planned<P: OnHost>(make: &mut dyn FnMut(Plan, Config
     let early = probe.clip_host(&mut [HostTensorMut::F32(&mut three), HostTensorMut::BF16(&mut two)]);
     demand("a clip before any measurement is refused", early == Err(Error::NotMeasured));
     let good = [HostTensor::F32(&three), HostTensor::BF16(&two)];
-    for (what, tensors) in [
-        ("a missing tensor is refused", &good[..1]),
-        ("a tensor too many is refused", &[good[0], good[1], good[1]][..]),
-        ("an empty list is refused", &[]),
+    for (what, tensors, first) in [
+        ("a missing tensor is refused", &good[..1], Some("b")),
+        ("a missing tensor before others is refused", &good[1..], Some("a")),
+        ("a tensor too many is refused", &[good[0], good[1], good[1]][..], None),
+        ("a tensor too many before others is refused", &[good[0], good[0], good[1]][..], Some("b")),
+        ("an empty list is refused", &[], Some("a")),
     ] {
         let result = probe.measure_host(tensors).map(drop);
-        demand(what, result == Err(Error::TensorCount { planned: 2, given: tensors.len() }));
+        let first = first.map(str::to_owned);
+        demand(what, result == Err(Error::TensorCount { planned: 2, given: tensors.len(), first }));
     }
     for (what, name, tensors) in [
         ("another length is refused", "a", [HostTensor::F32(&four), good[1]]),

@@ -38,6 +38,36 @@ fn a_graph_measures_and_clips_what_it_finds_at_each_replay() {
     }
 }
 
+/// A replay measures without the probe's knowing, so that a clip may follow each.
+#[test]
+fn a_clip_follows_each_replay_of_a_measurement_alone() {
+    let Some(context) = device() else { return };
+    let stream = context.new_stream().unwrap();
+    let mut reference = Reference::new(clipping());
+    let mut probe = probe(&stream, clipping());
+    let mut place = OnDevice::new(&stream, &Tensors::of(0));
+    let addresses = place.raw();
+    probe.measure(&refs(&addresses)).unwrap();
+    clip_at(&mut probe, &addresses).unwrap();
+    assert_eq!(clip_at(&mut probe, &addresses), Err(Error::AlreadyClipped));
+    // The reference counts that step as well.
+    reference.step(Tensors::of(0));
+    // SAFETY: memory and probe live as long as the graph, and are used on this stream only.
+    unsafe { probe.bind(&refs(&addresses), &[]) }.unwrap();
+    stream.begin_capture(THIS_THREAD).unwrap();
+    probe.measure(&refs(&addresses)).unwrap();
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    for step in 1..4 {
+        let tensors = Tensors::of(step);
+        place.set(&tensors);
+        graph.launch().unwrap();
+        clip_at(&mut probe, &addresses).unwrap();
+        let (report, clipped) = reference.step(tensors);
+        assert_same_bits(&probe.wait().unwrap(), &report);
+        assert!(place.get() == clipped, "step {step}");
+    }
+}
+
 /// Nobody has said that what the graph would keep stays.
 #[test]
 fn nothing_is_captured_that_was_not_bound() {

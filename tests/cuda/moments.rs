@@ -70,8 +70,8 @@ fn moments_that_cannot_be_right_are_refused() {
         let error = Error::TensorMismatch { name: "second".to_owned(), planned, given: given.to_owned() };
         assert_eq!(room.report(&step, &[good, second]).unwrap_err(), error);
     }
-    for count in [1, 3] {
-        let error = Error::TensorCount { planned: 2, given: count };
+    for (count, first) in [(1, Some("second".to_owned())), (3, None)] {
+        let error = Error::TensorCount { planned: 2, given: count, first };
         assert_eq!(room.report(&step, &vec![good; count]).unwrap_err(), error);
     }
     let early = AdamStep { step: 1, ..step };

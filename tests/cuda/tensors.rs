@@ -42,7 +42,7 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     let clip = probe.clip(&mut place.slices_mut());
     assert_eq!(clip, Err(Error::NotMeasured));
     let few = probe.measure(&place.slices()[..2]);
-    assert_eq!(few, Err(Error::TensorCount { planned: 3, given: 2 }));
+    assert_eq!(few, Err(Error::TensorCount { planned: 3, given: 2, first: Some("BF16".to_owned()) }));
     let mismatch = probe.measure(&[&place.f32, &place.f16.slice(1..), &place.bf16]);
     assert!(matches!(&mismatch, Err(Error::TensorMismatch { name, .. }) if name == "F16"), "{mismatch:?}");
 

@@ -354,7 +354,8 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     };
     let order = |given, step, last, last_step| Error::MicroBatchOrder { given, step, last, last_step, of: 4 };
     let other = Norms::new(3).report(&[1.0, 2.0, 3.0]);
-    refuse(&mut noise, 1, &other, Error::ReportOfAnotherPlan);
+    let of_other = || Error::ReportOfAnotherPlan { name: "2".to_owned(), what: "only it has that tensor".to_owned() };
+    refuse(&mut noise, 1, &other, of_other());
     let reports: Vec<Report> = (0..6).map(|i| norms.report(&[i as f32, 1.0])).collect();
     refuse(&mut noise, 0, &reports[0], order(0, 1, 0, 0));
     refuse(&mut noise, 5, &reports[0], order(5, 1, 0, 0));
@@ -365,7 +366,7 @@ fn what_cannot_be_right_is_an_error_and_changes_nothing() {
     refuse(&mut noise, 2, &reports[3], order(2, 4, 3, 3));
     refuse(&mut noise, 3, &reports[3], order(3, 4, 3, 3));
     refuse(&mut noise, 4, &reports[1], order(4, 2, 3, 3));
-    refuse(&mut noise, 4, &other, Error::ReportOfAnotherPlan);
+    refuse(&mut noise, 4, &other, of_other());
     // The next accumulation completes this one, of three micro-batches that were seen.
     noise.add(1, &reports[3]).unwrap();
     assert_eq!((noise.total().accumulations, noise.total().incomplete), (1, 0));

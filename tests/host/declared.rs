@@ -377,8 +377,11 @@ fn a_declaration_that_contradicts_itself_is_one_clear_error() {
             "clip must be one that does not look at tensors that are parts here, or beside `Ranks::whole_tensors`, not \
              TensorNorm { max_norm: 0.5 }",
         ),
-        (Config::new().ranks(one_rank(0)), "the plan has 2 tensors, the step gave 0"),
-        (Config::new().adaptive_clip(AdaptiveClip::new([3])), "the plan has 2 tensors, the step gave 1"),
+        (Config::new().ranks(one_rank(0)), "the plan has 2 tensors, 0 were given: the first that differs is \"first\""),
+        (
+            Config::new().adaptive_clip(AdaptiveClip::new([3])),
+            "the plan has 2 tensors, 1 were given: the first that differs is \"second\"",
+        ),
         (
             Config::new().adaptive_clip(AdaptiveClip::new([3, 3])),
             "tensor \"second\": 4 elements do not fall into units of 3",
@@ -495,10 +498,14 @@ fn use_all(probe: &mut Probe, count: usize, step: u64, what: &str) {
     let mut lists = [none; 4];
     let mut changed: Vec<&mut dyn TensorMut> =
         lists.iter_mut().take(count).map(|tensor| tensor as &mut dyn TensorMut).collect();
-    probe.clip(&mut changed).unwrap();
-    let mut adaptive = probe.adaptive_clip().unwrap();
-    adaptive.clip(&mut changed, &weights).unwrap();
-    let adaptive = adaptive.report().unwrap();
+    let by_unit = |probe: &mut Probe, changed: &mut [_]| probe.adaptive_clip().unwrap().clip(changed, &weights);
+    // Each takes the loss scale from the gradients.
+    let clips = match step % 2 {
+        0 => [probe.clip(&mut changed), by_unit(probe, &mut changed)],
+        _ => [by_unit(probe, &mut changed), probe.clip(&mut changed)],
+    };
+    assert_eq!(clips, [Ok(()), Err(Error::AlreadyClipped)], "{what}");
+    let adaptive = probe.adaptive_clip().unwrap().report().unwrap();
     assert_eq!((adaptive.records().len(), adaptive.clipped_fraction()), (count, None), "{what}");
     let histogram = probe.histogram().unwrap().measure(&tensors).unwrap();
     assert_eq!((histogram.histograms().len(), histogram.total()), (count, Histogram::default()), "{what}");

@@ -393,8 +393,10 @@ fn groups_add_up_by_part_layer_block_and_pattern() {
     let top = top_contributors(&report, 2);
     assert_eq!((top[0].tensor, top[0].share, top[1].tensor), ("embed.weight", 36.0 / 63.0, "h.0.attn.qkv.bias"));
     let other = measure(&[("a", &[1.0])]);
-    assert_eq!(types.norms(&other), Err(Error::ReportOfAnotherPlan));
-    assert_eq!(risen(&report, &other, 3), Err(Error::ReportOfAnotherPlan));
+    let (name, what) = ("embed.weight".to_owned(), "it has \"a\" in its place".to_owned());
+    let refused = Error::ReportOfAnotherPlan { name, what };
+    assert_eq!(types.norms(&other), Err(refused.clone()));
+    assert_eq!(risen(&report, &other, 3), Err(refused));
     let [before, after] =
         [[1.0, 2.0, 5.0], [2.0, 4.0, 1.0]].map(|x| measure(&[("a", &x[..1]), ("b", &x[1..2]), ("c", &x[2..])]));
     let rise = risen(&before, &after, 5).unwrap();

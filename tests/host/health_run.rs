@@ -284,8 +284,11 @@ fn healthy_steps_teach_limits_that_are_kept_as_text() {
     };
     let of_another = r#"the baseline is of another model: tensor "#;
     assert_eq!(refused(&[(name, 1), ("c", 1)]), format!(r#"{of_another}"c": it has "b" in its place"#));
-    assert_eq!(refused(&[(name, 1), ("b", 2)]), format!(r#"{of_another}"b": it has 1 elements there, 2 here"#));
-    assert_eq!(refused(&[(name, 1)]), format!(r#"{of_another}"b": the model does not have that tensor"#));
+    assert_eq!(
+        refused(&[(name, 1), ("b", 2)]),
+        format!(r#"{of_another}"b": it has 1 elements there, 2 elements here"#)
+    );
+    assert_eq!(refused(&[(name, 1)]), format!(r#"{of_another}"b": only it has that tensor"#));
     assert!(refused(&[(name, 1), ("b", 1), ("c", 1)]).contains("it does not have that tensor"));
     assert!(Baseline::of_reports(&plan, [&measure(&[("a", &[1.0])])]).is_err());
     for broken in [
@@ -308,7 +311,8 @@ fn healthy_steps_teach_limits_that_are_kept_as_text() {
 fn a_report_of_another_plan_is_refused_and_bad_rules_change_nothing() {
     let mut run = Run::new(Rules::default(), Config::default());
     run.step(1e-3, 1e-3);
-    assert_eq!(run.health.diagnose(&measure(&[("a", &[1.0])])).unwrap_err(), Error::ReportOfAnotherPlan);
+    let refused = run.health.diagnose(&measure(&[("a", &[1.0])])).unwrap_err();
+    assert!(matches!(refused, Error::ReportOfAnotherPlan { .. }), "{refused}");
     let mut bad = Rules::default();
     bad.spike = Limits::new(f64::NAN, f64::NAN);
     assert!(run.health.set_rules(bad).is_err());
@@ -353,7 +357,8 @@ fn two_runs_compare_by_mean_and_deviation() {
     let other = RunSummary::of_reports(&[measure(&[("b", &[1.0]), ("d", &[1.0])])]).unwrap();
     assert_eq!(Comparison::new(&before, &other).unmatched, ["a\n", "c", "d"]);
     let mixed = [measure(&[("b", &[1.0])]), measure(&[("d", &[1.0])])];
-    assert_eq!(RunSummary::of_reports(&mixed), Err(Error::ReportOfAnotherPlan));
+    let refused = RunSummary::of_reports(&mixed).unwrap_err();
+    assert_eq!(refused.to_string(), r#"the report is of another plan: tensor "b": it has "d" in its place"#);
     let plan = measure(&[("a", &[1.0])]).plan().clone();
     let mut probe = Probe::new(Cpu, plan, Config::new().history(4)).unwrap();
     let reports: Vec<_> =

@@ -20,6 +20,7 @@ mod health;
 mod health_default;
 mod health_run;
 mod health_updates;
+mod misuse;
 mod oracle;
 mod peers;
 mod processes;

@@ -463,7 +463,8 @@ fn refuses(probe: &mut Probe, optimizer: &Optimizer, expected: &[(String, Vec<u8
         refuse(&raw(m), &raw(v), error);
     }
     for few in [&[][..], &[moments], &[moments; 3]] {
-        let count = Error::TensorCount { planned: 2, given: few.len() };
+        let first = ["first", "second"].get(few.len()).map(|&name| name.to_owned());
+        let count = Error::TensorCount { planned: 2, given: few.len(), first };
         assert_eq!(of_moments(probe, &good, few).unwrap_err(), count);
     }
 

@@ -224,7 +224,7 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
         [Probe::new(Cpu, plan.clone(), config.clone()), Probe::new(Simt::default(), plan, config)]
     }
     for (rule, expected) in [
-        (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1 }),
+        (AdaptiveClip::new([3]), Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) }),
         (AdaptiveClip::new([3, 3]), Error::UnitLength { name: "b".to_owned(), length: 4, unit: 3 }),
     ] {
         for refused in devices(plan(), Config::new().adaptive_clip(rule)) {
@@ -256,7 +256,10 @@ fn what_cannot_be_right_is_refused_and_changes_nothing() {
         assert_eq!(clip(&mut probe, &weights), Err(Error::NotMeasured));
         assert!(probe.adaptive_clip().unwrap().report().is_err_and(|error| error == Error::NotMeasured));
         probe.measure_host(&weights).unwrap();
-        assert_eq!(clip(&mut probe, &weights[..1]), Err(Error::TensorCount { planned: 2, given: 1 }));
+        assert_eq!(
+            clip(&mut probe, &weights[..1]),
+            Err(Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) })
+        );
         let refused = clip(&mut probe, &[weights[0], weights[0]]);
         assert!(matches!(&refused, Err(Error::TensorMismatch { name, .. }) if name == "b"), "{refused:?}");
     }
@@ -302,4 +305,35 @@ fn what_is_absent_is_left_alone() {
 /// Some numbers.
 fn nearest_all(dtype: DType, len: usize) -> Data {
     Data::of_bits(dtype, (0..len).map(|i| nearest(dtype, normal(3, i))))
+}
+
+#[test]
+fn units_of_the_paper_follow_from_the_shapes() {
+    let shapes: [&[u64]; 7] = [&[3, 2], &[2, 3, 2, 2], &[4], &[], &[4, 1], &[1, 4], &[0, 1 << 40, 1 << 40]];
+    let lengths = shapes.map(|shape| shape.iter().fold(1u64, |product, &length| product.wrapping_mul(length)));
+    let plan = Plan::new(lengths.iter().enumerate().map(|(t, &len)| (t.to_string(), DType::F32, len))).unwrap();
+    let agc = AdaptiveClip::agc(0.01);
+    let refused = Probe::new(Cpu, plan.clone(), Config::new().adaptive_clip(agc.clone())).map(drop).unwrap_err();
+    assert_eq!(refused, Error::WithoutShapes);
+    let plan = plan.with_shapes(shapes).unwrap();
+    let report = |clip: AdaptiveClip| {
+        let mut probe = Probe::new(Cpu, plan.clone(), Config::new().adaptive_clip(clip)).unwrap();
+        let mut gradients: Vec<Vec<f32>> =
+            lengths.iter().map(|&len| (0..len).map(|i| [1e-4, 1.0, 0.3][(i % 3) as usize]).collect()).collect();
+        let weights: Vec<Vec<f32>> = gradients.iter().map(|list| vec![1.0; list.len()]).collect();
+        let read: Vec<&dyn gradprobe::Tensor> = gradients.iter().map(|list| list as _).collect();
+        probe.measure(&read).unwrap();
+        let mut changed: Vec<&mut dyn gradprobe::TensorMut> = gradients.iter_mut().map(|list| list as _).collect();
+        let weights: Vec<&dyn gradprobe::Tensor> = weights.iter().map(|list| list as _).collect();
+        let mut room = probe.adaptive_clip().unwrap();
+        room.clip(&mut changed, &weights).unwrap();
+        let report = room.report().unwrap();
+        let units: Vec<u64> = (0..lengths.len()).map(|t| report.units(t)).collect();
+        (units, report.records().to_vec(), gradients)
+    };
+    let of_shapes = report(agc);
+    assert_eq!(of_shapes.0, [3, 2, 1, 1, 4, 1, 0]);
+    assert_eq!(of_shapes, report(AdaptiveClip::new([2, 12, 4, 1, 1, 4, 0])));
+    assert_eq!(of_shapes.1[4].clipped, 2, "of elements 1e-4, 1, 0.3, 1e-4, each a unit");
+    assert_ne!(of_shapes.1, report(AdaptiveClip::agc(0.5)).1);
 }

@@ -212,7 +212,7 @@ fn what_cannot_be_right_is_an_error_that_names_the_tensor() {
     for mut probe in probes(&plan(), &Config::new().dot()) {
         for lists in [(&good[..], &good[..1]), (&good[..1], &good[..])] {
             let refused = probe.dot_host(lists.0, lists.1).map(drop);
-            assert_eq!(refused, Err(Error::TensorCount { planned: 2, given: 1 }));
+            assert_eq!(refused, Err(Error::TensorCount { planned: 2, given: 1, first: Some("second".to_owned()) }));
         }
         let wide = [good[0], HostTensor::F32(&two_f32)];
         let refused = probe.dot_host(&wide, &good).map(drop);

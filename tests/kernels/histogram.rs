@@ -369,13 +369,16 @@ fn what_cannot_be_right_is_an_error() {
     }
     for mut probe in probes(&plan(), &Config::new().histogram()) {
         let few = probe.histogram_host(&good[..1]).map(drop);
-        assert_eq!(few, Err(Error::TensorCount { planned: 2, given: 1 }));
+        assert_eq!(few, Err(Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) }));
         let other = probe.histogram_host(&[good[0], HostTensor::BF16(&two[1..])]).map(drop);
         assert!(matches!(other, Err(Error::TensorMismatch { name, .. }) if name == "b"));
         let report = probe.histogram_host(&good).unwrap();
         assert_eq!((report.total().count(), report.tensors().len()), (5, 2));
         // No step: a clip still knows of no measurement, and the first measurement is the first.
-        assert_eq!(probe.clip_host(&mut []), Err(Error::TensorCount { planned: 2, given: 0 }));
+        assert_eq!(
+            probe.clip_host(&mut []),
+            Err(Error::TensorCount { planned: 2, given: 0, first: Some("a".to_owned()) })
+        );
         assert_eq!(probe.measure_host(&good).unwrap().step(), 1);
         // Asking again changes nothing.
         assert_eq!(probe.histogram_host(&good).unwrap().histograms(), report.histograms());

@@ -559,7 +559,7 @@ fn what_cannot_be_is_one_clear_error_and_changes_nothing() {
         assert_eq!(unmeasured, Err(Error::NotMeasured));
         assert!(room.set_learning_rate(-0.5).is_err() && room.learning_rate() == 0.1);
         let refused = probe.update(&[&gradient, &halves], &mut [&mut first]);
-        assert_eq!(refused, Err(Error::TensorCount { planned: 2, given: 1 }));
+        assert_eq!(refused, Err(Error::TensorCount { planned: 2, given: 1, first: Some("second".to_owned()) }));
         let refused = probe.update(&[&gradient, &halves], &mut [&mut long, &mut second]);
         assert!(matches!(refused, Err(Error::TensorMismatch { name, .. }) if name == "first"));
         let refused = probe.update(&[&gradient, &halves], &mut [&mut first, &mut Absent]);

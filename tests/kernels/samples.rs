@@ -189,7 +189,7 @@ fn what_cannot_be_right_is_refused() {
         assert_eq!(probe.sample_host(&tensors(&data)), Err(Error::NotMeasured));
         probe.measure_host(&tensors(&data)).unwrap();
         let refused = probe.sample_host(&tensors(&data[..2]));
-        assert_eq!(refused, Err(Error::TensorCount { planned: 5, given: 2 }));
+        assert_eq!(refused, Err(Error::TensorCount { planned: 5, given: 2, first: Some("t2".to_owned()) }));
         assert_eq!(probe.sample_report().unwrap().mean_correlation(), None, "no step yet");
         // Elements that never change have no correlation.
         for _ in 0..3 {

@@ -125,7 +125,10 @@ fn weights_that_are_not_finite_change_nothing_but_their_records() {
 fn what_was_not_planned_is_refused() {
     let tensors = [("a", DType::F32, 2), ("b", DType::BF16, 2)];
     let plan = || Plan::new(tensors).unwrap();
-    assert_eq!(plan().with_weights([DType::F32]), Err(Error::TensorCount { planned: 2, given: 1 }));
+    assert_eq!(
+        plan().with_weights([DType::F32]),
+        Err(Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) })
+    );
     let (wide, narrow, long) = ([1.0f32; 2], [bf16::ONE; 2], [1.0f32; 3]);
     let gradients = [HostTensor::F32(&wide), HostTensor::BF16(&narrow)];
     let master = [HostTensor::F32(&wide), HostTensor::F32(&wide)];
@@ -147,7 +150,7 @@ fn what_was_not_planned_is_refused() {
     ];
     for mut probe in probes {
         let count = probe.measure_host_with_weights(&gradients, &master[..1]).map(drop);
-        assert_eq!(count, Err(Error::TensorCount { planned: 2, given: 1 }));
+        assert_eq!(count, Err(Error::TensorCount { planned: 2, given: 1, first: Some("b".to_owned()) }));
         for second in [HostTensor::BF16(&narrow), HostTensor::F32(&long)] {
             let refused = probe.measure_host_with_weights(&gradients, &[master[0], second]).map(drop);
             assert!(matches!(&refused, Err(Error::TensorMismatch { name, .. }) if name == "b"), "{refused:?}");

@@ -133,7 +133,8 @@ fn every_size_and_no_step_at_all_can_be_drawn() {
 fn a_step_of_other_tensors_is_refused() {
     let mut view = View::new(&plan(&entries(1)[0]));
     let other = deep(2, 1, 2..=2, |layer| layer.to_string());
-    assert_eq!(view.update(&other[0]), Err(Error::EntryOfAnotherPlan { what: "view" }));
+    let refused = view.update(&other[0]).unwrap_err();
+    assert!(matches!(refused, Error::EntryOfAnotherPlan { entry: "view", .. }), "{refused}");
 }
 
 /// Runs `monitor --live` in a pseudoterminal of 40 lines, types `keys` at step 5, and gives what a terminal was sent

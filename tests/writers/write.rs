@@ -322,18 +322,21 @@ fn what_belongs_to_other_tensors_is_refused() {
     let entry = Entry::new(probe.measure_host(&[HostTensor::F32(&[3.0])]).unwrap());
     let other = entries(2).pop().unwrap();
     let refused = entry.clone().with_histogram(other.histogram().unwrap().clone()).unwrap_err();
-    assert_eq!(refused.to_string(), "the histogram is of another plan or step than the report");
+    assert_eq!(
+        refused.to_string(),
+        "the histogram is of another plan than the report: tensor \"w\": it has \"blocks.0.attn/weight\" in its place"
+    );
     assert!(entry.clone().with_gsnr(other.gsnr().unwrap().clone()).is_err());
     let mut health = Health::new(other.report().plan(), Rules::default()).unwrap();
     let diagnosis = health.diagnose(other.report()).unwrap();
     assert!(entry.clone().with_diagnosis(&diagnosis).is_err());
     assert_eq!(
         entries(1)[0].clone().with_diagnosis(&diagnosis).map(drop).unwrap_err(),
-        Error::EntryOfAnotherPlan { what: "diagnosis" }
+        Error::EntryOfAnotherStep { entry: "diagnosis", step: 2, reported: 1 }
     );
     let diagnosed = other.with_diagnosis(&diagnosis).unwrap();
     assert_eq!((diagnosed.verdict(), diagnosed.findings()), (Some(diagnosis.verdict()), diagnosis.findings()));
     assert!(diagnosed.tensors().map(|tensor| tensor.verdict.unwrap()).eq(diagnosis.verdicts().iter().copied()));
     let refused = entry.with_findings(Verdict::Healthy, [Verdict::Healthy; 2], []).unwrap_err();
-    assert_eq!(refused, Error::TensorCount { planned: 1, given: 2 });
+    assert_eq!(refused, Error::TensorCount { planned: 1, given: 2, first: None });
 }

@@ -24,18 +24,39 @@ use std::fmt;
 /// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) those elements become 0 and the others' norm decides.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdaptiveClip {
-    unit_lengths: Vec<u64>,
+    /// By the plan's shapes where there are none.
+    unit_lengths: Option<Vec<u64>>,
     clipping: f64,
     epsilon: f64,
 }
 
 impl AdaptiveClip {
+    /// By this λ, in the paper 0.01 and for its largest batches more, with ε = 0.001 and the units of the paper, by the shapes of
+    /// [`Plan::with_shapes`]: what lies behind the first dimension, one of two or more; the whole of a vector or a scalar, as in
+    /// the authors' program and timm's. So are rows of an embedding units. The paper leaves the last linear layer alone: see
+    /// [`new`](Self::new).
+    ///
+    /// ```
+    /// use gradprobe::{Config, Cpu, DType, Plan, Probe, clip::AdaptiveClip};
+    /// let plan = Plan::new([("weight", DType::F32, 4), ("bias", DType::F32, 2)])?.with_shapes([vec![2, 2], vec![2]])?;
+    /// let mut probe = Probe::new(Cpu, plan, Config::new().adaptive_clip(AdaptiveClip::agc(0.01)))?;
+    /// let (mut gradient, mut of_bias, weight, bias) = ([3.0f32, 4.0, 0.0, 0.01], [0.0f32; 2], [1.0f32; 4], [0.0f32; 2]);
+    /// probe.measure(&[&gradient, &of_bias])?;
+    /// probe.adaptive_clip()?.clip(&mut [&mut gradient, &mut of_bias], &[&weight, &bias])?;
+    /// // To a hundredth of the norm √2 of the row's weights; the other row is below it.
+    /// assert!((gradient[0] - 0.00849).abs() < 1e-5 && gradient[3] == 0.01);
+    /// # Ok::<(), gradprobe::Error>(())
+    /// ```
+    pub const fn agc(clipping: f64) -> Self {
+        Self { unit_lengths: None, clipping, epsilon: 1e-3 }
+    }
+
     /// The paper's λ = 0.01 and ε = 0.001, for units of so many elements: one number a tensor of the plan, 0 for a tensor
     /// to be left alone, as the paper does with the last linear layer, but for a loss scale and for what
     /// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) zeroes. A block of threads handles one unit at a time: a
     /// few units of many million elements each would be slow.
     pub fn new(unit_lengths: impl IntoIterator<Item = u64>) -> Self {
-        Self { unit_lengths: unit_lengths.into_iter().collect(), clipping: 0.01, epsilon: 1e-3 }
+        Self { unit_lengths: Some(unit_lengths.into_iter().collect()), clipping: 0.01, epsilon: 1e-3 }
     }
 
     /// With this λ: finite, above 0.
@@ -54,26 +75,37 @@ impl AdaptiveClip {
     /// What it comes to for the tensors of a plan.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for λ or ε, [`Error::TensorCount`], and [`Error::UnitLength`].
+    /// [`Error::InvalidConfig`] for λ or ε, [`Error::TensorCount`], [`Error::UnitLength`], and [`Error::WithoutShapes`].
     pub(crate) fn of(&self, plan: &Plan) -> Result<Units, Error> {
         let require = |holds: bool, option: &'static str, expected: &'static str, value: f64| {
             if holds { Ok(()) } else { Err(Error::InvalidConfig { option, expected, value: value.to_string() }) }
         };
         require(self.clipping.is_finite() && self.clipping > 0.0, "clipping", "finite and above 0", self.clipping)?;
         require(self.epsilon.is_finite() && self.epsilon >= 0.0, "epsilon", "finite and not negative", self.epsilon)?;
-        let (planned, given) = (plan.tensors().len(), self.unit_lengths.len());
-        if planned != given {
-            return Err(Error::TensorCount { planned, given });
-        }
-        let mut counts = Vec::with_capacity(planned);
-        for (tensor, &unit) in plan.tensors().iter().zip(&self.unit_lengths) {
+        let lengths = match &self.unit_lengths {
+            Some(lengths) => lengths.clone(),
+            None => plan.shapes().ok_or(Error::WithoutShapes)?.iter().map(|shape| unit_length(shape)).collect(),
+        };
+        plan.check_count(lengths.len())?;
+        let mut counts = Vec::with_capacity(lengths.len());
+        for (tensor, &unit) in plan.tensors().iter().zip(&lengths) {
             if unit > 0 && !tensor.len.is_multiple_of(unit) {
                 return Err(Error::UnitLength { name: tensor.name.clone(), length: tensor.len, unit });
             }
             counts.push(tensor.len.checked_div(unit).unwrap_or(0));
         }
-        Ok(Units { lengths: self.unit_lengths.clone(), counts, clipping: self.clipping, epsilon: self.epsilon })
+        Ok(Units { lengths, counts, clipping: self.clipping, epsilon: self.epsilon })
     }
+}
+
+/// Elements of a unit of a tensor of this shape.
+fn unit_length(shape: &[u64]) -> u64 {
+    let of_unit = match shape {
+        [_, rest @ ..] if !rest.is_empty() => rest,
+        vector => vector,
+    };
+    // Beside a dimension of 0 others may be of any length.
+    of_unit.iter().fold(1, |product: u64, &length| product.saturating_mul(length))
 }
 
 /// An [`AdaptiveClip`] that fits a plan.

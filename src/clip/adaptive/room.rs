@@ -84,23 +84,28 @@ impl Room<'_, AdaptiveUnits> {
     }
 
     /// Launches the adaptive clip of these tensors by the weights whose gradients they are, both in the plan's order, in
-    /// place; the weights may be of any dtypes. In place of [`Probe::clip`], which takes the loss scale from the gradients
-    /// as this does: after both, they are divided by it twice. Leaves what the last measurement said to skip. Does not wait. One upload
+    /// place; the weights may be of any dtypes. It takes the loss scale from the gradients, if there is one, as [`Probe::clip`]
+    /// and an optimizer do: then it stands in their place. Leaves what the last measurement said to skip. Does not wait. One upload
     /// of 32 bytes a tensor when weights have moved since the last call, beside that of the gradients.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], [`Error::Overlap`], and those of [`Probe::measure`] for either list.
+    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] where there is a loss scale, [`Error::Overlap`], and those of
+    /// [`Probe::measure`] for either list.
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut], weights: &[&dyn Tensor]) -> Result<(), Error> {
         let Self { core, memory } = self;
         let place = core.device.place();
         let (tensors, weights) =
             (core.write(&place, tensors, Planned::Gradients)?, core.read(&place, weights, Planned::Lengths)?);
+        let unscales = core.config.features.loss_scale.is_some();
+        if unscales {
+            core.check_unclipped()?;
+        }
         core.place_to_change(&tensors)?;
         core.check_apart(&tensors, &weights, |gradient, weight| (gradient.to_owned(), weight_of(weight)))?;
         let mut first = 0;
         let mut table = Vec::with_capacity(weights.tensors.len() + 1);
         let zeroes = core.config.non_finite == NonFinitePolicy::ZeroNonFinite;
-        let changes_all = zeroes || core.config.features.loss_scale.is_some();
+        let changes_all = zeroes || unscales;
         let units = memory.units.lengths.iter().zip(&memory.units.counts);
         for ((weight, planned), (&length, &count)) in weights.tensors.iter().zip(core.plan.tensors()).zip(units) {
             let (address, dtype, limited) = (weight.address, weight.dtype.code(), u32::from(length > 0));
@@ -128,6 +133,7 @@ impl Room<'_, AdaptiveUnits> {
                 reserved: 0,
             },
         )?;
+        core.clipped |= unscales;
         weights.finish()?;
         tensors.finish()
     }

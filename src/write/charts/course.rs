@@ -63,9 +63,7 @@ impl Course {
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
     pub fn push(&mut self, entry: &Entry) -> Result<(), Error> {
-        if *entry.report().plan() != self.plan {
-            return Err(Error::EntryOfAnotherPlan { what: "course" });
-        }
+        entry.report().plan().check_entry(&self.plan, "course")?;
         if self.last_step.replace(entry.step()).is_some_and(|last| entry.step() <= last) {
             self.norms.clear();
             self.histograms.clear();

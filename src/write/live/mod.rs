@@ -70,9 +70,7 @@ impl View {
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
     pub fn update(&mut self, entry: &Entry) -> Result<(), Error> {
-        if *entry.report().plan() != self.plan {
-            return Err(Error::EntryOfAnotherPlan { what: "view" });
-        }
+        entry.report().plan().check_entry(&self.plan, "view")?;
         let outputs = entry.report().outputs();
         if entry.step() <= self.step {
             self.norms.clear();

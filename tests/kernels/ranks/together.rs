@@ -133,7 +133,7 @@ fn ranks_that_do_not_fit_are_named() {
                 }
             }),
             2,
-            "the plan has 2 tensors, the step gave 1",
+            "the plan has 2 tensors, 1 were given: the first that differs is \"b\"",
         ),
         (
             Box::new(|own, rank| {
@@ -236,7 +236,10 @@ fn what_cannot_be_is_refused() {
             refused(Config::default(), &mesh, &[other.layout([]).unwrap()]),
             "tensor \"w\" cannot be laid out of another mesh"
         );
-        assert_eq!(refused(Config::default(), &mesh, &[]), "the plan has 1 tensors, the step gave 0");
+        assert_eq!(
+            refused(Config::default(), &mesh, &[]),
+            "the plan has 1 tensors, 0 were given: the first that differs is \"w\""
+        );
         let by_tensor = Config::default().clip(Clip::TensorNorm { max_norm: 1.0 });
         let error = refused(by_tensor, &mesh, std::slice::from_ref(&sharded));
         assert!(error.starts_with("clip must be one that does not look at tensors that are parts here"), "{error}");
