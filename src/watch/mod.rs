@@ -267,12 +267,10 @@ impl<P: AsMut<Probe>> Watch<P> {
             return Ok(Seen { entry: Arc::new(Entry::new(report)), changed: None });
         };
         let diagnosis = report.diagnosis().cloned();
-        let mut beside = Vec::new();
-        if let Ok(health) = probe.health() {
-            beside.extend(look.gsnr.as_ref().map(|gsnr| health.diagnose_gsnr(gsnr)).transpose()?.unwrap_or_default());
-            let histogram = look.histogram.as_ref().map(|histogram| health.diagnose_histogram(histogram));
-            beside.extend(histogram.transpose()?.unwrap_or_default());
-        }
+        let beside = match (probe.health(), &look.gsnr) {
+            (Ok(health), Some(gsnr)) => health.diagnose_gsnr(gsnr)?,
+            _ => Vec::new(),
+        };
         let of_step = self.of_steps.update(diagnosis.iter().flat_map(|diagnosis| diagnosis.findings()));
         let of_look = if has_details { self.of_looks.update(&beside) } else { Change::None };
         let is_new = [of_step, of_look].contains(&Change::New);
@@ -286,7 +284,7 @@ impl<P: AsMut<Probe>> Watch<P> {
             entry = entry.with_gsnr(gsnr)?;
         }
         if let Some(histogram) = look.histogram {
-            entry = entry.with_histogram(histogram)?;
+            entry = entry.with_own_histogram(histogram);
         }
         if !has_details && !is_new {
             entry = entry.without_details();
