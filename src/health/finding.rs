@@ -16,6 +16,7 @@ pub enum Verdict {
 
 /// What is wrong. The number of each below 16 is that of its bit in the health words that a device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 #[repr(u32)]
 pub enum FindingKind {
     /// An element is NaN.

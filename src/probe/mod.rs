@@ -4,6 +4,8 @@ mod arguments;
 mod given;
 mod memory;
 mod reports;
+#[cfg(feature = "serde")]
+mod serialize;
 mod state;
 
 pub(crate) use arguments::Other;
@@ -11,7 +13,10 @@ pub use arguments::{Arguments, Common, StepArguments, TensorEntry};
 pub(crate) use given::{Given, Located, Planned, check_address, weight_of};
 pub use state::ProbeState;
 
-pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
+pub(crate) use memory::{Mirrored, ReadBack, copied, outside_capture, parts, set_parts, uploaded, values};
+#[cfg(feature = "serde")]
+pub(crate) use serialize::{bits, bytes};
+pub(crate) use state::differs;
 
 use crate::{
     Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,

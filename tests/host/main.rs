@@ -25,3 +25,4 @@ mod peers;
 mod processes;
 mod properties;
 mod reads;
+mod state;
