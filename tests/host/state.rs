@@ -1,5 +1,7 @@
 //! A run that is interrupted, and goes on from a probe's state: as one that was not, to the last bit; or it is refused.
 
+#![allow(clippy::cast_possible_truncation)] // Small numbers.
+
 use super::common::{clips::CLIPS, data::normal};
 use gradprobe::{
     Absent, Clip, Config, Cpu, DType, Error, NonFinitePolicy, Plan, Probe, ProbeState, Rules, Tensor, TensorMut,
@@ -32,7 +34,7 @@ struct Elements {
 }
 
 impl Elements {
-    /// Among the steps are such as a diagnosis and a clip remember: NaN, a spike, a bias without a gradient from the sixth on.
+    /// Among the steps are such as a diagnosis and a clip remember: NaN, a spike, a weight without a gradient from the sixth on.
     fn of(step: u64) -> Self {
         let values = |tensor: usize| {
             let size = if step == 13 { 50.0 } else { 0.1 };
@@ -43,14 +45,9 @@ impl Elements {
         if [4, 11].contains(&step) {
             of_f32[0][1234] = f32::NAN;
         }
-        if step >= 6 {
-            of_f32[1].fill(0.0);
-        }
-        Self {
-            of_f32,
-            of_bf16: values(2).map(bf16::from_f32).collect(),
-            of_f16: values(3).map(f16::from_f32).collect(),
-        }
+        let is_silent = step >= 6;
+        let of_bf16 = values(2).map(|value| if is_silent { bf16::ZERO } else { bf16::from_f32(value) });
+        Self { of_f32, of_bf16: of_bf16.collect(), of_f16: values(3).map(f16::from_f32).collect() }
     }
 
     fn tensors_mut(&mut self) -> [&mut dyn TensorMut; 4] {
@@ -101,7 +98,7 @@ fn step(probe: &mut Probe, number: u64, weights: &mut Elements) -> String {
             read[number as usize % 3] = &Absent;
         }
         let has_optimizer = probe.optimizer().is_ok();
-        if number % 2 == 0 || !has_optimizer {
+        if number.is_multiple_of(2) || !has_optimizer {
             let [a, b, c, d] = weights.tensors();
             probe.measure_with_weights(&read, &[a, b, c, d, &none]).unwrap();
         }
