@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 /// Type of the elements of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[repr(u32)]
 pub enum DType {
     /// IEEE 754 binary32.

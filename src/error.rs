@@ -20,6 +20,7 @@
 /// | NCCL is in progress, as with `NCCL_COMM_BLOCKING=0` | none | Nothing is to be done: it is waited for. |
 /// | a rank hangs, is gone, or comes with another count | [`Communication`](Self::Communication), after the deadline at the latest | The communicator is aborted, and the probe of no more use but to be dropped. Come together again, with [`ProbeState`](crate::ProbeState). |
 /// | a rank differs, or cannot make its probe | [`RankDiffers`](Self::RankDiffers), on all ranks | No rank has a probe. |
+/// | a file of a state is damaged, of another probe or another version | [`Unreadable`](Self::Unreadable), [`StateOfAnotherProbe`](Self::StateOfAnotherProbe) | Nothing was changed. Go on from another file, or with what is declared as it was. |
 /// | a file cannot be written | [`EntryLost`](Self::EntryLost), beside the training | Training goes on, and so do the writers when there is room again. |
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -228,9 +229,9 @@ pub enum Error {
         /// The tensor's name.
         name: String,
     },
-    /// A saved state cannot be restored.
-    #[error("the optimizer's state does not fit: {what}")]
-    StateOfAnotherOptimizer {
+    /// A saved state is of another plan, configuration or version than the probe's, or damaged.
+    #[error("the state does not fit this probe: {what}")]
+    StateOfAnotherProbe {
         /// What differs.
         what: String,
     },
@@ -293,6 +294,14 @@ pub enum Error {
     /// A launch would be captured into a graph, and nobody has vouched for what the graph keeps.
     #[error("the stream is being captured: call bind() before, which says what a graph needs to stay")]
     NotBound,
+    /// A file cannot be read, or holds something else.
+    #[error("{}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system said, or what the file holds.
+        reason: String,
+    },
     /// A file or folder cannot be written.
     #[error("{}: {reason}", path.display())]
     Unwritable {

@@ -12,6 +12,32 @@ pub(crate) trait Feature<D>: Sized {
     fn new(core: &mut Core, declared: D) -> Result<Self, Error>;
 }
 
+/// A feature that keeps something from step to step.
+pub(crate) trait Saved {
+    /// The call that declares it.
+    const DECLARE: &'static str;
+    /// What it keeps, on the host.
+    type State;
+
+    /// What it keeps after the last launch, for which it waits.
+    ///
+    /// # Errors
+    /// The device's.
+    fn state(&mut self, core: &Core) -> Result<Self::State, Error>;
+
+    /// Whether this is the state of a feature that was declared alike, for the same plan.
+    ///
+    /// # Errors
+    /// [`Error::StateOfAnotherProbe`].
+    fn check(&self, core: &Core, state: &Self::State) -> Result<(), Error>;
+
+    /// Goes on from this state, which was checked.
+    ///
+    /// # Errors
+    /// The device's.
+    fn restore(&mut self, core: &Core, state: &Self::State) -> Result<(), Error>;
+}
+
 macro_rules! features {
     ($($name:ident: $declared:ty => $made:ty;)*) => {
         /// What is declared of each feature, by the methods of [`Config`](crate::Config).

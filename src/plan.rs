@@ -5,6 +5,7 @@ use std::{collections::HashSet, sync::Arc};
 
 /// One tensor of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TensorSpec {
     /// The name reports use; unique within the plan.
     pub name: String,

@@ -160,21 +160,15 @@ fn everything_goes_on_from_what_was_saved() {
         let config = everything(clip, optimizer());
         let mut probe = Probe::new(Cpu, plan(), config.clone()).unwrap();
         use_all(&mut probe, 1, true);
-        let (state, of_optimizer) = (probe.state().unwrap(), probe.optimizer().unwrap().state().unwrap());
+        let state = probe.state().unwrap();
         let mut again = Probe::new(Cpu, plan(), config).unwrap();
         again.restore(&state).unwrap();
-        again.optimizer().unwrap().restore(&of_optimizer).unwrap();
-        // The words of health know the norms of the step before, which are no part of the state.
-        let (mut seen, changed) = use_all(&mut again, 2, false);
+        let seen = use_all(&mut again, 2, false);
         // Miri, to which a step is a minute, need not see another.
         if cfg!(miri) {
             continue;
         }
-        let (mut expected, unbroken) = use_all(&mut probe, 2, false);
-        assert_eq!(changed, unbroken, "{clip:?}");
-        let health = std::mem::offset_of!(gradprobe::StepOutputs, health);
-        [&mut seen, &mut expected].into_iter().for_each(|bits| bits[health..health + 4].fill(0));
-        assert_eq!(seen, expected, "{clip:?}");
+        assert_eq!(seen, use_all(&mut probe, 2, false), "{clip:?}");
     }
 }
 

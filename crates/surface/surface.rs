@@ -16,7 +16,7 @@ const FORMAT: u64 = 57;
 static DOCUMENTED: LazyLock<Result<(), String>> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(folder).args(["doc", "--no-deps", "--features=writers,nccl"]);
+    cargo.current_dir(folder).args(["doc", "--no-deps", "--features=writers,nccl,checkpoint"]);
     cargo.args(["-p=gradprobe", "-p=gradprobe-candle", "-p=gradprobe-burn"]);
     cargo.env("RUSTDOC", folder.join("rustdoc"));
     cargo.env("RUSTDOCFLAGS", "-Zunstable-options --output-format=json --document-hidden-items");

@@ -4,7 +4,7 @@
 use crate::{
     Config, Error, Probe, Record,
     device::Device,
-    features::Feature,
+    features::{Feature, Saved},
     probe::{Core, ReadBack, outside_capture},
 };
 use bytemuck::{Pod, Zeroable};
@@ -79,7 +79,7 @@ impl LossScale {
 
 /// # Errors
 /// [`Error::InvalidConfig`] for a scale that is not finite and above 0.
-pub(crate) fn check_scale(scale: f32) -> Result<(), Error> {
+fn check_scale(scale: f32) -> Result<(), Error> {
     if is_usable(scale) {
         return Ok(());
     }
@@ -164,17 +164,30 @@ impl Feature<LossScale> for LossScaleMemory {
 }
 
 impl LossScaleMemory {
-    /// The scale, and the steps since it last changed. Waits.
-    pub fn current(&mut self, device: &dyn Device) -> Result<(f32, u32), Error> {
-        let state: LossScaleState = bytemuck::pod_read_unaligned(self.memory.wait(device)?);
-        Ok((state.scale, state.growth_tracker))
-    }
-
     /// Goes on from there. Steps beyond the interval make it grow as well, and are not counted.
     pub fn set(&self, device: &dyn Device, scale: f32, growth_tracker: u32) -> Result<(), Error> {
         let growth_tracker = growth_tracker.min(self.state.growth_interval - 1);
         let state = LossScaleState { scale, growth_tracker, ..self.state };
         device.upload(bytemuck::bytes_of(&state), self.memory.buffer())
+    }
+}
+
+impl Saved for LossScaleMemory {
+    const DECLARE: &'static str = "Config::loss_scale";
+    /// The scale, and the steps since it last changed.
+    type State = (f32, u32);
+
+    fn state(&mut self, core: &Core) -> Result<(f32, u32), Error> {
+        let state: LossScaleState = bytemuck::pod_read_unaligned(self.memory.wait(&*core.device)?);
+        Ok((state.scale, state.growth_tracker))
+    }
+
+    fn check(&self, _: &Core, &(scale, _): &(f32, u32)) -> Result<(), Error> {
+        check_scale(scale)
+    }
+
+    fn restore(&mut self, core: &Core, &(scale, growth_tracker): &(f32, u32)) -> Result<(), Error> {
+        self.set(&*core.device, scale, growth_tracker)
     }
 }
 
@@ -195,7 +208,7 @@ impl Probe {
     /// finite and above 0, [`Error::UploadInCapture`], or the device's.
     pub fn set_loss_scale(&mut self, scale: f32) -> Result<(), Error> {
         check_scale(scale)?;
-        let declare = "Config::loss_scale";
+        let declare = LossScaleMemory::DECLARE;
         let memory = self.rooms.loss_scale.as_ref().ok_or(Error::NotDeclared { declare })?;
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         memory.set(&*self.core.device, scale, 0)

@@ -13,5 +13,5 @@ pub(crate) use adaptive::room::AdaptiveArguments;
 #[doc(hidden)]
 pub use cpu::ClipArguments;
 pub(crate) use cpu::Clipping;
-pub(crate) use loss_scale::{LossScaleMemory, LossScaleState, check_scale, divisor, is_usable, magnitude_over};
+pub(crate) use loss_scale::{LossScaleMemory, LossScaleState, divisor, is_usable, magnitude_over};
 pub(crate) use policy::{ClipHeader, ClipState, Decision, Norms, percentile_of};

@@ -4,8 +4,8 @@ use super::{BINS, GsnrConfig, GsnrRecord, GsnrReport, Layout, Track};
 use crate::{
     Config, Error, Probe,
     device::Buffer,
-    features::Feature,
-    probe::{Common, Core, ReadBack, Room, outside_capture, uploaded, values},
+    features::{Feature, Saved},
+    probe::{Common, Core, ReadBack, Room, copied, differs, outside_capture, parts, set_parts, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -97,6 +97,104 @@ impl Tracking {
     }
 }
 
+/// What is tracked, a tensor of the plan each.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct TrackingState {
+    window: u32,
+    tensors: Vec<Option<TrackState>>,
+}
+
+/// One tensor, as of [`Track`].
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+struct TrackState {
+    steps: u32,
+    skipped: u32,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
+    norm_mean: f64,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
+    norm_deviations: f64,
+    /// Of each element; none before the first step.
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    means: Vec<f32>,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    deviations: Vec<f32>,
+}
+
+/// No tensor is tracked for so many steps; behind them their count would begin anew.
+const MOST: u32 = 1 << 31;
+
+impl Saved for Tracking {
+    const DECLARE: &'static str = "Config::tracking";
+    type State = TrackingState;
+
+    fn state(&mut self, core: &Core) -> Result<TrackingState, Error> {
+        let device = &*core.device;
+        let tracks: Vec<Track> = values(copied(device, &self.tracks)?.wait()?);
+        let lengths = || core.plan.tensors().iter().map(|spec| spec.len);
+        // Before the first step nothing is there.
+        let place = |(track, len): (&Track, u64)| (track.offset, if track.steps > 0 { len } else { 0 });
+        let places = || tracks.iter().zip(lengths()).map(place);
+        let [means, deviations] = &self.state;
+        let of_elements = parts(device, means, places())?.into_iter().zip(parts(device, deviations, places())?);
+        let tensors = tracks.iter().zip(of_elements).map(|(track, (means, deviations))| {
+            let Track { steps, skipped, norm_mean, norm_deviations, .. } = *track;
+            let state = TrackState { steps, skipped, norm_mean, norm_deviations, means, deviations };
+            track.is_tracked().then_some(state)
+        });
+        Ok(TrackingState { window: self.window, tensors: tensors.collect() })
+    }
+
+    fn check(&self, core: &Core, TrackingState { window, tensors }: &TrackingState) -> Result<(), Error> {
+        let specs = core.plan.tensors();
+        if *window != self.window {
+            return differs(format!("it is tracked over a window of {window} steps, and here of {}", self.window));
+        }
+        if tensors.len() != specs.len() {
+            return differs(format!("{} tensors are tracked or not, of {}", tensors.len(), specs.len()));
+        }
+        for ((spec, fresh), state) in specs.iter().zip(&self.fresh).zip(tensors) {
+            let name = &spec.name;
+            let Some(state) = state.as_ref().filter(|_| fresh.is_tracked()) else {
+                match (state.is_some(), fresh.is_tracked()) {
+                    (false, false) => continue,
+                    (true, _) => return differs(format!("tensor {name:?} was tracked, and is not here")),
+                    (_, true) => return differs(format!("tensor {name:?} is tracked here, and was not")),
+                }
+            };
+            let expected = if state.steps > 0 { spec.len } else { 0 };
+            let given = [&state.means, &state.deviations].map(|list| list.len() as u64);
+            let is_past = state.steps > MOST || state.skipped > MOST || *window != 0 && state.steps > *window;
+            if given != [expected; 2] || is_past {
+                let [means, deviations] = given;
+                let steps = state.steps;
+                return differs(format!(
+                    "tensor {name:?} has {means} means and {deviations} deviations of {steps} steps"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, core: &Core, state: &TrackingState) -> Result<(), Error> {
+        let of_tensors = || self.fresh.iter().zip(&state.tensors);
+        let of_elements = |of: fn(&TrackState) -> &[f32]| {
+            of_tensors().map(move |(fresh, state)| (fresh.offset, state.as_ref().map_or(&[][..], of)))
+        };
+        let [means, deviations] = &self.state;
+        set_parts(&*core.device, means, of_elements(|state| &state.means))?;
+        set_parts(&*core.device, deviations, of_elements(|state| &state.deviations))?;
+        let tracks = of_tensors().map(|(fresh, state)| match *state {
+            Some(TrackState { steps, skipped, norm_mean, norm_deviations, .. }) => {
+                Track { steps, skipped, norm_mean, norm_deviations, ..*fresh }
+            }
+            None => *fresh,
+        });
+        core.device.upload(bytemuck::cast_slice(&tracks.collect::<Vec<_>>()), &self.tracks)
+    }
+}
+
 impl Config {
     /// With mean and variance of every element of these tensors kept across steps: [`GsnrConfig::bytes`].
     #[must_use]
@@ -112,7 +210,7 @@ impl Probe {
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::tracking`].
     pub fn gsnr(&mut self) -> Result<Room<'_, Tracking>, Error> {
-        Room::new(&mut self.core, &mut self.rooms.tracking, "Config::tracking")
+        Room::new(&mut self.core, &mut self.rooms.tracking, Tracking::DECLARE)
     }
 }
 

@@ -32,7 +32,8 @@ const SAME_ROWS: f64 = 0.95;
 const LEAST_TRACKED: u32 = 4;
 
 /// What is kept from step to step, by clean ones.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Activity {
     tensors: Vec<Tensor>,
     /// Of each stack, how often a tensor has come back after a step without gradient.
@@ -42,13 +43,15 @@ pub(super) struct Activity {
     alive: bool,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Tensor {
     /// Without any gradient.
     silent: Run,
     /// With one that is nothing beside the largest.
     vanishing: Run,
     alive: bool,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     last_norm: f64,
     /// With most units without a gradient, and about as many in each step: the fewest that had one, and the most.
     idle: Run,
@@ -71,6 +74,11 @@ impl Activity {
         }
     }
 
+    /// Whether it is of as many tensors and stacks.
+    pub fn is_as_long_as(&self, other: &Self) -> bool {
+        (self.tensors.len(), self.returns.len()) == (other.tensors.len(), other.returns.len())
+    }
+
     /// Judges the next clean step. `order` is that of the backward pass.
     pub fn judge(
         &mut self,
@@ -88,7 +96,8 @@ impl Activity {
             let norm = norms[index];
             // Not in a step in which there was nothing for any tensor.
             if norm > 0.0 && tensor.alive && tensor.silent.steps > self.nothing.steps {
-                self.returns[structure.stacks[index]] += 1;
+                let returns = &mut self.returns[structure.stacks[index]];
+                *returns = returns.saturating_add(1);
             }
             tensor.silent.count(norm == 0.0, step);
             tensor.alive |= norm > 0.0;
@@ -207,7 +216,7 @@ impl Activity {
         for &(index, ref record) in report.records() {
             let tensor = &self.tensors[index];
             let all = record.defined + record.constant;
-            let is_whole = tensor.is_present && tensor.last_active + tensor.last_zeros == all;
+            let is_whole = tensor.is_present && tensor.last_active.checked_add(tensor.last_zeros) == Some(all);
             // Elements that vary have had a gradient: where it is no more than those that have one now, it is always these.
             let is_same = count_to_f64(tensor.last_active) >= SAME_ROWS * count_to_f64(record.defined);
             if record.steps < LEAST_TRACKED
@@ -222,7 +231,7 @@ impl Activity {
             let Some((severity, limit)) = past_above(rules.inactive_rows, inactive) else { continue };
             found.push(Seen {
                 index: Some(index),
-                since: Some((found.step() + 1).saturating_sub(u64::from(record.steps)).max(1)),
+                since: Some(found.step().saturating_add(1).saturating_sub(u64::from(record.steps)).max(1)),
                 message: format!(
                     "{} % of the elements had no gradient in any of {} steps, above {} %; the others are the same in each",
                     percent(inactive),

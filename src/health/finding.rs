@@ -4,6 +4,7 @@ use std::{collections::HashSet, fmt};
 
 /// How a tensor, a step or a run is, or how bad a finding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub enum Verdict {
     /// Nothing stands out.
     #[default]
@@ -16,6 +17,7 @@ pub enum Verdict {
 
 /// What is wrong. The number of each below 16 is that of its bit in the health words that a device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 #[repr(u32)]
 pub enum FindingKind {
     /// An element is NaN.

@@ -6,6 +6,7 @@ use crate::{Plan, Record};
 /// The first tensor in backward order that was not finite, in the first bad step: what failed lies between it and the
 /// last clean one. Later steps, in which everything is NaN, do not change it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Frontier {
     /// The step, as [`Report::step`](crate::Report::step).
     pub step: u64,

@@ -1,11 +1,11 @@
 //! The rules in a device's memory, and the words of a step as the CPU writes them.
 
-use super::{FindingKind, Health, Rules, StepNorms, ThresholdRule, step_word, tensor_word};
+use super::{FindingKind, Health, Rules, StepNorms, ThresholdRule, monitor::State, step_word, tensor_word};
 use crate::{
     Config, Error, Plan, Probe, Record,
     device::Buffer,
-    features::Feature,
-    probe::{Core, outside_capture, uploaded},
+    features::{Feature, Saved},
+    probe::{Core, copied, differs, outside_capture, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -49,7 +49,7 @@ impl Health {
 pub(crate) struct Judge {
     pub health: Health,
     table: Buffer,
-    _last_norms: Buffer,
+    last_norms: Buffer,
 }
 
 impl Feature<Rules> for Judge {
@@ -64,7 +64,39 @@ impl Feature<Rules> for Judge {
         let last_norms = uploaded(&*core.device, &vec![0; (1 + core.plan.tensors().len()) * size_of::<f64>()])?;
         core.step.health_rules = table.address();
         core.step.last_norms = last_norms.address();
-        Ok(Self { health, table, _last_norms: last_norms })
+        Ok(Self { health, table, last_norms })
+    }
+}
+
+/// What the diagnosis remembers, and the device for its words.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct JudgeState {
+    health: State,
+    /// Of the step, then of the tensors.
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    last_norms: Vec<f64>,
+}
+
+impl Saved for Judge {
+    const DECLARE: &'static str = "Config::rules";
+    type State = JudgeState;
+
+    fn state(&mut self, core: &Core) -> Result<JudgeState, Error> {
+        let last_norms = values(copied(&*core.device, &self.last_norms)?.wait()?);
+        Ok(JudgeState { health: self.health.state().clone(), last_norms })
+    }
+
+    fn check(&self, core: &Core, JudgeState { health, last_norms }: &JudgeState) -> Result<(), Error> {
+        if self.health.is_state(health) && last_norms.len() == 1 + core.plan.tensors().len() {
+            return Ok(());
+        }
+        differs("what the diagnosis remembers is not of these tensors")
+    }
+
+    fn restore(&mut self, core: &Core, JudgeState { health, last_norms }: &JudgeState) -> Result<(), Error> {
+        self.health.restore(health);
+        core.device.upload(bytemuck::cast_slice(last_norms), &self.last_norms)
     }
 }
 
@@ -85,7 +117,7 @@ impl Probe {
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::rules`].
     pub fn health(&self) -> Result<&Health, Error> {
-        let judge = self.rooms.rules.as_ref().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
+        let judge = self.rooms.rules.as_ref().ok_or(Error::NotDeclared { declare: Judge::DECLARE })?;
         Ok(&judge.health)
     }
 
@@ -97,7 +129,7 @@ impl Probe {
     /// [`Error::InvalidConfig`] for more than 63 thresholds, [`Error::UploadInCapture`], or the device's. The rules then stay.
     pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
         let Self { rooms, core, .. } = self;
-        let judge = rooms.rules.as_mut().ok_or(Error::NotDeclared { declare: "Config::rules" })?;
+        let judge = rooms.rules.as_mut().ok_or(Error::NotDeclared { declare: Judge::DECLARE })?;
         outside_capture(&*core.device, Error::UploadInCapture)?;
         let mut health = judge.health.clone();
         health.set_rules(rules)?;

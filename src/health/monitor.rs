@@ -54,11 +54,14 @@ pub struct Health {
 }
 
 /// What is kept from step to step; only clean ones, which are finite and not skipped, change it.
-#[derive(Clone, Debug)]
-struct State {
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(super) struct State {
     step: u64,
     /// Of the last clean step, 0 before it.
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     norms: Vec<f64>,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     total: f64,
     /// Clean steps in a row in which a tensor was vanishing by a threshold.
     vanishing: Vec<Run>,
@@ -71,12 +74,15 @@ struct State {
 }
 
 /// A clean step of the window.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Past {
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     norm: f64,
     /// Elements that had a gradient tensor: steps of other tensors are no comparison.
     elements: u64,
     clipped: bool,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     log_coefficient: f64,
 }
 
@@ -91,7 +97,7 @@ impl State {
             activity: Activity::new(structure),
             shares: Shares::new(tensors),
             weights: Weights::new(tensors),
-            updates: Updates::new(plan),
+            updates: Updates::new(structure),
             window: VecDeque::new(),
             frontier: None,
         }
@@ -187,6 +193,32 @@ impl Health {
         self.state = State::new(&self.plan, &self.structure);
     }
 
+    /// What is kept from step to step.
+    pub(super) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Whether this may have been kept of these tensors.
+    pub(super) fn is_state(&self, state: &State) -> bool {
+        let is_of_plan = |frontier: &Frontier| {
+            let spec = self.plan.tensors().get(frontier.index);
+            spec.is_some_and(|spec| spec.name == frontier.tensor)
+                && matches!(frontier.kind, FindingKind::Nan | FindingKind::Inf)
+        };
+        let own = &self.state;
+        (state.norms.len(), state.vanishing.len()) == (own.norms.len(), own.vanishing.len())
+            && state.activity.is_as_long_as(&own.activity)
+            && state.shares.is_as_long_as(&own.shares)
+            && state.weights.is_as_long_as(&own.weights)
+            && state.updates.is_as_long_as(&own.updates)
+            && state.frontier.as_ref().is_none_or(is_of_plan)
+    }
+
+    /// Goes on from there.
+    pub(super) fn restore(&mut self, state: &State) {
+        self.state.clone_from(state);
+    }
+
     /// Diagnoses the next step.
     ///
     /// # Errors
@@ -227,7 +259,7 @@ impl Health {
             self.of_ranks(check, &mut found);
         }
         if outputs.skip == 0 {
-            self.state.updates.judge(report, &self.rules, &mut found);
+            self.state.updates.judge(report, &self.structure, &self.rules, &mut found);
         }
         if clean {
             self.state.weights.judge(report, &self.structure, &self.rules, &mut found);

@@ -2,6 +2,7 @@
 
 /// For how many steps in a row something has been so, and since which step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Run {
     pub steps: u32,
     pub since: u64,

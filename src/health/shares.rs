@@ -9,7 +9,6 @@ use super::{
     structure::Structure,
 };
 use crate::Record;
-use std::collections::VecDeque;
 
 /// Steps that a share is compared with: few, so that a thousand weights cost a tenth of a millisecond.
 const WINDOW: usize = 8;
@@ -20,17 +19,21 @@ const LEAST: f64 = 0.01;
 const RISES: f64 = 2.0;
 
 /// What is kept of each tensor, by clean steps.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Shares {
     tensors: Vec<Last>,
     /// Of the tensors that had a gradient.
     elements: u64,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Last {
     /// Those above 0.
-    shares: VecDeque<f64>,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    shares: Vec<f64>,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     norm: f64,
 }
 
@@ -42,6 +45,11 @@ impl Shares {
     /// Forgets them.
     pub fn clear(&mut self) {
         self.tensors.fill_with(Last::default);
+    }
+
+    /// Whether it is of as many tensors, with no more shares of each than are kept.
+    pub fn is_as_long_as(&self, other: &Self) -> bool {
+        self.tensors.len() == other.tensors.len() && self.tensors.iter().all(|last| last.shares.len() <= WINDOW)
     }
 
     /// Judges the next clean step, of this total norm.
@@ -68,7 +76,7 @@ impl Shares {
                 continue;
             }
             let rises = norm >= RISES * std::mem::replace(&mut last.norm, norm) && share >= LEAST && !is_told;
-            let jump = if rises { jump(last.shares.make_contiguous(), share) } else { None };
+            let jump = if rises { jump(&last.shares, share) } else { None };
             if let Some(jump) = jump
                 && let Some((severity, limit)) = past_above(rules.share, jump.deviations)
             {
@@ -81,9 +89,9 @@ impl Shares {
                 found.push(Seen { index: Some(index), message, ..seen });
             }
             if last.shares.len() == WINDOW {
-                last.shares.pop_front();
+                last.shares.remove(0);
             }
-            last.shares.push_back(share);
+            last.shares.push(share);
         }
     }
 }

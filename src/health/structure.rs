@@ -9,9 +9,9 @@ use std::collections::HashMap;
 #[derive(Clone, Debug)]
 pub(super) struct Structure {
     /// The module of each tensor: those that only differ in the last part of their names are of one.
-    modules: Vec<usize>,
+    pub modules: Vec<usize>,
     /// The tensors of each module.
-    members: Vec<Vec<usize>>,
+    pub members: Vec<Vec<usize>>,
     /// Whether it is a weight, which sums over more than one input: all but the first dimension. Without shapes, the largest of its
     /// module, unless its name begins with a b, as those of biases do.
     pub is_weight: Vec<bool>,

@@ -1,15 +1,16 @@
 //! How far steps move the weights: too far, hardly, or not at all.
 //!
-//! Judged by layer ([`Groups::by_layer`]): a bias that began at 0 moves by as much as it is, one before a normalisation not at
+//! Judged by layer ([`Groups::by_layer`](super::Groups::by_layer)): a bias that began at 0 moves by as much as it is, one before a normalisation not at
 //! all, and both is as it should be. Beside its weight neither counts.
 
 use super::{
-    FindingKind, Groups, Limits, Rules, Verdict,
+    FindingKind, Limits, Rules, Verdict,
     found::{Found, Seen, percent},
     run::Run,
+    structure::Structure,
     threshold::count_to_f64,
 };
-use crate::{Plan, Report, TensorReport, optim::UpdateRecord};
+use crate::{Report, TensorReport, optim::UpdateRecord};
 
 /// Updates in a row that are too large before that is a finding. ("For several consecutive steps" is how the literature has it.)
 const PERSISTENCE: u32 = 3;
@@ -20,19 +21,21 @@ const AT_ONCE: f64 = 3.0;
 const ENDED: f64 = 1e-2;
 
 /// What is kept from step to step.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Updates {
-    /// The layer of each tensor.
-    layers: Vec<usize>,
-    /// Σ w² of each tensor after its last update; NaN before the first.
+    /// Σ w² of each tensor after its last update; infinite before the first.
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     weight_squares: Vec<f64>,
     runs: Vec<Runs>,
     /// The largest median ratio so far.
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     peak: f64,
 }
 
 /// For how many updates in a row a layer has been past each limit: that of a warning, and the critical.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Runs {
     too_large: [Run; 2],
     stalled: [Run; 2],
@@ -52,15 +55,18 @@ struct Layer {
 }
 
 impl Updates {
-    pub fn new(plan: &Plan) -> Self {
-        let groups = Groups::by_layer(plan);
-        let layers: Vec<usize> = groups.of_tensors().iter().flatten().copied().collect();
-        let (weight_squares, runs) = (vec![f64::NAN; layers.len()], vec![Runs::default(); groups.names().len()]);
-        Self { layers, weight_squares, runs, peak: 0.0 }
+    pub fn new(structure: &Structure) -> Self {
+        let (tensors, layers) = (structure.modules.len(), structure.members.len());
+        Self { weight_squares: vec![f64::INFINITY; tensors], runs: vec![Runs::default(); layers], peak: 0.0 }
+    }
+
+    /// Whether it is of as many tensors and layers.
+    pub fn is_as_long_as(&self, other: &Self) -> bool {
+        (self.weight_squares.len(), self.runs.len()) == (other.weight_squares.len(), other.runs.len())
     }
 
     /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights.
-    pub fn judge(&mut self, report: &Report, rules: &Rules, found: &mut Found<'_>) {
+    pub fn judge(&mut self, report: &Report, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
         if report.updates().is_none() {
             return;
         }
@@ -79,7 +85,7 @@ impl Updates {
             }
             let before = std::mem::replace(&mut self.weight_squares[index], update.weight_squares);
             let before = report.param_norm_before(index).map_or(before, |norm| norm * norm);
-            layers[self.layers[index]].add(index, &tensor, update, before);
+            layers[structure.modules[index]].add(index, &tensor, update, before);
         }
         if outputs.found_inf != 0.0 {
             return;

@@ -18,7 +18,8 @@ use crate::Report;
 const SHARE: usize = 4;
 
 /// What is kept from step to step.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Weights {
     large: Run,
     small: Run,
@@ -29,6 +30,11 @@ pub(super) struct Weights {
 impl Weights {
     pub fn new(tensors: usize) -> Self {
         Self { large: Run::default(), small: Run::default(), was_zero: vec![false; tensors] }
+    }
+
+    /// Whether it is of as many tensors.
+    pub fn is_as_long_as(&self, other: &Self) -> bool {
+        self.was_zero.len() == other.was_zero.len()
     }
 
     /// Judges the weights of a step, if their norms and shapes are known.

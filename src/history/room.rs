@@ -4,8 +4,8 @@ use super::{HistoryReport, HistoryStep, bytes};
 use crate::{
     Config, Error, Probe,
     device::Buffer,
-    features::Feature,
-    probe::{Core, ReadBack, Room, StepArguments, outside_capture, uploaded, values},
+    features::{Feature, Saved},
+    probe::{Core, ReadBack, Room, StepArguments, copied, differs, outside_capture, uploaded, values},
 };
 
 /// The last steps of a probe: [`Config::history`], [`Probe::history`].
@@ -31,6 +31,41 @@ impl Feature<u32> for History {
     }
 }
 
+/// The ring as it is on the device, and the name of the next batch.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct HistoryState {
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    ring: Vec<u8>,
+    tag: u64,
+}
+
+impl Saved for History {
+    const DECLARE: &'static str = "Config::history";
+    type State = HistoryState;
+
+    fn state(&mut self, core: &Core) -> Result<HistoryState, Error> {
+        let device = &*core.device;
+        let tag = bytemuck::pod_read_unaligned(copied(device, &self.tag)?.wait()?);
+        Ok(HistoryState { ring: self.ring.wait(device)?.to_vec(), tag })
+    }
+
+    fn check(&self, core: &Core, state: &HistoryState) -> Result<(), Error> {
+        // Of one plan, histories of other lengths have other bytes.
+        let of_a_step = bytes(1, core.plan.tensors().len())?;
+        let (there, here) = (state.ring.len(), self.steps * of_a_step);
+        if there == here {
+            return Ok(());
+        }
+        differs(format!("its history is of {} steps, and the probe's of {}", there / of_a_step, self.steps))
+    }
+
+    fn restore(&mut self, core: &Core, state: &HistoryState) -> Result<(), Error> {
+        core.device.upload(bytemuck::bytes_of(&state.tag), &self.tag)?;
+        core.device.upload(&state.ring, self.ring.buffer())
+    }
+}
+
 impl Config {
     /// With the last steps kept on the device, at least 1: 112 bytes a step and 24 a step and tensor.
     #[must_use]
@@ -46,7 +81,7 @@ impl Probe {
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::history`].
     pub fn history(&mut self) -> Result<Room<'_, History>, Error> {
-        Room::new(&mut self.core, &mut self.rooms.history, "Config::history")
+        Room::new(&mut self.core, &mut self.rooms.history, History::DECLARE)
     }
 }
 

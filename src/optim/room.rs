@@ -6,7 +6,7 @@ use super::{Optimizer, OptimizerTensor, check_learning_rate};
 use crate::{
     Config, DType, Error, Probe, Tensor, TensorMut,
     device::Buffer,
-    features::Feature,
+    features::{Feature, Saved},
     measure::narrow,
     probe::{Common, Core, Given, Mirrored, Other, Planned, ReadBack, Room, outside_capture, uploaded},
     spec::PACKET,
@@ -182,12 +182,11 @@ impl Probe {
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::optimizer`].
     pub fn optimizer(&mut self) -> Result<Room<'_, OptimizerMemory>, Error> {
-        Room::new(&mut self.core, &mut self.rooms.optimizer, DECLARE)
+        Room::new(&mut self.core, &mut self.rooms.optimizer, OptimizerMemory::DECLARE)
     }
 }
 
-const DECLARE: &str = "Config::optimizer";
-const NOT_DECLARED: Error = Error::NotDeclared { declare: DECLARE };
+const NOT_DECLARED: Error = Error::NotDeclared { declare: OptimizerMemory::DECLARE };
 
 impl Room<'_, OptimizerMemory> {
     /// Moves these weights by these gradients, those of the last measurement: one launch, which does not wait. What comes

@@ -23,6 +23,40 @@ pub(crate) fn values<T: Pod>(bytes: &[u8]) -> Vec<T> {
     bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
 }
 
+/// All of a buffer on its way to the host.
+pub(crate) fn copied(device: &dyn Device, buffer: &Buffer) -> Result<Box<dyn Read>, Error> {
+    let mut read = device.read(buffer.bytes())?;
+    read.start(buffer)?;
+    Ok(read)
+}
+
+/// Lists of f32 that lie in a buffer, each by its place and length; what is nowhere has a length of 0. Waits for them.
+pub(crate) fn parts(
+    device: &dyn Device,
+    buffer: &Buffer,
+    places: impl Iterator<Item = (u64, u64)>,
+) -> Result<Vec<Vec<f32>>, Error> {
+    let read = copied(device, buffer)?;
+    let bytes = read.wait()?;
+    let at = |element: u64| usize::try_from(element * 4).unwrap_or(usize::MAX);
+    let part = |(place, len)| if len == 0 { Vec::new() } else { values(&bytes[at(place)..at(place + len)]) };
+    Ok(places.map(part).collect())
+}
+
+/// Uploads such lists, each to its place, and 0 between them.
+pub(crate) fn set_parts<'a>(
+    device: &dyn Device,
+    buffer: &Buffer,
+    parts: impl Iterator<Item = (u64, &'a [f32])>,
+) -> Result<(), Error> {
+    let mut all = vec![0f32; buffer.bytes() / 4];
+    for (place, part) in parts {
+        let place = usize::try_from(place).unwrap_or(usize::MAX);
+        all.get_mut(place..).unwrap_or_default()[..part.len()].copy_from_slice(part);
+    }
+    device.upload(bytemuck::cast_slice(&all), buffer)
+}
+
 /// A table in device memory, and what is known to be in it.
 pub(crate) struct Mirrored<T> {
     buffer: Buffer,

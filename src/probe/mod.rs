@@ -5,6 +5,8 @@ mod given;
 mod memory;
 mod numbering;
 mod reports;
+#[cfg(feature = "serde")]
+mod serialize;
 mod state;
 
 pub(crate) use arguments::Other;
@@ -13,7 +15,12 @@ pub(crate) use given::{Given, Located, Planned, check_address, weight_of};
 pub(crate) use numbering::Numbering;
 pub use state::ProbeState;
 
-pub(crate) use memory::{Mirrored, ReadBack, outside_capture, uploaded, values};
+pub(crate) use memory::{Mirrored, ReadBack, copied, outside_capture, parts, set_parts, uploaded, values};
+#[cfg(feature = "serde")]
+pub(crate) use serialize::{bits, bytes};
+pub(crate) use state::differs;
+#[cfg(feature = "checkpoint")]
+pub(crate) use state::{load, save};
 
 use crate::{
     Config, DType, Error, NonFinitePolicy, Plan, Record, Tensor, TensorMut,

@@ -4,12 +4,15 @@ use super::state::LAST;
 use crate::Error;
 use std::collections::VecDeque;
 
+/// Measurements whose steps are not one more than that of the measurement before, with those, the oldest first.
+pub(super) type Jumps = Vec<(u64, u64)>;
+
 /// Which step each measurement is of.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Numbering {
     /// Measurements launched so far, as far as the host knows: graphs are replayed without it.
     measured: u64,
-    /// Measurements whose steps are not one more than that of the measurement before, the oldest first.
+    /// [`Jumps`].
     jumps: VecDeque<(u64, u64)>,
 }
 
@@ -61,10 +64,21 @@ impl Numbering {
         Ok(())
     }
 
-    /// Goes on after this measurement, which was of that step.
-    pub fn restore(&mut self, measurement: u64, step: u64) {
-        self.measured = measurement;
-        self.jumps = VecDeque::from([(measurement, step)]);
+    /// What [`restored`](Self::restored) takes.
+    pub fn jumps(&self) -> Jumps {
+        self.jumps.iter().copied().collect()
+    }
+
+    /// That goes on after so many measurements; `None` for numbers that do not rise, or that are too large.
+    pub fn restored(measured: u64, jumps: &[(u64, u64)]) -> Option<Self> {
+        let rises = |pair: &[(u64, u64)]| {
+            let (first, then) = (pair[0], pair[1]);
+            then.0 > first.0 && then.1 > first.1 && then.1 - first.1 >= then.0 - first.0
+        };
+        // One jump may be to a step that has not been measured.
+        let fits = |&(measurement, step): &(u64, u64)| measurement <= measured + 1 && step <= LAST;
+        let restored = Self { measured, jumps: jumps.iter().copied().collect() };
+        (measured <= LAST && jumps.iter().all(fits) && jumps.windows(2).all(rises)).then_some(restored)
     }
 }
 
@@ -99,7 +113,10 @@ mod tests {
         }
         assert!(numbering.jumps.len() <= 6, "{}", numbering.jumps.len());
         assert!((996..=1000).all(|measurement| numbering.of(measurement) == 10 * measurement));
-        numbering.restore(7, 70);
-        assert_eq!((numbering.of(7), numbering.of(8)), (70, 71));
+        let restored = Numbering::restored(1000, &numbering.jumps()).unwrap();
+        assert_eq!((restored.of(1000), restored.of(1001)), (10_000, 10_001));
+        let odd: [&[(u64, u64)]; 5] =
+            [&[(3, 5), (2, 7)], &[(3, 5), (4, 5)], &[(3, 5), (6, 7)], &[(9, 10)], &[(2, u64::MAX)]];
+        assert!(odd.iter().all(|jumps| Numbering::restored(7, jumps).is_none()));
     }
 }

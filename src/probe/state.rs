@@ -1,29 +1,198 @@
 //! What a probe has learnt, for a run that is interrupted and goes on, on as many ranks as there are then.
 
-use super::{Probe, outside_capture, values};
-use crate::{Error, StepOutputs, clip::check_scale};
+use super::{
+    Core, Probe,
+    numbering::{Jumps, Numbering},
+    outside_capture, values,
+};
+#[cfg(feature = "checkpoint")]
+use crate::write::file::{replace, unwritable};
+use crate::{
+    Error, Plan, StepOutputs, TensorSpec,
+    features::{Rooms, Saved},
+    gsnr::Tracking,
+    health::Judge,
+    history::History,
+    optim::OptimizerMemory,
+    samples::Samples,
+};
+#[cfg(feature = "checkpoint")]
+use std::path::Path;
 
-/// What decides the next step beside its gradients: [`Probe::state`], [`Probe::restore`]. Plain numbers, for a checkpoint of
-/// whatever format. What is tracked across steps, the history, the moments of an optimizer and what a diagnosis has learnt
-/// are not in it.
+/// All that reaches from one step to the next beside the gradients and the weights: [`Probe::state`], [`Probe::restore`]. A run
+/// that is interrupted and goes on from it has the bits of one that was not: of reports, clips and loss scale, diagnoses, history,
+/// samples, signal and noise, and the weights that an optimizer moves.
+///
+/// What is declared is no part of it, nor what was set since: the rules, and the learning rate. Declare and set them before
+/// [`Probe::restore`], as they were. Micro-batches of an accumulation that no step has ended are left out as well.
+///
+/// # Files
+/// With the feature `serde` it can be serialized, in any format: numbers as their bits, and lists as bytes, in the order of the
+/// machine's. With the feature `checkpoint`, `save` and `load` do so, to a file and from one:
+///
+#[cfg_attr(feature = "checkpoint", doc = "```")]
+#[cfg_attr(not(feature = "checkpoint"), doc = "```ignore")]
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ProbeState, Rules};
+///
+/// let path = std::env::temp_dir().join("gradprobe.state");
+/// let make = || {
+///     let plan = Plan::new([("weight", DType::F32, 3)])?;
+///     let clip = Clip::Percentile { percentile: 10.0, history: 100, max_norm: None };
+///     Probe::new(Cpu, plan, Config::new().clip(clip).history(64).rules(Rules::default()))
+/// };
+/// let mut probe = make()?;
+/// probe.measure(&[&[1.0f32, 2.0, 3.0]])?;
+/// probe.state()?.save(&path)?;
+/// // another day:
+/// let mut probe = make()?;
+/// probe.restore(&ProbeState::load(&path)?)?;
+/// probe.measure(&[&[1.0f32, 2.0, 3.0]])?;
+/// assert_eq!(probe.wait()?.step(), 2);
+/// # std::fs::remove_file(&path).unwrap();
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
+///
+/// # Ranks
+/// A state is of one rank's plan, and goes to any rank with the same: with replicas, to all of them, however many there are then.
+/// Where ranks have tensors of their own, each saves its own. On another number of such ranks, or with other parts, they go on from
+/// the [`common`](Self::common) state of any: step, clip and loss scale.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct ProbeState {
-    /// The number of the last step: [`Probe::set_step`].
-    pub step: u64,
+    version: Version,
     /// Steps measured.
-    pub measurements: u64,
+    pub step: u64,
+    /// Their numbers, as far as they are still asked for.
+    numbering: Jumps,
     /// What the clip remembers, as the device has it: the same on all ranks, but for averages of a rank's own tensors.
+    #[cfg_attr(feature = "serde", serde(with = "super::bytes"))]
     pub clip: Vec<u64>,
     /// The loss scale of the next step, and the steps without NaN or Inf since it last changed.
     pub loss_scale: Option<(f32, u32)>,
+    own: Option<Own>,
+}
+
+/// What is of the tensors of one plan.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+struct Own {
+    plan: Vec<TensorSpec>,
+    rules: Option<<Judge as Saved>::State>,
+    history: Option<<History as Saved>::State>,
+    tracking: Option<<Tracking as Saved>::State>,
+    samples: Option<<Samples as Saved>::State>,
+    optimizer: Option<<OptimizerMemory as Saved>::State>,
+}
+
+/// The version of all of that, which a serialized state begins with. A change of any field makes another.
+const VERSION: u32 = 1;
+
+/// It is always [`VERSION`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(into = "u32", try_from = "u32"))]
+struct Version;
+
+impl From<Version> for u32 {
+    fn from(_: Version) -> Self {
+        VERSION
+    }
+}
+
+impl TryFrom<u32> for Version {
+    type Error = Error;
+
+    fn try_from(version: u32) -> Result<Self, Error> {
+        if version == VERSION {
+            Ok(Self)
+        } else {
+            differs(format!("it has version {version}, and this reads {VERSION}"))
+        }
+    }
 }
 
 /// No probe comes that far; steps behind it would have no number.
 pub(super) const LAST: u64 = 1 << 62;
 
+/// # Errors
+/// [`Error::StateOfAnotherProbe`], always.
+pub(crate) fn differs<T>(what: impl Into<String>) -> Result<T, Error> {
+    Err(Error::StateOfAnotherProbe { what: what.into() })
+}
+
+/// The state of a feature, if it is declared.
+fn state_of<M: Saved>(core: &Core, memory: &mut Option<M>) -> Result<Option<M::State>, Error> {
+    memory.as_mut().map(|memory| memory.state(core)).transpose()
+}
+
+fn check<M: Saved>(core: &Core, memory: &Option<M>, state: &Option<M::State>) -> Result<(), Error> {
+    let declare = M::DECLARE;
+    match (memory, state) {
+        (Some(memory), Some(state)) => memory.check(core, state),
+        (None, None) => Ok(()),
+        (Some(_), None) => differs(format!("`{declare}` is declared here, and was not where it was saved")),
+        (None, Some(_)) => differs(format!("`{declare}` is not declared here, and was where it was saved")),
+    }
+}
+
+fn restore<M: Saved>(core: &Core, memory: &mut Option<M>, state: &Option<M::State>) -> Result<(), Error> {
+    memory.as_mut().zip(state.as_ref()).map_or(Ok(()), |(memory, state)| memory.restore(core, state))
+}
+
+impl Own {
+    fn of(core: &Core, rooms: &mut Rooms) -> Result<Self, Error> {
+        Ok(Self {
+            plan: core.plan.tensors().to_vec(),
+            rules: state_of(core, &mut rooms.rules)?,
+            history: state_of(core, &mut rooms.history)?,
+            tracking: state_of(core, &mut rooms.tracking)?,
+            samples: state_of(core, &mut rooms.samples)?,
+            optimizer: state_of(core, &mut rooms.optimizer)?,
+        })
+    }
+
+    fn check(&self, core: &Core, rooms: &Rooms) -> Result<(), Error> {
+        check_plan(&self.plan, &core.plan)?;
+        check(core, &rooms.rules, &self.rules)?;
+        check(core, &rooms.history, &self.history)?;
+        check(core, &rooms.tracking, &self.tracking)?;
+        check(core, &rooms.samples, &self.samples)?;
+        check(core, &rooms.optimizer, &self.optimizer)
+    }
+
+    fn restore(&self, core: &Core, rooms: &mut Rooms) -> Result<(), Error> {
+        restore(core, &mut rooms.rules, &self.rules)?;
+        restore(core, &mut rooms.history, &self.history)?;
+        restore(core, &mut rooms.tracking, &self.tracking)?;
+        restore(core, &mut rooms.samples, &self.samples)?;
+        restore(core, &mut rooms.optimizer, &self.optimizer)
+    }
+}
+
+/// # Errors
+/// [`Error::StateOfAnotherProbe`], with the first tensor that differs.
+fn check_plan(saved: &[TensorSpec], plan: &Plan) -> Result<(), Error> {
+    let own = plan.tensors();
+    let count = saved.len().max(own.len());
+    let Some(place) = (0..count).find(|&place| saved.get(place) != own.get(place)) else { return Ok(()) };
+    let said = |spec: Option<&TensorSpec>| {
+        spec.map_or("none".to_owned(), |TensorSpec { name, dtype, len }| format!("{name:?} of {len} {dtype} elements"))
+    };
+    differs(format!("tensor {place} of its plan is {}, and here {}", said(saved.get(place)), said(own.get(place))))
+}
+
+impl ProbeState {
+    /// Of this what ranks have in common, whatever their tensors: step, clip and loss scale. A clip by averages of tensors
+    /// remembers those of a rank's own all the same.
+    #[must_use]
+    pub fn common(&self) -> Self {
+        Self { own: None, ..self.clone() }
+    }
+}
+
 impl Probe {
-    /// What has been learnt up to the last step that was launched, for which it waits.
+    /// What has been learnt up to the last step that was launched, for which it waits. Takes as much memory of the host as the
+    /// features keep on the device.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
@@ -32,43 +201,94 @@ impl Probe {
         if self.core.measured {
             self.wait()?;
         }
-        let measurements = self.reports.reported();
-        let step = self.core.numbering.of(measurements);
+        let step = self.reports.reported();
         let Self { core, rooms, .. } = self;
         core.clip_read.start(&core.clip_state)?;
         let clip = values(core.clip_read.wait()?);
-        let loss_scale = match &mut rooms.loss_scale {
-            Some(memory) => Some(memory.current(&*core.device)?),
-            None => None,
-        };
-        Ok(ProbeState { step, measurements, clip, loss_scale })
+        let loss_scale = state_of(core, &mut rooms.loss_scale)?;
+        let (numbering, own) = (core.numbering.jumps(), Some(Own::of(core, rooms)?));
+        Ok(ProbeState { version: Version, step, numbering, clip, loss_scale, own })
     }
 
-    /// Goes on from there: the next step is the one after, and decided as it would have been. On many ranks all do this, with
-    /// the state of any: one with another is named in the next step, or where ranks compare a step later in the one after, by
+    /// Goes on from there: the next step is the one after, and all that follows is as it would have been. What the state does not
+    /// have, as a [`common`](ProbeState::common) one, stays as it is. Of many ranks all do this, from the same step: one that differs is
+    /// named in the next step, or where ranks compare a step later in the one after, by
     /// [`FLAG_STATE`](StepOutputs::FLAG_STATE).
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a state of a probe with another clip, or with a loss scale where this has none, or the other
-    /// way round; [`Error::UploadInCapture`], or the device's.
+    /// [`Error::StateOfAnotherProbe`], which names the first tensor of another plan, a feature that was declared otherwise, or what
+    /// no probe can have kept; [`Error::InvalidConfig`] for a loss scale that is none; [`Error::UploadInCapture`], or the device's.
+    /// Nothing is changed but where the device fails.
     pub fn restore(&mut self, state: &ProbeState) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         let Self { reports, core, rooms } = self;
-        let is_of_clip = core.config.clip.is_state(core.plan.tensors().len(), &state.clip);
+        let ProbeState { step, numbering, clip, loss_scale, own, .. } = state;
+        own.as_ref().map_or(Ok(()), |own| own.check(core, rooms))?;
+        check(core, &rooms.loss_scale, loss_scale)?;
+        if !core.config.clip.is_state(core.plan.tensors().len(), clip) {
+            let words = clip.len();
+            return differs(format!("its clip has {words} words that {:?} cannot have kept", core.config.clip));
+        }
         // The first word of a clip is the number of the steps that it has learnt from.
-        let is_late = [state.step, state.measurements].iter().chain(state.clip.first()).any(|&steps| steps > LAST);
-        if !is_of_clip || is_late || rooms.loss_scale.is_some() != state.loss_scale.is_some() {
-            let ProbeState { step, clip, loss_scale, .. } = state;
-            let value = format!("of step {step}, {} words, loss scale {loss_scale:?}", clip.len());
-            let expected = "of a probe with the same clip, plan and loss scale";
-            return Err(Error::InvalidConfig { option: "state", expected, value });
+        if [*step].iter().chain(clip.first()).any(|&steps| steps > LAST) {
+            return differs(format!("it is of step {step}, and its clip of {:?}", clip.first()));
         }
-        if let (Some(memory), Some((scale, growth_tracker))) = (&rooms.loss_scale, state.loss_scale) {
-            check_scale(scale)?;
-            memory.set(&*core.device, scale, growth_tracker)?;
-        }
-        core.device.upload(bytemuck::cast_slice(&state.clip), &core.clip_state)?;
-        core.numbering.restore(state.measurements, state.step);
-        reports.restore(&*core.device, StepOutputs { step: state.measurements, ..StepOutputs::default() })
+        let Some(numbering) = Numbering::restored(*step, numbering) else {
+            return differs(format!("it has other numbers than rising ones of steps up to {step}"));
+        };
+        restore(core, &mut rooms.loss_scale, loss_scale)?;
+        core.numbering = numbering;
+        core.device.upload(bytemuck::cast_slice(clip), &core.clip_state)?;
+        own.as_ref().map_or(Ok(()), |own| own.restore(core, rooms))?;
+        reports.restore(&*core.device, StepOutputs { step: *step, ..StepOutputs::default() })
+    }
+}
+
+#[cfg(feature = "checkpoint")]
+impl ProbeState {
+    /// Writes it to a file, which has all of it then, or what it had before.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        save(self, path.as_ref())
+    }
+
+    /// What [`save`](Self::save) has written to a file.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`], with what it holds where that is no state of this version.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
+        load(path.as_ref(), "probe")
+    }
+}
+
+/// Writes what begins with a [`Version`] to a file, whole or not at all.
+///
+/// # Errors
+/// [`Error::Unwritable`].
+#[cfg(feature = "checkpoint")]
+pub(crate) fn save(state: &impl serde::Serialize, path: &Path) -> Result<(), Error> {
+    let bytes = postcard::to_stdvec(state).map_err(|error| unwritable(path, error))?;
+    replace(path, &bytes)
+}
+
+/// Reads it, the state of `whose`.
+///
+/// # Errors
+/// [`Error::Unreadable`], with what it holds where that is no state of this version.
+#[cfg(feature = "checkpoint")]
+pub(crate) fn load<T: serde::de::DeserializeOwned>(path: &Path, whose: &str) -> Result<T, Error> {
+    let unreadable = |reason: String| Error::Unreadable { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+    // Another version may have other fields behind its number.
+    let version = postcard::take_from_bytes::<u32>(&bytes).map(|(version, _)| version);
+    if let Some(error) = version.ok().and_then(|version| Version::try_from(version).err()) {
+        return Err(unreadable(error.to_string()));
+    }
+    match postcard::take_from_bytes(&bytes) {
+        Ok((state, [])) => Ok(state),
+        Ok((_, rest)) => Err(unreadable(format!("no state of a {whose}: {} bytes are left behind one", rest.len()))),
+        Err(error) => Err(unreadable(format!("no state of a {whose}: {error}"))),
     }
 }

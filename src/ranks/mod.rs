@@ -59,7 +59,8 @@
 //! A rank that is gone, late or another than the others think is an [`Error::Communication`](crate::Error::Communication) on all
 //! that wait for it: with threads and TCP at once, or after a deadline, with its number; with NCCL, which does not know whose
 //! fault it is, after the deadline. [`Ranks::abort_handle`] ends all waiting. The probe is then to be dropped, which does not hang.
-//! Those that are left make new communicators and probes, and go on from a [`ProbeState`](crate::ProbeState).
+//! Those that are left make new communicators and probes, and go on from a [`ProbeState`](crate::ProbeState):
+//! the one of their plan, or what it has in [`common`](crate::ProbeState::common) with all others.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Along, Mesh, Ranks, ThreadCommunicator}};

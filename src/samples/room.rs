@@ -4,8 +4,8 @@ use super::{SampleConfig, SamplePlace, SampleReport};
 use crate::{
     Config, Error, Probe, Tensor,
     device::{Buffer, Kernel},
-    features::Feature,
-    probe::{Common, Core, Planned, ReadBack, Room, uploaded, values},
+    features::{Feature, Saved},
+    probe::{Common, Core, Planned, ReadBack, Room, differs, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -48,6 +48,41 @@ impl Feature<SampleConfig> for Samples {
     }
 }
 
+/// Numbers of the steps, and the bits of their values: those of absent tensors are NaN, which would not be equal to itself.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct SampleState {
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    numbers: Vec<u64>,
+    #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
+    values: Vec<u32>,
+}
+
+impl Saved for Samples {
+    const DECLARE: &'static str = "Config::samples";
+    type State = SampleState;
+
+    fn state(&mut self, core: &Core) -> Result<SampleState, Error> {
+        let bytes = self.ring.wait(&*core.device)?;
+        let (numbers, ring) = bytes.split_at(self.steps * size_of::<u64>());
+        Ok(SampleState { numbers: values(numbers), values: values(ring) })
+    }
+
+    fn check(&self, _: &Core, SampleState { numbers, values }: &SampleState) -> Result<(), Error> {
+        let (steps, count) = (self.steps, self.places.len());
+        if (numbers.len(), values.len()) == (steps, steps * count) {
+            return Ok(());
+        }
+        let (there, all) = (numbers.len(), values.len());
+        differs(format!("it has {all} samples of {there} steps, and the probe {} of {steps}", steps * count))
+    }
+
+    fn restore(&mut self, core: &Core, SampleState { numbers, values }: &SampleState) -> Result<(), Error> {
+        let ring: [&[u8]; 2] = [bytemuck::cast_slice(numbers), bytemuck::cast_slice(values)];
+        core.device.upload(&ring.concat(), self.ring.buffer())
+    }
+}
+
 impl Config {
     /// With a few elements kept of each step.
     #[must_use]
@@ -63,7 +98,7 @@ impl Probe {
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::samples`].
     pub fn samples(&mut self) -> Result<Room<'_, Samples>, Error> {
-        Room::new(&mut self.core, &mut self.rooms.samples, "Config::samples")
+        Room::new(&mut self.core, &mut self.rooms.samples, Samples::DECLARE)
     }
 }
 
@@ -100,9 +135,8 @@ impl Room<'_, Samples> {
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
     pub fn report(&mut self) -> Result<SampleReport, Error> {
-        let bytes = self.memory.ring.wait(&*self.core.device)?;
-        let (numbers, ring) = bytes.split_at(self.memory.steps * size_of::<u64>());
+        let SampleState { numbers, values } = self.memory.state(self.core)?;
         let (places, numbering) = (self.memory.places.clone(), &self.core.numbering);
-        Ok(SampleReport::new(places, &values::<u64>(numbers), &values::<f32>(ring), numbering))
+        Ok(SampleReport::new(places, &numbers, bytemuck::cast_slice(&values), numbering))
     }
 }

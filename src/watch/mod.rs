@@ -1,5 +1,7 @@
 //! A trainer's steps, watched: measured, clipped, diagnosed, written and told, in one call a step.
 
+#[cfg(feature = "checkpoint")]
+mod checkpoint;
 mod seen;
 mod told;
 
@@ -61,6 +63,9 @@ pub struct Watch<P = Probe> {
     told_lost: bool,
     /// The learning rate that the rules go by.
     learning_rate: Option<f64>,
+    /// Whether it goes on from a checkpoint.
+    #[cfg(feature = "checkpoint")]
+    is_resumed: bool,
 }
 
 /// A step whose report has not come yet.
@@ -115,6 +120,8 @@ impl<P: AsMut<Probe>> Watch<P> {
             is_quiet: false,
             told_lost: false,
             learning_rate: None,
+            #[cfg(feature = "checkpoint")]
+            is_resumed: false,
         }
     }
 
@@ -228,6 +235,10 @@ impl<P: AsMut<Probe>> Watch<P> {
         if self.sinks.is_empty() {
             return Ok(());
         }
+        #[cfg(feature = "checkpoint")]
+        if self.is_resumed {
+            self.sinks = std::mem::take(&mut self.sinks).into_iter().map(resumed).collect();
+        }
         for sink in &self.sinks {
             if let Some((path, last)) = sink.last().filter(|&(_, last)| step <= last) {
                 return Err(Error::StepWritten { path: path.to_owned(), step, last });
@@ -312,6 +323,15 @@ impl<P: AsMut<Probe>> Watch<P> {
         if !self.is_quiet {
             eprint!("{text}");
         }
+    }
+}
+
+/// Writes no step that is there.
+#[cfg(feature = "checkpoint")]
+fn resumed(sink: Box<dyn Sink>) -> Box<dyn Sink> {
+    match sink.last().map(|(_, last)| last) {
+        Some(last) => Box::new(checkpoint::Resumed { sink, last }),
+        None => sink,
     }
 }
 

@@ -9,12 +9,12 @@ use std::{
 };
 
 /// What went wrong with a file or folder.
-pub(super) fn unwritable(path: &Path, reason: impl ToString) -> Error {
+pub(crate) fn unwritable(path: &Path, reason: impl ToString) -> Error {
     Error::Unwritable { path: path.to_owned(), reason: reason.to_string() }
 }
 
 /// Puts a file there in one step: a reader sees the old content or the new, never a part.
-pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), Error> {
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<(), Error> {
     // Beside it, as a rename does not cross file systems; and with another ending, so that no collector reads it. Not
     // `tempfile`, whose files are for their owner's eyes only: Prometheus' collector runs as another user.
     static NUMBER: AtomicU64 = AtomicU64::new(0);

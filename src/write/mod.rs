@@ -44,7 +44,7 @@ pub mod charts;
 #[cfg(feature = "csv")]
 mod csv;
 mod entry;
-mod file;
+pub(crate) mod file;
 #[cfg(feature = "json")]
 mod json;
 #[cfg(feature = "live")]

@@ -92,7 +92,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn new(plan: &AnyPlan) -> Self {
+    pub fn new(plan: &AnyPlan) -> Self {
         let words = |seed: u32| {
             // Of f32 0.01 to 0.04; of two f16 or bf16 much the same.
             let word = move |place: u32| 0x3c24_3c24 + (place.wrapping_mul(2_654_435_761) ^ seed) % 0x80_0000;
@@ -254,6 +254,7 @@ fn changed(mut state: ProbeState, change: u8, word: u64) -> ProbeState {
         1 => state.step = word,
         2 => state.loss_scale = Some((f32::from_bits(word as u32), (word >> 32) as u32)),
         3 => state.clip.push(word),
+        4 if word.is_multiple_of(2) => state = state.common(),
         _ => {
             let count = state.clip.len();
             state.clip[(change / 6) as usize % count] = word;

@@ -57,7 +57,7 @@ fn states_of_no_probe_are_refused_and_those_of_odd_ones_go_on() {
     let (nan, one) = (f64::NAN.to_bits(), 1f64.to_bits());
     for odd in [late, word(0, u64::MAX), word(0, 2), word(4, nan), word(4, one), word(6, one)] {
         let refused = probe.restore(&odd);
-        assert!(matches!(refused, Err(Error::InvalidConfig { option: "state", .. })), "{odd:?}: {refused:?}");
+        assert!(matches!(refused, Err(Error::StateOfAnotherProbe { .. })), "{odd:?}: {refused:?}");
     }
     probe.restore(&changed(&|state| state.loss_scale = Some((65536.0, u32::MAX)))).unwrap();
     probe.measure(&[&TWO]).unwrap();

@@ -9,6 +9,7 @@ mod config;
 mod found;
 mod ranks;
 mod readers;
+mod states;
 
 // Of the inspector, for its files.
 #[path = "../../examples/inspect/failure.rs"]

@@ -26,4 +26,5 @@ mod peers;
 mod processes;
 mod properties;
 mod reads;
+mod state;
 mod watch;

@@ -76,7 +76,7 @@ fn all_that_has_a_step_number_has_the_trainers() {
     let report = probe.wait().unwrap();
     let frontier = report.diagnosis().unwrap().frontier().unwrap().clone();
     assert_eq!((frontier.step, frontier.tensor.as_str(), frontier.element), (30, "1.weight", 7));
-    assert_eq!(probe.state().unwrap().step, 1000);
+    assert_eq!(probe.state().unwrap().step, 8, "as many were measured");
 }
 
 #[test]
@@ -251,4 +251,80 @@ fn a_step_that_is_lost_is_told_in_the_end() {
     take(&mut watch, 2, |_| {});
     assert!(matches!(watch.finish(), Err(Error::EntryLost { step: 1, .. })));
     take(&mut watch, 3, |_| {});
+}
+
+/// The lines and the checkpoint of a run that is interrupted, and one that goes on, are those of a run that is not.
+#[test]
+fn a_resumed_run_is_the_one_that_was_not_interrupted() {
+    let folder = TempDir::new().unwrap();
+    let clip = Clip::Percentile { percentile: 50.0, history: 16, max_norm: None };
+    let make = |run: &str| {
+        let mut watch = watch(Config::full().history(8).clip(clip));
+        watch.write_to(folder.path().join(run)).unwrap();
+        watch
+    };
+    let spoil = |step: u64| {
+        move |gradients: &mut [Vec<f32>; 2]| {
+            if (20..24).contains(&step) || step == 33 {
+                gradients[1][5] = f32::NAN;
+            }
+        }
+    };
+    let run = |watch: &mut Watch, steps: std::ops::RangeInclusive<u64>| -> Vec<String> {
+        let seen = steps.map(|step| take(watch, 3 * step, spoil(step)));
+        seen.map(|seen| format!("{seen} {} {:?}", seen.report(), seen.changed())).collect()
+    };
+    let mut whole = make("whole");
+    let all = run(&mut whole, 1..=40);
+    whole.finish().unwrap();
+    let checkpoint = folder.path().join("checkpoint");
+    let mut first = make("parts");
+    let before = run(&mut first, 1..=22);
+    first.save(&checkpoint).unwrap();
+    // What comes after the checkpoint is lost with the process, but not of the files.
+    run(&mut first, 23..=26);
+    first.finish().unwrap();
+    drop(first);
+    let mut second = make("parts");
+    second.restore(&checkpoint).unwrap();
+    let after = run(&mut second, 23..=40);
+    second.finish().unwrap();
+    assert!(before.iter().chain(&after).eq(&all));
+    let read = |run: &str| fs::read_to_string(folder.path().join(run).join("steps.jsonl")).unwrap();
+    assert_eq!(read("parts"), read("whole"));
+    let states = [&mut whole, &mut second].map(|watch| {
+        watch.save(&checkpoint).unwrap();
+        fs::read(&checkpoint).unwrap()
+    });
+    assert!(states[0] == states[1]);
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_changes_nothing() {
+    let folder = TempDir::new().unwrap();
+    let checkpoint = folder.path().join("checkpoint");
+    let mut saved = watch(Config::full());
+    take(&mut saved, 1, |_| {});
+    saved.save(&checkpoint).unwrap();
+    let refused = |config: Config, path: &Path| {
+        let mut watch = watch(config);
+        let error = watch.restore(path).unwrap_err().to_string();
+        let before = watch.probe().state().unwrap();
+        assert_eq!(before.step, 0);
+        error
+    };
+    assert!(refused(Config::full().history(3), &checkpoint).contains("`Config::history` is declared here"));
+    assert!(refused(Config::new(), &checkpoint).contains("is not declared here"));
+    let damaged = folder.path().join("damaged");
+    let bytes = fs::read(&checkpoint).unwrap();
+    fs::write(&damaged, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(refused(Config::full(), &damaged).contains("no state of a watched run"));
+    fs::write(&damaged, [&[7], &bytes[1..]].concat()).unwrap();
+    assert!(refused(Config::full(), &damaged).contains("it has version 7"));
+    assert!(refused(Config::full(), &folder.path().join("nowhere")).contains("nowhere"));
+    // Of another model.
+    let plan = Plan::new([("other", DType::F32, 3)]).unwrap();
+    let mut other = Watch::new(Probe::new(Cpu, plan, Config::full()).unwrap());
+    let error = other.restore(&checkpoint).unwrap_err().to_string();
+    assert!(error.contains("\"0.weight\"") && error.contains("\"other\""), "{error}");
 }

@@ -518,9 +518,9 @@ fn a_state_that_was_saved_goes_on_with_the_same_bits() {
             refused
         };
         let other = refused(&|state| state.optimizer = "adagrad".to_owned());
-        assert!(other.contains("it is of adagrad, and the probe's is"), "{other}");
+        assert!(other.contains("its optimizer is adagrad, and the probe's"), "{other}");
         let fewer = refused(&|state| drop(state.tensors.pop()));
-        assert_eq!(fewer, "the optimizer's state does not fit: it has 7 tensors, and the plan 8");
+        assert_eq!(fewer, "the state does not fit this probe: its optimizer has 7 tensors, and the plan 8");
         let renamed = refused(&|state| state.tensors[1].name = "x".to_owned());
         assert!(renamed.ends_with("it has tensor \"x\" where the plan has \"a.bias\""), "{renamed}");
         let longer = refused(&|state| state.tensors[0].first.push(0.0));
