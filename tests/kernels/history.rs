@@ -3,7 +3,9 @@
 
 use crate::common::{cases::normal, host::OnHost};
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, HostTensor, NonFinitePolicy, Plan, Probe, StepOutputs, Tensor,
+    Absent, Clip, Config, Cpu, DType, Error, HostTensor, NonFinitePolicy, Plan, Probe, Rules, StepOutputs, Tensor,
+    clip::LossScale,
+    gsnr::GsnrConfig,
     history::{HistoryReport, HistoryStep, HistoryTensor},
 };
 use gradprobe_simt::{Schedule, Simt};
@@ -171,4 +173,32 @@ fn what_is_not_kept_is_an_error() {
     }
     let refused = Probe::new(Cpu, plan(), Config::new().history(0)).map(drop);
     assert!(matches!(refused, Err(Error::InvalidConfig { option: "history", .. })), "{refused:?}");
+}
+
+/// A state is of no device: a run goes on on the kernels from what the CPU has saved, and the other way round.
+#[test]
+fn a_run_goes_on_on_another_device() {
+    let clip = Clip::Percentile { percentile: 50.0, history: 3, max_norm: None };
+    let tracking = GsnrConfig::new().tensors(["0", "1"]).window(5);
+    let config = Config::new().clip(clip).loss_scale(LossScale::dynamic()).history(4).tracking(tracking);
+    let config = || config.clone().rules(Rules::default());
+    let make = |on_kernels: bool| match on_kernels {
+        true => Probe::new(Simt::default(), plan(), config()).unwrap(),
+        false => Probe::new(Cpu, plan(), config()).unwrap(),
+    };
+    for on_kernels in [false, true] {
+        let (mut first, mut second) = (make(on_kernels), make(!on_kernels));
+        (1..=7).for_each(|number| measure(&mut first, number));
+        second.restore(&first.state().unwrap()).unwrap();
+        for number in 8..=13 {
+            let [expected, seen] = [&mut first, &mut second].map(|probe| {
+                measure(probe, number);
+                let report = probe.wait().unwrap();
+                let (gsnr, history) = (probe.gsnr().unwrap().report(), probe.history().unwrap().report().unwrap());
+                format!("{:?} {:?} {gsnr:?} {history:?}", report.outputs(), report.diagnosis())
+            });
+            assert!(seen == expected, "step {number}");
+        }
+        assert_eq!(second.state().unwrap(), first.state().unwrap());
+    }
 }
