@@ -208,3 +208,22 @@ fn a_rule_on_one_step_cannot_be_of_a_kind_that_has_no_bit() {
     rules.stalled = Limits::new(2.0, 1.0);
     assert!(matches!(rules.check(), Err(Error::InvalidConfig { option: "stalled", .. })));
 }
+
+#[test]
+fn a_step_by_another_number_keeps_its_updates() {
+    let mut training = Training::new(&[("a.weight", 4), ("b.weight", 4)], Sgd::new(0.1), Rules::default());
+    let report = training.report(&[1.0, 2.0]);
+    let updates =
+        |report: &Report| report.tensors().map(|t| t.update.map(|update| update.update_norm())).collect::<Vec<_>>();
+    for step in [0, 1, 41] {
+        let numbered = report.clone().numbered(step);
+        assert_eq!((numbered.step(), updates(&numbered)), (step, updates(&report)));
+        let table = numbered.table_of(&[1]).to_string();
+        assert!(table.contains(&format!("\nstep {step}: total norm ")) && !table.contains("a.weight"), "{table}");
+        assert_eq!(table.lines().nth(1), report.to_string().lines().nth(2));
+    }
+    // Those of the step before are not this one's, whatever it is called.
+    training.probe.measure(&[&[1.0f32; 4], &[1.0f32; 4]]).unwrap();
+    let measured = training.probe.wait().unwrap();
+    assert!([1, 2, 3].iter().all(|&step| updates(&measured.clone().numbered(step)) == [None, None]));
+}
