@@ -395,6 +395,14 @@ impl GsnrReport {
         &self.records
     }
 
+    /// What `Display` prints, with these tensors alone, by their places among those that are tracked and in this order.
+    ///
+    /// # Panics
+    /// When it is printed, for a place that there is not.
+    pub fn table_of<'a>(&'a self, tensors: &'a [usize]) -> impl fmt::Display + 'a {
+        Table(self, tensors)
+    }
+
     /// Names and records of the tracked tensors, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &GsnrRecord)> {
         self.records.iter().map(|(index, record)| (self.plan.tensors()[*index].name.as_str(), record))
@@ -416,7 +424,19 @@ impl GsnrReport {
 
 impl fmt::Display for GsnrReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<String> = self.tensors().map(|(name, _)| printable(name)).collect();
+        self.table_of(&(0..self.records.len()).collect::<Vec<_>>()).fmt(f)
+    }
+}
+
+/// Of these tensors.
+struct Table<'a>(&'a GsnrReport, &'a [usize]);
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(report, tensors) = *self;
+        let all: Vec<(&str, &GsnrRecord)> = report.tensors().collect();
+        let names: Vec<String> = tensors.iter().map(|&index| printable(all[index].0)).collect();
+        let rows = || tensors.iter().map(|&index| all[index].1).zip(&names);
         let width = width_of(&names, "tensor");
         let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{x:.3e}"));
         let percent = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |x| format!("{:.1}", 100.0 * x));
@@ -425,7 +445,7 @@ impl fmt::Display for GsnrReport {
             "{:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>9} {:>10} {:>8}",
             "tensor", "steps", "skipped", "gsnr median", "gsnr mean", "corrected", "% below 1", "constant", "norm cv"
         )?;
-        for ((_, record), name) in self.tensors().zip(&names) {
+        for (record, name) in rows() {
             writeln!(
                 f,
                 "{name:width$} {:>6} {:>8} {:>12} {:>12} {:>10} {:>9} {:>10} {:>8}",
@@ -439,12 +459,12 @@ impl fmt::Display for GsnrReport {
                 record.norm_cv().map_or_else(|| "–".to_owned(), |cv| format!("{cv:.3}")),
             )?;
         }
-        for ((_, record), name) in self.tensors().zip(&names).filter(|((_, record), _)| record.nonfinite > 0) {
+        for (record, name) in rows().filter(|(record, _)| record.nonfinite > 0) {
             writeln!(f, "{name}: {} elements left out, whose moments are NaN or infinite", record.nonfinite)?;
         }
-        match self.noise_scale() {
+        match report.noise_scale() {
             Some(scale) => writeln!(f, "noise scale {scale:.4} batches"),
-            None if self.records.iter().all(|(_, record)| record.steps < 2) => {
+            None if report.records.iter().all(|(_, record)| record.steps < 2) => {
                 writeln!(f, "noise scale: no tensor has two steps")
             }
             None => writeln!(f, "noise scale: the gradient is not significant beside its noise"),

@@ -231,7 +231,7 @@ impl Activity {
             let Some((severity, limit)) = past_above(rules.inactive_rows, inactive) else { continue };
             found.push(Seen {
                 index: Some(index),
-                since: Some(found.step().saturating_add(1).saturating_sub(u64::from(record.steps)).max(1)),
+                since: Some(found.step().saturating_add(1).saturating_sub(u64::from(record.steps))),
                 message: format!(
                     "{} % of the elements had no gradient in any of {} steps, above {} %; the others are the same in each",
                     percent(inactive),

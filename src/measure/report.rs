@@ -93,6 +93,14 @@ impl Report {
         Ok(Self { param_norms: Some(norms.to_vec()), ..self })
     }
 
+    /// What `Display` prints, with these tensors alone, by their places in the plan and in this order.
+    ///
+    /// # Panics
+    /// When it is printed, for a place that is not in the plan.
+    pub fn table_of<'a>(&'a self, tensors: &'a [usize]) -> impl fmt::Display + 'a {
+        Table(self, tensors)
+    }
+
     /// What was measured.
     pub fn plan(&self) -> &Plan {
         &self.plan
@@ -263,26 +271,37 @@ fn cell(name: &str, tensor: TensorReport<'_>) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<String> = self.tensors().map(|t| printable(t.name)).collect();
+        self.table_of(&(0..self.records.len()).collect::<Vec<_>>()).fmt(f)
+    }
+}
+
+/// Of these tensors.
+struct Table<'a>(&'a Report, &'a [usize]);
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(report, tensors) = *self;
+        let all: Vec<TensorReport<'_>> = report.tensors().collect();
+        let names: Vec<String> = tensors.iter().map(|&index| printable(all[index].name)).collect();
         let width = width_of(&names, "tensor");
         let of_weights = |name| ["param_norm", "ratio"].contains(&name);
         let columns = || {
             let known = |name| match name {
-                "update_ratio" => self.updates.is_some(),
-                name => self.has_param_norms() || !of_weights(name),
+                "update_ratio" => report.updates.is_some(),
+                name => report.has_param_norms() || !of_weights(name),
             };
             COLUMNS.into_iter().filter(move |&(name, ..)| known(name))
         };
         write!(f, "{:width$} {:>5}", "tensor", "dtype")?;
         columns().try_for_each(|(_, heading, width)| write!(f, " {heading:>width$}"))?;
         writeln!(f)?;
-        for (tensor, name) in self.tensors().zip(&names) {
+        for (tensor, name) in tensors.iter().map(|&index| all[index]).zip(&names) {
             write!(f, "{name:width$} {:>5}", tensor.dtype)?;
             columns().try_for_each(|(name, _, width)| write!(f, " {:>width$}", cell(name, tensor)))?;
             let remarks = tensor.remarks();
             writeln!(f, "{}{remarks}", if remarks.is_empty() { "" } else { "  ◄ " })?;
         }
-        let outputs = &self.outputs;
+        let outputs = &report.outputs;
         write!(f, "step {}: total norm {:.6e}", outputs.step, outputs.total_norm)?;
         if !outputs.total_norm.is_finite() {
             write!(
@@ -298,7 +317,7 @@ impl fmt::Display for Report {
             write!(f, ", step to be skipped")?;
         }
         writeln!(f)?;
-        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.fmt(f))?;
-        self.diagnosis().map_or(Ok(()), |diagnosis| diagnosis.fmt(f))
+        report.ranks.as_ref().map_or(Ok(()), |ranks| ranks.fmt(f))?;
+        report.diagnosis().map_or(Ok(()), |diagnosis| diagnosis.fmt(f))
     }
 }

@@ -11,13 +11,14 @@ mod ranks;
 mod readers;
 mod states;
 
-// Of the inspector, for its files.
-#[path = "../../examples/inspect/failure.rs"]
+// Of the program, for its files.
+#[path = "../../src/bin/gradprobe/files/failure.rs"]
 #[allow(dead_code, reason = "of which the reader of headers needs a part")]
 mod failure;
-#[path = "../../examples/inspect/header.rs"]
+#[path = "../../src/bin/gradprobe/files/header.rs"]
+#[allow(dead_code, reason = "of which the file and the type of an entry are the program's to know")]
 mod header;
-#[path = "../../examples/inspect/natural.rs"]
+#[path = "../../src/bin/gradprobe/files/natural.rs"]
 mod natural;
 
 use arbitrary::{Arbitrary, Unstructured};

@@ -208,3 +208,12 @@ fn a_rule_on_one_step_cannot_be_of_a_kind_that_has_no_bit() {
     rules.stalled = Limits::new(2.0, 1.0);
     assert!(matches!(rules.check(), Err(Error::InvalidConfig { option: "stalled", .. })));
 }
+
+#[test]
+fn a_table_may_be_of_some_tensors() {
+    let mut training = Training::new(&[("a.weight", 4), ("b.weight", 4)], Sgd::new(0.1), Rules::default());
+    let report = training.report(&[1.0, 2.0]);
+    let table = report.table_of(&[1]).to_string();
+    assert!(table.contains("\nstep 1: total norm ") && !table.contains("a.weight"), "{table}");
+    assert_eq!(table.lines().nth(1), report.to_string().lines().nth(2));
+}

@@ -69,7 +69,7 @@ fn every_preset_finds_the_explosion_and_its_nan() {
         assert_eq!(report["verdict"], "critical");
     }
     let text = inspect(&[], &EXPLODING);
-    let began = "began at step 4 in blocks.0.attn.qkv.weight, element 576 (nan); the last clean one before it is \
+    let began = "began at step 3 in blocks.0.attn.qkv.weight, element 576 (nan); the last clean one before it is \
                  blocks.0.attn.proj.bias\n";
     assert!(text.contains(began), "{text}");
     assert!(text.ends_with("\nverdict: critical\n"));

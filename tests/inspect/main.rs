@@ -1,16 +1,11 @@
 //! The inspector, run as users run it.
 
-use serde_json::{Value, json};
+use files::{Files, assert_complains, file, golden, raw, text};
+use serde_json::Value;
 use std::{
-    fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
 };
-use tempfile::TempDir;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name).with_extension("safetensors")
-}
 
 /// The inspector, on the CPU unless told otherwise.
 fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
@@ -32,66 +27,11 @@ macro_rules! inspect {
     };
 }
 
+mod files;
 mod findings;
 mod refusals;
 mod reports;
 
-/// Standard output of a run that has nothing to complain about.
-fn text(output: Output) -> String {
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && complaint.is_empty(), "{}: {complaint}", output.status);
-    String::from_utf8(output.stdout).unwrap()
-}
-
 fn report(output: Output) -> Value {
     serde_json::from_str(&text(output)).unwrap()
-}
-
-/// The run failed with this code and one line that holds `needles`.
-#[track_caller]
-fn assert_complains(output: Output, code: i32, needles: &[&str]) {
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{complaint}");
-    assert!(complaint.starts_with("error: ") && complaint.ends_with('\n'), "{complaint:?}");
-    assert_eq!(complaint.matches('\n').count(), 1, "{complaint:?}");
-    assert!(output.stdout.is_empty());
-    for needle in needles {
-        assert!(complaint.contains(needle), "{needle:?} is not in {complaint:?}");
-    }
-}
-
-/// A directory of files to inspect.
-struct Files(TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Self(TempDir::new().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-/// A safetensors file with this header and data.
-fn raw(header: &str, data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
-}
-
-/// A safetensors file of F32 tensors, and spaces to bring its data to any address.
-fn file(tensors: &[(&str, &[f32])], padding: usize) -> Vec<u8> {
-    let (mut header, mut data) = (json!({}), Vec::new());
-    for (name, elements) in tensors {
-        let start = data.len();
-        data.extend(elements.iter().flat_map(|x| x.to_le_bytes()));
-        header[*name] = json!({"dtype": "F32", "shape": [elements.len()], "data_offsets": [start, data.len()]});
-    }
-    raw(&format!("{header}{:padding$}", ""), &data)
 }

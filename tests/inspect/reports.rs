@@ -1,7 +1,7 @@
 //! What the inspector says of gradients: its numbers against known ones, its keys against the contract, its copies against a
 //! clip computed here.
 
-#[path = "../../examples/inspect/natural.rs"]
+#[path = "../../src/bin/gradprobe/files/natural.rs"]
 mod natural;
 
 use super::{Files, assert_complains, command, file, golden, raw, report, text};
@@ -362,7 +362,7 @@ fn tables_name_the_file_the_tensors_and_the_rate() {
     let found = text(inspect![golden("dead"), golden("dead"), "--preset", "doctor"]);
     let tables: Vec<&str> = found.split("\n\n").collect();
     assert_eq!(tables.len(), 3);
-    for (step, table) in [(1, tables[0]), (2, tables[1])] {
+    for (step, table) in tables[..2].iter().enumerate() {
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!((lines.len(), lines[0]), (10, golden("dead").to_str().unwrap()));
         assert!(lines[1].starts_with("tensor") && lines[2].starts_with("0.bias"), "{table}");

@@ -1,5 +1,6 @@
 //! The report for machines: the objects of `gradprobe::write`, in the shape of the inspector's contract.
 
+use crate::files::TensorFile;
 use gradprobe::{
     Finding, Report, Verdict,
     gsnr::GsnrReport,
@@ -7,13 +8,12 @@ use gradprobe::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
-/// The whole report; `gsnr` when there is more than one step.
+/// The whole report; of the tensors `shown`, `gsnr` when there is more than one step.
 pub fn report(
     device: &str,
     steps: Vec<Value>,
-    gsnr: Option<&GsnrReport>,
+    (gsnr, shown): (Option<&GsnrReport>, &[usize]),
     findings: &[Finding],
     verdict: Verdict,
 ) -> Value {
@@ -21,7 +21,9 @@ pub fn report(
     report.insert("device".to_owned(), device.into());
     report.insert("steps".to_owned(), steps.into());
     if let Some(gsnr) = gsnr {
-        report.insert("gsnr".to_owned(), gsnr.tensors().map(|(name, record)| value(json_gsnr(name, record))).collect());
+        let all: Vec<_> = gsnr.tensors().collect();
+        let tensors = shown.iter().map(|&index| value(json_gsnr(all[index].0, all[index].1)));
+        report.insert("gsnr".to_owned(), tensors.collect());
     }
     report.insert("noise_scale".to_owned(), optional(gsnr.and_then(GsnrReport::noise_scale)));
     report.insert("findings".to_owned(), findings.iter().map(finding).collect());
@@ -39,7 +41,7 @@ fn finding(finding: &Finding) -> Value {
     json!({
         "severity": finding.severity.name(),
         "kind": finding.kind.name(),
-        "step": finding.since.saturating_sub(1),
+        "step": finding.since,
         "tensor": finding.tensor,
         "value": number(finding.value),
         "threshold": number(finding.threshold),
@@ -48,17 +50,22 @@ fn finding(finding: &Finding) -> Value {
     })
 }
 
-/// One step.
-pub fn step(file: &Path, report: &Report, clipped: bool) -> Value {
+/// One step, with the tensors `shown`.
+pub fn step(file: &TensorFile, report: &Report, shown: &[usize], clipped: bool) -> Value {
     let outputs = report.outputs();
     let mut step = Map::new();
-    step.insert("file".to_owned(), file.to_string_lossy().into());
+    step.insert("file".to_owned(), file.path.to_string_lossy().into());
     step.insert("total_norm".to_owned(), number(outputs.total_norm));
     step.insert("finite_total_norm".to_owned(), number(outputs.finite_total_norm));
     if clipped {
         step.insert("clip_coefficient".to_owned(), number(outputs.coefficient_f64));
     }
-    step.insert("tensors".to_owned(), report.tensors().map(|tensor| value(json_tensor(&tensor))).collect());
+    let all: Vec<_> = report.tensors().collect();
+    step.insert("tensors".to_owned(), shown.iter().map(|&index| value(json_tensor(&all[index]))).collect());
+    if !file.left_out.is_empty() {
+        let left_out = file.left_out.iter().map(|tensor| json!({"name": tensor.name, "dtype": tensor.dtype}));
+        step.insert("left_out".to_owned(), left_out.collect());
+    }
     step.into()
 }
 

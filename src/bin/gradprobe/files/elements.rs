@@ -1,12 +1,35 @@
-//! The elements of one tensor, owned and aligned for their type.
-//!
-//! A file may place a tensor at any address. Reading it into a vector of its own type aligns it, with no case for
-//! tensors that are aligned already.
+//! The elements of one tensor: where they lie in a mapped file, or owned and aligned for their type.
 
+use bytemuck::try_cast_slice;
 use gradprobe::{DType, Error, HostTensor, HostTensorMut};
 use half::{bf16, f16};
 
-/// One tensor's elements.
+/// One tensor's elements, to be read.
+pub enum Lent<'a> {
+    /// In the file's pages, which the system reads as they are touched and may drop again.
+    Mapped(HostTensor<'a>),
+    Read(Elements),
+}
+
+impl Lent<'_> {
+    pub fn view(&self) -> HostTensor<'_> {
+        match self {
+            Self::Mapped(tensor) => *tensor,
+            Self::Read(elements) => elements.view(),
+        }
+    }
+}
+
+/// These bytes as elements; `None` where they are not aligned for that.
+pub fn mapped(dtype: DType, bytes: &[u8]) -> Option<HostTensor<'_>> {
+    match dtype {
+        DType::F32 => try_cast_slice(bytes).ok().map(HostTensor::F32),
+        DType::F16 => try_cast_slice(bytes).ok().map(HostTensor::F16),
+        DType::BF16 => try_cast_slice(bytes).ok().map(HostTensor::BF16),
+    }
+}
+
+/// One tensor's elements, owned.
 pub enum Elements {
     F32(Vec<f32>),
     F16(Vec<f16>),

@@ -1,10 +1,16 @@
 //! The weights whose gradients are inspected: of them, their norms are of interest.
 
-use crate::{device, elements::Elements, failure::Failure, header::Entry, options::Device, tensor_file::TensorFile};
+use crate::{
+    device::Open,
+    files::{Entry, Failure, Lent, OtherTypes, TensorFile},
+};
 use gradprobe::{Config, HostTensor, Tensor};
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
-/// An open file with a weight for every gradient. What else it holds is left alone, of whatever dtype.
+/// Open files with a weight for every gradient. What else it holds is left alone, of whatever dtype.
 pub struct Weights {
     tensors: TensorFile,
 }
@@ -13,7 +19,7 @@ impl Weights {
     /// Opens a file, and fails unless it has all the weights: those of the `gradients`, which lie in `of`.
     pub fn open(path: &Path, of: &Path, gradients: &[Entry]) -> Result<Self, Failure> {
         let names: HashSet<&str> = gradients.iter().map(|gradient| gradient.name.as_str()).collect();
-        let tensors = TensorFile::open(path, |name| names.contains(name))?;
+        let tensors = TensorFile::open(path, |name| names.contains(name), OtherTypes::Refused)?;
         // Both are in the same order, and every weight has a gradient.
         let mut weights = tensors.entries.iter().peekable();
         for gradient in gradients {
@@ -29,12 +35,16 @@ impl Weights {
         Ok(Self { tensors })
     }
 
+    /// The files they are in.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        self.tensors.files().map(Path::to_owned)
+    }
+
     /// Reads the weights and gives the L2 norm of each.
-    pub fn norms(mut self, device: Option<Device>, progress: impl FnMut(&Path)) -> Result<Vec<f64>, Failure> {
-        let mut probe = device::open(device, self.tensors.plan()?, Config::default())?;
-        let mut elements = self.tensors.room()?;
-        self.tensors.read(&mut elements, progress)?;
-        let views: Vec<HostTensor> = elements.iter().map(Elements::view).collect();
+    pub fn norms(self, open: Open<'_>, progress: impl FnMut(&Path)) -> Result<Vec<f64>, Failure> {
+        let mut probe = open(self.tensors.plan()?, Config::default())?;
+        let elements = self.tensors.lend(progress)?;
+        let views: Vec<HostTensor> = elements.iter().map(Lent::view).collect();
         let views: Vec<&dyn Tensor> = views.iter().map(|view| view as _).collect();
         let report = probe.measure(&views).and_then(|()| probe.wait());
         let report = report.map_err(|error| Failure::file(&self.tensors.path, error))?;

@@ -1,21 +1,27 @@
-//! The command line.
+//! The command line of `inspect`.
 
-use clap::{Parser, ValueEnum};
+use super::Selection;
+use crate::files::OtherTypes;
+use clap::{Args, ValueEnum};
 use gradprobe::{
-    Clip, Config,
+    Clip, Config, Verdict,
     health::{Preset, Rules},
 };
 use std::{path::PathBuf, str::FromStr};
 
-/// Reads gradients from safetensors files and reports what is in them: norms, moments, extremes, zero and dead
-/// shares, NaN and Inf with their place; across steps, signal and noise. Each file holds the gradients of one step.
-#[derive(Debug, Parser)]
-#[command(name = "inspect")]
+/// Report what is in gradients, and what is wrong with them
+///
+/// Norms, moments, extremes, zero and dead shares, NaN and Inf with their place; across steps, signal and noise. Each file holds
+/// the gradients of one step, which are counted from 0.
+///
+/// A step is a safetensors file, a folder of them or an index (`model.safetensors.index.json`), which are shards of one step, or
+/// a file of PyTorch's (.pt, .pth, .bin; a state dict, or a checkpoint with one under `state_dict`, `model_state_dict` or
+/// `model`). Tensors of other types than F32, F16 and BF16 are named and left out, F64 among them.
+///
+/// Safetensors files are mapped: the system keeps as much of them in memory as it has room for. PyTorch's are read whole. A file
+/// that another program cuts short while it is measured ends this one by SIGBUS.
+#[derive(Debug, Args)]
 pub struct Options {
-    /// Where the statistics are computed [default: cuda when a GPU is there, else cpu]
-    #[arg(long, value_enum)]
-    pub device: Option<Device>,
-
     /// Clip the gradients of each file together to this L2 norm
     #[arg(long, value_name = "X", value_parser = above_zero, requires = "out", allow_hyphen_values = true)]
     pub clip_norm: Option<f64>,
@@ -47,6 +53,18 @@ pub struct Options {
     )]
     pub lr: Option<f64>,
 
+    /// Refuse files with tensors of other types than F32, F16 and BF16
+    #[arg(long)]
+    pub strict: bool,
+
+    /// Replace clipped copies that are there already
+    #[arg(long, requires = "out")]
+    pub force: bool,
+
+    /// Exit with code 3 when the verdict is this or worse
+    #[arg(long, value_name = "VERDICT", value_enum)]
+    pub fail_on: Option<FailOn>,
+
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,
@@ -55,19 +73,27 @@ pub struct Options {
     /// takes 8 bytes of memory an element
     #[arg(required = true, value_name = "FILE.safetensors")]
     pub files: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub selection: Selection,
 }
 
-/// A place where statistics can be computed.
+/// A verdict that a run may fail on.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Device {
-    /// All cores of this machine
-    Cpu,
-    /// The first NVIDIA GPU
-    Cuda,
-    /// The GPU's kernels, run on this machine's cores: slow, for checking them
-    Simt,
-    /// The GPU's kernels as nvcc compiled them, interpreted: slower still, for checking what a GPU would be given
-    Ptx,
+pub enum FailOn {
+    Warning,
+    Critical,
+}
+
+impl FailOn {
+    /// Whether a verdict is this or worse.
+    pub fn is_met_by(self, verdict: Verdict) -> bool {
+        verdict
+            >= match self {
+                Self::Warning => Verdict::Warning,
+                Self::Critical => Verdict::Critical,
+            }
+    }
 }
 
 impl Options {
@@ -83,6 +109,11 @@ impl Options {
         config
     }
 
+    /// What becomes of tensors of other types than the three.
+    pub fn others(&self) -> OtherTypes {
+        if self.strict { OtherTypes::Refused } else { OtherTypes::LeftOut }
+    }
+
     /// What findings are made by.
     pub fn rules(&self) -> Rules {
         let rules = Rules::preset(self.preset);
@@ -91,14 +122,6 @@ impl Options {
             None => rules,
         }
     }
-}
-
-/// What is wrong with a command line, without the usage and the advice that follow it over several lines.
-pub fn first_sentence(error: &clap::Error) -> String {
-    let advice = |line: &str| ["tip:", "Usage:", "For more information"].iter().any(|word| line.starts_with(word));
-    let text = error.render().to_string();
-    let lines = text.lines().map(str::trim).take_while(|line| !advice(line)).filter(|line| !line.is_empty());
-    lines.collect::<Vec<_>>().join(" ")
 }
 
 fn preset(name: &str) -> Result<Preset, String> {

@@ -1,0 +1,17 @@
+//! Files of tensors: safetensors, whole and in shards, and PyTorch's.
+
+mod elements;
+mod failure;
+mod header;
+mod natural;
+mod progress;
+mod pytorch;
+mod shards;
+mod tensor_file;
+mod units;
+
+pub use elements::Lent;
+pub use failure::Failure;
+pub use progress::Progress;
+pub use tensor_file::{Entry, LeftOut, OtherTypes, TensorFile};
+pub use units::rate;
