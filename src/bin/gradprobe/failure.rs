@@ -1,6 +1,6 @@
 //! What can go wrong. A message names the file, and the line where one is at fault.
 
-use std::{fmt::Display, io, path::Path};
+use std::{fmt::Display, path::Path};
 
 /// Why the program ends early: one line for standard error.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +22,10 @@ impl Failure {
     pub fn line(path: &Path, line: u64, reason: impl Display) -> Self {
         Self(format!("{}: line {line}: {reason}", path.display()))
     }
+}
 
-    /// The terminal is at fault.
-    pub fn terminal(error: io::Error) -> Self {
-        Self(format!("the terminal: {error}"))
+impl From<gradprobe::Error> for Failure {
+    fn from(error: gradprobe::Error) -> Self {
+        Self::new(error)
     }
 }

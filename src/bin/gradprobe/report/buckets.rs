@@ -36,13 +36,18 @@ impl<T: Join> Buckets<T> {
             self.start = step;
         }
         while (step - self.start) / self.width >= self.limit {
-            self.width *= 2;
-            for mut bucket in std::mem::take(&mut self.filled) {
-                bucket.index /= 2;
-                self.push(bucket);
-            }
+            self.halve();
         }
         self.push(Bucket { index: (step - self.start) / self.width, first: step, last: step, of });
+    }
+
+    /// Makes one of each two.
+    pub fn halve(&mut self) {
+        self.width *= 2;
+        for mut bucket in std::mem::take(&mut self.filled) {
+            bucket.index /= 2;
+            self.push(bucket);
+        }
     }
 
     fn push(&mut self, bucket: Bucket<T>) {

@@ -38,7 +38,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let mut runs = vec![Summary::read(&options.run)?];
     if let Some(other) = &options.other {
         runs.push(Summary::read(other)?);
-        if let Some((name, true)) = runs[0].missing_in(&runs[1]) {
+        if let Some(name) = runs[0].differs_from(&runs[1]) {
             let reason = format!("no tensor is in both runs: {} has no {name:?}", other.display());
             return Err(Failure::new(reason));
         }

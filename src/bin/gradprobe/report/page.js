@@ -61,6 +61,7 @@ function shown(value) {
   const size = Math.abs(value);
   return size >= 1e-3 && size < 1e5 ? String(Number(value.toPrecision(5))) : Number(value.toPrecision(5)).toExponential();
 }
+const counted = (count) => `${count} ${count === 1 ? "step" : "steps"}`;
 const stepsOf = (from, to) => (from === to ? `step ${from}` : `steps ${from}–${to}`);
 const printable = (name) => (name === "" ? "(no name)" : name.replace(/[\x00-\x1f\x7f]/g, " "));
 function element(tag, properties = {}, ...children) {
@@ -78,6 +79,7 @@ const verdictOf = (verdict, large) =>
     verdict ? `${SHAPES[verdict]} ${verdict}` : "not diagnosed");
 // With one run there is nothing to tell apart.
 const keyOf = (run) => (runs.length > 1 ? [element("span", { class: `key ${run.key.toLowerCase()}` }, run.key), " "] : []);
+const ends = () => [`step ${first}`, Math.round((first + last) / 2), last].map((text) => element("span", {}, String(text)));
 const percent = (step) => `${(100 * (step - first)) / (last - first + 1)}%`;
 
 // ---- Verdict
@@ -88,8 +90,8 @@ function card(run) {
     const [from, to] = [number(curve.first_value), number(curve.last_value)];
     facts.push([WORDS[curve.name] ?? curve.name, `${shown(from)} at first, ${shown(to)} at last`, to]);
   }
-  facts.push(["clipped", `${run.clipped} steps`, run.clipped], ["skipped", `${run.skipped} steps`, run.skipped]);
-  facts.push(["not finite", `${run.nonfinite} steps`, run.nonfinite]);
+  facts.push(["clipped", counted(run.clipped), run.clipped], ["skipped", counted(run.skipped), run.skipped]);
+  facts.push(["not finite", counted(run.nonfinite), run.nonfinite]);
   const elements = run.tensors.reduce((sum, tensor) => sum + tensor.last.count, 0);
   facts.push(["tensors", `${run.tensors.length}, of ${elements} elements`, run.tensors.length]);
   const counts = ["critical", "warning", "healthy"].filter((verdict) => run[verdict] > 0);
@@ -118,9 +120,9 @@ function strip(run) {
       const size = [0.2, 0.55, 1][worst] * height;
       run.verdicts.worst.forEach((verdict, bucket) => {
         if (verdict !== worst) return;
-        const from = ((run.verdicts.first[bucket] - first) / (last - first + 1)) * width;
+        const from = Math.floor(((run.verdicts.first[bucket] - first) / (last - first + 1)) * width);
         const next = bucket + 1 < run.verdicts.first.length ? run.verdicts.first[bucket + 1] : run.last + 1;
-        const to = ((next - first) / (last - first + 1)) * width;
+        const to = Math.ceil(((next - first) / (last - first + 1)) * width);
         context.fillRect(from, height - size, Math.max(to - from, 1), size);
       });
     }
@@ -130,7 +132,7 @@ function strip(run) {
 function finding(found) {
   const others = found.others.length;
   const tensor = found.tensor === null ? "all tensors"
-    : element("button", { type: "button", onclick: () => choose(found.tensor, true) }, printable(found.tensor));
+    : element("button", { type: "button", onclick: () => chooseAndKeep(found.tensor, true) }, printable(found.tensor));
   const track = element("div", { class: `track ${found.severity}`, "aria-hidden": "true" });
   for (const [from, to] of found.spans) {
     const bar = element("i");
@@ -155,7 +157,7 @@ const AT_ONCE = 50;
 function findings(run) {
   const list = element("ol", { class: "findings" }, ...run.findings.slice(0, AT_ONCE).map(finding));
   const all = element("div", {}, element("h3", { class: "name" }, ...keyOf(run), runs.length > 1 ? printable(run.name) : ""),
-    strip(run), element("div", { class: "ends", "aria-hidden": "true" }, element("span", {}, `step ${first}`), element("span", {}, `${last}`)));
+    strip(run), element("div", { class: "ends", "aria-hidden": "true" }, ...ends()));
   if (run.verdict === null) all.append(element("p", {}, "No step was diagnosed."));
   else if (run.findings.length === 0) all.append(element("p", {}, "Nothing stands out."));
   all.append(list);
@@ -172,7 +174,8 @@ function findings(run) {
 
 // ---- Curves
 
-// `parts` are {run, steps, values}, one a run that has them.
+// `parts` are {run, steps, values}, one a run that has them. Those of a curve have `ends`, its first and last number; those of the
+// heat map have `until`, the last step of each column.
 function chart(title, parts) {
   const numbers = parts.map(({ values }) => Array.from(values));
   const finite = numbers.flat().filter(Number.isFinite);
@@ -183,17 +186,20 @@ function chart(title, parts) {
     numbers[part].flatMap((value, at) => (Number.isFinite(value) ? [] : [[steps[at], value]])));
   const gaps = numbers.map((list) => list.map((value) => (Number.isFinite(value) ? value : null)));
   const data = uPlot.join(parts.map(({ steps }, part) => [Array.from(steps), gaps[part]]));
-  const told = parts.map(({ run }, part) => {
-    const marks = bad[part].length > 0 ? `, ${shown(bad[part][0][1])} first in step ${bad[part][0][0]}` : "";
-    const ends = `${shown(numbers[part][0])} at first, ${shown(numbers[part].at(-1))} at last`;
-    return `${runs.length > 1 ? `${run.key}: ` : ""}${ends}${marks}`;
+  const told = parts.map(({ run, steps }, part) => {
+    const { ends, until, values } = parts[part];
+    const at = numbers[part].findIndex((value) => !Number.isFinite(value));
+    const marks = at < 0 ? "" : `, ${shown(values[at])} first in ${stepsOf(steps[at], until ? until[at] : steps[at])}`;
+    const largest = numbers[part].filter(Number.isFinite).reduce((a, b) => Math.max(a, b), -Infinity);
+    const words = ends ? `${shown(ends[0])} at first, ${shown(ends[1])} at last` : largest > -Infinity ? `${shown(largest)} at most` : "nothing finite";
+    return `${runs.length > 1 ? `${run.key}: ` : ""}${words}${marks}`;
   });
   const host = element("div", { tabIndex: 0, role: "img", "aria-label": `${title} over steps. ${told.join(". ")}` });
   const figure = element("figure", { class: "chart" }, element("h3", { class: "name" }, title),
     element("div", { class: "facts", "data-curve": title }, told.join(". "), logarithmic ? ". Logarithmic." : ""), host);
   let plot;
   const drawing = () => {
-    plot?.destroy();
+    drawing.end();
     const [text, grid] = [color("faint"), color("grid")];
     const axis = { stroke: text, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "12px system-ui, sans-serif" };
     // A step can be moved to that is NaN, and is told as such.
@@ -207,8 +213,12 @@ function chart(title, parts) {
       cursor: { sync: { key: "steps" }, y: false, points: { size: 7 } },
       legend: { live: true },
       scales: {
-        x: { time: false, range: (_, from, to) => (from === to ? [from - 1, to + 1] : [from, to]) },
-        y: { distr: logarithmic ? 3 : 1 },
+        x: { time: false, range: (plot, from, to) => {
+          // All of the run, until it is zoomed into.
+          const all = plot.data[0];
+          return from === all[0] && to === all.at(-1) ? [first, Math.max(last, first + 1)] : [from, to];
+        } },
+        y: { distr: logarithmic ? 3 : 1, ...(low === 0 && high === 0 ? { range: [0, 1] } : {}) },
       },
       axes: [{ ...axis, size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")) },
         { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : shown(Number(tick.toPrecision(6))))) }],
@@ -252,8 +262,10 @@ function chart(title, parts) {
     const at = Math.max(0, Math.min(data[0].length - 1, (plot.cursor.idx ?? (by > 0 ? -1 : data[0].length)) + by));
     plot.setCursor({ left: plot.valToPos(data[0][at], "x"), top: plot.over.clientHeight / 2 });
   });
+  // Else the other curves would go on moving its cursor.
+  drawing.end = () => plot?.destroy();
   drawings.push(drawing);
-  return { figure, drawing };
+  return figure;
 }
 
 // ---- Grids: the heat map and the histograms
@@ -287,9 +299,9 @@ function grid(run, columns, title, content, picked) {
   const canvas = element("canvas", { tabIndex: 0, role: "application", "aria-label": title, "aria-roledescription": "grid of cells, moved through with the arrow keys" });
   const at = element("div", { class: "at", hidden: true });
   const box = element("div", { class: "grid-box" }, canvas, at);
-  const readout = element("output", { class: "readout", "aria-live": "polite" });
-  const ends = element("div", { class: "ends", "aria-hidden": "true" });
-  const host = element("div", {}, box, ends, readout);
+  const readout = element("output", { class: "readout", "aria-live": "polite" }, "No cell is chosen.");
+  const axis = element("div", { class: "ends", "aria-hidden": "true" });
+  const host = element("div", {}, box, axis, readout);
   let [now, gutter, width, cursor, starts] = [null, 0, 0, null, []];
   const drawing = () => {
     now = content();
@@ -346,13 +358,13 @@ function grid(run, columns, title, content, picked) {
       context.textBaseline = "middle";
       for (let r = 0; r < now.rows; r++) context.fillText(fitted(context, now.label(r), gutter - 8), 3, (r + 0.5) * now.height);
     }
-    ends.style.paddingLeft = `${gutter}px`;
-    ends.replaceChildren(element("span", {}, `step ${first}`), element("span", {}, `${last}`));
+    axis.style.paddingLeft = `${gutter}px`;
+    axis.replaceChildren(...ends());
     if (cursor) show(Math.min(cursor[0], starts.length - 1), Math.min(cursor[1], now.rows - 1), false);
   };
   const show = (column, r, follow) => {
     if (column < 0 || r < 0) {
-      [cursor, at.hidden, readout.textContent] = [null, true, ""];
+      [cursor, at.hidden, readout.textContent] = [null, true, "No cell is chosen."];
       return;
     }
     cursor = [column, r];
@@ -464,7 +476,7 @@ function heatMap(run) {
       },
     };
   };
-  const { host, drawing } = grid(run, run.columns, `Tensors over steps of ${run.name}`, content, (row) => choose(rows[row], false));
+  const { host, drawing } = grid(run, run.columns, `Tensors over steps of ${run.name}`, content, (row) => chooseAndKeep(rows[row], false));
   return { host: element("div", {}, element("h3", { class: "name" }, ...keyOf(run), runs.length > 1 ? printable(run.name) : ""), host), drawing };
 }
 function legend() {
@@ -527,14 +539,23 @@ function numbersOf(name, having) {
     element("tr", {}, element("th", { scope: "row" }, key),
       ...objects.map((object) => element("td", { "data-number": key }, text(object[key])))))));
 }
+// Of the user's choice, with an address that leads back to it.
+function chooseAndKeep(name, go) {
+  history.replaceState(null, "", `#${new URLSearchParams({ tensor: name })}`);
+  choose(name);
+  if (go) {
+    document.getElementById("tensor").scrollIntoView();
+    document.querySelector("#tensor h2").focus({ preventScroll: true });
+  }
+}
 // What is drawn again when the window changes: all, and those of the tensor that is shown.
-let drawings = [];
+const drawings = [];
 let general = 0;
-function choose(name, go) {
+function choose(name) {
   chosen.tensor = name;
   const choice = document.getElementById("choice");
   choice.value = String(names.indexOf(name));
-  history.replaceState(null, "", `#${encodeURIComponent(name)}`);
+  drawings.slice(general).forEach((drawing) => drawing.end?.());
   drawings.length = general;
   const having = runs.filter((run) => run.of.has(name));
   const words = having.map((run) => {
@@ -545,12 +566,14 @@ function choose(name, go) {
   const charts = Object.keys(MEASURES).flatMap((measure) => {
     const parts = having.filter((run) => run.measures[measure]).map((run) => {
       const tensor = run.of.get(name);
-      const found = Array.from(run.columns.first, (step, column) => [step, cell(run, measure, column, tensor)]).filter(([, value]) => value !== undefined);
-      return { run, steps: found.map(([step]) => step), values: found.map(([, value]) => value) };
+      const there = Array.from(run.columns.first.keys()).filter((column) => cell(run, measure, column, tensor) !== undefined);
+      const of = (list) => there.map((column) => list[column]);
+      const values = there.map((column) => cell(run, measure, column, tensor));
+      return { run, steps: of(run.columns.first), until: of(run.columns.last), values };
     }).filter(({ steps }) => steps.length > 0);
     // Counts of what never occurs in this tensor tell nothing.
     const tells = parts.some(({ values }) => !measure.endsWith("count") || values.some((value) => value !== 0));
-    return tells ? [chart(MEASURES[measure], parts).figure] : [];
+    return tells ? [chart(MEASURES[measure], parts)] : [];
   });
   const histograms = having.filter((run) => run.histogram.first.length > 0).map((run) =>
     element("div", {}, element("h3", {}, ...keyOf(run), "How large its elements are"), histogram(run, name).host));
@@ -559,10 +582,6 @@ function choose(name, go) {
     element("div", { class: "beside wide" }, ...histograms),
     element("div", {}, element("h3", {}, "Numbers of the last step with details"), numbersOf(name, having)));
   drawings.slice(general).forEach((drawing) => drawing());
-  if (go) {
-    document.getElementById("tensor").scrollIntoView();
-    document.querySelector("#tensor h2").focus({ preventScroll: true });
-  }
 }
 
 // ---- The page
@@ -573,14 +592,18 @@ document.querySelector("#findings > div").append(...runs.map(findings));
 const keys = new Map(runs.flatMap((run) => run.curves).map((curve) => [`${curve.scalar} ${curve.name}`, curve]));
 document.querySelector("#curves .charts").append(...Array.from(keys.values(), (curve) => {
   const parts = runs.flatMap((run) => run.curves.filter((other) => other.name === curve.name && other.scalar === curve.scalar)
-    .map(({ steps, values }) => ({ run, steps, values })));
-  return chart(curve.scalar ? curve.name : WORDS[curve.name], parts).figure;
+    .map(({ steps, values, first_value, last_value }) => ({ run, steps, values, ends: [number(first_value), number(last_value)] })));
+  return chart(curve.scalar ? curve.name : WORDS[curve.name], parts);
 }));
 const measures = Object.keys(MEASURES).filter((measure) => runs.some((run) => run.measures[measure]));
 if (names.length > 0 && measures.length > 0) {
   chosen.measure = measures[0];
   const maps = runs.map(heatMap);
   document.querySelector("#tensors > div").append(...maps.map(({ host }) => host));
+  const alone = names.filter((name) => !runs.every((run) => run.of.has(name)));
+  if (alone.length > 0) {
+    document.getElementById("legend").before(element("p", {}, `${names.length - alone.length} of ${names.length} tensors are in both runs; not, for one: ${printable(alone[0])}.`));
+  }
   const again = () => {
     legend();
     maps.forEach(({ drawing }) => drawing());
@@ -598,7 +621,7 @@ if (names.length > 0 && measures.length > 0) {
   drawings.push(legend);
   const choice = document.getElementById("choice");
   choice.append(...names.map((name, place) => element("option", { value: String(place) }, printable(name))));
-  choice.addEventListener("change", () => choose(names[Number(choice.value)], false));
+  choice.addEventListener("change", () => chooseAndKeep(names[Number(choice.value)], false));
   document.querySelectorAll("form").forEach((form) => form.addEventListener("submit", (event) => event.preventDefault()));
 } else {
   document.getElementById("tensors").hidden = document.getElementById("tensor").hidden = true;
@@ -606,9 +629,10 @@ if (names.length > 0 && measures.length > 0) {
 general = drawings.length;
 drawings.forEach((drawing) => drawing());
 if (chosen.measure) {
-  const asked = decodeURIComponent(location.hash.slice(1));
+  // As `chooseAndKeep` leaves it in the address.
+  const asked = new URLSearchParams(location.hash.slice(1)).get("tensor");
   const found = runs.flatMap((run) => run.findings).find((finding) => finding.tensor !== null);
-  choose(names.includes(asked) ? asked : found && names.includes(found.tensor) ? found.tensor : names[0], false);
+  choose(names.includes(asked) ? asked : found && names.includes(found.tensor) ? found.tensor : names[0]);
 }
 const redraw = () => drawings.forEach((drawing) => drawing());
 let width = innerWidth;

@@ -21,8 +21,10 @@ use std::{
 const POINTS: u64 = 1000;
 /// Columns of the heat map at most, for few tensors.
 const COLUMNS: u64 = 800;
-/// Cells of a heat map, for many: 1.4 MB of the page for each number that it can show.
+/// Cells of a heat map at most, for many: 1.8 MB of the page for each measure.
 const CELLS: u64 = 320 * 1024;
+/// Cells of all measures together: 5.6 MB of the page.
+const ALL_CELLS: usize = 1 << 20;
 /// Columns of all histograms together; one has some 20 octaves, 40 bytes. 2 MB of the page.
 const HISTOGRAMS: u64 = 40 * 1024;
 
@@ -348,11 +350,11 @@ impl Summary {
         Ok(reading.into_summary(name.unwrap_or_else(|| path.display().to_string()), &detailed))
     }
 
-    /// The first tensor that another run does not have, and whether that is so for all.
-    pub fn missing_in(&self, other: &Self) -> Option<(&str, bool)> {
-        let has = |tensor: &&TensorSummary| other.tensors.iter().any(|there| there.name == tensor.name);
-        let missing = self.tensors.iter().find(|tensor| !has(tensor))?;
-        Some((&missing.name, !self.tensors.iter().any(|tensor| has(&tensor))))
+    /// The first tensor that another run does not have, where no tensor is in both. A run without details has any.
+    pub fn differs_from(&self, other: &Self) -> Option<&str> {
+        let has = |tensor: &TensorSummary| other.tensors.iter().any(|there| there.name == tensor.name);
+        let differs = !other.tensors.is_empty() && !self.tensors.iter().any(has);
+        self.tensors.first().filter(|_| differs).map(|tensor| tensor.name.as_str())
     }
 }
 
@@ -428,7 +430,8 @@ impl Reading {
 
     fn add_details(&mut self, step: &Step<'_>, tensors: &[Tensor<'_>]) -> Result<(), String> {
         if self.tensors.is_empty() {
-            let seen = |tensor: &Tensor<'_>| Seen { name: tensor.name.to_string(), verdict: None, unhealthy_since: None };
+            let seen =
+                |tensor: &Tensor<'_>| Seen { name: tensor.name.to_string(), verdict: None, unhealthy_since: None };
             self.tensors = tensors.iter().map(seen).collect();
             self.places = tensors.iter().enumerate().map(|(place, tensor)| (tensor.name.to_string(), place)).collect();
             let count = (tensors.len() as u64).max(1);
@@ -469,7 +472,7 @@ impl Reading {
         self.places.get(name).copied().ok_or_else(|| format!("{name:?} is no tensor of this run"))
     }
 
-    fn into_summary(self, name: String, detailed: &[u8]) -> Summary {
+    fn into_summary(mut self, name: String, detailed: &[u8]) -> Summary {
         #[derive(serde::Deserialize)]
         struct Details {
             tensors: Vec<Box<RawValue>>,
@@ -483,6 +486,14 @@ impl Reading {
             unhealthy_since: seen.unhealthy_since,
             last,
         });
+        let measures = loop {
+            let measures = measures(self.cells.filled());
+            let cells = measures.len() * self.cells.filled().len() * self.places.len();
+            if cells <= ALL_CELLS || self.cells.filled().len() == 1 {
+                break measures;
+            }
+            self.cells.halve();
+        };
         let [healthy, warning, critical] = self.of_verdict;
         let histogram = Histograms::new(&self.histograms, self.places.len());
         // Loss before all others; ours in their order, behind the trainer's.
@@ -509,7 +520,7 @@ impl Reading {
             },
             tensors: tensors.collect(),
             columns: Columns { first: firsts(&self.cells), last: lasts(&self.cells) },
-            measures: measures(self.cells.filled()),
+            measures,
             histogram,
             findings: self.causes.into_worst_first(),
         }
