@@ -1,11 +1,16 @@
-//! `gradprobe report`: what the page holds is what the run has, it loads nothing, names do no harm, and a browser shows it.
+//! `gradprobe report` and `gradprobe live`: what the page holds is what the run has, it loads nothing, names do no harm, and a
+//! browser shows it; the view in the terminal follows a run that grows.
 
 #[path = "../entries/mod.rs"]
 mod entries;
 #[path = "../require/mod.rs"]
 mod require;
+#[cfg(unix)]
+#[path = "../terminal/mod.rs"]
+mod terminal;
 
 mod browser;
+mod live;
 mod page;
 mod reduced;
 mod refusals;
