@@ -14,18 +14,19 @@ fn live(run: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_gradprobe")).arg("live").arg(run).output().unwrap()
 }
 
-/// What a terminal is sent until a step is shown of which half a line is there at first, and the exit status.
+/// What a terminal is sent until a step is shown that replaces half a line, and the exit status.
 #[cfg(unix)]
 fn grown(folder: &Folder, line: &str) -> Option<(String, i64)> {
     let lines = lines(&steps());
     let run = folder.run("run", &lines[..20]);
     let mut file = File::options().append(true).open(run.join("steps.jsonl")).unwrap();
-    let (half, rest) = line.split_at(line.len() / 2);
-    file.write_all(half.as_bytes()).unwrap();
-    let rest = format!("{rest}\n");
+    let whole = file.metadata().unwrap().len();
+    file.write_all(&lines[20].as_bytes()[..1000]).unwrap();
+    let line = format!("{line}\n");
     let writer = thread::spawn(move || {
         thread::sleep(Duration::from_secs(1));
-        file.write_all(rest.as_bytes()).unwrap();
+        file.set_len(whole).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
     });
     let program = Path::new(env!("CARGO_BIN_EXE_gradprobe"));
     let seen = crate::terminal::run(&[program, Path::new("live"), &run], "exploding", "q");

@@ -1,6 +1,8 @@
 //! `gradprobe report` and `gradprobe live`: what the page holds is what the run has, it loads nothing, names do no harm, and a
 //! browser shows it; the view in the terminal follows a run that grows.
 
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "numbers of the page, which are narrower")]
+
 #[path = "../entries/mod.rs"]
 mod entries;
 #[path = "../require/mod.rs"]

@@ -61,6 +61,11 @@ fn a_file_that_is_there_stays_unless_force_is_given() {
     assert_eq!(fs::read_to_string(&page).unwrap(), "a letter");
     refused(&[&run, Path::new("-o"), &folder.path("nowhere/page.html")], 1, &["nowhere/page.html"]);
     refused(&[&run, Path::new("--force"), Path::new("-o"), &run], 1, &["run: "]);
+    refused(
+        &[&run, Path::new("--force"), Path::new("-o"), &run.join("steps.jsonl")],
+        1,
+        &["steps.jsonl: is the run itself"],
+    );
     assert_eq!(folder.page(&[&run]).runs().len(), 1);
 }
 

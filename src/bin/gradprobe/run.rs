@@ -12,7 +12,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     fs::File,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
 };
 
@@ -21,13 +21,16 @@ const STEPS: &str = "steps.jsonl";
 /// Every line begins with it, as `write::json_line` writes it.
 const BEGINNING: &[u8] = b"{\"step\":";
 
+/// The file of a run that is given by its folder or by its file.
+pub fn file_of(run: &Path) -> PathBuf {
+    if run.is_dir() { run.join(STEPS) } else { run.to_owned() }
+}
+
 /// A run that is being read. The file may grow meanwhile.
 pub struct Run {
     path: PathBuf,
     reader: BufReader<File>,
     line: Vec<u8>,
-    /// Whether `line` has been given out.
-    read: bool,
     number: u64,
     last: Option<u64>,
 }
@@ -35,7 +38,7 @@ pub struct Run {
 impl Run {
     /// Opens the file of a run, or that of its folder.
     pub fn open(run: &Path) -> Result<Self, Failure> {
-        let path = if run.is_dir() { run.join(STEPS) } else { run.to_owned() };
+        let path = file_of(run);
         let file = File::open(&path).map_err(|error| Failure::file(&path, error))?;
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let found = reader.fill_buf().map_err(|error| Failure::file(&path, error))?;
@@ -43,7 +46,7 @@ impl Run {
         if found[..compared] != BEGINNING[..compared] {
             return Err(Failure::file(&path, "is no run: its first line does not begin with {\"step\":"));
         }
-        Ok(Self { path, reader, line: Vec::new(), read: true, number: 0, last: None })
+        Ok(Self { path, reader, line: Vec::new(), number: 0, last: None })
     }
 
     /// Where the file is.
@@ -51,17 +54,17 @@ impl Run {
         &self.path
     }
 
-    /// The next step; `None` where the file ends, be it within a line that is being written. Asked again, it goes on there.
+    /// The next step; `None` where the file ends, be it within a line that is being written. That one is read again when asked
+    /// again: its writer may have taken it back.
     pub fn next(&mut self) -> Result<Option<Step<'_>>, Failure> {
-        if std::mem::take(&mut self.read) {
-            self.line.clear();
-            self.number += 1;
-        }
-        self.reader.read_until(b'\n', &mut self.line).map_err(|error| Failure::file(&self.path, error))?;
+        self.line.clear();
+        let fail = |error: io::Error| Failure::file(&self.path, error);
+        let length = self.reader.read_until(b'\n', &mut self.line).map_err(fail)?;
         if self.line.last() != Some(&b'\n') {
+            self.reader.seek_relative(-i64::try_from(length).unwrap_or(0)).map_err(fail)?;
             return Ok(None);
         }
-        self.read = true;
+        self.number += 1;
         let step: Step<'_> = serde_json::from_slice(&self.line).map_err(|error| self.damaged(reason(&error)))?;
         if let Some(last) = self.last.replace(step.step).filter(|&last| step.step <= last) {
             return Err(self.damaged(format!("step {} does not come after step {last}", step.step)));

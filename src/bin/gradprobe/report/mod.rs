@@ -4,14 +4,14 @@ mod buckets;
 mod causes;
 mod summary;
 
-use crate::failure::Failure;
+use crate::{failure::Failure, run::file_of};
 use clap::Args;
 use std::{
     fs::File,
     io::Write,
     path::{Path, PathBuf},
 };
-use summary::Summary;
+use summary::{ALL_CELLS, Summary};
 
 /// Makes one HTML file of a run, to be opened in a browser: findings, curves, a heat map of the tensors, histograms.
 #[derive(Args)]
@@ -35,13 +35,17 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if !options.force && output.exists() {
         return Err(Failure::file(output, EXISTS));
     }
-    let mut runs = vec![Summary::read(&options.run)?];
-    if let Some(other) = &options.other {
-        runs.push(Summary::read(other)?);
-        if let Some(name) = runs[0].differs_from(&runs[1]) {
-            let reason = format!("no tensor is in both runs: {} has no {name:?}", other.display());
-            return Err(Failure::new(reason));
-        }
+    let paths: Vec<&PathBuf> = [Some(&options.run), options.other.as_ref()].into_iter().flatten().collect();
+    let is_output =
+        |run: &&PathBuf| output.canonicalize().ok().is_some_and(|it| file_of(run).canonicalize().ok() == Some(it));
+    if paths.iter().any(is_output) {
+        return Err(Failure::file(output, "is the run itself"));
+    }
+    let runs = paths.iter().map(|run| Summary::read(run, ALL_CELLS / paths.len())).collect::<Result<Vec<_>, _>>()?;
+    if let [run, other] = &runs[..]
+        && let Some(name) = run.differs_from(other)
+    {
+        return Err(Failure::new(format!("no tensor is in both runs: {} has no {name:?}", paths[1].display())));
     }
     write(output, &page(&runs), options.force).map_err(|error| Failure::file(output, error))
 }

@@ -23,8 +23,8 @@ const POINTS: u64 = 1000;
 const COLUMNS: u64 = 800;
 /// Cells of a heat map at most, for many: 1.8 MB of the page for each measure.
 const CELLS: u64 = 320 * 1024;
-/// Cells of all measures together: 5.6 MB of the page.
-const ALL_CELLS: usize = 1 << 20;
+/// Cells of all measures of all runs together: 5.6 MB of the page.
+pub const ALL_CELLS: usize = 1 << 20;
 /// Columns of all histograms together; one has some 20 octaves, 40 bytes. 2 MB of the page.
 const HISTOGRAMS: u64 = 40 * 1024;
 
@@ -328,8 +328,8 @@ struct Reading {
 }
 
 impl Summary {
-    /// Reads a run to its end.
-    pub fn read(path: &Path) -> Result<Self, Failure> {
+    /// Reads a run to its end, and keeps so many cells of its heat map at most.
+    pub fn read(path: &Path, cells: usize) -> Result<Self, Failure> {
         let mut run = Run::open(path)?;
         let mut reading = Reading::new();
         // The last line with details.
@@ -347,7 +347,7 @@ impl Summary {
             return Err(Failure::file(run.path(), "has no step that is whole"));
         }
         let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-        Ok(reading.into_summary(name.unwrap_or_else(|| path.display().to_string()), &detailed))
+        Ok(reading.into_summary(name.unwrap_or_else(|| path.display().to_string()), &detailed, cells))
     }
 
     /// The first tensor that another run does not have, where no tensor is in both. A run without details has any.
@@ -472,7 +472,7 @@ impl Reading {
         self.places.get(name).copied().ok_or_else(|| format!("{name:?} is no tensor of this run"))
     }
 
-    fn into_summary(mut self, name: String, detailed: &[u8]) -> Summary {
+    fn into_summary(mut self, name: String, detailed: &[u8], cells: usize) -> Summary {
         #[derive(serde::Deserialize)]
         struct Details {
             tensors: Vec<Box<RawValue>>,
@@ -488,8 +488,8 @@ impl Reading {
         });
         let measures = loop {
             let measures = measures(self.cells.filled());
-            let cells = measures.len() * self.cells.filled().len() * self.places.len();
-            if cells <= ALL_CELLS || self.cells.filled().len() == 1 {
+            let kept = measures.len() * self.cells.filled().len() * self.places.len();
+            if kept <= cells || self.cells.filled().len() == 1 {
                 break measures;
             }
             self.cells.halve();
