@@ -7,6 +7,9 @@
 // Of the program.
 #[path = "../../src/bin/gradprobe/device.rs"]
 mod device;
+#[path = "../../src/bin/gradprobe/failure.rs"]
+#[allow(dead_code, reason = "of which it needs a part")]
+mod failure;
 #[path = "../../src/bin/gradprobe/files/mod.rs"]
 mod files;
 #[path = "../../src/bin/gradprobe/inspect/mod.rs"]

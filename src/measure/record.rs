@@ -98,6 +98,26 @@ impl Record {
         }
     }
 
+    /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:
+    /// non-finite elements and where they begin, a tensor that is all zero, and a dead share of at least a tenth.
+    pub fn remarks(&self) -> String {
+        let mut remarks = Vec::new();
+        for (count, what) in [(self.nan_count, "NaN"), (self.inf_count, "Inf")] {
+            if count > 0 {
+                remarks.push(format!("{count} {what}"));
+            }
+        }
+        if let Some(index) = self.first_nonfinite() {
+            remarks.push(format!("first at {index}"));
+        }
+        if self.finite_count() > 0 && self.zero_count == self.finite_count() {
+            remarks.push("all zero".to_owned());
+        } else if let Some(dead) = self.dead_fraction().filter(|&dead| dead >= 0.1) {
+            remarks.push(format!("{:.0} % dead", 100.0 * dead));
+        }
+        remarks.join(", ")
+    }
+
     fn merge_moments(&self, next: &Record) -> (f64, f64) {
         let (own, others) = (to_f64(self.finite_count()), to_f64(next.finite_count()));
         if others == 0.0 {

@@ -206,28 +206,9 @@ impl TensorReport<'_> {
         self.update.and_then(|update| update.cosine(self.record.finite_l2_norm()))
     }
 
-    /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:
-    /// non-finite elements and where they begin, a tensor that is all zero, and a dead share of at least a tenth.
+    /// What a reader should look at first, in a few words: that it has no gradient, or [`Record::remarks`].
     pub fn remarks(&self) -> String {
-        let record = self.record;
-        if self.is_absent() {
-            return "no gradient".to_owned();
-        }
-        let mut remarks = Vec::new();
-        for (count, what) in [(record.nan_count, "NaN"), (record.inf_count, "Inf")] {
-            if count > 0 {
-                remarks.push(format!("{count} {what}"));
-            }
-        }
-        if let Some(index) = record.first_nonfinite() {
-            remarks.push(format!("first at {index}"));
-        }
-        if record.finite_count() > 0 && record.zero_count == record.finite_count() {
-            remarks.push("all zero".to_owned());
-        } else if let Some(dead) = record.dead_fraction().filter(|&dead| dead >= 0.1) {
-            remarks.push(format!("{:.0} % dead", 100.0 * dead));
-        }
-        remarks.join(", ")
+        if self.is_absent() { "no gradient".to_owned() } else { self.record.remarks() }
     }
 }
 

@@ -12,7 +12,7 @@ mod readers;
 mod states;
 
 // Of the program, for its files.
-#[path = "../../src/bin/gradprobe/files/failure.rs"]
+#[path = "../../src/bin/gradprobe/failure.rs"]
 #[allow(dead_code, reason = "of which the reader of headers needs a part")]
 mod failure;
 #[path = "../../src/bin/gradprobe/files/header.rs"]

@@ -20,6 +20,8 @@ pub const GPU: &str = "GRADPROBE_REQUIRE_GPU";
 pub const PYTHON: &str = "GRADPROBE_REQUIRE_PYTHON";
 /// Set to 1, it makes a missing TensorBoard a failure.
 pub const TENSORBOARD: &str = "GRADPROBE_REQUIRE_TENSORBOARD";
+/// Set to 1, it makes a missing Chromium a failure.
+pub const CHROMIUM: &str = "GRADPROBE_REQUIRE_CHROMIUM";
 /// Set to 1, it makes a rustdoc of another format a failure.
 pub const RUSTDOC: &str = "GRADPROBE_REQUIRE_RUSTDOC";
 

@@ -1,7 +1,6 @@
 //! The view in the terminal, drawn into memory, and run in a pseudoterminal.
 
 use crate::entries::{NAMES, deep, entries};
-use crate::require::skipped;
 use gradprobe::write::live::ratatui::{Terminal, backend::TestBackend, buffer::Buffer, style::Color};
 use gradprobe::{
     Error, Plan,
@@ -10,7 +9,7 @@ use gradprobe::{
         live::{Live, View},
     },
 };
-use std::{path::Path, process::Command};
+use std::path::Path;
 
 fn plan(entry: &Entry) -> Plan {
     entry.report().plan().clone()
@@ -137,47 +136,15 @@ fn a_step_of_other_tensors_is_refused() {
     assert!(matches!(refused, Error::EntryOfAnotherPlan { entry: "view", .. }), "{refused}");
 }
 
-/// Runs `monitor --live` in a pseudoterminal of 40 lines, types `keys` at step 5, and gives what a terminal was sent
-/// and the exit status; none without Python.
+/// Runs `monitor --live` in a pseudoterminal, types `keys` at step 5, and gives what a terminal was sent and the exit status;
+/// none without Python.
 #[cfg(unix)]
 fn in_a_terminal(keys: &str) -> Option<(String, i64)> {
-    let code = "
-import fcntl, json, os, pty, select, struct, sys, tempfile, termios, time
-binary, keys = sys.argv[1:]
-child, terminal = pty.fork()
-if child == 0:
-    os.environ['TERM'] = 'xterm-256color'
-    os.execv(binary, [binary, tempfile.mkdtemp(), '--live'])
-fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
-sent, typed, deadline = b'', False, time.time() + 60
-while time.time() < deadline:
-    if select.select([terminal], [], [], 0.2)[0]:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        sent += part
-    if not typed and 'layers.3'.encode() in sent:
-        typed = True
-        os.write(terminal, keys.encode())
-status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps([sent.decode(errors='replace'), status]))
-";
     let test = std::env::current_exe().unwrap();
     let monitor = test.parent().and_then(Path::parent).unwrap().join("examples/monitor");
     assert!(monitor.exists(), "{} is missing: cargo build --example monitor", monitor.display());
-    let output = match Command::new("python3").args(["-c", code]).arg(monitor).arg(keys).output() {
-        Ok(output) => output,
-        Err(error) => {
-            skipped(crate::require::PYTHON, &format!("there is no python3: {error}"));
-            return None;
-        }
-    };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let read: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    Some((read[0].as_str().unwrap().to_owned(), read[1].as_i64().unwrap()))
+    let folder = tempfile::tempdir().unwrap();
+    crate::terminal::run(&[monitor.as_path(), folder.path(), Path::new("--live")], "layers.3", keys)
 }
 
 /// Leaves the alternate screen.

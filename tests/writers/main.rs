@@ -4,6 +4,9 @@
 mod entries;
 #[path = "../require/mod.rs"]
 mod require;
+#[cfg(unix)]
+#[path = "../terminal/mod.rs"]
+mod terminal;
 
 mod charts;
 #[cfg(target_os = "linux")]

@@ -2,8 +2,12 @@
 
 mod compare;
 mod device;
+mod failure;
 mod files;
 mod inspect;
+mod live;
+mod report;
+mod run;
 mod terminal;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -36,6 +40,8 @@ enum Command {
         #[command(flatten)]
         options: compare::Options,
     },
+    Report(report::Options),
+    Live(live::Options),
     /// Print a script that completes command lines
     Completions {
         #[arg(value_enum)]
@@ -60,6 +66,8 @@ fn main() -> ExitCode {
         Command::Compare { place, options } => {
             compare::run(options, &|plan, config| device::open(place.device, plan, config)).map(|()| None)
         }
+        Command::Report(options) => report::run(options).map(|()| None),
+        Command::Live(options) => live::run(options).map(|()| None),
         Command::Completions { shell } => completions(*shell).map(|()| None),
         Command::Man => man().map(|()| None),
     })

@@ -1,12 +1,13 @@
 //! A view of a run in the terminal: the total norm over the steps, the tensors, the worst first, and what is wrong with
 //! what usually helps.
 //!
-//! [`View`] is for programs that have a terminal interface of their own on ratatui; [`Live`] takes the terminal over.
+//! [`View`] is for programs that have a terminal interface of their own on ratatui; [`Live`] takes the terminal over, and
+//! [`follow`] does for a program that has nothing else to do, as one that reads the steps of another.
 
 mod terminal;
 
 pub use ratatui;
-pub use terminal::Live;
+pub use terminal::{Live, follow};
 
 use super::Entry;
 use crate::{Error, Finding, Plan, Verdict, measure::printable};
@@ -24,45 +25,110 @@ use std::collections::VecDeque;
 const STEPS: usize = 400;
 
 /// What is known of a run, to be drawn. Holds the last 400 norms, and of each tensor the last step.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct View {
-    plan: Plan,
-    step: u64,
-    verdict: Option<Verdict>,
-    clip_coefficient: f64,
-    skip: bool,
+    /// Of entries; none where steps are given.
+    plan: Option<Plan>,
+    /// The last step, with the tensors of the last that had any.
+    now: ViewStep,
     norms: VecDeque<(u64, f64)>,
-    tensors: Vec<Tensor>,
-    findings: Vec<Finding>,
+    /// The step of the tensors, and their norms in the step before that.
+    detailed: u64,
+    previous: Vec<f64>,
     /// The first tensor that is shown.
     scroll: usize,
 }
 
+/// A step, as far as a [`View`] shows it.
+#[derive(Clone, Debug, Default)]
+pub struct ViewStep {
+    /// Its number.
+    pub step: u64,
+    /// How it is, if it was diagnosed.
+    pub verdict: Option<Verdict>,
+    /// The norm of all gradients.
+    pub total_norm: f64,
+    /// What the clip multiplies the gradients by, if anything is clipped.
+    pub clip_coefficient: Option<f64>,
+    /// Whether it is to be skipped.
+    pub skip: bool,
+    /// The tensors in the plan's order; none where only the step's own numbers are known: those of an earlier step stay.
+    pub tensors: Vec<ViewTensor>,
+    /// What is wrong.
+    pub findings: Vec<ViewFinding>,
+}
+
+/// A tensor of a step, as far as a [`View`] shows it.
 #[derive(Clone, Debug)]
-struct Tensor {
-    name: String,
-    verdict: Option<Verdict>,
-    norm: f64,
-    /// In the step before.
-    previous: Option<f64>,
-    dead_fraction: Option<f64>,
-    remarks: String,
+pub struct ViewTensor {
+    /// Its name.
+    pub name: String,
+    /// How it is, if the step was diagnosed.
+    pub verdict: Option<Verdict>,
+    /// The norm of its gradient.
+    pub norm: f64,
+    /// The share of its elements below the dead threshold.
+    pub dead_fraction: Option<f64>,
+    /// As [`TensorReport::remarks`](crate::TensorReport::remarks) has them.
+    pub remarks: String,
+}
+
+/// A finding, as far as a [`View`] shows it.
+#[derive(Clone, Debug)]
+pub struct ViewFinding {
+    /// How bad it is.
+    pub severity: Verdict,
+    /// The name of its kind.
+    pub kind: String,
+    /// The tensor it concerns; `None` where it is about all of them.
+    pub tensor: Option<String>,
+    /// How many others it concerns.
+    pub others: usize,
+    /// What was seen.
+    pub message: String,
+    /// What usually helps.
+    pub advice: Vec<String>,
+}
+
+impl From<&Entry> for ViewStep {
+    fn from(entry: &Entry) -> Self {
+        let outputs = entry.report().outputs();
+        let tensors = entry.tensors().map(|tensor| ViewTensor {
+            name: tensor.report.name.to_owned(),
+            verdict: tensor.verdict,
+            norm: tensor.report.record.l2_norm(),
+            dead_fraction: tensor.report.record.dead_fraction(),
+            remarks: tensor.report.remarks(),
+        });
+        Self {
+            step: entry.step(),
+            verdict: entry.verdict(),
+            total_norm: outputs.total_norm,
+            clip_coefficient: Some(outputs.coefficient_f64),
+            skip: outputs.skip != 0,
+            tensors: tensors.collect(),
+            findings: entry.findings().iter().map(ViewFinding::from).collect(),
+        }
+    }
+}
+
+impl From<&Finding> for ViewFinding {
+    fn from(finding: &Finding) -> Self {
+        Self {
+            severity: finding.severity,
+            kind: finding.kind.to_string(),
+            tensor: finding.tensor.clone(),
+            others: finding.others.len(),
+            message: finding.message.clone(),
+            advice: finding.advice.iter().copied().map(str::to_owned).collect(),
+        }
+    }
 }
 
 impl View {
-    /// Of a run with these tensors, before its first step.
+    /// Of a run with these tensors, before its first step. [`View::default`] is of one whose tensors its steps tell.
     pub fn new(plan: &Plan) -> Self {
-        Self {
-            plan: plan.clone(),
-            step: 0,
-            verdict: None,
-            clip_coefficient: 1.0,
-            skip: false,
-            norms: VecDeque::new(),
-            tensors: Vec::new(),
-            findings: Vec::new(),
-            scroll: 0,
-        }
+        Self { plan: Some(plan.clone()), ..Self::default() }
     }
 
     /// Takes in a step. One that is not after the last begins the curve anew: the run was restarted.
@@ -70,38 +136,36 @@ impl View {
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
     pub fn update(&mut self, entry: &Entry) -> Result<(), Error> {
-        entry.report().plan().check_entry(&self.plan, "view")?;
-        let outputs = entry.report().outputs();
-        if entry.step() <= self.step {
+        if let Some(plan) = &self.plan {
+            entry.report().plan().check_entry(plan, "view")?;
+        }
+        self.show(entry.into());
+        Ok(())
+    }
+
+    /// The same for a step that was measured elsewhere.
+    pub fn show(&mut self, mut step: ViewStep) {
+        if step.step <= self.now.step {
             self.norms.clear();
         }
-        (self.step, self.verdict) = (entry.step(), entry.verdict());
-        (self.clip_coefficient, self.skip) = (outputs.coefficient_f64, outputs.skip != 0);
         if self.norms.len() == STEPS {
             self.norms.pop_front();
         }
-        self.norms.push_back((entry.step(), outputs.total_norm));
-        let mut before = std::mem::take(&mut self.tensors).into_iter();
-        self.tensors = entry
-            .tensors()
-            .map(|tensor| Tensor {
-                name: printable(tensor.report.name),
-                verdict: tensor.verdict,
-                norm: tensor.report.record.l2_norm(),
-                previous: before.next().map(|tensor| tensor.norm),
-                dead_fraction: tensor.report.record.dead_fraction(),
-                remarks: tensor.report.remarks(),
-            })
-            .collect();
-        self.findings = entry.findings().to_vec();
+        self.norms.push_back((step.step, step.total_norm));
+        if step.tensors.is_empty() {
+            step.tensors = std::mem::take(&mut self.now.tensors);
+        } else {
+            self.previous = self.now.tensors.iter().map(|tensor| tensor.norm).collect();
+            self.detailed = step.step;
+        }
         // The worst first, the rest in their order.
-        self.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
-        Ok(())
+        step.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+        self.now = step;
     }
 
     /// Moves the list of tensors by so many, up or down.
     pub fn scroll(&mut self, by: isize) {
-        self.scroll = self.scroll.saturating_add_signed(by).min(self.tensors.len().saturating_sub(1));
+        self.scroll = self.scroll.saturating_add_signed(by).min(self.now.tensors.len().saturating_sub(1));
     }
 
     /// Draws the view over the whole frame, whatever its size.
@@ -114,7 +178,7 @@ impl View {
             Constraint::Length(1),
             Constraint::Length(third.min(12)),
             Constraint::Min(0),
-            Constraint::Length(if self.findings.is_empty() { 0 } else { wanted.min(third) }),
+            Constraint::Length(if self.now.findings.is_empty() { 0 } else { wanted.min(third) }),
         ])
         .areas(area);
         frame.render_widget(self.header(), header);
@@ -126,14 +190,14 @@ impl View {
     fn header(&self) -> Line<'static> {
         let total = self.norms.back().map_or_else(|| "–".to_owned(), |(_, norm)| format!("{norm:.4e}"));
         let mut spans =
-            vec![Span::from(format!(" step {}  ", self.step)).bold(), Span::from(format!("total norm {total}  "))];
-        if let Some(verdict) = self.verdict {
+            vec![Span::from(format!(" step {}  ", self.now.step)).bold(), Span::from(format!("total norm {total}  "))];
+        if let Some(verdict) = self.now.verdict {
             spans.push(Span::styled(format!("{verdict}  "), style(Some(verdict)).bold()));
         }
-        if self.clip_coefficient != 1.0 {
-            spans.push(Span::from(format!("clipped by {:.3e}  ", self.clip_coefficient)));
+        if let Some(coefficient) = self.now.clip_coefficient.filter(|&coefficient| coefficient != 1.0) {
+            spans.push(Span::from(format!("clipped by {coefficient:.3e}  ")));
         }
-        if self.skip {
+        if self.now.skip {
             spans.push("to be skipped  ".fg(Color::Red));
         }
         let bad = self.norms.iter().filter(|(_, norm)| !norm.is_finite()).count();
@@ -173,15 +237,15 @@ impl View {
     }
 
     fn draw_tensors(&self, frame: &mut Frame<'_>, area: Rect) {
-        let mut order: Vec<&Tensor> = self.tensors.iter().collect();
-        order.sort_by_key(|tensor| std::cmp::Reverse(tensor.verdict));
-        let rows = order.iter().skip(self.scroll).take(area.height.into()).map(|tensor| {
+        let mut order: Vec<(usize, &ViewTensor)> = self.now.tensors.iter().enumerate().collect();
+        order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.verdict));
+        let rows = order.iter().skip(self.scroll).take(area.height.into()).map(|&(place, tensor)| {
             let verdict = tensor.verdict.map_or_else(|| "–".to_owned(), |verdict| verdict.to_string());
-            let change = tensor.change().map_or_else(|| "–".to_owned(), |change| format!("×{change:.3}"));
+            let change = self.change(place).map_or_else(|| "–".to_owned(), |change| format!("×{change:.3}"));
             let dead = tensor.dead_fraction.map_or_else(|| "–".to_owned(), |dead| format!("{:.2}", 100.0 * dead));
             let cells = [
                 Line::from(verdict).style(style(tensor.verdict)),
-                Line::from(tensor.name.as_str()),
+                Line::from(printable(&tensor.name)),
                 Line::from(format!("{:.3e}", tensor.norm)).right_aligned(),
                 Line::from(change).right_aligned(),
                 Line::from(dead).right_aligned(),
@@ -200,38 +264,40 @@ impl View {
             Constraint::Length(7),
             Constraint::Fill(1),
         ];
-        let title = format!(" tensors {} to {} ", self.tensors.len().min(self.scroll + 1), self.tensors.len());
+        let count = self.now.tensors.len();
+        let of = if self.detailed < self.now.step { format!("of step {} ", self.detailed) } else { String::new() };
+        let title = format!(" tensors {} to {count} {of}", count.min(self.scroll + 1));
         let table = Table::new(rows, widths).header(Row::new(titles).bold()).block(Block::bordered().title(title));
         frame.render_widget(table, area);
+    }
+
+    /// The norm of a tensor over that of the step before, if that says anything.
+    fn change(&self, place: usize) -> Option<f64> {
+        let previous = self.previous.get(place).copied().filter(|&previous| previous > 0.0);
+        previous.map(|previous| self.now.tensors[place].norm / previous).filter(|change| change.is_finite())
     }
 
     fn findings_lines(&self) -> Vec<Line<'_>> {
         let mut lines = Vec::new();
         let mut told: Vec<&str> = Vec::new();
-        for finding in &self.findings {
+        for finding in &self.now.findings {
             let style = style(Some(finding.severity));
             let tensor = finding.tensor.as_deref().map_or_else(String::new, |name| format!(" {}", printable(name)));
-            let others = finding.others.len();
+            let others = finding.others;
             let tensor = if others > 0 { format!("{tensor} and {others} more") } else { tensor };
             lines.push(Line::from(vec![
                 Span::styled(format!("{} {}", finding.severity, finding.kind), style),
                 Span::from(format!("{tensor}: {}", printable(&finding.message))),
             ]));
             // Advice that was given above helps no more the second time.
-            let new = finding.advice.iter().copied().filter(|advice| !told.contains(advice)).collect::<Vec<_>>();
+            let new =
+                finding.advice.iter().map(String::as_str).filter(|advice| !told.contains(advice)).collect::<Vec<_>>();
             if !new.is_empty() {
                 lines.push(Line::from(format!("  → {}", new.join("; "))));
                 told.extend(new);
             }
         }
         lines
-    }
-}
-
-impl Tensor {
-    /// The norm over that of the step before, if that says anything.
-    fn change(&self) -> Option<f64> {
-        self.previous.filter(|&previous| previous > 0.0).map(|previous| self.norm / previous).filter(|x| x.is_finite())
     }
 }
 

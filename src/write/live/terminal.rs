@@ -5,10 +5,13 @@ use crate::{
     Error, Plan,
     write::{Entry, Sink},
 };
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::{
+    DefaultTerminal,
+    crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers},
+};
 use std::{
     io::{self, IsTerminal},
-    sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+    sync::mpsc::{SyncSender, TryRecvError, sync_channel},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -21,7 +24,7 @@ use std::{
 #[derive(Debug)]
 pub struct Live {
     entries: Option<SyncSender<Entry>>,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    thread: Option<JoinHandle<Result<(), Error>>>,
     error: Option<Error>,
 }
 
@@ -35,20 +38,20 @@ impl Live {
     /// # Errors
     /// [`Error::NoTerminal`] when standard output is none, [`Error::Thread`].
     pub fn start(plan: &Plan, on_interrupt: impl FnOnce() + Send + 'static) -> Result<Self, Error> {
-        let refused = |reason: String| Error::NoTerminal { reason };
-        if !io::stdout().is_terminal() {
-            return Err(refused("standard output is redirected".to_owned()));
-        }
-        let terminal = ratatui::try_init().map_err(|error| {
-            // Half of it may have been done.
-            let _ = ratatui::try_restore();
-            refused(error.to_string())
-        })?;
+        let terminal = terminal()?;
         let (entries, queue) = sync_channel(4);
         let mut view = View::new(plan);
         let work = move || {
-            let shown = show(terminal, &mut view, &queue);
-            let restored = ratatui::try_restore();
+            let shown = show(terminal, &mut view, |view| {
+                loop {
+                    match queue.try_recv() {
+                        Ok(entry) => view.update(&entry)?,
+                        Err(TryRecvError::Empty) => return Ok(End::NotYet),
+                        Err(TryRecvError::Disconnected) => return Ok(End::Done),
+                    }
+                }
+            });
+            let restored = ratatui::try_restore().map_err(|error| refused(&error));
             if matches!(shown, Ok(End::Interrupted)) {
                 on_interrupt();
             }
@@ -65,7 +68,7 @@ impl Live {
         self.entries = None;
         match self.thread.take().map(JoinHandle::join) {
             None | Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(error))) => self.error = Some(Error::NoTerminal { reason: error.to_string() }),
+            Some(Ok(Err(error))) => self.error = Some(error),
             Some(Err(_)) => self.error = Some(Error::Thread { reason: "the view panicked".to_owned() }),
         }
     }
@@ -93,26 +96,57 @@ impl Drop for Live {
     }
 }
 
+/// Takes the terminal at standard output over, and shows the view until `feed` fails or the user closes it, with `q` or Ctrl-C.
+/// `feed` gives the view what is new; it is called before each drawing, some 20 times a second, and keys wait for it. Keys are
+/// those of [`Live`].
+///
+/// # Errors
+/// [`Error::NoTerminal`], and those of `feed`.
+pub fn follow<E: From<Error>>(mut view: View, mut feed: impl FnMut(&mut View) -> Result<(), E>) -> Result<(), E> {
+    let shown = show(terminal()?, &mut view, |view| feed(view).map(|()| End::NotYet));
+    ratatui::try_restore().map_err(|error| refused(&error))?;
+    shown.map(drop)
+}
+
+fn refused(reason: &impl ToString) -> Error {
+    Error::NoTerminal { reason: reason.to_string() }
+}
+
+/// Takes the terminal over.
+fn terminal() -> Result<DefaultTerminal, Error> {
+    if !io::stdout().is_terminal() {
+        return Err(refused(&"standard output is redirected"));
+    }
+    ratatui::try_init().map_err(|error| {
+        // Half of it may have been done.
+        let _ = ratatui::try_restore();
+        refused(&error)
+    })
+}
+
+/// How a view ends.
 enum End {
+    NotYet,
     Done,
     Interrupted,
 }
 
-/// Draws until there are no more entries or the user has enough.
-fn show(mut terminal: ratatui::DefaultTerminal, view: &mut View, queue: &Receiver<Entry>) -> io::Result<End> {
+/// Draws until `feed` has no more or the user has enough.
+fn show<E: From<Error>>(
+    mut terminal: DefaultTerminal,
+    view: &mut View,
+    mut feed: impl FnMut(&mut View) -> Result<End, E>,
+) -> Result<End, E> {
+    let failed = |error: io::Error| E::from(refused(&error));
     loop {
-        loop {
-            match queue.try_recv() {
-                Ok(entry) => view.update(&entry).map_err(io::Error::other)?,
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => return Ok(End::Done),
-            }
+        if matches!(feed(view)?, End::Done) {
+            return Ok(End::Done);
         }
-        terminal.draw(|frame| view.draw(frame))?;
-        if !event::poll(PATIENCE)? {
+        terminal.draw(|frame| view.draw(frame)).map_err(failed)?;
+        if !event::poll(PATIENCE).map_err(failed)? {
             continue;
         }
-        let Event::Key(key) = event::read()? else { continue };
+        let Event::Key(key) = event::read().map_err(failed)? else { continue };
         if key.kind == KeyEventKind::Release {
             continue;
         }

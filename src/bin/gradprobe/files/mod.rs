@@ -1,7 +1,6 @@
 //! Files of tensors: safetensors, whole and in shards, and PyTorch's.
 
 mod elements;
-mod failure;
 mod header;
 mod natural;
 mod progress;
@@ -10,6 +9,7 @@ mod shards;
 mod tensor_file;
 mod units;
 
+use super::failure;
 pub use elements::Lent;
 pub use failure::Failure;
 pub use progress::Progress;

@@ -1,4 +1,4 @@
-//! What can go wrong in a run. A message names the file and the tensor it is about.
+//! What can go wrong. A message names the file, and the tensor or the line where one is at fault.
 
 use std::{
     fmt::Display,
@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Why a run ended early.
+/// Why the program ends early: one line for standard error.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// A file, or a directory, is at fault.
@@ -15,6 +15,12 @@ pub enum Failure {
     /// A tensor of a file is at fault.
     #[error("{}: tensor {name:?}: {reason}", path.display())]
     Tensor { path: PathBuf, name: String, reason: String },
+    /// A line of a file is at fault, counted from 1.
+    #[error("{}: line {line}: {reason}", path.display())]
+    Line { path: PathBuf, line: u64, reason: String },
+    /// Two things that were given do not go together.
+    #[error("{0}")]
+    Mismatch(String),
     /// The device could not be opened.
     #[error(transparent)]
     Probe(#[from] gradprobe::Error),
@@ -35,6 +41,11 @@ impl Failure {
     /// `reason` is about this tensor of this file.
     pub fn tensor(path: &Path, name: &str, reason: impl Display) -> Self {
         Self::Tensor { path: path.to_owned(), name: name.to_owned(), reason: reason.to_string() }
+    }
+
+    /// `reason` is about this line of this file.
+    pub fn line(path: &Path, line: u64, reason: impl Display) -> Self {
+        Self::Line { path: path.to_owned(), line, reason: reason.to_string() }
     }
 
     /// Whether the reader of standard output has left, which is not worth a message.

@@ -1,0 +1,67 @@
+//! What is kept of steps, however many there are.
+
+/// Something of which two steps can be made one.
+pub trait Join {
+    /// Takes in what is of a later step.
+    fn join(&mut self, later: Self);
+}
+
+/// Steps in buckets of equally many step numbers. When they reach beyond the last of `limit` buckets, each two become one: half
+/// the limit or more are in use from then on. A bucket without a step takes no room.
+pub struct Buckets<T> {
+    limit: u64,
+    /// Step numbers of a bucket.
+    width: u64,
+    filled: Vec<Bucket<T>>,
+    start: u64,
+}
+
+/// One of them.
+pub struct Bucket<T> {
+    index: u64,
+    /// The first and the last step in it.
+    pub first: u64,
+    pub last: u64,
+    pub of: T,
+}
+
+impl<T: Join> Buckets<T> {
+    pub fn new(limit: u64) -> Self {
+        Self { limit, width: 1, filled: Vec::new(), start: 0 }
+    }
+
+    /// Takes in a step after all others.
+    pub fn add(&mut self, step: u64, of: T) {
+        if self.filled.is_empty() {
+            self.start = step;
+        }
+        while (step - self.start) / self.width >= self.limit {
+            self.halve();
+        }
+        self.push(Bucket { index: (step - self.start) / self.width, first: step, last: step, of });
+    }
+
+    /// Makes one of each two.
+    pub fn halve(&mut self) {
+        self.width *= 2;
+        for mut bucket in std::mem::take(&mut self.filled) {
+            bucket.index /= 2;
+            self.push(bucket);
+        }
+    }
+
+    fn push(&mut self, bucket: Bucket<T>) {
+        match self.filled.last_mut() {
+            Some(last) if last.index == bucket.index => {
+                last.last = bucket.last;
+                last.of.join(bucket.of);
+            }
+            _ => self.filled.push(bucket),
+        }
+    }
+
+    /// Those with a step, in order.
+    pub fn filled(&self) -> &[Bucket<T>] {
+        &self.filled
+    }
+}
