@@ -46,11 +46,12 @@ pub struct RunSummary {
 impl RunSummary {
     /// Of the last steps of a run.
     pub fn of_history(history: &HistoryReport) -> Self {
-        let names = history.plan().tensors().iter().map(|tensor| (tensor.name.clone(), NormSummary::default()));
-        let mut run = Self { tensors: names.collect(), ..Self::default() };
+        let mut run = Self::default();
         for (step, tensors) in history.steps() {
             let clean = step.outputs.found_inf == 0.0 && step.outputs.skip == 0;
-            run.add(clean, step.outputs.finite_total_norm, tensors.iter().map(|tensor| tensor.finite_l2_norm));
+            let norms = history.plan().tensors().iter().zip(tensors);
+            let norms = norms.map(|(spec, tensor)| (spec.name.as_str(), tensor.finite_l2_norm));
+            run.add(clean, step.outputs.finite_total_norm, norms);
         }
         run
     }
@@ -65,23 +66,29 @@ impl RunSummary {
         for report in reports {
             let first = *plan.get_or_insert_with(|| report.plan());
             first.check_report(report.plan())?;
-            if run.tensors.is_empty() {
-                run.tensors = report.tensors().map(|tensor| (tensor.name.to_owned(), NormSummary::default())).collect();
-            }
             let outputs = report.outputs();
             let clean = outputs.found_inf == 0.0 && outputs.skip == 0;
-            run.add(clean, outputs.finite_total_norm, report.records().iter().map(|record| record.finite_l2_norm()));
+            let norms = report.tensors().map(|tensor| (tensor.name, tensor.record.finite_l2_norm()));
+            run.add(clean, outputs.finite_total_norm, norms);
         }
         Ok(run)
     }
 
-    fn add(&mut self, clean: bool, total: f64, norms: impl Iterator<Item = f64>) {
-        if !clean {
-            self.left_out += 1;
-            return;
+    /// Takes in a step: whether it is finite and not skipped, the norm of its finite elements, and that of each tensor, by name.
+    pub fn add<'a>(&mut self, clean: bool, total: f64, norms: impl IntoIterator<Item = (&'a str, f64)>) {
+        for (index, (name, norm)) in norms.into_iter().enumerate() {
+            let is_named = |(known, _): &(String, NormSummary)| known == name;
+            // At the same place in every step of a run, as a rule.
+            let place = Some(index).filter(|&index| self.tensors.get(index).is_some_and(is_named));
+            let place = place.or_else(|| self.tensors.iter().position(is_named)).unwrap_or_else(|| {
+                self.tensors.push((name.to_owned(), NormSummary::default()));
+                self.tensors.len() - 1
+            });
+            if clean {
+                self.tensors[place].1.add(norm);
+            }
         }
-        self.total.add(total);
-        self.tensors.iter_mut().zip(norms).for_each(|((_, summary), norm)| summary.add(norm));
+        if clean { self.total.add(total) } else { self.left_out += 1 }
     }
 
     /// Names and norms of the tensors, in the plan's order.

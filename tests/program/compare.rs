@@ -1,7 +1,9 @@
 //! Two files of gradients beside each other.
 
 use super::{Files, assert_complains, file, golden, names, report, run, text};
+use gradprobe::{Config, Cpu, DType, Plan, Probe, Watch};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 #[test]
 fn tensors_are_compared_by_name_the_largest_differences_first() {
@@ -52,4 +54,44 @@ fn files_of_two_models_are_an_error() {
     assert_complains(run!["compare", dead, longer], 1, &needles);
     assert_complains(run!["compare", dead, files.path("absent")], 1, &["absent"]);
     assert_complains(run!["compare", files.path("absent"), dead], 1, &["absent"]);
+}
+
+/// A run of two tensors whose gradients are so large, of which the second may have another name.
+fn run_of(files: &Files, name: &str, other: &str, sizes: [f32; 2]) -> PathBuf {
+    let plan = Plan::new([("a", DType::F32, 4), (other, DType::F32, 4)]).unwrap();
+    let mut watch = Watch::new(Probe::new(Cpu, plan, Config::new()).unwrap());
+    let folder = files.path(name);
+    watch.write_to(&folder).unwrap();
+    for step in 0..=20 {
+        let nan = if step == 13 { f32::NAN } else { 1.0 };
+        watch.step(step, &mut [&mut [sizes[0] * nan; 4], &mut [sizes[1]; 4]], []).unwrap();
+    }
+    watch.finish().unwrap();
+    folder
+}
+
+#[test]
+fn runs_are_compared_by_their_norms() {
+    let files = Files::new();
+    let (one, two) = (run_of(&files, "one", "b", [1.0, 2.0]), run_of(&files, "two", "b", [1.0, 50.0]));
+    let found = report(run!["compare", "--json", one, two]);
+    let all = json!({"steps": 20, "mean": 20f64.sqrt(), "std": 0.0});
+    assert_eq!(
+        (&found["lines"][0]["tensor"], &found["lines"][0]["a"], &found["left_out"]),
+        (&Value::Null, &all, &json!([1, 1]))
+    );
+    let changes: Vec<&Value> = found["lines"].as_array().unwrap().iter().map(|line| &line["change"]).collect();
+    assert_eq!(changes, ["rose more than tenfold", "alike", "rose more than tenfold"]);
+    // Of the steps with details: 0, 10 and 20.
+    assert_eq!(found["lines"][2]["b"], json!({"steps": 3, "mean": 100.0, "std": 0.0}));
+    let table = text(run!["compare", one, two.join("steps.jsonl")]);
+    assert!(table.contains("20 steps, then 20; 1 tensors alike"), "{table}");
+
+    let other = run_of(&files, "other", "c", [1.0, 2.0]);
+    assert_eq!(report(run!["compare", "--json", one, other])["unmatched"], json!(["b", "c"]));
+    assert_complains(run!["compare", one, golden("dead")], 1, &["one: is a run, and", "dead"]);
+    assert_complains(run!["compare", golden("dead"), one], 1, &["one: is a run, and"]);
+    std::fs::write(files.path("empty.jsonl"), "").unwrap();
+    assert_complains(run!["compare", one, files.path("empty.jsonl")], 1, &["empty.jsonl: has no step"]);
+    assert_complains(run!["compare", one, files.path("absent.jsonl")], 1, &["absent.jsonl"]);
 }

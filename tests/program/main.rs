@@ -101,7 +101,7 @@ fn nothing_is_overwritten_unasked() {
 
 #[test]
 fn scripts_and_manual_name_every_command() {
-    let commands = ["inspect", "compare", "completions", "man"];
+    let commands = ["inspect", "compare", "report", "live", "completions", "man"];
     for shell in ["bash", "zsh", "fish"] {
         let script = text(run!["completions", shell]);
         assert!(commands.iter().all(|command| script.contains(command)), "{shell}");

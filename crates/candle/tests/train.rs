@@ -57,6 +57,7 @@ fn a_healthy_run_learns_and_ends_healthy() {
         assert!(step["histogram"].is_array() == has_details && step["gsnr"].is_array() == has_details);
     }
     assert_eq!(fs::read_dir(first.join("tensorboard")).unwrap().count(), 1);
+    assert!(fs::read_to_string(first.join("report.html")).unwrap().contains("h.3.mlp.down.weight"));
     for picture in ["overview", "norms", "histograms", "gsnr", "norm-by-depth"] {
         let svg = fs::read_to_string(first.join("pictures").join(format!("{picture}.svg"))).unwrap();
         assert!(svg.starts_with("<svg"), "{picture}");

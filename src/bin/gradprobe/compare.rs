@@ -1,26 +1,35 @@
-//! Two steps' gradients beside each other, tensor by tensor.
+//! Two steps' gradients beside each other, tensor by tensor; or the norms of two runs.
 
 use crate::{
     device::Open,
     files::{Entry, Failure, Lent, OtherTypes, TensorFile},
+    run::{Number, Run, is_run},
     terminal::{one_line, print},
 };
 use clap::Args;
 use gradprobe::{
     Config, HostTensor, Plan, Tensor,
     dot::{Dot, DotReport},
+    health::{Compared, Comparison, NormSummary, RunSummary},
     write::json_number,
 };
 use serde_json::{Value, json};
-use std::{collections::HashMap, fmt::Write, path::PathBuf};
+use std::{
+    collections::HashMap,
+    fmt::Write,
+    path::{Path, PathBuf},
+};
 
-/// Compare two files of gradients, tensor by tensor
+/// Compare two files of gradients, tensor by tensor, or two runs
 ///
 /// Norms, their ratio, the cosine and the norm of the difference, over the elements that are finite in both; the largest differences
 /// first.
 ///
 /// Each is a safetensors file, a folder or an index of shards, or a file of PyTorch's (.pt, .pth, .bin). Tensors are matched by
 /// name; the types of their elements may differ.
+///
+/// Of two runs, each a folder with steps.jsonl or such a file, the norms are compared: means, deviations, and which tensors rose or fell
+/// tenfold.
 #[derive(Debug, Args)]
 pub struct Options {
     /// The one
@@ -45,6 +54,15 @@ const SCREEN: usize = 40;
 
 /// Compares the files, on a probe made by `open_probe`.
 pub fn run(options: &Options, open_probe: Open<'_>) -> Result<(), Failure> {
+    match [&options.a, &options.b].map(|path| is_run(path)) {
+        [true, true] => return compare_runs(options),
+        [false, false] => {}
+        [of_a, _] => {
+            let (run, file) = if of_a { (&options.a, &options.b) } else { (&options.b, &options.a) };
+            let reason = format!("is a run, and {} a file of gradients", file.display());
+            return Err(Failure::file(run, reason));
+        }
+    }
     let [a, b] = [&options.a, &options.b].map(|path| TensorFile::open(path, |_| true, OtherTypes::LeftOut));
     let (a, b) = (a?, b?);
     let of_b: HashMap<&str, usize> = b.entries.iter().enumerate().map(|(t, entry)| (entry.name.as_str(), t)).collect();
@@ -87,6 +105,46 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<(), Failure> {
     } else {
         print(&as_text(&report, &only, options.top.unwrap_or(SCREEN)))
     }
+}
+
+/// Compares the norms of two runs.
+fn compare_runs(options: &Options) -> Result<(), Failure> {
+    let [a, b] = [&options.a, &options.b].map(|path| summary(path));
+    let (a, b) = (a?, b?);
+    let comparison = Comparison::new(&a, &b);
+    if comparison.lines.len() == 1 && a.tensors().len() + b.tensors().len() > 0 {
+        let reason = format!("no tensor has the name of one in {}: of two models", options.a.display());
+        return Err(Failure::file(&options.b, reason));
+    }
+    if !options.json {
+        return print(&comparison.to_string());
+    }
+    let number = |x: f64| serde_json::to_value(json_number(x)).expect("a number or a string");
+    let norm = |norm: &NormSummary| json!({"steps": norm.steps, "mean": number(norm.mean), "std": number(norm.std)});
+    let line = |line: &Compared| json!({"tensor": line.tensor, "a": norm(&line.before), "b": norm(&line.after), "change": line.change.name()});
+    let report = json!({
+        "lines": comparison.lines.iter().map(line).collect::<Vec<_>>(),
+        "left_out": [comparison.left_out.0, comparison.left_out.1],
+        "unmatched": comparison.unmatched,
+    });
+    print(&format!("{report}\n"))
+}
+
+fn summary(path: &Path) -> Result<RunSummary, Failure> {
+    let mut run = Run::open(path)?;
+    let mut summary = RunSummary::default();
+    while let Some(step) = run.next()? {
+        let value = |norm: Option<Number>| norm.map_or(f64::NAN, |Number(norm)| norm);
+        let total = value(step.total_norm);
+        let tensors = step.tensors.unwrap_or_default();
+        let norms = tensors.iter().filter(|tensor| !tensor.absent);
+        let norms = norms.map(|tensor| (&*tensor.name, value(tensor.l2_norm)));
+        summary.add(total.is_finite() && !step.skip, total, norms);
+    }
+    if summary.total.steps + summary.left_out == 0 {
+        return Err(Failure::file(path, "has no step that is whole"));
+    }
+    Ok(summary)
 }
 
 /// ‖b − a‖, from the sums. Of tensors that are almost alike it has the rounding of their squares: 1e-6 of the norms.

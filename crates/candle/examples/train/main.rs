@@ -1,18 +1,28 @@
 //! Trains a small transformer on Shakespeare, character by character, and watches its gradients:
 //! `cargo run --release --example train`, with `--features cuda` on a GPU.
 //!
-//! Statistics, signal to noise, a clip and a diagnosis every step; a table while it runs; TensorBoard events, JSON lines and
-//! pictures in a folder; at the end a verdict, and what all that took of a step. `--fault` breaks the run in one of four
+//! Statistics, signal to noise, a clip and a diagnosis every step; a table while it runs; TensorBoard events, JSON lines,
+//! pictures and a page for the browser in a folder; at the end a verdict, and what all that took of a step. `--fault` breaks the run in one of four
 //! ways, for the diagnosis to find. Exit code 2 for a command line that cannot be understood, 1 for every other failure; a
 //! run that goes bad is no failure.
 
 #[path = "../shared/block.rs"]
 mod block;
+// Of the program `gradprobe`, for the page of the run.
+#[path = "../../../../src/bin/gradprobe/failure.rs"]
+#[allow(dead_code, reason = "of which it needs a part")]
+mod failure;
 mod fault;
 mod model;
 mod options;
+#[path = "../../../../src/bin/gradprobe/report/mod.rs"]
+#[allow(dead_code, reason = "of which it needs a part")]
+mod report;
 #[path = "../shared/root.rs"]
 mod root;
+#[path = "../../../../src/bin/gradprobe/run.rs"]
+#[allow(dead_code, reason = "of which it needs a part")]
+mod run;
 mod summary;
 mod table;
 mod text;

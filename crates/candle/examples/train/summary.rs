@@ -96,5 +96,5 @@ fn files(folder: &Path) -> String {
         fs::read_dir(folder.join("pictures")).into_iter().flatten().filter_map(|file| Some(file.ok()?.file_name()));
     let mut pictures: Vec<String> = pictures.map(|name| name.to_string_lossy().into_owned()).collect();
     pictures.sort();
-    format!("steps.jsonl, tensorboard, pictures ({})", pictures.join(", "))
+    format!("report.html, steps.jsonl, tensorboard, pictures ({})", pictures.join(", "))
 }

@@ -5,6 +5,7 @@ use crate::{
     fault::{self, Fault},
     model::{self, Model},
     options::{Choice, Options},
+    report,
     summary::{Costs, Summary},
     table::Table,
     text::Text,
@@ -77,6 +78,7 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     training.show(watch.rest()?, &mut watch)?;
     let costs = Costs { steps: time, gradprobe: watch.time(), candle: candle.time, optimizer: options.optimizer };
     let finished = watch.finish()?;
+    report::make(&[&options.out], &options.out.join("report.html"), true)?;
     let ends = training.ends();
     let said = training.summary.text(ends, &costs, &finished, &options.out);
     io::stdout().write_all(said.as_bytes())?;

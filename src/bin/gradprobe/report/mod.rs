@@ -30,14 +30,19 @@ pub struct Options {
 
 /// Makes the page.
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let output = &options.output;
+    let paths: Vec<&Path> =
+        [Some(&options.run), options.other.as_ref()].into_iter().flatten().map(AsRef::as_ref).collect();
+    make(&paths, &options.output, options.force)
+}
+
+/// Makes the page of these runs, one or two.
+pub fn make(paths: &[&Path], output: &Path, force: bool) -> Result<(), Failure> {
     // Before gigabytes are read; told again where it appears meanwhile.
-    if !options.force && output.exists() {
+    if !force && output.exists() {
         return Err(Failure::file(output, EXISTS));
     }
-    let paths: Vec<&PathBuf> = [Some(&options.run), options.other.as_ref()].into_iter().flatten().collect();
     let is_output =
-        |run: &&PathBuf| output.canonicalize().ok().is_some_and(|it| file_of(run).canonicalize().ok() == Some(it));
+        |run: &&Path| output.canonicalize().ok().is_some_and(|it| file_of(run).canonicalize().ok() == Some(it));
     if paths.iter().any(is_output) {
         return Err(Failure::file(output, "is the run itself"));
     }
@@ -47,7 +52,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     {
         return Err(Failure::Mismatch(format!("no tensor is in both runs: {} has no {name:?}", paths[1].display())));
     }
-    write(output, &page(&runs), options.force).map_err(|error| Failure::file(output, error))
+    write(output, &page(&runs), force).map_err(|error| Failure::file(output, error))
 }
 
 const EXISTS: &str = "is there already; --force replaces it";
