@@ -159,7 +159,7 @@ function findings(run) {
   const all = element("div", {}, element("h3", { class: "name" }, ...keyOf(run), runs.length > 1 ? printable(run.name) : ""),
     strip(run), element("div", { class: "ends", "aria-hidden": "true" }, ...ends()));
   if (run.verdict === null) all.append(element("p", {}, "No step was diagnosed."));
-  else if (run.findings.length === 0) all.append(element("p", {}, "Nothing stands out."));
+  else if (run.findings.length === 0) all.append(element("p", {}, run.verdict === "healthy" ? "Nothing stands out." : "The run does not say why."));
   all.append(list);
   const rest = run.findings.length - AT_ONCE;
   if (rest > 0) {
@@ -595,6 +595,7 @@ document.querySelector("#curves .charts").append(...Array.from(keys.values(), (c
     .map(({ steps, values, first_value, last_value }) => ({ run, steps, values, ends: [number(first_value), number(last_value)] })));
   return chart(curve.scalar ? curve.name : WORDS[curve.name], parts);
 }));
+document.getElementById("curves").hidden = keys.size === 0;
 const measures = Object.keys(MEASURES).filter((measure) => runs.some((run) => run.measures[measure]));
 if (names.length > 0 && measures.length > 0) {
   chosen.measure = measures[0];
