@@ -1,4 +1,4 @@
-//! The program `gradprobe`: what a run has written, on a page for the browser and in the terminal.
+//! The program `gradprobe`: shows a run on a page for the browser and in the terminal.
 //!
 //! Exit code 2 for a command line that cannot be understood, 1 for every other failure, with one line on standard error.
 
@@ -13,7 +13,7 @@ use std::{
     process::ExitCode,
 };
 
-/// Shows what a run of a trainer has written of its gradients.
+/// Shows the gradients of a run that a trainer has written.
 #[derive(Parser)]
 #[command(version)]
 enum Command {
