@@ -42,7 +42,7 @@ fn open(chromium: &PathBuf, folder: &Folder, page: &Page, options: &[&str]) -> O
     output
 }
 
-/// A copy of a page that moves through it, and leaves on its root element what it sees.
+/// A copy of a page with a script that moves through it.
 fn driven(folder: &Folder, page: &Page, script: &str) -> Page {
     let text = page.text.replace("</body>", &format!("<script>{script}</script></body>"));
     let path = folder.path("driven.html");
@@ -125,7 +125,7 @@ fn both_themes_and_a_phone_have_room() {
     let (folder, entries) = (Folder::new(), steps());
     let healthy: Vec<String> = entries[..29].iter().map(json_line).collect();
     let page = folder.page(&[&folder.run("run", &lines(&entries)), &folder.run("healthy", &healthy)]);
-    // What is wider than the window turns the page red. (Chromium prints the elements of no window below 500 pixels.)
+    // An element that is wider than the window turns the page red. (Chromium prints the elements of no window below 500 pixels.)
     let script = "const { scrollWidth, clientWidth } = document.documentElement;
         const isCut = (it) => it.getBoundingClientRect().right > clientWidth && !it.closest('.scroll, .u-wrap');
         const isWide = scrollWidth > innerWidth || Array.from(document.querySelectorAll('main *')).some(isCut);

@@ -14,7 +14,8 @@ fn live(run: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_gradprobe")).arg("live").arg(run).output().unwrap()
 }
 
-/// What a terminal is sent until a step is shown that replaces half a line, and the exit status.
+/// Has the program follow a run in which a line replaces half of another; gives the bytes that the terminal got, and the exit
+/// status.
 #[cfg(unix)]
 fn grown(folder: &Folder, line: &str) -> Option<(String, i64)> {
     let lines = lines(&steps());
@@ -43,7 +44,7 @@ fn a_step_is_shown_as_soon_as_its_line_is_whole() {
     let line: String = line.lines().map(str::trim).collect();
     let Some((sent, status)) = grown(&Folder::new(), &line) else { return };
     assert_eq!(status, 0);
-    // The tensors are those of the last step that has them. Of the screen, what changes is sent, and no blanks.
+    // The tensors are those of the last step that has them. Only changes of the screen are sent, and no blanks.
     for part in ["h.5.weight", "of step 20", "77", "critical exploding", "above", "learning"] {
         assert!(sent.contains(part), "{part} is not in {sent}");
     }

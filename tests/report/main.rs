@@ -1,4 +1,4 @@
-//! `gradprobe report` and `gradprobe live`: what the page holds is what the run has, it loads nothing, names do no harm, and a
+//! `gradprobe report` and `gradprobe live`: the numbers of the page are those of the run, it loads nothing, names do no harm, and a
 //! browser shows it; the view in the terminal follows a run that grows.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "numbers of the page, which are narrower")]

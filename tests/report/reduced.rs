@@ -70,7 +70,7 @@ fn no_spike_and_no_nan_is_lost() {
         } else if has(9_607.0) {
             assert_eq!(w, f32::INFINITY);
         } else {
-            // What is finite stays finite.
+            // A finite number stays finite.
             assert_eq!(w, if has(9_007.0) { f32::MAX } else { last as f32 });
         }
         assert!(if last < 6_000.0 { v.to_bits() == NONE } else { v == 0.5 }, "column {column}");

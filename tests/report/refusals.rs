@@ -44,7 +44,7 @@ fn what_is_no_run_is_refused_and_leaves_no_page() {
     refused(&[&folder.path("nowhere"), Path::new("-o"), &page], 1, &["nowhere: No such file"]);
     fs::create_dir(folder.path("folder")).unwrap();
     refused(&[&folder.path("folder")], 1, &["folder/steps.jsonl: No such file"]);
-    // Nothing of what could not be finished is left.
+    // No temporary file is left.
     let left: Vec<_> = fs::read_dir(folder.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
     refused(&[], 2, &["RUN"]);

@@ -1,4 +1,4 @@
-//! What can go wrong. A message names the file, and the tensor or the line where one is at fault.
+//! Errors. A message names the file, and the tensor or the line where one is at fault.
 
 use std::{
     fmt::Display,

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Shows a run in the terminal while it is written: norms, the tensors, the worst first, and what is wrong.
+/// Shows a run in the terminal while it is written: norms, the tensors, the worst first, and findings.
 ///
 /// Arrow and page keys move the list of tensors, `q` ends.
 #[derive(Debug, Args)]
@@ -51,7 +51,7 @@ fn shown(step: Step<'_>) -> ViewStep {
     }
 }
 
-/// What does not exist is drawn as what is not a number.
+/// A norm that does not exist is drawn as NaN.
 fn norm(norm: Option<Number>) -> f64 {
     norm.map_or(f64::NAN, |Number(norm)| norm)
 }

@@ -160,7 +160,7 @@ pub struct Histogram<'a> {
     pub bins: Vec<(Number, u64)>,
 }
 
-/// What was found in a step.
+/// A finding of a step.
 #[derive(Deserialize)]
 pub struct Finding {
     #[serde(deserialize_with = "severity")]

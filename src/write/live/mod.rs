@@ -54,7 +54,7 @@ pub struct ViewStep {
     pub skip: bool,
     /// The tensors in the plan's order; none where only the step's own numbers are known: those of an earlier step stay.
     pub tensors: Vec<ViewTensor>,
-    /// What is wrong.
+    /// Its findings.
     pub findings: Vec<ViewFinding>,
 }
 
@@ -84,9 +84,9 @@ pub struct ViewFinding {
     pub tensor: Option<String>,
     /// How many others it concerns.
     pub others: usize,
-    /// What was seen.
+    /// The finding in a sentence.
     pub message: String,
-    /// What usually helps.
+    /// Advice, most promising first.
     pub advice: Vec<String>,
 }
 

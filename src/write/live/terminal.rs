@@ -97,7 +97,7 @@ impl Drop for Live {
 }
 
 /// Takes the terminal at standard output over, and shows the view until `feed` fails or the user closes it, with `q` or Ctrl-C.
-/// `feed` gives the view what is new; it is called before each drawing, some 20 times a second, and keys wait for it. Keys are
+/// `feed` gives the view new steps. It is called before each drawing, some 20 times a second, and keys wait for it. Keys are
 /// those of [`Live`].
 ///
 /// # Errors

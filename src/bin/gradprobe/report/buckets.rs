@@ -1,8 +1,8 @@
-//! What is kept of steps, however many there are.
+//! Any number of steps in a limited number of buckets.
 
 /// Something of which two steps can be made one.
 pub trait Join {
-    /// Takes in what is of a later step.
+    /// Adds a later step.
     fn join(&mut self, later: Self);
 }
 

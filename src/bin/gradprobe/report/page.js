@@ -519,7 +519,7 @@ function histogram(run, name) {
   };
   const content = () => ({
     rows: kinds, height: 13, label: (row) => labels[row],
-    // Of NaN and Inf, as such; of what does not occur, nothing.
+    // NaN and Inf are drawn as such, and a share of 0 not at all.
     value: (column, row) => {
       const found = share(column, row);
       return found === 0 ? undefined : row === 0 ? NaN : row === 1 ? Infinity : found;
@@ -548,7 +548,7 @@ function chooseAndKeep(name, go) {
     document.querySelector("#tensor h2").focus({ preventScroll: true });
   }
 }
-// What is drawn again when the window changes: all, and those of the tensor that is shown.
+// Called again when the window or the theme changes. The first `general` stay; the others are of the tensor that is shown.
 const drawings = [];
 let general = 0;
 function choose(name) {
@@ -571,7 +571,7 @@ function choose(name) {
       const values = there.map((column) => cell(run, measure, column, tensor));
       return { run, steps: of(run.columns.first), until: of(run.columns.last), values };
     }).filter(({ steps }) => steps.length > 0);
-    // Counts of what never occurs in this tensor tell nothing.
+    // Counts that are always 0 tell nothing.
     const tells = parts.some(({ values }) => !measure.endsWith("count") || values.some((value) => value !== 0));
     return tells ? [chart(MEASURES[measure], parts)] : [];
   });

@@ -28,10 +28,10 @@ pub const ALL_CELLS: usize = 1 << 20;
 /// Columns of all histograms together; one has some 20 octaves, 40 bytes. 2 MB of the page.
 const HISTOGRAMS: u64 = 40 * 1024;
 
-/// What the heat map can show of a tensor: its name on the page, and where it is read.
+/// A number that the heat map shows of a tensor: its name on the page, and where it is read.
 type Measure = (&'static str, fn(&Tensor<'_>) -> Option<f64>);
 
-/// Signal to noise has a list of its own in a line; what AdamW's moments give stands in for it.
+/// Signal to noise has a list of its own in a line. Where that is missing, AdamW's moments give it.
 const GSNR: &str = "gsnr";
 const MEASURES: [Measure; 7] = [
     ("l2_norm", |tensor| of(tensor.l2_norm)),
@@ -235,7 +235,7 @@ impl Join for Cells {
     }
 }
 
-/// The largest of what there is. NaN is larger than all, so that none is lost.
+/// The larger of two cells. NaN is larger than all, so that none is lost.
 fn largest(a: f32, b: f32) -> f32 {
     let is_none = |x: f32| x.to_bits() == NONE.to_bits();
     if is_none(a) || (b.is_nan() && !is_none(b)) {
@@ -247,7 +247,7 @@ fn largest(a: f32, b: f32) -> f32 {
     }
 }
 
-/// A cell's number. What is finite stays finite.
+/// A cell's number. A finite one stays finite.
 #[expect(clippy::cast_possible_truncation, reason = "rounded to the nearest f32")]
 fn narrow(number: Option<f64>) -> f32 {
     match number {
@@ -307,7 +307,7 @@ struct Seen {
     unhealthy_since: Option<u64>,
 }
 
-/// What is kept of the steps so far.
+/// A summary of the steps so far.
 struct Reading {
     verdict: Option<Verdict>,
     last_verdict: Option<Verdict>,
