@@ -146,7 +146,7 @@ function finding(found) {
       found.since === found.last ? "." : `; began in step ${found.since}.`),
     element("p", {}, runs.length > 1 || found.steps > 1 ? `Step ${found.found}: ` : "", found.message));
   if (found.advice.length + others > 0) {
-    const more = element("details", {}, element("summary", {}, "What helps"),
+    const more = element("details", {}, element("summary", {}, "Remedies"),
       element("ul", {}, ...found.advice.map((advice) => element("li", {}, advice))));
     if (others > 0) more.append(element("p", {}, `Also in: ${found.others.map(printable).join(", ")}`));
     item.append(more);
@@ -209,7 +209,7 @@ function chart(title, parts) {
       return found ? shown(found[1]) : shown(finite);
     };
     plot = new uPlot({
-      width: host.clientWidth, height: 190, padding: [14, 8, 0, 0],
+      width: host.clientWidth, height: 190, padding: [14, 24, 0, 0],
       cursor: { sync: { key: "steps" }, y: false, points: { size: 7 } },
       legend: { live: true },
       scales: {
