@@ -240,10 +240,13 @@ pub enum Error {
     NotMeasured,
     /// Gradients would be multiplied twice by what one measurement decided.
     #[error(
-        "the last measurement's clip has been applied: measure before another clip, and before an optimizer's step, which \
-         applies it itself, do not clip"
+        "tensor {name:?} has been clipped since it was measured: measure before another clip, and do not clip before an optimizer's \
+         step, which clips"
     )]
-    AlreadyClipped,
+    AlreadyClipped {
+        /// The first tensor that has.
+        name: String,
+    },
     /// The CUDA driver library could not be loaded.
     #[error("no CUDA driver: none of {searched} could be loaded ({reason})")]
     DriverNotFound {

@@ -60,7 +60,7 @@ pub use measure::{Record, Report, StepOutputs, TensorReport};
 pub use plan::{Plan, TensorSpec};
 pub use probe::{Addresses, Probe, ProbeState, Room};
 pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
-pub use watch::{Seen, Watch};
+pub use watch::{Watch, WatchedStep};
 
 /// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
 /// compile, in place of the line that includes it. NVRTC would look for it in a folder.

@@ -6,7 +6,9 @@ mod parameters;
 mod watch;
 
 pub use error::Error;
-pub use gradprobe::{self, Clip, Config, NonFinitePolicy, Report, Rules, Seen, clip::LossScale, gsnr::GsnrConfig};
+pub use gradprobe::{
+    self, Clip, Config, NonFinitePolicy, Report, Rules, WatchedStep, clip::LossScale, gsnr::GsnrConfig,
+};
 pub use watch::Watch;
 
 use burn_core::module::Module;

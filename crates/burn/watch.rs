@@ -3,7 +3,7 @@
 use crate::{BurnProbe, Config, Error, shared};
 use burn_core::module::Module;
 use burn_optim::GradientsParams;
-use gradprobe::Seen;
+use gradprobe::WatchedStep;
 use std::ops::{Deref, DerefMut};
 
 /// Watches the steps of a burn trainer: [`gradprobe::Watch`] around a [`BurnProbe`], with all its methods.
@@ -47,7 +47,7 @@ impl Watch {
     /// Measures these gradients and clips them in place: [`BurnProbe::step`]. Gives this step, as its report is there at once.
     ///
     /// # Errors
-    /// Those of [`gradprobe::Watch::step_by`] and of [`BurnProbe::step`].
+    /// Those of [`gradprobe::Watch::step_with`] and of [`BurnProbe::step`].
     ///
     /// # Panics
     /// As [`BurnProbe::measure`].
@@ -57,8 +57,8 @@ impl Watch {
         module: &M,
         gradients: &mut GradientsParams,
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
-    ) -> Result<Option<Seen>, Error> {
-        self.0.step_by(step, scalars, |probe, has_histogram| {
+    ) -> Result<Option<WatchedStep>, Error> {
+        self.0.step_with(step, scalars, |probe, has_histogram| {
             probe.lend_mut(module, gradients, |probe, tensors| {
                 if has_histogram {
                     probe.histogram()?.start(&shared(tensors))?;

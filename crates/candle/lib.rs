@@ -10,7 +10,7 @@ mod watch;
 
 pub use error::Error;
 pub use gradprobe::{
-    self, Clip, Config, NonFinitePolicy, Report, Rules, Seen, clip::LossScale, gsnr::GsnrConfig, optim,
+    self, Clip, Config, NonFinitePolicy, Report, Rules, WatchedStep, clip::LossScale, gsnr::GsnrConfig, optim,
 };
 pub use optimizer::{AdamW, adamw};
 pub use watch::Watch;

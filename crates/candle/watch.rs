@@ -3,7 +3,7 @@
 use crate::{CandleProbe, Config, Error};
 use candle_core::backprop::GradStore;
 use candle_nn::VarMap;
-use gradprobe::Seen;
+use gradprobe::WatchedStep;
 use std::ops::{Deref, DerefMut};
 
 /// Watches the steps of a candle trainer: [`gradprobe::Watch`] around a [`CandleProbe`], with all its methods.
@@ -44,14 +44,14 @@ impl Watch {
     /// this one, on a GPU this or one of the last few.
     ///
     /// # Errors
-    /// Those of [`gradprobe::Watch::step_by`] and of [`CandleProbe::step`].
+    /// Those of [`gradprobe::Watch::step_with`] and of [`CandleProbe::step`].
     pub fn step<'s>(
         &mut self,
         step: u64,
         gradients: &mut GradStore,
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
-    ) -> Result<Option<Seen>, Error> {
-        self.0.step_by(step, scalars, |probe, has_histogram| {
+    ) -> Result<Option<WatchedStep>, Error> {
+        self.0.step_with(step, scalars, |probe, has_histogram| {
             start_histogram(probe, gradients, has_histogram)?;
             probe.step(gradients)
         })
@@ -60,14 +60,14 @@ impl Watch {
     /// Measures these gradients and moves the variables by them, with the optimizer that is declared: [`CandleProbe::update`].
     ///
     /// # Errors
-    /// Those of [`gradprobe::Watch::step_by`] and of [`CandleProbe::update`].
+    /// Those of [`gradprobe::Watch::step_with`] and of [`CandleProbe::update`].
     pub fn update<'s>(
         &mut self,
         step: u64,
         gradients: &GradStore,
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
-    ) -> Result<Option<Seen>, Error> {
-        self.0.step_by(step, scalars, |probe, has_histogram| {
+    ) -> Result<Option<WatchedStep>, Error> {
+        self.0.step_with(step, scalars, |probe, has_histogram| {
             start_histogram(probe, gradients, has_histogram)?;
             probe.update(gradients)
         })

@@ -198,10 +198,10 @@ impl Room<'_, OptimizerMemory> {
     /// [`Probe::update`].
     pub fn step(&mut self, gradients: &[&dyn Tensor], weights: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let Self { core, memory } = self;
-        core.check_unclipped()?;
         let place = core.device.place();
         let gradients = core.read(&place, gradients, Planned::Gradients)?;
         let weights = core.write(&place, weights, Planned::Updated)?;
+        core.check_unclipped(&gradients)?;
         core.place(&gradients, None)?;
         memory.prepare(core, &gradients, &weights)?;
         memory.launch(core)?;

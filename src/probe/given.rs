@@ -160,16 +160,26 @@ impl Core {
         self.check_overlaps(tensors)
     }
 
-    /// Fails before anything was measured, and where gradients would be multiplied a second time by what was decided then.
+    /// Fails before anything was measured, and where a gradient would be multiplied a second time by the coefficient of then.
     ///
     /// # Errors
     /// [`Error::NotMeasured`], [`Error::AlreadyClipped`].
-    pub fn check_unclipped(&self) -> Result<(), Error> {
-        match self {
-            Self { measured: false, .. } => Err(Error::NotMeasured),
-            // A replayed graph measures without our knowing.
-            Self { clipped: true, promised: false, .. } => Err(Error::AlreadyClipped),
-            _ => Ok(()),
+    pub fn check_unclipped(&self, gradients: &Given<'_>) -> Result<(), Error> {
+        if !self.measured {
+            return Err(Error::NotMeasured);
+        }
+        // A replayed graph measures without our knowing.
+        let mut pairs = gradients.tensors.iter().zip(&self.clipped);
+        match pairs.position(|(tensor, &clipped)| tensor.len > 0 && clipped && !self.promised) {
+            Some(index) => Err(Error::AlreadyClipped { name: self.plan.tensors()[index].name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// These have been multiplied.
+    pub fn set_clipped(&mut self, gradients: &Given<'_>) {
+        for (clipped, tensor) in self.clipped.iter_mut().zip(&gradients.tensors) {
+            *clipped |= tensor.len > 0;
         }
     }
 

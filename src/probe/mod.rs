@@ -79,8 +79,8 @@ pub(crate) struct Core {
     /// Whether a step has been launched.
     pub measured: bool,
     pub numbering: Numbering,
-    /// Whether gradients have been multiplied by what it decided.
-    pub clipped: bool,
+    /// Of each gradient, whether it has been multiplied by the coefficient of that step.
+    pub clipped: Vec<bool>,
     /// Whether somebody has vouched for graphs; see [`Probe::bind`].
     promised: bool,
     clip_state: Buffer,
@@ -271,7 +271,7 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Launches the clip of these tensors, in place, by what the last measurement decided: once a measurement. Where the
+    /// Launches the clip of these tensors, in place, by what the last measurement decided: each tensor once a measurement. Where the
     /// configuration leaves nothing that it could do, nothing is launched, however often.
     ///
     /// # Errors
@@ -280,9 +280,9 @@ impl Probe {
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let place = self.core.device.place();
         let tensors = self.core.write(&place, tensors, Planned::Gradients)?;
-        self.core.check_unclipped()?;
+        self.core.check_unclipped(&tensors)?;
         self.core.place_to_change(&tensors)?;
-        self.launch_clip()?;
+        self.launch_clip(&tensors)?;
         tensors.finish()
     }
 
@@ -296,7 +296,7 @@ impl Probe {
         self.core.place(&tensors, None)?;
         self.core.check_overlaps(&tensors)?;
         self.launch_step(false)?;
-        self.launch_clip()?;
+        self.launch_clip(&tensors)?;
         tensors.finish()
     }
 
@@ -314,7 +314,8 @@ impl Probe {
             None => core.launch(chunks, &step)?,
         }
         // What follows of the step is reported even where the rest fails.
-        (core.measured, core.clipped) = (true, false);
+        core.measured = true;
+        core.clipped.fill(false);
         core.numbering.launched();
         self.reports.step_launched();
         if let Some(tracking) = &self.rooms.tracking {
@@ -326,7 +327,7 @@ impl Probe {
         Ok(())
     }
 
-    fn launch_clip(&mut self) -> Result<(), Error> {
+    fn launch_clip(&mut self, tensors: &Given<'_>) -> Result<(), Error> {
         let Self { core, .. } = self;
         let config = &core.config;
         let may_change = config.clip.may_clip()
@@ -337,7 +338,7 @@ impl Probe {
         }
         let StepArguments { common, clip_state, coefficients, .. } = core.step;
         core.launch_chunks(&ClipArguments { common, clip_state, coefficients })?;
-        core.clipped = true;
+        core.set_clipped(tensors);
         Ok(())
     }
 }
@@ -463,6 +464,7 @@ impl Core {
     fn new(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, (Error, Box<dyn Device>)> {
         match Tables::new(&*device, &plan, &config) {
             Ok(Tables { step, addresses, chunk_tensors, clip_state, clip_read, workspace }) => Ok(Self {
+                clipped: vec![false; plan.tensors().len()],
                 plan,
                 config,
                 step,
@@ -473,7 +475,6 @@ impl Core {
                 updates: 0,
                 measured: false,
                 numbering: Numbering::default(),
-                clipped: false,
                 promised: false,
                 clip_state,
                 clip_read,

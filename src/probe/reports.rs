@@ -117,6 +117,23 @@ impl Probe {
         Ok(None)
     }
 
+    /// Waits for the oldest report that was not given; `None` when all were.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub(crate) fn next_report(&mut self) -> Result<Option<Report>, Error> {
+        outside_capture(&*self.core.device, Error::WaitInCapture)?;
+        if self.core.measured && self.reports.unread {
+            self.reports.start()?;
+        }
+        while !self.reports.reads.is_empty() {
+            if let Some(report) = self.take_report(false)? {
+                return Ok(Some(report));
+            }
+        }
+        Ok(None)
+    }
+
     /// Waits for the last measurement and gives its report, also if [`poll`](Self::poll) has given it before. Reports of
     /// steps before it that nobody has asked for are passed over; their diagnosis is made.
     ///

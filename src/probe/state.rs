@@ -238,6 +238,8 @@ impl Probe {
         };
         restore(core, &mut rooms.loss_scale, loss_scale)?;
         core.numbering = numbering;
+        // There is no measurement to wait for, or to clip by; but a graph may replay one.
+        core.measured &= core.promised;
         core.device.upload(bytemuck::cast_slice(clip), &core.clip_state)?;
         own.as_ref().map_or(Ok(()), |own| own.restore(core, rooms))?;
         reports.restore(&*core.device, StepOutputs { step: *step, ..StepOutputs::default() })

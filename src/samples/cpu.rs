@@ -22,7 +22,8 @@ pub(crate) unsafe fn run(a: &SampleArguments) {
     let (outputs, places, numbers, ring): (&[StepOutputs], &[SamplePlace], &mut [u64], &mut [f32]) =
         unsafe { Tables::at(((a.common.outputs, 1), (a.places, count), (a.numbers, steps), (a.ring, steps * count))) };
     let outputs = &outputs[0];
-    let slot = ((outputs.step - 1) % u64::from(a.steps)) as usize;
+    // As on a GPU, also where a state was restored of no step.
+    let slot = (outputs.step.wrapping_sub(1) % u64::from(a.steps)) as usize;
     numbers[slot] = if outputs.found_inf == 0.0 { outputs.step } else { outputs.step | NONFINITE };
     for (value, place) in ring[slot * count..].iter_mut().zip(places) {
         let index = place.index as usize;

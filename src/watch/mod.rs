@@ -2,10 +2,10 @@
 
 #[cfg(feature = "checkpoint")]
 mod checkpoint;
-mod seen;
+mod step;
 mod told;
 
-pub use seen::Seen;
+pub use step::WatchedStep;
 
 use crate::{
     Error, Probe, Report, Tensor, TensorMut,
@@ -16,7 +16,12 @@ use crate::{
 };
 #[cfg(any(feature = "json", feature = "tensorboard"))]
 use std::path::Path;
-use std::{collections::VecDeque, fmt, sync::Arc};
+use std::{
+    collections::VecDeque,
+    fmt,
+    io::{self, Write},
+    sync::Arc,
+};
 use told::{Change, Told};
 
 /// Entries that may wait for the thread that writes.
@@ -152,7 +157,7 @@ impl<P: AsMut<Probe>> Watch<P> {
         self.details = cadence;
     }
 
-    /// Tells nothing on standard error: [`Seen::changed`] is for the trainer to show.
+    /// Tells nothing on standard error: [`WatchedStep::changed`] is for the trainer to show.
     pub fn quiet(&mut self) {
         self.is_quiet = true;
     }
@@ -172,12 +177,12 @@ impl<P: AsMut<Probe>> Watch<P> {
     /// # Errors
     /// [`Error::InvalidConfig`] unless the step is after the last, and for scalars of odd names; [`Error::StepWritten`] when the first step is
     /// not after those that are written; those of `run`, and the device's.
-    pub fn step_by<'s, E: From<Error>>(
+    pub fn step_with<'s, E: From<Error>>(
         &mut self,
         step: u64,
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
         run: impl FnOnce(&mut P, bool) -> Result<(), E>,
-    ) -> Result<Option<Seen>, E> {
+    ) -> Result<Option<WatchedStep>, E> {
         let scalars = checked_scalars(scalars)?;
         self.open(step)?;
         self.follow_learning_rate(&scalars)?;
@@ -205,16 +210,17 @@ impl<P: AsMut<Probe>> Watch<P> {
         Ok(last)
     }
 
-    /// Waits for the last step, and gives it if it has not been given.
+    /// Waits for all steps whose reports have not come, and gives the last of them.
     ///
     /// # Errors
     /// The device's.
-    pub fn wait(&mut self) -> Result<Option<Seen>, Error> {
-        if self.waiting.is_empty() {
-            return Ok(None);
+    pub fn wait(&mut self) -> Result<Option<WatchedStep>, Error> {
+        let mut last = None;
+        while !self.waiting.is_empty() {
+            let Some(report) = self.probe.as_mut().next_report()? else { break };
+            last = Some(self.see(report)?);
         }
-        let report = self.probe.as_mut().wait()?;
-        self.see(report).map(Some)
+        Ok(last)
     }
 
     /// Waits for the last step, and until all is written. Steps after it are measured, and not written.
@@ -266,7 +272,7 @@ impl<P: AsMut<Probe>> Watch<P> {
     }
 
     /// Takes in a report that has come.
-    fn see(&mut self, report: Report) -> Result<Seen, Error> {
+    fn see(&mut self, report: Report) -> Result<WatchedStep, Error> {
         let probe = self.probe.as_mut();
         let mut waiting = None;
         // Reports of steps before it do not come any more.
@@ -275,7 +281,7 @@ impl<P: AsMut<Probe>> Watch<P> {
             waiting.as_mut().map_or(Ok(()), |next| next.look.finish(probe))?;
         }
         let Some(Waiting { scalars, has_details, look, .. }) = waiting.filter(|next| next.step == report.step()) else {
-            return Ok(Seen { entry: Arc::new(Entry::new(report)), changed: None });
+            return Ok(WatchedStep { entry: Arc::new(Entry::new(report)), changed: None });
         };
         let diagnosis = report.diagnosis().cloned();
         let beside = match (probe.health(), &look.gsnr) {
@@ -285,8 +291,8 @@ impl<P: AsMut<Probe>> Watch<P> {
         let of_step = self.of_steps.update(diagnosis.iter().flat_map(|diagnosis| diagnosis.findings()));
         let of_look = if has_details { self.of_looks.update(&beside) } else { Change::None };
         let is_new = [of_step, of_look].contains(&Change::New);
-        let changed = is_new.then(|| seen::words(diagnosis.as_ref(), &beside));
-        let over = (of_step == Change::Over && !is_new).then(|| seen::over(report.step()));
+        let changed = is_new.then(|| step::words(diagnosis.as_ref(), &beside));
+        let over = (of_step == Change::Over && !is_new).then(|| step::over(report.step()));
         let changed = changed.or(over);
 
         let mut entry = Entry::new(report).with_findings_beside(beside);
@@ -300,12 +306,12 @@ impl<P: AsMut<Probe>> Watch<P> {
         if !has_details && !is_new {
             entry = entry.without_details();
         }
-        let seen = Seen { entry: Arc::new(entry), changed };
+        let seen = WatchedStep { entry: Arc::new(entry), changed };
         self.tell(&seen);
         Ok(seen)
     }
 
-    fn tell(&mut self, seen: &Seen) {
+    fn tell(&mut self, seen: &WatchedStep) {
         if let Some(writers) = &mut self.writers {
             writers.send(Arc::clone(&seen.entry));
             let error = if self.told_lost { None } else { writers.error() };
@@ -321,7 +327,8 @@ impl<P: AsMut<Probe>> Watch<P> {
 
     fn say(&self, text: &str) {
         if !self.is_quiet {
-            eprint!("{text}");
+            // Who has closed it wants to hear nothing.
+            let _ = io::stderr().write_all(text.as_bytes());
         }
     }
 }
@@ -340,14 +347,14 @@ impl Watch {
     /// on a GPU this or one of the last few.
     ///
     /// # Errors
-    /// Those of [`step_by`](Self::step_by) and of [`Probe::step`].
+    /// Those of [`step_with`](Self::step_with) and of [`Probe::step`].
     pub fn step<'s>(
         &mut self,
         step: u64,
         gradients: &mut [&mut dyn TensorMut],
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
-    ) -> Result<Option<Seen>, Error> {
-        self.step_by(step, scalars, |probe, has_histogram| {
+    ) -> Result<Option<WatchedStep>, Error> {
+        self.step_with(step, scalars, |probe, has_histogram| {
             if has_histogram {
                 let shared: Vec<&dyn Tensor> = gradients.iter().map(|gradient| &**gradient as &dyn Tensor).collect();
                 probe.histogram()?.start(&shared)?;
@@ -359,15 +366,15 @@ impl Watch {
     /// Measures these gradients and moves the weights by them, with the optimizer that is declared: [`Probe::update`].
     ///
     /// # Errors
-    /// Those of [`step_by`](Self::step_by) and of [`Probe::update`].
+    /// Those of [`step_with`](Self::step_with) and of [`Probe::update`].
     pub fn update<'s>(
         &mut self,
         step: u64,
         gradients: &[&dyn Tensor],
         weights: &mut [&mut dyn TensorMut],
         scalars: impl IntoIterator<Item = (&'s str, f64)>,
-    ) -> Result<Option<Seen>, Error> {
-        self.step_by(step, scalars, |probe, has_histogram| {
+    ) -> Result<Option<WatchedStep>, Error> {
+        self.step_with(step, scalars, |probe, has_histogram| {
             if has_histogram {
                 probe.histogram()?.start(gradients)?;
             }

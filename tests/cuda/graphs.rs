@@ -49,7 +49,7 @@ fn a_clip_follows_each_replay_of_a_measurement_alone() {
     let addresses = place.raw();
     probe.measure(&refs(&addresses)).unwrap();
     clip_at(&mut probe, &addresses).unwrap();
-    assert_eq!(clip_at(&mut probe, &addresses), Err(Error::AlreadyClipped));
+    assert!(matches!(clip_at(&mut probe, &addresses), Err(Error::AlreadyClipped { .. })));
     // The reference counts that step as well.
     reference.step(Tensors::of(0));
     // SAFETY: memory and probe live as long as the graph, and are used on this stream only.

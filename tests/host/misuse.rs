@@ -24,6 +24,10 @@ fn probes(config: &Config) -> [Probe; 2] {
     [Probe::new(Cpu, one("w"), config.clone()).unwrap(), Probe::new(Simt::default(), one("w"), config.clone()).unwrap()]
 }
 
+fn already_clipped() -> Error {
+    Error::AlreadyClipped { name: "w".to_owned() }
+}
+
 /// A call that measures, or applies what was decided.
 type Apply = fn(&mut Probe, &mut [f32; 2]) -> Result<(), Error>;
 
@@ -76,7 +80,7 @@ fn what_one_measurement_decided_is_applied_once() {
             first(&mut probe, &mut gradient).unwrap();
             let clipped = gradient;
             assert!(clipped[0] < 4.0, "{index}: {clipped:?}");
-            assert_eq!(second(&mut probe, &mut gradient), Err(Error::AlreadyClipped), "{index}");
+            assert_eq!(second(&mut probe, &mut gradient), Err(already_clipped()), "{index}");
             assert_eq!(gradient, clipped, "{index}: what is refused changes nothing");
             // Any measurement begins anew.
             let again: [Apply; 3] = [
@@ -116,6 +120,21 @@ fn what_applies_nothing_or_something_else_may_follow() {
     }
 }
 
+/// Each tensor is clipped once; in how many calls is the caller's choice.
+#[test]
+fn a_step_may_be_clipped_in_parts() {
+    let plan = Plan::new([("a", DType::F32, 2), ("b", DType::F32, 2)]).unwrap();
+    let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::global_norm(1.0))).unwrap();
+    let (mut a, mut b) = (GRADIENT, GRADIENT);
+    probe.measure(&[&a, &b]).unwrap();
+    probe.clip(&mut [&mut a, &mut Absent]).unwrap();
+    probe.clip(&mut [&mut Absent, &mut b]).unwrap();
+    assert!(a == b && a[0] < 1.0);
+    assert_eq!(probe.clip(&mut [&mut Absent, &mut b]), Err(Error::AlreadyClipped { name: "b".to_owned() }));
+    probe.measure(&[&a, &b]).unwrap();
+    assert_eq!(probe.clip(&mut [&mut a, &mut b]), Ok(()));
+}
+
 #[test]
 fn every_kind_of_clip_is_applied_once_also_where_a_step_needs_none() {
     for clip in CLIPS {
@@ -125,7 +144,7 @@ fn every_kind_of_clip_is_applied_once_also_where_a_step_needs_none() {
             for _ in 0..3 {
                 probe.step(&mut [&mut [0.1f32; 2]]).unwrap();
                 let launches = clip != Clip::None || non_finite == NonFinitePolicy::ZeroNonFinite;
-                let expected = if launches { Err(Error::AlreadyClipped) } else { Ok(()) };
+                let expected = if launches { Err(already_clipped()) } else { Ok(()) };
                 assert_eq!(probe.clip(&mut [&mut [0.1f32; 2]]), expected, "{clip:?}, {non_finite:?}");
             }
             // What is refused for another reason leaves the measurement to be clipped by.

@@ -1,7 +1,7 @@
 //! A run as [`Watch`] sees it: on the trainer's own step numbers, told once, written with and without details.
 
 use gradprobe::{
-    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Seen, Tensor, Verdict, Watch,
+    Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Tensor, Verdict, Watch, WatchedStep,
     gsnr::GsnrConfig,
     health::{Cadence, Rules},
     optim::Sgd,
@@ -30,7 +30,7 @@ fn gradients(step: u64) -> [Vec<f32>; 2] {
     [(); 2].map(|()| (0..ELEMENTS).map(|_| random.f32() - 0.4).collect())
 }
 
-fn take(watch: &mut Watch, step: u64, change: impl FnOnce(&mut [Vec<f32>; 2])) -> Seen {
+fn take(watch: &mut Watch, step: u64, change: impl FnOnce(&mut [Vec<f32>; 2])) -> WatchedStep {
     let mut gradients = gradients(step);
     change(&mut gradients);
     let [first, second] = &mut gradients;

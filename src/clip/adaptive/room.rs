@@ -98,7 +98,7 @@ impl Room<'_, AdaptiveUnits> {
             (core.write(&place, tensors, Planned::Gradients)?, core.read(&place, weights, Planned::Lengths)?);
         let unscales = core.config.features.loss_scale.is_some();
         if unscales {
-            core.check_unclipped()?;
+            core.check_unclipped(&tensors)?;
         }
         core.place_to_change(&tensors)?;
         core.check_apart(&tensors, &weights, |gradient, weight| (gradient.to_owned(), weight_of(weight)))?;
@@ -133,7 +133,9 @@ impl Room<'_, AdaptiveUnits> {
                 reserved: 0,
             },
         )?;
-        core.clipped |= unscales;
+        if unscales {
+            core.set_clipped(&tensors);
+        }
         weights.finish()?;
         tensors.finish()
     }

@@ -2,7 +2,7 @@
 
 use crate::options::Choice;
 use gradprobe::{FindingKind, Verdict, health::Diagnosis, write::Finished};
-use gradprobe_candle::Seen;
+use gradprobe_candle::WatchedStep;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
@@ -35,7 +35,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub fn add(&mut self, seen: &Seen, diagnosis: &Diagnosis) {
+    pub fn add(&mut self, seen: &WatchedStep, diagnosis: &Diagnosis) {
         let verdict = diagnosis.verdict();
         self.steps += 1;
         self.unhealthy += u64::from(verdict != Verdict::Healthy);

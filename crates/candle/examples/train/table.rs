@@ -2,7 +2,7 @@
 
 use crate::watch::{Noise, words};
 use gradprobe::health::Diagnosis;
-use gradprobe_candle::Seen;
+use gradprobe_candle::WatchedStep;
 use std::io::{self, Write};
 
 /// Prints a line every so many steps, and when the verdict changes.
@@ -33,14 +33,14 @@ impl Table {
     }
 
     /// Whether a step has a line.
-    pub fn shows(&self, seen: &Seen, diagnosis: &Diagnosis) -> bool {
+    pub fn shows(&self, seen: &WatchedStep, diagnosis: &Diagnosis) -> bool {
         let step = seen.step();
         step == 1 || step == self.steps || step.is_multiple_of(self.every) || words(diagnosis) != self.words
     }
 
     /// # Errors
     /// When standard output is closed.
-    pub fn line(&mut self, seen: &Seen, diagnosis: &Diagnosis, (loss, noise): (f32, Noise)) -> io::Result<()> {
+    pub fn line(&mut self, seen: &WatchedStep, diagnosis: &Diagnosis, (loss, noise): (f32, Noise)) -> io::Result<()> {
         self.words = words(diagnosis);
         let mut stdout = io::stdout().lock();
         writeln!(

@@ -13,7 +13,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
-use gradprobe_candle::Seen;
+use gradprobe_candle::WatchedStep;
 use std::{
     io::{self, Write},
     time::{Duration, Instant},
@@ -66,7 +66,7 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
         let beside = options.optimizer == Choice::Both && step % 2 == 0;
         let mut other = if beside { candle.step(&sum, warm)? } else { Duration::ZERO };
         let seen = watch.step(step.into(), &mut sum, losses, warm)?;
-        if !beside && !seen.as_ref().is_some_and(Seen::skip) {
+        if !beside && !seen.as_ref().is_some_and(WatchedStep::skip) {
             other += candle.step(&sum, warm)?;
         }
         time += start.elapsed();
@@ -131,7 +131,7 @@ struct Training {
 }
 
 impl Training {
-    fn show(&mut self, seen: Option<Seen>, watch: &mut Watch) -> Result<()> {
+    fn show(&mut self, seen: Option<WatchedStep>, watch: &mut Watch) -> Result<()> {
         let Some(seen) = seen else { return Ok(()) };
         let diagnosis = seen.report().diagnosis().ok_or("no rules were given")?;
         self.summary.add(&seen, diagnosis);

@@ -11,7 +11,7 @@ use gradprobe::{
     health::Diagnosis,
     write::{Finished, charts::ChartFolder},
 };
-use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, Seen, adamw};
+use gradprobe_candle::{CandleProbe, Clip, Config, GsnrConfig, NonFinitePolicy, WatchedStep, adamw};
 use std::{
     fs, io,
     path::Path,
@@ -113,7 +113,7 @@ impl Watch {
         gradients: &mut GradStore,
         loss: f32,
         learning_rate: f64,
-    ) -> Result<Option<Seen>> {
+    ) -> Result<Option<WatchedStep>> {
         let start = Instant::now();
         let scalars = [("loss", loss.into()), ("lr", learning_rate)];
         let seen = if self.updates {
@@ -127,12 +127,12 @@ impl Watch {
     }
 
     /// The step that is still on its way.
-    pub fn rest(&mut self) -> Result<Option<Seen>> {
+    pub fn rest(&mut self) -> Result<Option<WatchedStep>> {
         Ok(self.watch.wait()?)
     }
 
     /// Signal and noise up to this step.
-    pub fn noise(&mut self, seen: &Seen) -> Noise {
+    pub fn noise(&mut self, seen: &WatchedStep) -> Noise {
         if let Some(gsnr) = seen.entry().gsnr() {
             self.noise = Noise { gsnr: median(gsnr), scale: gsnr.noise_scale() };
         }

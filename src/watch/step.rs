@@ -8,12 +8,12 @@ use std::{
 
 /// A step as its report has it.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct WatchedStep {
     pub(super) entry: Arc<Entry>,
     pub(super) changed: Option<String>,
 }
 
-impl Seen {
+impl WatchedStep {
     /// Its number.
     pub fn step(&self) -> u64 {
         self.entry.step()
@@ -51,7 +51,7 @@ impl Seen {
 }
 
 /// `step 12: norm 2.579, clip 0.388`, with the scalars.
-impl fmt::Display for Seen {
+impl fmt::Display for WatchedStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "step {}:", self.step())?;
         self.entry.scalars().iter().try_for_each(|(name, value)| write!(f, " {name} {value:.4e},"))?;
