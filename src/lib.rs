@@ -1,5 +1,5 @@
-//! One read of every gradient: statistics, norms and the global clip, on the GPU without the host waiting, with the
-//! same bits from the CPU.
+//! Reads every gradient once: statistics, norms and the global clip. The GPU works without the host waiting; the CPU
+//! gives the same bits.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
@@ -14,8 +14,9 @@
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 //!
-//! A [`Probe`] works on a device: [`Cpu`] and, with the `cuda` feature, [`Cuda`](cuda::Cuda) compute the same numbers to the
-//! bit. What is measured is a [`Plan`], what is done with it a [`Config`], and what comes back a [`Report`] of [`Record`]s.
+//! A [`Probe`] works on a device: [`Cpu`] and, with the `cuda` feature, [`Cuda`](cuda::Cuda) compute the same numbers
+//! to the bit. A [`Plan`] lists the tensors, a [`Config`] declares the work, and a [`Report`] gives a [`Record`] for
+//! each tensor.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
