@@ -63,6 +63,6 @@ pub use probe::{Addresses, Probe, ProbeState, Room};
 pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
 pub use watch::{Seen, Watch};
 
-/// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
-/// compile, in place of the line that includes it. NVRTC would look for it in a folder.
+/// The text of `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA. Put it in place of the
+/// `#include` in a kernel that NVRTC compiles: NVRTC would look for the file in a folder.
 pub const HEADER: &str = include_str!("../kernels/include/gradprobe.h");

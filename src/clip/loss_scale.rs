@@ -163,7 +163,7 @@ impl Feature<LossScale> for LossScaleMemory {
 }
 
 impl LossScaleMemory {
-    /// Goes on from there. A count beyond the interval makes the scale grow at the interval's end as well.
+    /// Goes on from this state. With a count beyond the interval the scale grows at the next clean step.
     pub fn set(&self, device: &dyn Device, scale: f32, growth_tracker: u32) -> Result<(), Error> {
         let growth_tracker = growth_tracker.min(self.state.growth_interval - 1);
         let state = LossScaleState { scale, growth_tracker, ..self.state };
