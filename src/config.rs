@@ -3,6 +3,19 @@
 use crate::{Error, Rules, clip::Clip, features::Features, gsnr::GsnrConfig};
 
 /// Chooses how a step treats NaN and Inf in a gradient. The device decides, with no branch on the host.
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 3)])?;
+/// let config = Config::new().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::ZeroNonFinite);
+/// let mut probe = Probe::new(Cpu, plan, config)?;
+/// let mut gradient = [3.0f32, f32::NAN, 4.0];
+/// probe.step(&mut [&mut gradient])?;
+/// assert!((gradient[0] - 0.6).abs() < 1e-6 && gradient[1] == 0.0); // of a norm of 5
+/// assert!(!probe.wait()?.skip());
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NonFinitePolicy {

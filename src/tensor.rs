@@ -129,6 +129,18 @@ impl<'a> Lent<'a> {
 
 /// Stands for a tensor without a gradient in this step. Its record is empty, and no norm counts it as 0. The state kept
 /// of the tensor stays: history, tracked elements, ranks and captured graphs go on.
+///
+/// ```
+/// use gradprobe::{Absent, Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("expert.0", DType::F32, 2), ("expert.1", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0], &Absent])?;
+/// let report = probe.wait()?;
+/// assert_eq!(report.absent().collect::<Vec<_>>(), ["expert.1"]);
+/// assert_eq!(report.outputs().total_norm, 5.0);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Absent;
 
@@ -171,6 +183,18 @@ unsafe impl<T: TensorMut> TensorMut for Option<T> {
 }
 
 /// A tensor by its address, length and dtype: for trainers with memory that no other type here describes.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, RawTensor};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// let gradient = [3.0f32, 4.0]; // with a CUDA device, memory of that device
+/// // SAFETY: two f32 lie at the address, and nothing changes them until the report is there.
+/// let tensor = unsafe { RawTensor::new(gradient.as_ptr() as u64, 2, DType::F32) };
+/// probe.measure(&[&tensor])?;
+/// assert_eq!(probe.wait()?.outputs().total_norm, 5.0);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTensor {
     pub(crate) address: u64,

@@ -17,6 +17,19 @@ use bytemuck::{Pod, Zeroable};
 /// torch's `GradScaler` does: a step with NaN or Inf multiplies it by `backoff_factor`, `growth_interval` steps in a
 /// row without multiply it by `growth_factor`. The host takes no part. The optimizer is to leave out steps with NaN or
 /// Inf, by [`StepOutputs::skip`](crate::StepOutputs::skip).
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, clip::LossScale};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let config = Config::new().clip(Clip::global_norm(1.0)).loss_scale(LossScale::fixed(1024.0));
+/// let mut probe = Probe::new(Cpu, plan, config)?;
+/// let mut gradient = [3.0f32 * 1024.0, 4.0 * 1024.0]; // of a loss times 1024
+/// probe.step(&mut [&mut gradient])?;
+/// assert_eq!(probe.wait()?.outputs().total_norm, 5.0);
+/// assert!((gradient[0] - 0.6).abs() < 1e-6); // unscaled and clipped
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LossScale {

@@ -6,6 +6,17 @@ use bytemuck::{Pod, Zeroable};
 
 /// Chooses the rule of the clip and its limit. Rules that look back learn only from steps that are finite and not
 /// skipped. If a step that is not finite is clipped at all, its limit comes from earlier steps.
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::Value { max_abs: 1.0 }))?;
+/// let mut gradient = [-3.0f32, 0.5];
+/// probe.step(&mut [&mut gradient])?;
+/// assert_eq!(gradient, [-1.0, 0.5]);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Clip {

@@ -6,6 +6,18 @@ use bytemuck::{Pod, Zeroable};
 ///
 /// The kernels write this very struct (`kernels/include/gradprobe.h`), one per tensor, and an optimizer's kernel may
 /// read it there. The fields can be merged; the methods give the statistics.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 4)])?, Config::new())?;
+/// probe.measure(&[&[3.0f32, f32::NAN, 0.0, 4.0]])?;
+/// let record = probe.wait()?.records()[0];
+/// assert_eq!((record.nan_count, record.first_nonfinite(), record.zero_count), (1, Some(1), 1));
+/// assert!((record.finite_l2_norm() - 5.0).abs() < 5e-7 * 5.0);
+/// assert_eq!(record.max_abs(), Some(4.0));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Record {

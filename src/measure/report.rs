@@ -10,6 +10,20 @@ use crate::{
 use std::{fmt, sync::Arc};
 
 /// Holds the statistics of one step. `Display` prints a table.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2), ("bias", DType::F32, 1)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0], &[0.0f32]])?;
+/// let report = probe.wait()?;
+/// assert_eq!((report.step(), report.outputs().total_norm), (1, 5.0));
+/// for tensor in report.tensors() {
+///     println!("{}: {}", tensor.name, tensor.record.l2_norm());
+/// }
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Report {
     plan: Plan,
