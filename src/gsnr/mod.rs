@@ -27,6 +27,15 @@ use std::fmt;
 use wildmatch::WildMatch;
 
 /// Chooses the tensors to track across steps, and the number of steps.
+///
+/// ```
+/// use gradprobe::{DType, Plan, gsnr::GsnrConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::F32, 64)])?;
+/// let weights = GsnrConfig::new().tensors(["*weight"]).window(100); // for `Config::tracking`
+/// assert!(weights.bytes(&plan)? < GsnrConfig::new().bytes(&plan)?);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GsnrConfig {
     patterns: Vec<String>,
@@ -368,6 +377,20 @@ impl GsnrRecord {
 }
 
 /// Holds signal and noise of the tracked tensors. `Display` prints a table.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, gsnr::GsnrConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().tracking(GsnrConfig::new()))?;
+/// for noise in [-3.0f32, 3.0, -3.0, 3.0] {
+///     probe.measure(&[&[1.0f32, 1.0 + noise]])?; // an element without noise, and one with
+/// }
+/// let report = probe.gsnr()?.report()?;
+/// let (name, record) = report.tensors().next().expect("one is tracked");
+/// assert_eq!((name, record.constant, record.below_one), ("weight", 1, 1));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct GsnrReport {
     plan: Plan,

@@ -13,6 +13,20 @@ use std::{fmt, str::FromStr};
 /// are separated by tabs: elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and
 /// backslash are `\t`, `
 /// `, `\r`, `\\`.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, Rules, health::Baseline};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().history(64))?;
+/// for _step in 0..20 {
+///     probe.measure(&[&[3.0f32, 4.0]])?;
+/// }
+/// let baseline = Baseline::of_history(&probe.history()?.report()?, 11); // without the first ten steps
+/// assert_eq!(baseline.total().steps, 10);
+/// let text = baseline.to_string(); // in a file, until the next run
+/// let config = Config::new().rules(Rules::default().baseline(text.parse()?));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Baseline {
     learning_rate: Option<f64>,

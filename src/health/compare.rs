@@ -167,6 +167,17 @@ pub struct Compared {
 }
 
 /// Compares two runs. `Display` prints the lines that changed.
+///
+/// ```
+/// use gradprobe::health::{Comparison, NormChange, RunSummary};
+///
+/// let (mut before, mut after) = (RunSummary::default(), RunSummary::default()); // or `of_history`, `of_reports`
+/// before.add(true, 5.0, [("weight", 5.0)]);
+/// after.add(true, 0.1, [("weight", 0.1)]);
+/// let comparison = Comparison::new(&before, &after);
+/// assert_eq!(comparison.lines[0].change, NormChange::FellTenfold);
+/// println!("{comparison}");
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// All tensors together first, then those that both runs have, in the first one's order.

@@ -5,6 +5,21 @@ use crate::{Plan, measure::printable};
 use std::fmt;
 
 /// Holds the findings of a step. `Display` prints them for a terminal.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, FindingKind, Plan, Probe, Rules, Verdict};
+///
+/// let plan = Plan::new([("head.weight", DType::F32, 3)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().rules(Rules::default()))?;
+/// probe.measure(&[&[0.1f32, f32::NAN, 0.2]])?;
+/// let report = probe.wait()?;
+/// let diagnosis = report.diagnosis().expect("the probe has rules");
+/// assert_eq!(diagnosis.verdict(), Verdict::Critical);
+/// let finding = &diagnosis.findings()[0]; // the worst
+/// assert_eq!((finding.kind, finding.tensor.as_deref()), (FindingKind::Nan, Some("head.weight")));
+/// println!("{}: {}; try: {}", finding.kind.name(), finding.message, finding.advice[0]);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Diagnosis {
     pub(super) plan: Plan,

@@ -111,6 +111,17 @@ pub struct FormatShares {
 /// Bin b holds the magnitudes from [`lowest_of`](Self::lowest_of) to [`highest_of`](Self::highest_of): a quarter of an
 /// octave's numbers, so that the highest is at most 1.25 times the lowest. Bins 0 to 3 share f32's subnormals, a quarter
 /// of 2^-126 each.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, histogram::Format};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 4)])?, Config::new().histogram())?;
+/// let report = probe.histogram()?.measure(&[&[1e-9f32, 1e-3, 1e-3, 1e-2]])?;
+/// let histogram = &report.histograms()[0];
+/// assert!(histogram.quantile(0.5).unwrap().low <= 1e-3);
+/// assert_eq!(histogram.shares(Format::F16, 0).unwrap().underflow.low, 0.25); // 1e-9 becomes 0
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Histogram {

@@ -93,6 +93,19 @@ pub(crate) fn bytes(steps: u32, tensors: usize) -> Result<usize, Error> {
 }
 
 /// Holds the last steps, oldest first.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().history(3))?;
+/// for scale in [1.0f32, 1.0, 2.0, 4.0] {
+///     probe.measure(&[&[3.0 * scale, 4.0 * scale]])?;
+/// }
+/// let history = probe.history()?.report()?;
+/// assert_eq!(history.steps().map(|(step, _)| step.outputs.step).collect::<Vec<_>>(), [2, 3, 4]);
+/// assert_eq!(history.total_norm().change, Some(2.0));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct HistoryReport {
     plan: Plan,

@@ -103,6 +103,18 @@ impl Rule {
 
 /// Gives some tensors a learning rate and decay of their own. Where several groups match a tensor's name, the last
 /// counts.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, optim::{Group, Sgd}};
+///
+/// let sgd = Sgd::new(0.1).group(Group::new("*bias").learning_rate_factor(0.0));
+/// let plan = Plan::new([("weight", DType::F32, 1), ("bias", DType::F32, 1)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().optimizer(sgd))?;
+/// let (mut weight, mut bias) = ([1.0f32], [1.0f32]);
+/// probe.update(&[&[1.0f32], &[1.0f32]], &mut [&mut weight, &mut bias])?;
+/// assert_eq!((weight, bias), ([0.9], [1.0]));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
     pattern: String,
@@ -165,6 +177,17 @@ macro_rules! common {
 
 /// AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019), algorithm 2, as PyTorch has it: the decay
 /// is multiplied by the learning rate. Keeps two f32 an element.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, optim::AdamW};
+///
+/// let adamw = AdamW::new(0.1).betas(0.9, 0.95).weight_decay(0.0);
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().optimizer(adamw))?;
+/// let mut weight = [1.0f32, 1.0];
+/// probe.update(&[&[0.5f32, -0.5]], &mut [&mut weight])?;
+/// assert!((weight[0] - 0.9).abs() < 1e-6 && (weight[1] - 1.1).abs() < 1e-6); // the first step is that of the sign
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdamW(Optimizer);
 common!(AdamW);

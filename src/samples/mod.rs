@@ -12,6 +12,20 @@ use bytemuck::{Pod, Zeroable};
 
 /// Chooses the number of elements to keep of each step, and the number of steps. Takes 4 bytes an element and step
 /// where the gradients are.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, samples::SampleConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 4)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().samples(SampleConfig::new(2, 10)))?;
+/// for size in [1.0f32, 2.0, 3.0] {
+///     probe.measure(&[&[size; 4]])?;
+///     probe.samples()?.take(&[&[size; 4]])?;
+/// }
+/// let report = probe.samples()?.report()?;
+/// assert!((report.mean_correlation().unwrap() - 1.0).abs() < 1e-6); // both elements go together
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SampleConfig {
     elements: u32,
