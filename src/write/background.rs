@@ -17,6 +17,26 @@ use std::{
 ///
 /// [`lost`](Self::lost), [`dropped`](Self::dropped) and [`error`](Self::error) give the state while training goes on.
 /// Dropping it writes the queue and loses errors; [`finish`](Self::finish) gives them.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::{Error, write::{Background, Entry, Sink}};
+///
+/// struct Print; // a sink of your own, beside those of this module
+/// impl Sink for Print {
+///     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+///         println!("{}", entry.report());
+///         Ok(())
+///     }
+/// }
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let mut writers = Background::new(vec![Box::new(Print)], 16)?;
+/// assert!(writers.send(Entry::new(probe.wait()?)));
+/// assert_eq!(writers.finish().written, 1);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Background {
     /// `None` once the thread is told to end.

@@ -20,6 +20,20 @@ use std::{
 /// The columns are `step`, `tensor` and `dtype`; the [statistics](crate::statistics#what-is-written) of tensors that
 /// are in CSV; `findings`; and the statistics of steps, the same in each row of a step. `step_verdict` is the step's.
 /// The trainer's own numbers are left out, and so are steps [without details](Entry::without_details).
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Csv, Entry, Sink};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-{}.csv", std::process::id()));
+/// let mut csv = Csv::open(&path)?;
+/// csv.write(&Entry::new(probe.wait()?))?;
+/// assert_eq!(std::fs::read_to_string(&path)?.lines().count(), 2); // the headings and a tensor
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Csv(Appender);
 

@@ -10,6 +10,16 @@ use crate::{
 
 /// Holds all that is written of a step: its report and, where they exist, its diagnosis, signal and noise, and
 /// histograms.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, write::Entry};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0]])?;
+/// let entry = Entry::new(probe.wait()?).with_scalars([("loss", 0.7), ("lr", 1e-3)])?;
+/// assert_eq!((entry.step(), entry.scalars()[0].1), (1, 0.7));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Entry {
     report: Report,

@@ -21,6 +21,20 @@ use std::{
 const BEGINNING: &[u8] = b"{\"step\":";
 
 /// Writes one line of JSON a step; [`json_line`] lists its content. An existing file is continued.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, JsonLines, Sink};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-{}.jsonl", std::process::id()));
+/// let mut lines = JsonLines::open(&path)?;
+/// lines.write(&Entry::new(probe.wait()?))?;
+/// assert!(std::fs::read_to_string(&path)?.starts_with("{\"step\":1,"));
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct JsonLines(Appender);
 

@@ -29,6 +29,20 @@ use std::{
 /// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, with zeros in a bin of their own below. NaN and
 /// Inf are in none; they are the scalars `nan_count/NAME` and `inf_count/NAME`, in every step that has histograms or
 /// any of them. A tensor without a finite element has no histogram.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, Sink, TensorBoard};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-events-{}", std::process::id()));
+/// let mut events = TensorBoard::create(&path)?;
+/// events.write(&Entry::new(probe.wait()?))?;
+/// assert!(events.path().starts_with(&path)); // for `tensorboard --logdir`
+/// # std::fs::remove_dir_all(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct TensorBoard {
     file: Appender,

@@ -11,6 +11,21 @@ use std::path::{Path, PathBuf};
 /// `norm-by-depth` and `gsnr` show the last step that has their numbers; `norms` and `histograms` show all steps. They
 /// are drawn when the run ends and, with [`every`](Self::every), now and then before. `first-critical`, an overview, is
 /// drawn at the first critical step, so that later ones do not hide the beginning.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, Sink, charts::ChartFolder};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-charts-{}", std::process::id()));
+/// let mut charts = ChartFolder::create(&path, probe.plan())?;
+/// charts.write(&Entry::new(probe.wait()?))?;
+/// charts.finish()?;
+/// assert!(path.join("overview.svg").exists());
+/// # std::fs::remove_dir_all(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct ChartFolder {
     folder: PathBuf,
