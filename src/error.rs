@@ -12,16 +12,16 @@
 /// | a wrong argument, or a call out of order | a variant of its own, with the name at fault | Nothing was launched.
 /// Correct the call. |
 /// | no memory, now or from now on | [`OutOfMemory`](Self::OutOfMemory), with the bytes | [`Probe::new`](crate::Probe::new) holds nothing then. In a step only an upload can need more memory: nothing was launched. Call again when there is memory. |
-/// | a call of the driver fails, and the next does not | [`Driver`](Self::Driver), with the function, its code and its purpose | Call again. The next report tells whether the step was measured: what follows a measurement, a clip or an update, may not have been launched. |
+/// | a call of the driver fails, and the next does not | [`Driver`](Self::Driver), with the function, its code and its purpose | Call again. The next report tells whether the step was measured. The clip or the update after a measurement may not have been launched. |
 /// | an error that cudarc kept, of a `drop` or of the note of a slice's use | [`Driver`](Self::Driver), of "an earlier call" | The same. Other streams may not wait for the slice: wait for this one before they write to it. |
-/// | an illegal address, a launch that failed, an uncorrectable memory error, a driver at its end | [`Driver`](Self::Driver), on this and every later call of whatever library | Nothing in this process: such a context cannot be saved. Drop all, which neither waits nor panics, and start again from a checkpoint. |
+/// | an illegal address, a launch that failed, an uncorrectable memory error, a driver at its end | [`Driver`](Self::Driver), on this and every later call of any library | Nothing in this process: such a context cannot be saved. Drop all, which neither waits nor panics, and start again from a checkpoint. |
 /// | work or events that come late | none | Nothing is to be done: [`Probe::poll`](crate::Probe::poll) gives the report later. |
 /// | a binary of the kernels that is not for the device, and no NVRTC | [`KernelLoad`](Self::KernelLoad) | Install NVRTC, or build with nvcc. |
 /// | NCCL refuses a call | [`Communication`](Self::Communication), with its code | The other ranks wait for this one: drop the probe, or abort them. |
 /// | NCCL is in progress, as with `NCCL_COMM_BLOCKING=0` | none | Nothing is to be done: it is waited for. |
 /// | a rank hangs, is gone, or comes with another count | [`Communication`](Self::Communication), after the deadline at the latest | The communicator is aborted, and the probe of no more use but to be dropped. Come together again, with [`ProbeState`](crate::ProbeState). |
 /// | a rank differs, or cannot make its probe | [`RankDiffers`](Self::RankDiffers), on all ranks | No rank has a probe. |
-/// | a file of a state is damaged, of another probe or another version | [`Unreadable`](Self::Unreadable), [`StateOfAnotherProbe`](Self::StateOfAnotherProbe) | Nothing was changed. Go on from another file, or with what is declared as it was. |
+/// | a file of a state is damaged, of another probe or another version | [`Unreadable`](Self::Unreadable), [`StateOfAnotherProbe`](Self::StateOfAnotherProbe) | Nothing was changed. Go on from another file, or restore the old declaration. |
 /// | a file cannot be written | [`EntryLost`](Self::EntryLost), beside the training | Training goes on, and so do the writers when there is room again. |
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]

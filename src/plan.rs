@@ -81,7 +81,7 @@ impl Plan {
     }
 
     /// Adds the shapes of the tensors, one a tensor: the outputs' dimension first, as in PyTorch and candle, and rows
-    /// first in a table of embeddings. No measured number depends on them, and plans are equal whatever their shapes.
+    /// first in a table of embeddings. No measured number depends on them, and plans that differ in shapes alone are equal.
     /// [`health`](crate::health) uses them to tell weights from biases, and to count the inputs that a weight sums
     /// over.
     ///
@@ -228,8 +228,7 @@ impl Plan {
         self.check_count(count)
     }
 
-    /// Makes a plan of these tensors under these names, from their types, lengths and shapes. They may lie on any
-    /// device.
+    /// Makes a plan of these tensors under these names, from their types and lengths. They may lie on any device.
     ///
     /// ```
     /// use gradprobe::{Plan, Tensor};

@@ -148,8 +148,8 @@ impl CandleProbe {
     }
 
     /// Gives the oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits. Called every step
-    /// it gives this step's report for gradients on the CPU, and on a GPU this step's or one of the last few. If it is
-    /// not called, only the last reports are kept.
+    /// it gives this step's report for gradients on the CPU, and on a GPU this step's or one of the last few. Called
+    /// less often, it gives the last.
     ///
     /// # Errors
     /// The device's.

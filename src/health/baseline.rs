@@ -9,10 +9,9 @@ use std::{fmt, str::FromStr};
 /// ([`of_history`](Self::of_history)) or from reports ([`of_reports`](Self::of_reports)), and kept as text for the next
 /// run: `Display` writes it and `FromStr` reads it back to the bit.
 ///
-/// The text has a line for the format, one with the learning rate or `-`, one for the total and one a tensor. Fields
-/// are separated by tabs: elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and
-/// backslash are `\t`, `
-/// `, `\r`, `\\`.
+/// The text has a line for the format, one with the learning rate or `-`, one for the total and one a tensor. Fields are
+/// separated by tabs: elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and backslash
+/// are `\t`, `\n`, `\r`, `\\`.
 ///
 /// ```
 /// use gradprobe::{Config, Cpu, DType, Plan, Probe, Rules, health::Baseline};

@@ -536,7 +536,7 @@ impl Health {
     }
 }
 
-/// The name of the rule on what a format loses.
+/// The name of the rule on losses in a format.
 fn rule_of(format: Format) -> &'static str {
     match format {
         Format::F16 => "underflow_f16",

@@ -17,7 +17,7 @@ pub struct RankCheck {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differing {
     /// The rank that differs from all others. Of only two ranks both, since nobody can tell which is right. Empty where
-    /// several differ, or a rank that shares no tensor with this one:
+    /// several differ, or only ranks that hold nothing of this one's:
     /// [`Room::differing_replicas`](crate::Room::differing_replicas) finds those.
     pub ranks: Vec<u32>,
     /// The tensor, where it is one alone.

@@ -417,11 +417,11 @@ impl Room<'_, RankMemory> {
     }
 }
 
-/// Gives the ranks that differ from what more than half have; all of them without such a majority.
+/// Gives the ranks that differ from the value of more than half; all of them without such a majority.
 fn minority(seen: &[(u64, u32)]) -> Vec<u32> {
     let mut values: Vec<u64> = seen.iter().map(|&(value, _)| value).collect();
     values.sort_unstable();
-    // A value that more than half have is in the middle.
+    // A value of more than half is in the middle.
     let middle = values.get(values.len() / 2).copied();
     let is_most = |value: &u64| 2 * values.iter().filter(|&other| other == value).count() > values.len();
     let most = middle.filter(is_most);

@@ -45,7 +45,7 @@ struct Links {
 const GREETING: u64 = u64::from_le_bytes(*b"gradprb1");
 /// Stands for a length before an error message.
 const WRONG: u64 = u64::MAX;
-/// No message is longer than what ranks gather: a larger length comes from another program.
+/// The limit of a message. A larger length comes from another program.
 const LONGEST: u64 = 1 << 36;
 
 impl TcpCommunicator {

@@ -30,7 +30,7 @@
 //! let mut writers = Background::new(vec![Box::new(Prometheus::create(folder.join("gradients.prom"))?)], 16)?;
 //! // every step, or every n-th:
 //! probe.measure(&[&[1.0, f32::NAN, 2.0]])?;
-//! writers.send(Entry::new(probe.wait()?)); // or what `poll` gives, which never waits
+//! writers.send(Entry::new(probe.wait()?)); // or the report of `poll`, which never waits
 //! // at the end:
 //! let finished = writers.finish();
 //! assert_eq!((finished.error, finished.dropped), (None, 0));

@@ -159,7 +159,7 @@ fn values(entry: &Entry) -> Vec<Value> {
         values.extend(statistics::of_tensors(Output::Scalars).filter_map(|statistic| {
             let value = (statistic.of)(&tensor)?;
             let says_nothing = value == statistics::Value::Whole(Some(0)) && tensor.histogram.is_none();
-            // The statistic first: TensorBoard groups by what is before the slash.
+            // The statistic first: TensorBoard groups by the part before the slash.
             let tag = format!("{}/{name}", statistic.name);
             if says_nothing { None } else { Some(Value::scalar(tag, value.as_f64()?)) }
         }));

@@ -80,7 +80,7 @@ pub(crate) fn run<W: Work>(work: W) -> W::Output {
     work.run(Portable)
 }
 
-/// The name of what [`run`] compiles for here.
+/// The name of the instruction set that [`run`] uses here.
 pub(crate) fn name() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     return x86::Level::here().name();

@@ -38,7 +38,7 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 /// # let (rank, ranks, device) = (0, 2, 0);
 /// // On rank 0, which sends `id.internal()` to the others: by MPI, a socket, a file.
 /// let id = NcclCommunicator::unique_id()?;
-/// // On every rank, with the length of what it holds.
+/// // On every rank, with the lengths of its own parts.
 /// let stream = cuda::stream(device)?;
 /// let plan = Plan::new([("block.0.weight", DType::BF16, 1 << 20), ("norm.weight", DType::F32, 4096)])?;
 /// let communicator = NcclCommunicator::new(&stream, rank, ranks, id)?;
