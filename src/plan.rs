@@ -81,9 +81,9 @@ impl Plan {
     }
 
     /// Adds the shapes of the tensors, one a tensor: the outputs' dimension first, as in PyTorch and candle, and rows
-    /// first in a table of embeddings. No measured number depends on them, and plans that differ in shapes alone are equal.
-    /// [`health`](crate::health) uses them to tell weights from biases, and to count the inputs that a weight sums
-    /// over.
+    /// first in a table of embeddings. No measured number depends on them, and plans that differ in shapes alone are
+    /// equal. [`health`](crate::health) uses them to tell weights from biases, and to count the inputs that a weight
+    /// sums over.
     ///
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many shapes as tensors. [`Error::InvalidConfig`], which names the
