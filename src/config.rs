@@ -1,22 +1,36 @@
-//! What a probe is told once: everything.
+//! The configuration of a probe.
 
 use crate::{Error, Rules, clip::Clip, features::Features, gsnr::GsnrConfig};
 
-/// What a step does when a gradient holds NaN or Inf. Decided on the device, with no branch on the host.
+/// Chooses how a step treats NaN and Inf in a gradient. The device decides, with no branch on the host.
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, NonFinitePolicy, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 3)])?;
+/// let config = Config::new().clip(Clip::global_norm(1.0)).non_finite(NonFinitePolicy::ZeroNonFinite);
+/// let mut probe = Probe::new(Cpu, plan, config)?;
+/// let mut gradient = [3.0f32, f32::NAN, 4.0];
+/// probe.step(&mut [&mut gradient])?;
+/// assert!((gradient[0] - 0.6).abs() < 1e-6 && gradient[1] == 0.0); // of a norm of 5
+/// assert!(!probe.wait()?.skip());
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NonFinitePolicy {
-    /// Gradients stay untouched, the coefficient is 1 and the skip flag is raised for the optimizer to branch on.
+    /// Leaves the gradients untouched, with a coefficient of 1, and raises the skip flag for the optimizer to branch
+    /// on.
     #[default]
     Skip = 0,
-    /// What torch does: a NaN norm makes every gradient NaN, an infinite one makes the finite ones 0.
+    /// Behaves as PyTorch: a NaN norm makes every gradient NaN, an infinite one makes the finite ones 0.
     Propagate = 1,
-    /// Non-finite elements become 0 and the clip uses the norm of the finite ones.
+    /// Sets non-finite elements to 0, and clips by the norm of the finite ones.
     ZeroNonFinite = 2,
 }
 
 impl NonFinitePolicy {
-    /// The policy of this number.
+    /// Gives the policy of this number.
     pub(crate) fn of(code: u32) -> Self {
         match code {
             0 => Self::Skip,
@@ -26,7 +40,8 @@ impl NonFinitePolicy {
     }
 }
 
-/// Everything that a probe does, declared when it is made. [`Config::bytes`] says what that takes on the device.
+/// Declares everything that a probe does. It is fixed when the probe is made. [`Config::bytes`] gives the device memory
+/// it takes.
 ///
 /// ```
 /// use gradprobe::{Clip, Config, health::Rules};
@@ -37,14 +52,14 @@ impl NonFinitePolicy {
 pub struct Config {
     /// |x| below which an element counts as dead. Finite, not negative. Default 1e-10.
     pub dead_threshold: f32,
-    /// What decides the clip; nothing is clipped by default.
+    /// The rule of the clip. By default nothing is clipped.
     pub clip: Clip,
-    /// What a NaN or Inf does to the clip.
+    /// How NaN and Inf affect the clip.
     pub non_finite: NonFinitePolicy,
-    /// What else it does: what the methods below have declared.
+    /// The features that the methods below declare.
     #[doc(hidden)]
     pub features: Features,
-    /// In which a backward pass reaches the tensors.
+    /// The order in which a backward pass reaches the tensors.
     pub backward_order: Option<Vec<usize>>,
 }
 
@@ -61,38 +76,40 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Statistics and norms, and nothing else.
+    /// Measures statistics and norms, and nothing else.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Statistics and norms, a diagnosis by the default rules, histograms, and signal and noise of every element over windows of 100
-    /// steps: all that [`Watch`](crate::Watch) looks at. Tracking takes 8 bytes an element and a pass over memory each step; without it,
-    /// declare [`rules`](Self::rules) and [`histogram`](Self::histogram) alone.
+    /// Declares all that [`Watch`](crate::Watch) uses: statistics and norms, a diagnosis by the default rules,
+    /// histograms, and signal and noise of every element over windows of 100 steps. Tracking takes 8 bytes an element
+    /// and a pass over memory each step; to do without it, declare [`rules`](Self::rules) and
+    /// [`histogram`](Self::histogram) alone.
     pub fn full() -> Self {
         Self::new().rules(Rules::default()).histogram().tracking(GsnrConfig::new().window(100))
     }
 
-    /// With this dead threshold.
+    /// Sets the dead threshold.
     #[must_use]
     pub fn dead_threshold(self, dead_threshold: f32) -> Self {
         Self { dead_threshold, ..self }
     }
 
-    /// With the clip decided by this rule.
+    /// Sets the rule of the clip.
     #[must_use]
     pub fn clip(self, clip: Clip) -> Self {
         Self { clip, ..self }
     }
 
-    /// With this policy for NaN and Inf.
+    /// Sets the policy for NaN and Inf.
     #[must_use]
     pub fn non_finite(self, non_finite: NonFinitePolicy) -> Self {
         Self { non_finite, ..self }
     }
 
-    /// With the tensors' places in the plan in the order in which a backward pass reaches them, for the diagnosis; without
-    /// it, the reverse of the plan's. [`backward_order`](crate::health::backward_order) reads one from the names.
+    /// Sets the order in which a backward pass reaches the tensors, as their places in the plan. The diagnosis uses it.
+    /// The default is the reverse of the plan's order. [`backward_order`](crate::health::backward_order) derives one
+    /// from the names.
     #[must_use]
     pub fn backward_order(self, order: Vec<usize>) -> Self {
         Self { backward_order: Some(order), ..self }

@@ -1,7 +1,7 @@
-//! The three element types a gradient may have, and how their bits become numbers.
+//! The three element types of gradients, and the numbers that their bits stand for.
 //!
-//! Everything the backends need to know of an element type is in [`Element`]: the contract types, the CPU backend
-//! and the host side of the kernels are written once over it.
+//! [`Element`] holds all that the backends need of an element type: the contract types, the CPU backend and the host
+//! side of the kernels are written once over it.
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -31,7 +31,7 @@ impl DType {
         }
     }
 
-    /// The name the safetensors format and the inspector use: `F32`, `F16`, `BF16`.
+    /// The name in the safetensors format and the inspector: `F32`, `F16`, `BF16`.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "F32",
@@ -40,20 +40,20 @@ impl DType {
         }
     }
 
-    /// The code by which kernels know the type.
+    /// The type's code in the kernels.
     pub(crate) const fn code(self) -> u32 {
         self as u32
     }
 
-    /// Bits of the smallest non-negative number of this type that is at least `threshold` when widened, so that
-    /// `|x| < threshold` is `bits(|x|) < result`. `threshold` must not be negative or NaN; `threshold_bits` in
+    /// Gives the bits of the smallest non-negative number of this type that is at least `threshold` when widened, so
+    /// that `|x| < threshold` is `bits(|x|) < result`. `threshold` must not be negative or NaN; `threshold_bits` in
     /// `kernels/loss_scale.cuh` has the same operations.
     #[expect(clippy::cast_possible_truncation, reason = "what rounding loses is looked at")]
     pub(crate) fn threshold_bits(self, threshold: f64) -> u32 {
         // −0 is a threshold of 0.
         let threshold = threshold.abs();
         let nearest = threshold as f32;
-        // The smallest f32 at or above: what is at least that in a narrower type is at least the threshold.
+        // The smallest f32 at or above: a number of a narrower type that is at least this is at least the threshold.
         let widened = nearest.to_bits() + u32::from(f64::from(nearest) < threshold);
         let threshold = f32::from_bits(widened);
         match self {
@@ -74,7 +74,7 @@ impl std::fmt::Display for DType {
     }
 }
 
-/// A type gradients are stored in: `f32`, [`half::f16`] or [`half::bf16`]. Sealed.
+/// Implemented by the types in which gradients are stored: `f32`, [`half::f16`] and [`half::bf16`]. Sealed.
 pub trait Element: Pod + Send + Sync + PartialEq + std::fmt::Debug + sealed::Bits {
     /// The dtype tag of this type.
     const DTYPE: DType;
@@ -101,7 +101,7 @@ pub(crate) mod sealed {
         const ONE: Self;
         fn decrement(self) -> Self;
         fn add(self, other: Self) -> Self;
-        /// Of two magnitudes: their upper bits are clear, and so it may be the signed comparison, which AVX2 has.
+        /// Compares two magnitudes. Their upper bits are clear, so it may be the signed comparison, which AVX2 has.
         fn is_below(self, other: Self) -> bool;
     }
 
@@ -143,17 +143,17 @@ pub(crate) mod sealed {
         fn magnitude(self) -> Self::Word;
         /// The bits of a threshold as a word of this type; `bits` must fit.
         fn word(bits: u32) -> Self::Word;
-        /// The exact value as f32. A NaN or Inf may come out as any number: the caller looks for those by bits.
+        /// The exact value as f32. A NaN or Inf may come out as any number: the caller finds those by bits.
         fn widen_finite(self) -> f32;
         /// The value of non-negative, finite bits as f32.
         fn widen_bits(bits: u32) -> f32;
         /// Exact values of `from`, NaN and Inf included.
         fn widen_slice(from: &[Self], to: &mut [f32]);
-        /// [`Self::widen_slice`], to be inlined into what is compiled for several instruction sets.
+        /// [`Self::widen_slice`], to be inlined into code that is compiled for several instruction sets.
         fn widen(from: &[Self], to: &mut [f32], set: impl InstructionSet);
-        /// The nearest to each of `from`, ties to even.
+        /// Narrows to the nearest of each of `from`, ties to even.
         fn narrow(from: &[f32], to: &mut [Self], set: impl InstructionSet);
-        /// Makes of each element the nearest to its `value`, ties to even. The only NaN that `value` may return is
+        /// Replaces each element by the nearest to its `value`, ties to even. The only NaN that `value` may return is
         /// [`f32::NAN`].
         fn change(elements: &mut [Self], value: impl Fn(f32) -> f32, set: impl InstructionSet);
     }
@@ -271,8 +271,8 @@ pub(crate) mod sealed {
         }
     }
 
-    /// `half` looks for NaNs and rounds one element after the other, which took twice as long as the memory. Two in a word
-    /// are a fifth less than each on its own.
+    /// `half` looks for NaNs and rounds one element after the other, which took twice as long as the memory. Two in a
+    /// word take a fifth less than one.
     #[inline(always)]
     fn change_bf16(elements: &mut [bf16], value: impl Fn(f32) -> f32, _: impl InstructionSet) {
         // Half a unit less where the last bit that stays is even. The fraction of `f32::NAN` has room for it.
@@ -305,9 +305,9 @@ pub(crate) mod sealed {
         set.change_f16(elements, value);
     }
 
-    /// Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two biases:
-    /// exact, subnormals included. The sign comes along by sign extension. `half`'s own conversion is a call for each
-    /// element and keeps the loop around it from being vectorised.
+    /// Moves exponent and fraction to their places in a binary32, then multiplies by 2^112 for the difference of the
+    /// two biases: exact, subnormals included. Sign extension carries the sign along. `half`'s own conversion is a call
+    /// for each element and keeps the loop around it from being vectorised.
     #[inline(always)]
     #[expect(clippy::cast_sign_loss, reason = "the sign extension is wanted as a bit pattern")]
     fn widen_finite_f16(bits: u16) -> f32 {

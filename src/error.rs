@@ -1,26 +1,27 @@
 //! The one error type. NaN and Inf in gradients are data, never errors.
 
-/// What can go wrong. Every message names the tensor, file, option or driver call at fault.
+/// Names every failure. Each message names the tensor, file, option or driver call at fault.
 ///
 /// # After an error
 ///
-/// An error leaves nothing behind: no memory, no lock, nothing that waits. `tests/faults` fails every call of the driver and of
-/// NCCL that a script over all features makes, each in each way that the table has, and looks at what comes after.
+/// An error leaves nothing behind: no memory, no lock, no pending wait. `tests/faults` fails every call of the driver
+/// and of NCCL in a script over all features, in each way that the table lists, and checks the state afterwards.
 ///
-/// | what happens | the error | what can still be done |
+/// | event | the error | the remedy |
 /// |---|---|---|
-/// | a wrong argument, or a call out of order | a variant of its own, with the name at fault | Nothing was launched. Call again, rightly. |
-/// | no memory, now or from now on | [`OutOfMemory`](Self::OutOfMemory), with the bytes | [`Probe::new`](crate::Probe::new) holds nothing then. In a step only an upload can need more memory: nothing was launched. Call again when there is some. |
-/// | a call of the driver fails, and the next does not | [`Driver`](Self::Driver), with the function, its code and its purpose | Call again. The next report tells whether the step was measured: what follows a measurement, a clip or an update, may not have been launched. |
+/// | a wrong argument, or a call out of order | a variant of its own, with the name at fault | Nothing was launched.
+/// Correct the call. |
+/// | no memory, now or from now on | [`OutOfMemory`](Self::OutOfMemory), with the bytes | [`Probe::new`](crate::Probe::new) holds nothing then. In a step only an upload can need more memory: nothing was launched. Call again when there is memory. |
+/// | a call of the driver fails, and the next does not | [`Driver`](Self::Driver), with the function, its code and its purpose | Call again. The next report tells whether the step was measured. The clip or the update after a measurement may not have been launched. |
 /// | an error that cudarc kept, of a `drop` or of the note of a slice's use | [`Driver`](Self::Driver), of "an earlier call" | The same. Other streams may not wait for the slice: wait for this one before they write to it. |
-/// | an illegal address, a launch that failed, an uncorrectable memory error, a driver at its end | [`Driver`](Self::Driver), on this and every later call of whatever library | Nothing in this process: such a context cannot be saved. Drop all, which neither waits nor panics, and start again from a checkpoint. |
+/// | an illegal address, a launch that failed, an uncorrectable memory error, a driver at its end | [`Driver`](Self::Driver), on this and every later call of any library | Nothing in this process: such a context cannot be saved. Drop all, which neither waits nor panics, and start again from a checkpoint. |
 /// | work or events that come late | none | Nothing is to be done: [`Probe::poll`](crate::Probe::poll) gives the report later. |
 /// | a binary of the kernels that is not for the device, and no NVRTC | [`KernelLoad`](Self::KernelLoad) | Install NVRTC, or build with nvcc. |
 /// | NCCL refuses a call | [`Communication`](Self::Communication), with its code | The other ranks wait for this one: drop the probe, or abort them. |
 /// | NCCL is in progress, as with `NCCL_COMM_BLOCKING=0` | none | Nothing is to be done: it is waited for. |
 /// | a rank hangs, is gone, or comes with another count | [`Communication`](Self::Communication), after the deadline at the latest | The communicator is aborted, and the probe of no more use but to be dropped. Come together again, with [`ProbeState`](crate::ProbeState). |
 /// | a rank differs, or cannot make its probe | [`RankDiffers`](Self::RankDiffers), on all ranks | No rank has a probe. |
-/// | a file of a state is damaged, of another probe or another version | [`Unreadable`](Self::Unreadable), [`StateOfAnotherProbe`](Self::StateOfAnotherProbe) | Nothing was changed. Go on from another file, or with what is declared as it was. |
+/// | a file of a state is damaged, of another probe or another version | [`Unreadable`](Self::Unreadable), [`StateOfAnotherProbe`](Self::StateOfAnotherProbe) | Nothing was changed. Go on from another file, or restore the old declaration. |
 /// | a file cannot be written | [`EntryLost`](Self::EntryLost), beside the training | Training goes on, and so do the writers when there is room again. |
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -31,10 +32,10 @@ pub enum Error {
         /// The name both have.
         name: String,
     },
-    /// A tensor, or all of them together, is beyond the 2^40 elements for which the accuracy is promised.
+    /// A tensor, or all of them together, has more than the 2^40 elements for which the accuracy is promised.
     #[error("tensor {name:?}: {length} elements bring the plan above the limit of 2^40 elements")]
     TooLarge {
-        /// The tensor with which the limit is passed.
+        /// The tensor that passes the limit.
         name: String,
         /// Its elements.
         length: u64,
@@ -44,12 +45,12 @@ pub enum Error {
     InvalidConfig {
         /// The option's name.
         option: &'static str,
-        /// What it may be.
+        /// The allowed values.
         expected: &'static str,
-        /// What it was.
+        /// The given value.
         value: String,
     },
-    /// A pattern that selects tensors by name matches none of the plan's.
+    /// A pattern that selects tensors by name matches none of the plan.
     #[error("no tensor's name matches {pattern:?}")]
     NoSuchTensor {
         /// The pattern.
@@ -63,27 +64,27 @@ pub enum Error {
         /// Its elements.
         length: u64,
     },
-    /// A feature was asked for that the probe was not declared with.
+    /// The probe was not declared with this feature.
     #[error("this probe was made without it: declare it with `{declare}`")]
     NotDeclared {
         /// The call that declares it.
         declare: &'static str,
     },
-    /// A tensor is said to lie as it cannot.
+    /// A tensor cannot lie on ranks as declared.
     #[error("tensor {name:?} cannot be laid out {what}")]
     Placement {
         /// The tensor's name.
         name: String,
-        /// How.
+        /// The contradiction.
         what: String,
     },
-    /// Ranks cannot work together: one has other settings, or tensors that do not fit to those of the others, or could not
-    /// make its probe. The same on all ranks, but for one that had an error of its own.
+    /// Ranks cannot work together: one has other settings, or tensors that do not fit those of the others, or could not
+    /// make its probe. The same on all ranks, except one with an error of its own.
     #[error("rank {rank}: {what}")]
     RankDiffers {
         /// The rank that differs.
         rank: u32,
-        /// In what.
+        /// The difference.
         what: String,
     },
     /// The NCCL library could not be loaded.
@@ -93,13 +94,13 @@ pub enum Error {
     NcclNotFound {
         /// File names looked for in the loader's search path.
         searched: String,
-        /// What the loader said of the last.
+        /// The loader's message for the last of them.
         reason: String,
     },
     /// Ranks cannot reach each other.
     #[error("the ranks cannot communicate: {what}")]
     Communication {
-        /// Why.
+        /// The reason.
         what: String,
     },
     /// A variance needs two steps.
@@ -118,26 +119,26 @@ pub enum Error {
         /// Elements of a unit.
         unit: u64,
     },
-    /// Adaptive clipping by the shapes of tensors, of a plan that has none.
+    /// Adaptive clipping by shapes, for a plan without shapes.
     #[error("a unit's length follows from the shapes, which the plan has none of: add `Plan::with_shapes`")]
     WithoutShapes,
-    /// A report of other tensors than those that it is asked about, or compared with.
+    /// A report is of other tensors than the plan or report beside it.
     #[error("the report is of another plan: tensor {name:?}: {what}")]
     ReportOfAnotherPlan {
         /// The first tensor that differs.
         name: String,
-        /// How.
+        /// The difference.
         what: String,
     },
-    /// Norms that were learned from other tensors.
+    /// A baseline was learned from other tensors.
     #[error("the baseline is of another model: tensor {name:?}: {what}")]
     BaselineOfAnotherModel {
         /// The first tensor that differs.
         name: String,
-        /// How.
+        /// The difference.
         what: String,
     },
-    /// A micro-batch that is not the next, or not one of an accumulation.
+    /// A micro-batch is not the next, or not one of an accumulation.
     #[error(
         "micro-batch {given} (measurement {step}) cannot follow micro-batch {last} (measurement {last_step}) of {of}"
     )]
@@ -146,17 +147,17 @@ pub enum Error {
         given: u32,
         /// The number of its measurement.
         step: u64,
-        /// The number of the one before, 0 when an accumulation begins.
+        /// The number of the last one, 0 when an accumulation begins.
         last: u32,
-        /// And of that one's measurement.
+        /// The number of its measurement.
         last_step: u64,
         /// Micro-batches in an accumulation.
         of: u32,
     },
-    /// More micro-batches than there is room for, and no step between them.
+    /// There are more micro-batches without a step than declared.
     #[error("there is room for {of} micro-batches, and no step was measured after the last")]
     TooManyMicroBatches {
-        /// As many as were allowed.
+        /// The declared number.
         of: u32,
     },
     /// No tensor of a step has a gradient.
@@ -168,15 +169,15 @@ pub enum Error {
         /// The tensor's name.
         name: String,
     },
-    /// A list is not of one a tensor of the plan.
+    /// A list does not have one item a tensor of the plan.
     #[error("the plan has {planned} tensors, {given} were given: {}", first_that_differs(.first.as_deref()))]
     TensorCount {
         /// Tensors in the plan.
         planned: usize,
-        /// As many were given.
+        /// Items given.
         given: usize,
-        /// The first tensor of the plan in whose place there is one of another type or length, or none; `None` where all are
-        /// there, and more behind them.
+        /// The first tensor of the plan with another type or length in its place, or none; `None` where all are there,
+        /// and more behind them.
         first: Option<String>,
     },
     /// A step's tensor differs from the plan in dtype or length.
@@ -215,7 +216,7 @@ pub enum Error {
         /// Elements.
         length: u64,
     },
-    /// Two tensors share memory, and one of them is changed in place: so would the other be.
+    /// Two tensors share memory, and one of them is changed in place, which would change the other.
     #[error("tensors {first:?} and {second:?} overlap in memory: what is changed in place would be changed twice")]
     Overlap {
         /// The one with the lower address.
@@ -223,7 +224,7 @@ pub enum Error {
         /// The other.
         second: String,
     },
-    /// A tensor has a gradient, and there is no weight to be moved by it.
+    /// A tensor has a gradient, but no weight for the optimizer to move.
     #[error("tensor {name:?} has a gradient and no weight to update")]
     WithoutWeight {
         /// The tensor's name.
@@ -232,13 +233,13 @@ pub enum Error {
     /// A saved state is of another plan, configuration or version than the probe's, or damaged.
     #[error("the state does not fit this probe: {what}")]
     StateOfAnotherProbe {
-        /// What differs.
+        /// The difference.
         what: String,
     },
-    /// A clip or a wait before any measurement: there is no coefficient and no report yet.
+    /// A clip or a wait came before any measurement: there is no coefficient and no report yet.
     #[error("nothing has been measured yet: there is no coefficient to clip by and no report to wait for")]
     NotMeasured,
-    /// Gradients would be multiplied twice by what one measurement decided.
+    /// Gradients would be multiplied twice by one measurement's decision.
     #[error(
         "tensor {name:?} has been clipped since it was measured: measure before another clip, and do not clip before an optimizer's \
          step, which clips"
@@ -252,10 +253,10 @@ pub enum Error {
     DriverNotFound {
         /// File names looked for in the loader's search path.
         searched: String,
-        /// What the loader said of the last.
+        /// The loader's message for the last of them.
         reason: String,
     },
-    /// The driver is there but the device asked for is not.
+    /// The driver is there, but not the device.
     #[error("no CUDA device {ordinal} ({reason})")]
     DeviceNotFound {
         /// The ordinal asked for.
@@ -276,7 +277,7 @@ pub enum Error {
     Driver {
         /// The driver's function.
         call: &'static str,
-        /// What for.
+        /// The purpose of the call.
         doing: String,
         /// The driver's code, as its header spells it.
         code: String,
@@ -287,22 +288,22 @@ pub enum Error {
     /// Addresses changed while the stream was being captured; a graph would keep the old ones.
     #[error("addresses changed during graph capture: call bind() with them before the capture")]
     AddressesChangedInCapture,
-    /// A report was waited for while the stream was being captured; it exists once the graph has run.
+    /// A call waits for a report while the stream is being captured. The report exists once the graph has run.
     #[error("wait() was called during graph capture: there is a report only once the graph has run")]
     WaitInCapture,
-    /// What uploads was called while the stream was being captured; a graph would do it at every replay, from memory of the
-    /// host that is long gone.
+    /// A call uploads while the stream is being captured. A graph would repeat the upload at every replay, from memory
+    /// of the host that is long freed.
     #[error("values were set during graph capture: do so before the capture")]
     UploadInCapture,
-    /// A launch would be captured into a graph, and nobody has vouched for what the graph keeps.
+    /// A launch would be captured into a graph, and the caller has not vouched for the memory that the graph keeps.
     #[error("the stream is being captured: call bind() before, which says what a graph needs to stay")]
     NotBound,
-    /// A file cannot be read, or holds something else.
+    /// A file cannot be read, or has other content.
     #[error("{}: {reason}", path.display())]
     Unreadable {
         /// The file.
         path: std::path::PathBuf,
-        /// What the system said, or what the file holds.
+        /// The system's message, or the content found.
         reason: String,
     },
     /// A file or folder cannot be written.
@@ -310,10 +311,10 @@ pub enum Error {
     Unwritable {
         /// The file or folder.
         path: std::path::PathBuf,
-        /// What the system said.
+        /// The system's message.
         reason: String,
     },
-    /// A step that is not after the last one in a file, or in the event files of a folder: no step is written twice.
+    /// A step is not after the last one in a file, or in the event files of a folder. No step is written twice.
     #[error(
         "{}: step {step} is not after step {last}, the last one there: a run that begins anew needs a place of its own",
         path.display()
@@ -321,9 +322,9 @@ pub enum Error {
     StepWritten {
         /// The file.
         path: std::path::PathBuf,
-        /// The step that was to be written.
+        /// The step to write.
         step: u64,
-        /// The last step that is.
+        /// The last step in the file.
         last: u64,
     },
     /// A sink could not write an entry.
@@ -331,20 +332,21 @@ pub enum Error {
     EntryLost {
         /// The entry's step.
         step: u64,
-        /// Why, and at which file.
+        /// The reason, with the file.
         error: Box<Error>,
     },
-    /// Something to be written is of other tensors than the report it was put beside.
+    /// An item to write is of other tensors than the report beside it.
     #[error("the {entry} is of another plan than the report: tensor {name:?}: {what}")]
     EntryOfAnotherPlan {
-        /// What was given.
+        /// The item.
         entry: &'static str,
         /// The first tensor that differs.
         name: String,
-        /// How.
+        /// The difference.
         what: String,
     },
-    /// A histogram beside a report of other gradients: of another step, of a part of the tensors, or of before or after a clip.
+    /// A histogram is of other gradients than the report beside it: of another step, of a part of the tensors, or of
+    /// before or after a clip.
     #[error(
         "the histogram is of other gradients than the report, most likely measured after the clip: measure it before; \
          tensor {name:?}: {what}"
@@ -352,13 +354,13 @@ pub enum Error {
     HistogramOfOtherGradients {
         /// The first tensor that differs.
         name: String,
-        /// How.
+        /// The difference.
         what: String,
     },
-    /// Something to be written is of another step than the report it was put beside.
+    /// An item to write is of another step than the report beside it.
     #[error("the {entry} is of step {step}, the report of step {reported}")]
     EntryOfAnotherStep {
-        /// What was given.
+        /// The item.
         entry: &'static str,
         /// Its step.
         step: u64,
@@ -368,25 +370,25 @@ pub enum Error {
     /// A picture could not be drawn.
     #[error("drawing: {reason}")]
     Drawing {
-        /// What happened.
+        /// The reason.
         reason: String,
     },
-    /// The view was asked for where there is no terminal to show it.
+    /// The view needs a terminal, and there is none.
     #[error("no terminal: {reason}")]
     NoTerminal {
-        /// What the system said.
+        /// The system's message.
         reason: String,
     },
-    /// A thread that writes could not be started, or one of its sinks panicked.
+    /// A writing thread could not be started, or one of its sinks panicked.
     #[error("writing in the background: {reason}")]
     Thread {
-        /// What happened.
+        /// The reason.
         reason: String,
     },
     /// The host ran out of memory, or the device did.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory {
-        /// Bytes that are needed in all.
+        /// Bytes needed in all.
         bytes: u64,
     },
 }
@@ -396,7 +398,7 @@ fn first_that_differs(first: Option<&str>) -> String {
 }
 
 impl Error {
-    /// With the name of the tensor at fault.
+    /// Adds the name of the tensor at fault.
     pub(crate) fn named(self, name: &str) -> Self {
         match self {
             Self::WrongDevice { what, .. } => Self::WrongDevice { name: name.to_owned(), what },

@@ -1,31 +1,31 @@
-//! The features of a probe: a line each, of what it is declared with and what it then has on the device. The methods of
+//! The features of a probe: a line each, with its declaration and its memory on the device. The methods of
 //! [`Config`](crate::Config) that declare them are in their rooms.
 
 use crate::{Error, probe::Core};
 
-/// What a feature has on the device.
+/// A feature's memory on the device.
 pub(crate) trait Feature<D>: Sized {
     /// Allocates all that the feature needs, as it was declared.
     ///
     /// # Errors
-    /// For a declaration that cannot be, and the device's.
+    /// For an invalid declaration, and the device's.
     fn new(core: &mut Core, declared: D) -> Result<Self, Error>;
 }
 
-/// A feature that keeps something from step to step.
+/// A feature with state from step to step.
 pub(crate) trait Saved {
     /// The call that declares it.
     const DECLARE: &'static str;
-    /// What it keeps, on the host.
+    /// The state, on the host.
     type State;
 
-    /// What it keeps after the last launch, for which it waits.
+    /// Gives the state after the last launch, for which it waits.
     ///
     /// # Errors
     /// The device's.
     fn state(&mut self, core: &Core) -> Result<Self::State, Error>;
 
-    /// Whether this is the state of a feature that was declared alike, for the same plan.
+    /// Checks that this is the state of a feature with the same declaration, for the same plan.
     ///
     /// # Errors
     /// [`Error::StateOfAnotherProbe`].
@@ -40,7 +40,7 @@ pub(crate) trait Saved {
 
 macro_rules! features {
     ($($name:ident: $declared:ty => $made:ty;)*) => {
-        /// What is declared of each feature, by the methods of [`Config`](crate::Config).
+        /// The declaration of each feature, by the methods of [`Config`](crate::Config).
         #[doc(hidden)]
         #[derive(Clone, Debug, Default)]
         #[non_exhaustive]
@@ -48,13 +48,13 @@ macro_rules! features {
             $(pub $name: Option<$declared>,)*
         }
 
-        /// What was made of that.
+        /// The rooms made from it.
         pub(crate) struct Rooms {
             $(pub $name: Option<$made>,)*
         }
 
         impl Rooms {
-            /// All that is declared, in the order of the table.
+            /// Makes all that is declared, in the order of the table.
             pub fn new(core: &mut Core) -> Result<Self, Error> {
                 let declared = core.config.features.clone();
                 Ok(Self { $($name: declared.$name.map(|declared| Feature::new(core, declared)).transpose()?,)* })

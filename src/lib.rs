@@ -1,5 +1,5 @@
-//! One read of every gradient: statistics, norms and the global clip, on the GPU without the host waiting, with the
-//! same bits from the CPU.
+//! Reads every gradient once: statistics, norms and the global clip. The GPU works without the host waiting; the CPU
+//! gives the same bits.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
@@ -14,8 +14,9 @@
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 //!
-//! A [`Probe`] works on a device: [`Cpu`] and, with the `cuda` feature, [`Cuda`](cuda::Cuda) compute the same numbers to the
-//! bit. What is measured is a [`Plan`], what is done with it a [`Config`], and what comes back a [`Report`] of [`Record`]s.
+//! A [`Probe`] works on a device: [`Cpu`] and, with the `cuda` feature, [`Cuda`](cuda::Cuda) compute the same numbers
+//! to the bit. A [`Plan`] lists the tensors, a [`Config`] declares the work, and a [`Report`] gives a [`Record`] for
+//! each tensor.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -62,6 +63,6 @@ pub use probe::{Addresses, Probe, ProbeState, Room};
 pub use tensor::{Absent, HostTensor, HostTensorMut, RawTensor, Tensor, TensorMut};
 pub use watch::{Watch, WatchedStep};
 
-/// `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA: for kernels that a program has NVRTC
-/// compile, in place of the line that includes it. NVRTC would look for it in a folder.
+/// The text of `gradprobe.h`, which declares [`StepOutputs`] and [`Record`] for C, C++ and CUDA. Put it in place of the
+/// `#include` in a kernel that NVRTC compiles: NVRTC would look for the file in a folder.
 pub const HEADER: &str = include_str!("../kernels/include/gradprobe.h");

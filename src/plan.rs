@@ -1,4 +1,4 @@
-//! What is to be measured every step: names, dtypes and lengths, and how they fall into chunks.
+//! The tensors of a step: names, dtypes and lengths, and how they are cut into chunks.
 
 use crate::{DType, Error, Tensor, probe::Planned, spec::CHUNK};
 use std::{collections::HashSet, sync::Arc};
@@ -7,7 +7,7 @@ use std::{collections::HashSet, sync::Arc};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TensorSpec {
-    /// The name reports use; unique within the plan.
+    /// The name in reports; unique within the plan.
     pub name: String,
     /// Type of its elements.
     pub dtype: DType,
@@ -15,7 +15,8 @@ pub struct TensorSpec {
     pub len: u64,
 }
 
-/// The tensors of a step, in the order in which every call gives them. Made once; steps only bring addresses.
+/// Lists the tensors of a step, in the order in which every call gives them. It is made once; a step only brings
+/// addresses.
 ///
 /// ```
 /// use gradprobe::{DType, Plan};
@@ -24,14 +25,14 @@ pub struct TensorSpec {
 /// # Ok::<(), gradprobe::Error>(())
 /// ```
 ///
-/// A clone is the same plan, and known to be it: plans are compared in full only where they were made apart.
+/// A clone compares equal at once; plans that were made apart are compared in full.
 #[derive(Clone)]
 pub struct Plan(Arc<Contents>);
 
 #[derive(Clone, Debug)]
 struct Contents {
     tensors: Vec<TensorSpec>,
-    /// Of all tensors.
+    /// Chunks of all tensors.
     chunks: usize,
     /// Types of the weights, where they are measured too.
     weights: Option<Vec<DType>>,
@@ -40,10 +41,10 @@ struct Contents {
 }
 
 impl Plan {
-    /// Elements a plan may hold in all: the accuracy is promised up to there.
+    /// The most elements a plan may hold in all. The accuracy is promised up to there.
     pub const MAX_ELEMENTS: u64 = 1 << 40;
 
-    /// A plan of these (name, dtype, number of elements), in this order.
+    /// Makes a plan of tensors, each given as (name, dtype, number of elements), in this order.
     ///
     /// # Errors
     /// [`Error::DuplicateTensor`] when two have one name, [`Error::TooLarge`] above 2^40 elements in all.
@@ -67,8 +68,9 @@ impl Plan {
         Ok(Self(Arc::new(Contents { tensors, chunks, weights: None, shapes: None })))
     }
 
-    /// The same plan for a probe that can measure the weights beside their gradients, in the same launch: they are as
-    /// many elements, of these types, one a tensor. They get records of their own, and change no number of the gradients'.
+    /// Adds the weights, with these types, one a tensor. A probe can then measure them beside their gradients, in the
+    /// same launch. A weight has as many elements as its gradient. Weights get records of their own, and change no
+    /// number of the gradients'.
     ///
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many types as tensors.
@@ -78,13 +80,14 @@ impl Plan {
         Ok(self.with(|contents| contents.weights = Some(dtypes)))
     }
 
-    /// The same plan with the shapes of the tensors, one a tensor: the outputs' dimension first, as PyTorch and candle have them,
-    /// and rows first in a table of embeddings. No number that is measured depends on them, and plans are equal whatever their shapes; [`health`](crate::health) tells
-    /// weights from biases by them, and how many inputs a weight sums over.
+    /// Adds the shapes of the tensors, one a tensor: the outputs' dimension first, as in PyTorch and candle, and rows
+    /// first in a table of embeddings. No measured number depends on them, and plans that differ in shapes alone are
+    /// equal. [`health`](crate::health) uses them to tell weights from biases, and to count the inputs that a weight
+    /// sums over.
     ///
     /// # Errors
-    /// [`Error::TensorCount`] when there are not as many shapes as tensors, [`Error::InvalidConfig`], which names the tensor, for
-    /// a shape of another number of elements.
+    /// [`Error::TensorCount`] when there are not as many shapes as tensors. [`Error::InvalidConfig`], which names the
+    /// tensor, for a shape of another number of elements.
     pub fn with_shapes<S: Into<Vec<u64>>>(self, shapes: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         let shapes: Vec<Vec<u64>> = shapes.into_iter().map(Into::into).collect();
         self.check_count(shapes.len())?;
@@ -98,7 +101,7 @@ impl Plan {
         Ok(self.with(|contents| contents.shapes = Some(shapes)))
     }
 
-    /// Checks that there are so many of what has no type and length of its own.
+    /// Checks the number of items in a list that has no types and lengths of its own.
     ///
     /// # Errors
     /// [`Error::TensorCount`] unless there is one a tensor.
@@ -106,7 +109,7 @@ impl Plan {
         if self.tensors().len() == given { Ok(()) } else { Err(self.count_differs(given, given)) }
     }
 
-    /// The error of a list of so many, of which this is the first that differs.
+    /// Makes the error of a list of the wrong length, of which this is the first item that differs.
     fn count_differs(&self, given: usize, first: usize) -> Error {
         let first = self.tensors().get(first).map(|tensor| tensor.name.clone());
         Error::TensorCount { planned: self.tensors().len(), given, first }
@@ -121,7 +124,7 @@ impl Plan {
         self.difference(of).map_or(Ok(()), differs)
     }
 
-    /// The same of what is put beside a report of this plan.
+    /// Checks that an item beside a report is of the report's plan.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`], which names the first tensor that differs.
@@ -150,7 +153,7 @@ impl Plan {
         self
     }
 
-    /// Lengths of the tensors' dimensions, in a plan [`with_shapes`](Self::with_shapes).
+    /// Lengths of each tensor's dimensions, in a plan [`with_shapes`](Self::with_shapes).
     pub fn shapes(&self) -> Option<&[Vec<u64>]> {
         self.0.shapes.as_deref()
     }
@@ -160,12 +163,12 @@ impl Plan {
         self.0.weights.as_deref()
     }
 
-    /// Types of the weights that an optimizer moves: those of the gradients unless they are known to be others.
+    /// Types of the weights that an optimizer moves. Unless the plan has other ones, those of the gradients.
     pub(crate) fn updated(&self) -> Vec<DType> {
         self.weights().map_or_else(|| self.tensors().iter().map(|tensor| tensor.dtype).collect(), <[_]>::to_vec)
     }
 
-    /// The tensors in order.
+    /// The tensors, in order.
     pub fn tensors(&self) -> &[TensorSpec] {
         &self.0.tensors
     }
@@ -175,7 +178,7 @@ impl Plan {
         self.tensors().iter().map(|t| t.len).sum()
     }
 
-    /// Bytes of all the tensors: what one read moves.
+    /// Bytes of all the tensors, which one read moves.
     pub fn bytes(&self) -> u64 {
         self.tensors().iter().map(|t| t.len * t.dtype.size() as u64).sum()
     }
@@ -185,7 +188,7 @@ impl Plan {
         self.0.chunks
     }
 
-    /// Checks that a step gives what was planned. `None` stands for a tensor that is absent.
+    /// Checks that a step gives the planned tensors. `None` stands for an absent tensor.
     ///
     /// # Errors
     /// [`Error::TensorCount`] or [`Error::TensorMismatch`], which names the first tensor that differs;
@@ -225,7 +228,7 @@ impl Plan {
         self.check_count(count)
     }
 
-    /// A plan of these tensors under these names: their types and lengths, wherever they lie.
+    /// Makes a plan of these tensors under these names, from their types and lengths. They may lie on any device.
     ///
     /// ```
     /// use gradprobe::{Plan, Tensor};
@@ -249,7 +252,7 @@ impl Plan {
     }
 }
 
-/// The first tensor by which two lists of names and descriptions differ, and how.
+/// Gives the first tensor by which two lists of names and descriptions differ, and the difference.
 pub(crate) fn first_difference<N: AsRef<str>>(
     here: impl IntoIterator<Item = (N, String)>,
     there: impl IntoIterator<Item = (N, String)>,
@@ -272,7 +275,7 @@ pub(crate) fn first_difference<N: AsRef<str>>(
 
 impl PartialEq for Plan {
     fn eq(&self, other: &Self) -> bool {
-        // What is measured is the same, whatever the shapes.
+        // Shapes change no measured number, so plans are equal without them.
         Arc::ptr_eq(&self.0, &other.0) || (self.tensors() == other.tensors() && self.weights() == other.weights())
     }
 }

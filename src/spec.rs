@@ -19,11 +19,11 @@
 //! Σx, Σ|x| and Σx² run in f32 within a lane, always in pairs: packets (0,1), (2,3), … then pairs of pairs, then the
 //! eight slots, then the four groups. No element goes through more than 8 additions (9 roundings with its square), so
 //! with u = 2^-24 a chunk's sum is off by at most 8u·Σ|x|, its Σ|x| by 8u and its Σx² by 9u relative: 4.8e-7 of
-//! mean_abs, 4.8e-7 and, for the norm, 2.7e-7, whatever the data. Lanes and everything above them add in f64.
+//! mean_abs, 4.8e-7 and, for the norm, 2.7e-7, for any data. Lanes and everything above them add in f64.
 //!
 //! The squared deviations are Σx² − (Σx)²/n when |mean| ≤ std/4, which keeps their error below 14u. Otherwise the chunk
 //! is read again (from a near cache) around its own mean, rounded to f32, which costs 11u and leaves no term that grows
-//! with mean/std; its mean is then that shift plus what the deviations sum to. Chunks merge by Chan's formula in f64; an
+//! with mean/std; its mean is then that shift plus the mean of the deviations. Chunks merge by Chan's formula in f64; an
 //! error of a chunk's mean enters the variance between chunks times the distance of the two means, and with it the
 //! worst case of the whole variance is 16.8u = 1.0e-6 in either case.
 //!

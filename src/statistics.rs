@@ -6,22 +6,22 @@ use crate::{
     write::{Entry, EntryTensor},
 };
 
-/// A number that is written of a tensor or of a step. Its row in the documentation above is held to this.
+/// A number that is written of a tensor or of a step. A test holds its row in the documentation above to this.
 pub(crate) struct Statistic<Of> {
     /// JSON's key, CSV's heading, the end of the gauge's name, TensorBoard's tag.
     pub name: &'static str,
-    /// What Prometheus shows as help.
+    /// Prometheus' help text.
     pub meaning: &'static str,
     pub unit: &'static str,
     pub outputs: &'static [Output],
-    /// `None` where nothing is known of it; a value may still be none.
+    /// Gives the value; `None` where it is unknown.
     pub of: Of,
 }
 
 pub(crate) type OfTensor = Statistic<fn(&EntryTensor<'_>) -> Option<Value>>;
 pub(crate) type OfStep = Statistic<fn(&Entry) -> Option<Value>>;
 
-/// Where a statistic is written.
+/// The output of a statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Output {
     Json,
@@ -40,7 +40,7 @@ pub(crate) enum Value {
 }
 
 impl Value {
-    /// As something that can be drawn over time and compared in an alert.
+    /// Gives a number to draw over time and to compare in an alert.
     pub fn as_f64(self) -> Option<f64> {
         match self {
             #[expect(clippy::cast_precision_loss, reason = "a plan holds at most 2^40 elements")]
@@ -56,7 +56,7 @@ impl Value {
     }
 }
 
-/// The statistics of a tensor in an output, in its order.
+/// Gives the statistics of a tensor in an output, in its order.
 pub(crate) fn of_tensors(output: Output) -> impl Iterator<Item = &'static OfTensor> {
     let order = match output {
         Output::Json | Output::Csv => [COUNTS, NUMBERS, BESIDE],
@@ -65,7 +65,7 @@ pub(crate) fn of_tensors(output: Output) -> impl Iterator<Item = &'static OfTens
     order.into_iter().flatten().filter(move |statistic| statistic.outputs.contains(&output))
 }
 
-/// The statistics of a step, the same.
+/// Gives the statistics of a step in the same way.
 pub(crate) fn of_steps(output: Output) -> impl Iterator<Item = &'static OfStep> {
     STEP.iter().filter(move |statistic| statistic.outputs.contains(&output))
 }
@@ -75,7 +75,7 @@ pub(crate) fn is_of_steps(name: &str) -> bool {
     name == "step" || STEP.iter().any(|statistic| statistic.name == name)
 }
 
-/// A statistic of a tensor by its name.
+/// Gives a statistic of a tensor by its name.
 pub(crate) fn of_tensor(name: &str) -> &'static OfTensor {
     [COUNTS, NUMBERS, BESIDE].into_iter().flatten().find(|s| s.name == name).expect("the name of a statistic")
 }
@@ -115,7 +115,7 @@ const NUMBERS: &[OfTensor] = &[
     }),
 ];
 
-/// What is more than numbers of all elements.
+/// Values beside the numbers of all elements.
 const BESIDE: &[OfTensor] = &[
     row("first_nonfinite", "Smallest index of a NaN or Inf", "index", TABLES, |t| {
         Some(Value::Whole(t.report.record.first_nonfinite()))

@@ -1,4 +1,4 @@
-//! What a step is given: tensors on the host or on a device, or none.
+//! The tensors that a step is given: on the host, on a device, or absent.
 
 use crate::{DType, Element, Error, dtype::sealed::Bits};
 #[cfg(feature = "cuda")]
@@ -18,85 +18,85 @@ pub enum Place {
     Stream(Arc<CudaStream>),
 }
 
-/// Elements that a probe can read: `&[E]`, `Vec<E>`, `[E; N]` and [`HostTensor`] on the host, `CudaSlice<E>`, `CudaView<E>`
-/// and `CudaViewMut<E>` on a CUDA device, for each [`Element`] `E`; [`RawTensor`] for memory that none of these knows;
-/// [`Absent`], or `None`, for a tensor that has no gradient in this step.
+/// Gives a probe elements to read. Implemented by `&[E]`, `Vec<E>`, `[E; N]` and [`HostTensor`] on the host; by
+/// `CudaSlice<E>`, `CudaView<E>` and `CudaViewMut<E>` on a CUDA device, for each [`Element`] `E`; by [`RawTensor`] for
+/// any other memory; and by [`Absent`], or `None`, for a tensor without a gradient in this step.
 ///
-/// A probe on a CUDA device copies what lies on the host there and, after a clip, back, and waits for the copies: for tools
-/// and tests.
+/// A probe on a CUDA device copies tensors of the host there and, after a clip, back, and waits for the copies: for
+/// tools and tests.
 ///
 /// # Safety
-/// `shape` is the same as long as the value is borrowed. `lend` gives the address of so many initialised elements of that
-/// type, in memory that the kernels of `place` may read until the `Lent` is finished or dropped, and on a stream until what
-/// was launched before that has run.
+/// `shape` is the same as long as the value is borrowed. `lend` gives the address of so many initialised elements of
+/// that type. The kernels of `place` may read that memory until the `Lent` is finished or dropped and, on a stream,
+/// until the work launched before that has run.
 #[allow(unsafe_code, reason = "kernels trust the addresses")]
 pub unsafe trait Tensor {
-    /// Type and number of the elements; `None` for a tensor that is absent.
+    /// Type and number of the elements; `None` for an absent tensor.
     fn shape(&self) -> Option<(DType, u64)>;
 
-    /// The elements, to be read by kernels that are launched next.
+    /// Lends the elements to the kernels that are launched next, to be read.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] when the kernels cannot reach them, or the driver's.
     fn lend<'a>(&'a self, place: &'a Place) -> Result<Lent<'a>, Error>;
 }
 
-/// Elements that a probe can change in place: `Vec<E>`, `[E; N]`, `&mut [E]`, [`HostTensorMut`], `CudaSlice<E>`,
-/// `CudaViewMut<E>`, [`RawTensor`], [`Absent`].
+/// Gives a probe elements to change in place. Implemented by `Vec<E>`, `[E; N]`, `&mut [E]`, [`HostTensorMut`],
+/// `CudaSlice<E>`, `CudaViewMut<E>`, [`RawTensor`] and [`Absent`].
 ///
 /// # Safety
-/// As of [`Tensor`], and what `lend_mut` gives may be written as well as read.
+/// As of [`Tensor`]. The memory that `lend_mut` gives may be written as well as read.
 #[allow(unsafe_code, reason = "kernels trust the addresses")]
 pub unsafe trait TensorMut: Tensor {
-    /// The elements, to be changed by kernels that are launched next.
+    /// Lends the elements to the kernels that are launched next, to be changed.
     ///
     /// # Errors
     /// As [`Tensor::lend`].
     fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error>;
 }
 
-/// A tensor in the hands of kernels.
+/// A tensor lent to kernels.
 #[derive(Debug)]
 pub struct Lent<'a> {
-    /// Of the first element; 0 when there is none.
+    /// Address of the first element; 0 when there is none.
     pub(crate) address: u64,
     pub(crate) until: Until<'a>,
 }
 
-/// What is to be done once the launches are queued.
+/// The work left once the launches are queued.
 #[derive(Debug)]
 pub(crate) enum Until<'a> {
     Nothing(std::marker::PhantomData<&'a ()>),
-    /// cudarc's note of the use, made when it is dropped, and the stream of that use.
+    /// cudarc's record of the use, made when it is dropped, and the stream of that use.
     #[cfg(feature = "cuda")]
     Noted(SyncOnDrop<'a>, &'a CudaStream),
-    /// The tensor lies on the host.
+    /// The copy of a tensor that lies on the host.
     #[cfg(feature = "cuda")]
     Copied(Box<crate::cuda::Copied<'a>>),
 }
 
 impl<'a> Lent<'a> {
-    /// Memory of which nothing needs to be noted.
+    /// Lends memory whose use needs no record.
     pub(crate) fn at(address: u64) -> Self {
         Self { address, until: Until::Nothing(std::marker::PhantomData) }
     }
 
-    /// Memory of whose use cudarc has this to note.
+    /// Lends memory whose use cudarc records.
     #[cfg(feature = "cuda")]
     pub(crate) fn noted(address: u64, note: SyncOnDrop<'a>, stream: &'a CudaStream) -> Self {
         match note {
-            // A context with one stream, or that tracks no events.
+            // The context has one stream, or tracks no events.
             SyncOnDrop::Record(None) => Self::at(address),
             note => Self { address, until: Until::Noted(note, stream) },
         }
     }
 
-    /// Whether there is anything to be done once the launches are queued.
+    /// Whether work is left once the launches are queued.
     pub(crate) fn is_pending(&self) -> bool {
         !matches!(self.until, Until::Nothing(_))
     }
 
-    /// The launches that use it are queued.
+    /// Does the work that is left once the launches are queued.
     ///
     /// # Errors
     /// The driver's.
@@ -127,8 +127,20 @@ impl<'a> Lent<'a> {
     }
 }
 
-/// No gradient in this step. Its record is empty, no norm has a zero of it, and what is kept across steps of the tensor
-/// stays: history, tracked elements, ranks and captured graphs go on.
+/// Stands for a tensor without a gradient in this step. Its record is empty, and no norm counts it as 0. The state kept
+/// of the tensor stays: history, tracked elements, ranks and captured graphs go on.
+///
+/// ```
+/// use gradprobe::{Absent, Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("expert.0", DType::F32, 2), ("expert.1", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0], &Absent])?;
+/// let report = probe.wait()?;
+/// assert_eq!(report.absent().collect::<Vec<_>>(), ["expert.1"]);
+/// assert_eq!(report.outputs().total_norm, 5.0);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Absent;
 
@@ -170,7 +182,19 @@ unsafe impl<T: TensorMut> TensorMut for Option<T> {
     }
 }
 
-/// A tensor by its bare facts: for trainers whose memory no type of ours knows.
+/// A tensor by its address, length and dtype: for trainers with memory that no other type here describes.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, RawTensor};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// let gradient = [3.0f32, 4.0]; // with a CUDA device, memory of that device
+/// // SAFETY: two f32 lie at the address, and nothing changes them until the report is there.
+/// let tensor = unsafe { RawTensor::new(gradient.as_ptr() as u64, 2, DType::F32) };
+/// probe.measure(&[&tensor])?;
+/// assert_eq!(probe.wait()?.outputs().total_norm, 5.0);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTensor {
     pub(crate) address: u64,
@@ -179,15 +203,15 @@ pub struct RawTensor {
 }
 
 impl RawTensor {
-    /// `len` elements of type `dtype` from this address on, in memory of the device that a probe works on. The address is
+    /// Describes `len` elements of type `dtype` from this address on, in memory of the probe's device. The address is
     /// not used when `len` is 0.
     ///
     /// # Safety
-    /// As long as the value is given to probes, and until what they launched with it has run:
+    /// As long as the value is given to probes, and until the work they launched with it has run:
     /// * the elements are initialised, and in memory that the probe's device can read from its context;
-    /// * nothing writes to them that is not ordered, by the probe's stream or by events, before or after the launch;
+    /// * every write to them is ordered before or after the launch, by the probe's stream or by events;
     /// * they are not freed;
-    /// * given to a call that changes tensors, the memory is writable, and nothing else uses it that is not so ordered.
+    /// * in a call that changes tensors, the memory is writable, and every other use of it is ordered in the same way.
     #[allow(unsafe_code, reason = "the address is the caller's word")]
     pub const unsafe fn new(address: u64, len: u64, dtype: DType) -> Self {
         Self { address, len, dtype }
@@ -245,7 +269,7 @@ pub enum HostTensorMut<'a> {
     BF16(&'a mut [bf16]),
 }
 
-/// Evaluates `$body` with `$slice` bound to the slice in either enum, whatever its element type.
+/// Evaluates `$body` with `$slice` bound to the slice in either enum, for any element type.
 macro_rules! with_elements {
     ($kind:ident, $tensor:expr, $slice:ident => $body:expr) => {
         match $tensor {
@@ -324,7 +348,7 @@ from_slice!(f32, F32);
 from_slice!(f16, F16);
 from_slice!(bf16, BF16);
 
-// SAFETY: a borrowed slice of the host's.
+// SAFETY: a borrowed slice on the host.
 #[allow(unsafe_code, reason = "lends borrowed memory")]
 unsafe impl Tensor for HostTensor<'_> {
     fn shape(&self) -> Option<(DType, u64)> {
@@ -347,7 +371,7 @@ unsafe impl Tensor for HostTensorMut<'_> {
     }
 }
 
-// SAFETY: a slice of the host's that is borrowed mutably.
+// SAFETY: a mutably borrowed slice on the host.
 #[allow(unsafe_code, reason = "lends borrowed memory")]
 unsafe impl TensorMut for HostTensorMut<'_> {
     fn lend_mut<'a>(&'a mut self, place: &'a Place) -> Result<Lent<'a>, Error> {
@@ -358,7 +382,7 @@ unsafe impl TensorMut for HostTensorMut<'_> {
 macro_rules! host_slices {
     (read: $([$($generics:tt)*] $tensor:ty),*; change: $([$($generics_mut:tt)*] $tensor_mut:ty),*) => {
         $(
-            // SAFETY: elements of the host's, borrowed with the value.
+            // SAFETY: elements on the host, borrowed with the value.
             #[allow(unsafe_code, reason = "lends borrowed memory")]
             unsafe impl<E: Element, $($generics)*> Tensor for $tensor {
                 fn shape(&self) -> Option<(DType, u64)> {

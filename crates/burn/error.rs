@@ -1,15 +1,15 @@
-//! What can go wrong between burn and the probe.
+//! The errors between burn and the probe.
 
-/// What can go wrong. Every message names the parameter at fault; nothing has been clipped when one is returned.
+/// Names every failure. Every message names the parameter at fault; nothing has been clipped when an error is returned.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A parameter, or its gradient, is of a type that is not measured.
+    /// A parameter, or its gradient, has a type that cannot be measured.
     #[error("parameter {name:?}: {dtype} is not measured; f32, f16 and bf16 are")]
     Dtype {
         /// The parameter's name.
         name: String,
-        /// Its type, as burn calls it.
+        /// Its type, in burn's words.
         dtype: String,
     },
     /// The module is not the one the probe was made for.
@@ -35,7 +35,7 @@ pub enum Error {
     /// There are gradients of parameters that the module does not have: burn does not tell their names.
     #[error("{count} gradients belong to no parameter of the module")]
     UnknownGradients {
-        /// How many.
+        /// Number of these gradients.
         count: usize,
     },
     /// burn could not give a gradient's elements.
@@ -43,7 +43,7 @@ pub enum Error {
     Read {
         /// The parameter's name.
         name: String,
-        /// What burn said.
+        /// burn's error.
         reason: String,
     },
     /// The probe's own error.

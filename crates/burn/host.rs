@@ -10,7 +10,8 @@ use gradprobe::{HostTensorMut, TensorMut};
 use half::{bf16, f16};
 use std::collections::HashMap;
 
-/// Makes a tensor of the elements again, where it was: the number of dimensions is known only where it was taken.
+/// Puts the elements back into a tensor in their old place. Only the code that takes them knows the number of
+/// dimensions.
 type PutBack = Box<dyn FnOnce(TensorData, &mut GradientsParams)>;
 
 /// One gradient outside of its tensor.
@@ -24,7 +25,7 @@ struct Taken {
 pub struct Borrowed(Vec<Taken>);
 
 impl Borrowed {
-    /// Takes all gradients out. Gradients that nobody else holds are not copied on burn's CPU backend: a tensor whose
+    /// Takes all gradients out. Gradients without another owner are not copied on burn's CPU backend: a tensor whose
     /// buffer has one owner gives that very buffer.
     ///
     /// # Errors
@@ -43,7 +44,8 @@ impl Borrowed {
         }
     }
 
-    /// Gives them to `does` in the plan's order. `places` has for each parameter of the plan which of these is its gradient.
+    /// Gives them to `does` in the plan's order. `places` has, for each parameter of the plan, the place of its
+    /// gradient among these.
     ///
     /// # Errors
     /// [`Error::Read`], and those of `does`.
@@ -60,7 +62,7 @@ impl Borrowed {
         Ok(does(&mut tensors)?)
     }
 
-    /// Puts all gradients where they were.
+    /// Puts all gradients back in their places.
     pub fn put_back(self, gradients: &mut GradientsParams) {
         for Taken { data, put_back, .. } in self.0 {
             put_back(data, gradients);

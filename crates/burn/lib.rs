@@ -21,7 +21,7 @@ use std::collections::HashMap;
 /// Measures the gradients of a module's parameters, and clips them together.
 #[derive(Debug)]
 pub struct BurnProbe {
-    /// Those that required a gradient when the probe was made.
+    /// Parameters that required a gradient when the probe was made.
     parameters: Vec<Parameter>,
     /// The place of each name among them.
     places: HashMap<String, usize>,
@@ -29,7 +29,7 @@ pub struct BurnProbe {
 }
 
 impl BurnProbe {
-    /// A probe for the parameters of `module` that require a gradient.
+    /// Makes a probe for the parameters of `module` that require a gradient.
     ///
     /// # Errors
     /// [`Error::Dtype`] for a parameter that is neither f32 nor f16 nor bf16; those of [`Probe::new`] and [`Plan::new`].
@@ -44,8 +44,8 @@ impl BurnProbe {
         Ok(Self { parameters, places, probe })
     }
 
-    /// The probe, whose plan has the parameters in the module's order, for all that is declared in its [`Config`]: signal and
-    /// noise, history, samples, other rules or another loss scale.
+    /// The probe, for the features declared in its [`Config`]: signal and noise, history, samples, other rules or
+    /// another loss scale. Its plan has the parameters in the module's order.
     pub fn probe(&mut self) -> &mut Probe {
         &mut self.probe
     }
@@ -55,7 +55,7 @@ impl BurnProbe {
         self.probe.plan()
     }
 
-    /// Measures these gradients, which stay as they are. They are moved out and back: mutable for that alone. A
+    /// Measures these gradients, which stay as they are. They are mutable only because they are moved out and back. A
     /// parameter without one is [absent](gradprobe::Absent). The report comes by [`poll`](Self::poll).
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl BurnProbe {
         self.lend(module, gradients, |probe, tensors| probe.measure(tensors))
     }
 
-    /// Measures these gradients and clips them, in place, as [`Config::clip`] says.
+    /// Measures these gradients and clips them, in place, by [`Config::clip`].
     ///
     /// # Errors
     /// Those of [`measure`](Self::measure); nothing is clipped then.
@@ -79,7 +79,7 @@ impl BurnProbe {
         self.lend_mut(module, gradients, |probe, tensors| probe.step(tensors))
     }
 
-    /// The oldest report that has arrived and was not given yet, of gradients on the host the step's own: [`Probe::poll`].
+    /// Gives the oldest report that was not given yet: [`Probe::poll`]. For gradients on the host it is this step's.
     ///
     /// # Errors
     /// The device's.
@@ -87,7 +87,7 @@ impl BurnProbe {
         Ok(self.probe.poll()?)
     }
 
-    /// The report of the last measurement: [`Probe::wait`].
+    /// Gives the report of the last measurement: [`Probe::wait`].
     ///
     /// # Errors
     /// As there.
@@ -95,8 +95,8 @@ impl BurnProbe {
         Ok(self.probe.wait()?)
     }
 
-    /// Gives the probe and these gradients, in the plan's order, to what measures them otherwise: histograms, samples, micro-batches, dot
-    /// products.
+    /// Gives the probe and these gradients, in the plan's order, to another measurement: histograms, samples,
+    /// micro-batches, dot products.
     ///
     /// # Errors
     /// Those of `does`, and of [`measure`](Self::measure).
@@ -126,8 +126,8 @@ impl BurnProbe {
         result
     }
 
-    /// Which of the gradients, in the module's order, is that of each parameter, once the module is known to be that of the
-    /// plan.
+    /// Gives the place of each parameter's gradient among these, which are in the module's order, after a check that
+    /// the module is that of the plan.
     fn check(&self, found: &[Found], gradients: usize) -> Result<Vec<Option<usize>>, Error> {
         let mut places = vec![None; self.parameters.len()];
         let mut seen = vec![false; self.parameters.len()];

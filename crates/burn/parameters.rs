@@ -35,7 +35,7 @@ fn describe(shape: &[usize], dtype: BurnDType) -> String {
     format!("{shape:?} {dtype:?}")
 }
 
-/// The type as the probe knows it.
+/// Gives the type as the probe knows it.
 fn known(dtype: BurnDType) -> Option<DType> {
     match dtype {
         BurnDType::F32 => Some(DType::F32),
@@ -46,7 +46,7 @@ fn known(dtype: BurnDType) -> Option<DType> {
 }
 
 impl Found {
-    /// The float parameters of a module in its order, each once, though two fields may share it.
+    /// Gives the float parameters of a module in its order, each once, though two fields may share it.
     pub fn in_module<M: Module>(module: &M, gradients: &GradientsParams) -> Vec<Self> {
         let mut survey =
             Survey { gradients, path: Vec::new(), containers: Vec::new(), seen: HashSet::new(), found: Vec::new() };
@@ -78,7 +78,8 @@ impl Parameter {
         self.shape.iter().map(|&length| length as u64).product()
     }
 
-    /// Of the dimensions, the outputs' first: burn's linear layers have the inputs first, its convolutions and tables do not.
+    /// The lengths of the dimensions, the outputs' first. burn's linear layers have the inputs first, its convolutions
+    /// and tables do not.
     pub fn lengths(&self) -> Vec<u64> {
         let mut lengths: Vec<u64> = self.shape.iter().map(|&length| length as u64).collect();
         if self.is_of_linear && lengths.len() == 2 {
@@ -87,7 +88,7 @@ impl Parameter {
         lengths
     }
 
-    /// Shape and type, as burn spells them.
+    /// Describes shape and type in burn's words.
     pub fn describe(&self) -> String {
         let dtype = match self.dtype {
             DType::F32 => BurnDType::F32,
@@ -97,7 +98,7 @@ impl Parameter {
         describe(&self.shape, dtype)
     }
 
-    /// Checks that the parameter of this name still is what was planned, and its gradient like it.
+    /// Checks that the parameter of this name and its gradient are the planned ones.
     pub fn check(&self, found: &Found) -> Result<(), Error> {
         let name = || self.name.clone();
         if self.shape != found.shape || Some(self.dtype) != known(found.dtype) {

@@ -1,4 +1,4 @@
-//! A burn trainer's steps, watched.
+//! The watch for a burn trainer.
 
 use crate::{BurnProbe, Config, Error, shared};
 use burn_core::module::Module;
@@ -36,7 +36,7 @@ use std::ops::{Deref, DerefMut};
 pub struct Watch(gradprobe::Watch<BurnProbe>);
 
 impl Watch {
-    /// For the parameters of `module` that require a gradient: [`BurnProbe::new`].
+    /// Watches the parameters of `module` that require a gradient: [`BurnProbe::new`].
     ///
     /// # Errors
     /// As there.
@@ -44,7 +44,8 @@ impl Watch {
         Ok(Self(gradprobe::Watch::new(BurnProbe::new(module, config)?)))
     }
 
-    /// Measures these gradients and clips them in place: [`BurnProbe::step`]. Gives this step, as its report is there at once.
+    /// Measures these gradients and clips them in place: [`BurnProbe::step`]. Gives this step, since its report is
+    /// there at once.
     ///
     /// # Errors
     /// Those of [`gradprobe::Watch::step_with`] and of [`BurnProbe::step`].

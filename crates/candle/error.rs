@@ -1,29 +1,29 @@
-//! What can go wrong between candle and the probe.
+//! The errors between candle and the probe.
 
-/// What can go wrong. Messages name the variable at fault where there is one; nothing has been clipped when an error is
-/// returned.
+/// Names every failure. A message names the variable at fault where there is one; nothing has been clipped when an
+/// error is returned.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// There is nothing to measure: a `VarMap` is empty until the model is built with it.
     #[error("there are no variables: make the probe after the model, which fills the VarMap")]
     NoVariables,
-    /// A variable is of a type that is not measured.
+    /// A variable has a type that cannot be measured.
     #[error("variable {name:?}: {dtype} is not measured; f32, f16 and bf16 are (`of_variables` can leave it out)")]
     Dtype {
         /// The variable's name.
         name: String,
-        /// Its type, as candle calls it.
+        /// Its type, in candle's words.
         dtype: &'static str,
     },
-    /// A variable is on a device that is not measured, or not on the one where the first variable is.
+    /// A variable is on a device that cannot be measured, or not on that of the first variable.
     #[error("variable {name:?} is on {device}: {expected}")]
     Device {
         /// The variable's name.
         name: String,
-        /// Where it is.
+        /// Its device.
         device: String,
-        /// Where it could be.
+        /// The possible devices.
         expected: String,
     },
     /// The model is not the one the probe was made for.
@@ -53,7 +53,7 @@ pub enum Error {
     NoGradients {
         /// The first variable's name.
         name: String,
-        /// How many variables there are.
+        /// Number of variables.
         variables: usize,
     },
     /// A variable cannot be changed in place.
@@ -61,7 +61,7 @@ pub enum Error {
     Memory {
         /// The variable's name.
         name: String,
-        /// Why.
+        /// The reason.
         what: &'static str,
     },
     /// candle could not copy or give a tensor.
@@ -69,7 +69,7 @@ pub enum Error {
     Candle {
         /// The variable's name.
         name: String,
-        /// What candle said.
+        /// candle's error.
         source: candle_core::Error,
     },
     /// The probe's own error.

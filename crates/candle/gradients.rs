@@ -1,4 +1,4 @@
-//! Which memory a gradient is in, and whether it is the gradient's alone.
+//! The memory of a gradient, and whether another tensor shares it.
 
 use crate::{
     Error,
@@ -8,10 +8,10 @@ use candle_core::{Layout, Tensor, backprop::GradStore};
 use std::{collections::HashSet, ops::Range, ptr};
 
 /// Gives every gradient that is strided, or in the memory of another gradient or of a variable, memory of its own, and
-/// puts that into the store: scaled in place, such memory would be scaled twice, or a weight with it.
+/// puts that into the store. Scaled in place, shared memory would be scaled twice, or a weight with it.
 ///
 /// # Errors
-/// [`Error::Candle`] when there is no memory.
+/// [`Error::Candle`] when memory runs out.
 pub fn make_own(gradients: &mut GradStore, planned: &[Planned], found: &mut [Found]) -> Result<(), Error> {
     let mut used: HashSet<usize> = found.iter().map(|found| memory_of(&found.variable)).collect();
     for (found, planned) in found.iter_mut().zip(planned) {
@@ -25,10 +25,11 @@ pub fn make_own(gradients: &mut GradStore, planned: &[Planned], found: &mut [Fou
     Ok(())
 }
 
-/// Gives every gradient that is in the memory of a variable a copy: while variables are changed, nothing else reads them.
+/// Copies every gradient that is in the memory of a variable: while variables are changed, nothing else reads them.
 ///
 /// # Errors
-/// [`Error::Memory`] for a variable that is strided, or in the memory of another; [`Error::Candle`] when there is no memory.
+/// [`Error::Memory`] for a variable that is strided, or in the memory of another; [`Error::Candle`] when memory runs
+/// out.
 pub fn apart(planned: &[Planned], found: &mut [Found]) -> Result<(), Error> {
     let mut used: HashSet<usize> = HashSet::new();
     for (found, planned) in found.iter().zip(planned) {
@@ -48,10 +49,10 @@ pub fn apart(planned: &[Planned], found: &mut [Found]) -> Result<(), Error> {
     Ok(())
 }
 
-/// The tensor with its elements in order, a copy of it if they are not.
+/// Gives the tensor with its elements in order, as a copy if they are not.
 ///
 /// # Errors
-/// [`Error::Candle`] when there is no memory.
+/// [`Error::Candle`] when memory runs out.
 pub fn in_order(name: &str, tensor: &Tensor) -> Result<Tensor, Error> {
     copied(name, tensor.contiguous())
 }
@@ -60,13 +61,13 @@ fn copied(name: &str, copy: candle_core::Result<Tensor>) -> Result<Tensor, Error
     copy.map_err(|source| Error::Candle { name: name.to_owned(), source })
 }
 
-/// What is equal for two tensors just when they share memory.
+/// A number that two tensors have in common just when they share memory.
 fn memory_of(tensor: &Tensor) -> usize {
     let (storage, _) = tensor.storage_and_layout();
     ptr::from_ref(&*storage).addr()
 }
 
-/// Where in its storage a contiguous tensor is.
+/// Gives the place of a contiguous tensor in its storage.
 pub fn range(layout: &Layout) -> Range<usize> {
     layout.start_offset()..layout.start_offset() + layout.shape().elem_count()
 }

@@ -34,9 +34,9 @@ pub struct CandleProbe {
 }
 
 impl CandleProbe {
-    /// A probe for all variables of `variables`, in the natural order of their names: make it when the model has been
-    /// built. The map is asked again every step. Unless the configuration has an order of its own, the diagnosis takes the
-    /// backward pass's from the names.
+    /// Makes a probe for all variables of `variables`, in the natural order of their names. Make it after the model:
+    /// the map is read again every step. The diagnosis takes the order of the backward pass from the names, unless the
+    /// configuration has one.
     ///
     /// # Errors
     /// [`Error::NoVariables`]; [`Error::Dtype`] for a variable that is neither f32 nor f16 nor bf16; [`Error::Device`]
@@ -45,8 +45,8 @@ impl CandleProbe {
         Self::build(|_| Source::Map(variables.clone()), variables::of_map(variables), config)
     }
 
-    /// A probe for these variables, in this order, which is that of the model. A variable that is there twice counts once,
-    /// under its first name; what is not in the list is neither measured nor clipped.
+    /// Makes a probe for these variables, in this order, which is that of the model. A variable listed twice counts
+    /// once, under its first name. Other variables are neither measured nor clipped.
     ///
     /// # Errors
     /// Those of [`new`](Self::new).
@@ -77,8 +77,9 @@ impl CandleProbe {
         Ok(Self { source, planned, config, probe, exchanges })
     }
 
-    /// With the weights measured too, in the same pass, which gives reports their norms and the ratio of each gradient to
-    /// its weight. Before the first step: it makes the probe anew, which with [`Config::ranks`] is a collective call.
+    /// Measures the weights too, in the same pass: reports then have their norms and the ratio of each gradient to its
+    /// weight. Call it before the first step, since it makes the probe anew, which with [`Config::ranks`] is a
+    /// collective call.
     ///
     /// # Errors
     /// Those of [`Probe::new`].
@@ -92,8 +93,8 @@ impl CandleProbe {
         Ok(Self { source, planned, config, probe, exchanges })
     }
 
-    /// The probe, for its reports and all that is declared in its [`Config`]: signal and noise, history, samples, other
-    /// rules or another loss scale.
+    /// The probe, for its reports and the features declared in its [`Config`]: signal and noise, history, samples,
+    /// other rules or another loss scale.
     pub fn probe(&mut self) -> &mut Probe {
         &mut self.probe
     }
@@ -115,7 +116,7 @@ impl CandleProbe {
         self.measure_tensors(&found, &tensors)
     }
 
-    /// Measures these gradients and clips them, in place, as [`Config::clip`] says.
+    /// Measures these gradients and clips them, in place, by [`Config::clip`].
     ///
     /// # Errors
     /// Those of [`measure`](Self::measure); nothing is clipped then.
@@ -127,10 +128,10 @@ impl CandleProbe {
         Ok(with_views_mut(&tensors, &self.exchanges, |tensors| self.probe.clip(tensors))?)
     }
 
-    /// Measures these gradients, which stay as they are, and moves the variables by them, in place and without a copy, with
-    /// the optimizer of [`Config::optimizer`]: [`Probe::update`](gradprobe::Probe::update). A clip is taken into it; a step that is
-    /// to be skipped is left out, on a GPU without the host. While it runs, the variables are out of their tensors: another
-    /// thread that uses them at that moment gets an error from candle, or a panic.
+    /// Measures these gradients, which stay as they are, and moves the variables by them, in place and without a copy,
+    /// with the optimizer of [`Config::optimizer`]: [`Probe::update`](gradprobe::Probe::update). The optimizer applies
+    /// the clip itself, and leaves out a step to skip, on a GPU without the host. Meanwhile the variables are out of
+    /// their tensors: another thread that uses them then gets an error from candle, or a panic.
     ///
     /// # Errors
     /// Those of [`measure`](Self::measure), [`Error::Memory`], and [`gradprobe::Error::NotDeclared`]. Nothing is changed then.
@@ -146,8 +147,9 @@ impl CandleProbe {
         Ok(updated?)
     }
 
-    /// The oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits: asked every step, it gives of
-    /// gradients on the CPU the step's own, on a GPU this step's or one of the last few. Who does not ask gets the last.
+    /// Gives the oldest report that has arrived and was not given yet: [`Probe::poll`]. Never waits. Called every step
+    /// it gives this step's report for gradients on the CPU, and on a GPU this step's or one of the last few. Called
+    /// less often, it gives the last.
     ///
     /// # Errors
     /// The device's.
@@ -163,8 +165,8 @@ impl CandleProbe {
         Ok(self.probe.wait()?)
     }
 
-    /// Gives the probe and these gradients, those of the last step or others of the same variables, in the plan's order, to
-    /// what measures them otherwise: histograms, samples, micro-batches, dot products.
+    /// Gives the probe and these gradients, in the plan's order, to another measurement: histograms, samples,
+    /// micro-batches, dot products. The gradients are those of the last step, or others of the same variables.
     ///
     /// ```
     /// # fn of(probe: &mut gradprobe_candle::CandleProbe, gradients: &candle_core::backprop::GradStore)
@@ -196,7 +198,7 @@ impl CandleProbe {
         Ok(measured?)
     }
 
-    /// One tensor of each variable that has one, its elements in order.
+    /// Gives one tensor of each variable that has one, its elements in order.
     fn in_order<'a>(
         &self,
         found: &'a [Found],
@@ -214,8 +216,8 @@ impl AsMut<Probe> for CandleProbe {
     }
 }
 
-/// A probe on this device, which was checked. A list is in the order of the model; the names of a map tell it as far as
-/// they can.
+/// Makes a probe on this device, which was checked. A list is in the order of the model; for a map the names tell the
+/// order as far as they can.
 fn probe_of(source: &Source, device: &Device, plan: Plan, mut config: Config) -> Result<Probe, Error> {
     if let (Source::Map(_), Some(_), None) = (source, &config.features.rules, &config.backward_order) {
         config = config.backward_order(health::backward_order(&plan));

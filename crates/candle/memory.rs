@@ -1,5 +1,5 @@
-//! candle's memory as the probe takes it: read where it is, and taken out of its tensors for a clip, which changes all
-//! gradients together while candle gives one at a time. Only the owner of the memory moves, the memory does not.
+//! candle's memory for the probe: read in place, and taken out of its tensors for a clip. A clip changes all gradients
+//! together, while candle gives one at a time. Only the owner of the memory moves, the memory does not.
 
 use crate::gradients::range;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result as CandleResult, Storage, StorageRef, Tensor};
@@ -10,7 +10,7 @@ use gradprobe::cudarc::driver::{CudaView, CudaViewMut};
 use gradprobe::{Absent, Error, HostTensor, HostTensorMut, TensorMut};
 use std::{cell::RefCell, mem, ops::Range};
 
-/// Gives what `does` makes of these contiguous tensors, each locked against whoever writes.
+/// Gives the result of `does` on these contiguous tensors, each locked against writers.
 pub fn with_views<R>(tensors: &[Option<Tensor>], does: impl FnOnce(&[&dyn gradprobe::Tensor]) -> R) -> R {
     let lock = |tensor| {
         let (storage, layout) = Tensor::storage_and_layout(tensor);
@@ -24,8 +24,8 @@ pub fn with_views<R>(tensors: &[Option<Tensor>], does: impl FnOnce(&[&dyn gradpr
     does(&given)
 }
 
-/// Gives what `does` makes of these contiguous tensors, each in memory of its own and taken out of its tensor meanwhile.
-/// `exchanges` has one a tensor.
+/// Gives the result of `does` on these contiguous tensors, each in memory of its own and taken out of its tensor
+/// meanwhile. `exchanges` has one a tensor.
 pub fn with_views_mut<R>(
     tensors: &[Option<Tensor>],
     exchanges: &[Exchange],
@@ -54,7 +54,7 @@ pub fn with_views_mut<R>(
     done
 }
 
-/// Storage that changes places with that of a tensor: the one way to a tensor's memory that candle opens.
+/// Storage that changes places with that of a tensor: the only way to a tensor's memory that candle opens.
 #[derive(Debug)]
 pub struct Exchange(RefCell<Held>);
 
@@ -66,7 +66,7 @@ enum Held {
 }
 
 impl Exchange {
-    /// For a tensor on this device, which was checked. What stands in its place is a byte on a CUDA device.
+    /// Makes it for a tensor on this device, which was checked. On a CUDA device a byte stands in the tensor's place.
     ///
     /// # Errors
     /// The driver's.

@@ -2,12 +2,13 @@
 
 use std::cmp::Ordering;
 
-/// Compares part by part, runs of digits as the numbers they write. Total: only equal names are equal.
+/// Compares part by part, runs of digits as numbers. The order is total: only equal names are equal.
 pub fn compare(a: &str, b: &str) -> Ordering {
     parts(a).cmp(parts(b)).then_with(|| a.cmp(b))
 }
 
-/// A byte, or a number as its digits' count and digits. A number has the byte `0`, so that it stands where digits do.
+/// Gives bytes and numbers, a number as its digits' count and digits. A number has the byte `0`, so that it sorts with
+/// digits.
 fn parts(name: &str) -> impl Iterator<Item = (u8, usize, &str)> {
     let mut rest = name;
     std::iter::from_fn(move || {

@@ -1,13 +1,13 @@
-//! AdamW in the place of candle's.
+//! AdamW in place of candle's.
 
 use crate::{CandleProbe, Config, Error};
 use candle_core::{Result, Var, backprop::GradStore};
 use candle_nn::{Optimizer, ParamsAdamW};
 use gradprobe::optim;
 
-/// AdamW with the calls and the parameters of [`candle_nn::AdamW`]: one pass over the memory where that makes a dozen, in one
-/// launch on a GPU, and it takes no step in which a gradient is NaN or infinite. With a clip, groups or another optimizer, or for
-/// its reports, see [`CandleProbe::update`], of which this is the short form.
+/// Moves variables by AdamW, with the calls and the parameters of [`candle_nn::AdamW`]. It makes one pass over the
+/// memory in place of a dozen, in one launch on a GPU, and leaves out steps in which a gradient is NaN or infinite. It
+/// is the short form of [`CandleProbe::update`], which adds a clip, groups, other optimizers and reports.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -23,19 +23,19 @@ use gradprobe::optim;
 /// ```
 #[derive(Debug)]
 pub struct AdamW {
-    /// There is none without variables.
+    /// `None` without variables.
     probe: Option<CandleProbe>,
     parameters: ParamsAdamW,
 }
 
-/// AdamW with these parameters, for [`Config::optimizer`].
+/// Gives AdamW with these parameters, for [`Config::optimizer`].
 pub fn adamw(parameters: &ParamsAdamW) -> optim::AdamW {
     let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = *parameters;
     optim::AdamW::new(lr).betas(beta1, beta2).epsilon(eps).weight_decay(weight_decay)
 }
 
 impl AdamW {
-    /// With candle's other parameters, of which the decay is 0.01.
+    /// Makes it with candle's other defaults, among them a decay of 0.01.
     ///
     /// # Errors
     /// Those of [`CandleProbe::of_variables`].
@@ -48,7 +48,7 @@ impl AdamW {
         &self.parameters
     }
 
-    /// The probe, for its reports; its variables are called by their places in the list.
+    /// The probe, for its reports. Variables are named by their places in the list.
     pub fn probe(&mut self) -> Option<&mut CandleProbe> {
         self.probe.as_mut()
     }
@@ -57,7 +57,7 @@ impl AdamW {
 impl Optimizer for AdamW {
     type Config = ParamsAdamW;
 
-    /// As in candle, variables of integers are left out.
+    /// Leaves out variables of integers, as candle does.
     fn new(variables: Vec<Var>, parameters: ParamsAdamW) -> Result<Self> {
         let variables: Vec<_> = variables.into_iter().filter(|variable| variable.dtype().is_float()).collect();
         if variables.is_empty() {
@@ -76,7 +76,7 @@ impl Optimizer for AdamW {
             optimizer.set_learning_rate(self.parameters.lr).map_err(candle_core::Error::wrap)?;
         }
         match probe.update(gradients) {
-            // As in candle, a step without gradients is none.
+            // As in candle, a call without gradients is no step.
             Ok(()) | Err(Error::NoGradients { .. }) => Ok(()),
             Err(error) => Err(candle_core::Error::wrap(error)),
         }

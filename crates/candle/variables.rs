@@ -1,11 +1,11 @@
-//! The variables of a model: where they come from, what was planned of them, and whether they still are that.
+//! The variables of a model: their source, the planned ones, and the check that they still are the same.
 
 use crate::{Error, natural};
 use candle_core::{DType, Device, DeviceLocation, Shape, Tensor, TensorId, Var, backprop::GradStore};
 use candle_nn::VarMap;
 use std::{collections::HashSet, sync::PoisonError};
 
-/// Where a step finds the variables.
+/// The source of the variables in each step.
 #[derive(Clone)]
 pub enum Source {
     /// Looked up by name every step: it may have changed.
@@ -37,7 +37,7 @@ pub fn of_map(map: &VarMap) -> Vec<(String, Var)> {
     variables
 }
 
-/// The type as the probe knows it.
+/// Gives the type as the probe knows it.
 pub fn known(dtype: DType) -> Option<gradprobe::DType> {
     match dtype {
         DType::F32 => Some(gradprobe::DType::F32),
@@ -80,7 +80,7 @@ impl Planned {
         self.shape.elem_count() as u64
     }
 
-    /// Of its dimensions.
+    /// The lengths of its dimensions.
     pub fn lengths(&self) -> Vec<u64> {
         self.shape.dims().iter().map(|&length| length as u64).collect()
     }
@@ -95,10 +95,10 @@ impl Planned {
     }
 }
 
-/// The one device on which all of them are.
+/// The one device of all of them.
 ///
 /// # Errors
-/// [`Error::NoVariables`]; [`Error::Device`] when they are not on one, or it is none that can be measured.
+/// [`Error::NoVariables`]; [`Error::Device`] when they are on several, or on one that cannot be measured.
 pub fn device(planned: &[Planned]) -> Result<&Device, Error> {
     let places: Vec<_> = planned.iter().map(|variable| (variable.name.as_str(), variable.device.location())).collect();
     check_places(&places)?;
@@ -131,7 +131,7 @@ impl std::fmt::Debug for Source {
 }
 
 impl Source {
-    /// The planned variables as they are now, with their gradients.
+    /// Finds the planned variables as they are now, with their gradients.
     ///
     /// # Errors
     /// [`Error::Changed`], [`Error::Gradient`], [`Error::NoGradients`].
@@ -159,7 +159,7 @@ impl Source {
     }
 }
 
-/// What a map has under the planned names, once it is known to have neither more nor other variables.
+/// Gives a map's variables of the planned names, after a check that it has neither more nor other ones.
 fn current(map: &VarMap, planned: &[Planned]) -> Result<Vec<Var>, Error> {
     let nothing = || "nothing".to_owned();
     let data = map.data().lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! A candle trainer's steps, watched.
+//! The watch for a candle trainer.
 
 use crate::{CandleProbe, Config, Error};
 use candle_core::backprop::GradStore;
@@ -32,7 +32,8 @@ use std::ops::{Deref, DerefMut};
 pub struct Watch(gradprobe::Watch<CandleProbe>);
 
 impl Watch {
-    /// For all variables of `variables`: [`CandleProbe::new`]. Of a probe made otherwise, `Watch::from(probe)`.
+    /// Watches all variables of `variables`: [`CandleProbe::new`]. For a probe made otherwise, use
+    /// `Watch::from(probe)`.
     ///
     /// # Errors
     /// As there.
@@ -40,8 +41,8 @@ impl Watch {
         CandleProbe::new(variables, config).map(Self::from)
     }
 
-    /// Measures these gradients and clips them in place: [`CandleProbe::step`]. Gives the last step whose report has come: on the CPU
-    /// this one, on a GPU this or one of the last few.
+    /// Measures these gradients and clips them in place: [`CandleProbe::step`]. Gives the last step whose report has
+    /// come: on the CPU this one, on a GPU this or one of the last few.
     ///
     /// # Errors
     /// Those of [`gradprobe::Watch::step_with`] and of [`CandleProbe::step`].
@@ -57,7 +58,7 @@ impl Watch {
         })
     }
 
-    /// Measures these gradients and moves the variables by them, with the optimizer that is declared: [`CandleProbe::update`].
+    /// Measures these gradients and moves the variables by them, with the declared optimizer: [`CandleProbe::update`].
     ///
     /// # Errors
     /// Those of [`gradprobe::Watch::step_with`] and of [`CandleProbe::update`].

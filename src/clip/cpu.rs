@@ -1,5 +1,5 @@
-//! The clip: each element times a coefficient, or between two limits, rounded to its type; non-finite elements zeroed if
-//! so decided.
+//! The clip: each element times a coefficient, or between two limits, rounded to its type. Non-finite elements become 0
+//! under that policy.
 #![allow(unsafe_code, reason = "finds what a launch names by its addresses")]
 
 use super::ClipHeader;
@@ -16,32 +16,32 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
-/// Of [`Kernel::Clip`](crate::device::Kernel::Clip).
+/// The arguments of [`Kernel::Clip`](crate::device::Kernel::Clip).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct ClipArguments {
     /// The common part.
     pub common: Common,
-    /// What the rule keeps from step to step.
+    /// The rule's state from step to step.
     pub clip_state: u64,
-    /// One f32 a tensor, under a rule that clips tensors on their own.
+    /// One f32 a tensor, under a rule that clips each tensor on its own.
     pub coefficients: u64,
 }
 // The other side is in kernels/clip.cu.
 const _: () = assert!(size_of::<ClipArguments>() == 88);
 
-/// What is done to each element of a tensor.
+/// The change of each element of a tensor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clipping {
     pub coefficient: f32,
-    /// Of magnitudes, or infinite.
+    /// The limit of magnitudes, or infinite.
     pub limit: f32,
-    /// NaN and Inf become 0.
+    /// Whether NaN and Inf become 0.
     pub zero_nonfinite: bool,
 }
 
 impl Clipping {
-    /// What a step decided, but for coefficients of tensors on their own. `state` is the clip's.
+    /// Takes a step's decision, but for the coefficients of tensors on their own. `state` is the clip's.
     pub fn of(outputs: &StepOutputs, state: &[ClipHeader]) -> Self {
         let clamp = outputs.action & StepOutputs::ACTION_CLAMP != 0;
         Self {
@@ -51,7 +51,7 @@ impl Clipping {
         }
     }
 
-    /// What is taken of an element. Not by `clamp`: a NaN passes both comparisons.
+    /// Clips an element. Not by `clamp`: a NaN passes both comparisons.
     #[inline(always)]
     pub fn taken(&self, x: f32) -> f32 {
         let mut product = if self.zero_nonfinite && !x.is_finite() { 0.0 } else { x * self.coefficient };
@@ -64,15 +64,15 @@ impl Clipping {
         product
     }
 
-    /// Of a tensor with this coefficient, where each has one.
+    /// Gives the clip of a tensor with this coefficient, where each has one.
     pub fn of_tensor(self, outputs: &StepOutputs, coefficient: f32) -> Self {
         let by_tensor = outputs.action & StepOutputs::ACTION_SCALE_TENSORS != 0;
         if by_tensor { Self { coefficient, ..self } } else { self }
     }
 }
 
-/// Clips in place. A product that is NaN is written as the quiet NaN with no payload, so that the bits do not depend on
-/// the machine.
+/// Clips in place. A NaN product is written as the quiet NaN without payload, so that the bits do not depend on the
+/// machine.
 pub(crate) fn clip<E: Element>(elements: &mut [E], how: Clipping) {
     dispatch::run(Clip { elements, how });
 }
@@ -85,11 +85,12 @@ struct Clip<'a, E> {
 impl<E: Element> Work for Clip<'_, E> {
     type Output = ();
 
-    /// A part at a time, while the one a tile behind is on its way from memory. Products of finite numbers are no NaN: to
-    /// look for others beforehand, bf16 in L2 under AVX2 took 0.12 ns an element, to look at each product 0.17.
+    /// Works on a part at a time, while the one a tile behind is on its way from memory. Products of finite numbers are
+    /// no NaN: looking for other elements first took 0.12 ns an element for bf16 in L2 under AVX2, looking at each
+    /// product 0.17.
     #[inline(always)]
     fn run(self, set: impl InstructionSet) {
-        /// With a whole tile asked for at once, bf16 took a third longer.
+        /// Asking for a whole tile at once took a third longer for bf16.
         const PART: usize = TILE / 4;
         let how = self.how;
         let Clipping { coefficient, limit, .. } = how;
@@ -113,7 +114,7 @@ impl<E: Element> Work for Clip<'_, E> {
     }
 }
 
-/// What `gradprobe_clip` does.
+/// Does as `gradprobe_clip`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).

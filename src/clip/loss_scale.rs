@@ -1,5 +1,4 @@
-//! The loss scale of mixed precision: gradients of a loss that was multiplied by it, statistics in units of the loss
-//! that was not.
+//! The loss scale of mixed precision. The loss is multiplied by it, and statistics are in units of the unscaled loss.
 
 use crate::{
     Config, Error, Probe, Record,
@@ -9,53 +8,66 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// How the loss is scaled before `backward`, so that gradients in f16 neither become 0 nor overflow. With it in the
-/// [`Config`](crate::Config), a step is measured **in unscaled units**: norms, means, magnitudes and the dead threshold are
-/// those of x / scale, and what multiplies gradients, [`StepOutputs::coefficient`](crate::StepOutputs::coefficient),
-/// unscales them in the same multiplication.
+/// Scales the loss before `backward`, so that gradients in f16 neither become 0 nor overflow. With it in the
+/// [`Config`](crate::Config), a step is measured **in unscaled units**: norms, means, magnitudes and the dead threshold
+/// are those of x / scale. [`StepOutputs::coefficient`](crate::StepOutputs::coefficient) unscales the gradients in the
+/// same multiplication that clips them.
 ///
-/// The scale is in device memory, where the kernel that begins `backward` reads it, and measuring adapts it there as
-/// torch's `GradScaler` does: a step with NaN or Inf multiplies it by `backoff_factor`, `growth_interval` steps in a row
-/// without multiply it by `growth_factor`. The host takes no part. Steps with NaN or Inf are to be left out by
-/// [`StepOutputs::skip`](crate::StepOutputs::skip).
+/// The scale is in device memory, where the kernel that begins `backward` reads it. The measurement adapts it there as
+/// torch's `GradScaler` does: a step with NaN or Inf multiplies it by `backoff_factor`, `growth_interval` steps in a
+/// row without multiply it by `growth_factor`. The host takes no part. The optimizer is to leave out steps with NaN or
+/// Inf, by [`StepOutputs::skip`](crate::StepOutputs::skip).
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, clip::LossScale};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let config = Config::new().clip(Clip::global_norm(1.0)).loss_scale(LossScale::fixed(1024.0));
+/// let mut probe = Probe::new(Cpu, plan, config)?;
+/// let mut gradient = [3.0f32 * 1024.0, 4.0 * 1024.0]; // of a loss times 1024
+/// probe.step(&mut [&mut gradient])?;
+/// assert_eq!(probe.wait()?.outputs().total_norm, 5.0);
+/// assert!((gradient[0] - 0.6).abs() < 1e-6); // unscaled and clipped
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LossScale {
     /// The first step's scale; finite, above 0.
     pub initial: f32,
-    /// Finite, at least 1. A growth beyond what f32 holds is left out.
+    /// Finite, at least 1. The scale stays where growth would pass the range of f32.
     pub growth_factor: f32,
-    /// Above 0, at most 1. A scale that it would bring below the normal numbers stays.
+    /// Above 0, at most 1. The scale stays where the factor would bring it below the normal numbers.
     pub backoff_factor: f32,
     /// Steps without NaN or Inf, at least 1.
     pub growth_interval: u32,
 }
 
 impl LossScale {
-    /// A scale that stays until it is set to another.
+    /// Makes a scale that stays until it is set to another.
     pub const fn fixed(scale: f32) -> Self {
         Self { initial: scale, growth_factor: 1.0, backoff_factor: 1.0, growth_interval: 1 }
     }
 
-    /// A scale that adapts, with the parameters of torch's `GradScaler`: from 65536, doubled after 2000 steps, halved at
-    /// a NaN or Inf.
+    /// Makes a scale that adapts, with the parameters of torch's `GradScaler`: it starts at 65536, doubles after 2000
+    /// steps, and halves at a NaN or Inf.
     pub const fn dynamic() -> Self {
         Self { initial: 65536.0, growth_factor: 2.0, backoff_factor: 0.5, growth_interval: 2000 }
     }
 
-    /// With this scale at first.
+    /// Sets the first scale.
     #[must_use]
     pub const fn initial(self, initial: f32) -> Self {
         Self { initial, ..self }
     }
 
-    /// With these factors.
+    /// Sets the growth and backoff factors.
     #[must_use]
     pub const fn factors(self, growth_factor: f32, backoff_factor: f32) -> Self {
         Self { growth_factor, backoff_factor, ..self }
     }
 
-    /// With growth after this many steps.
+    /// Sets the steps before growth.
     #[must_use]
     pub const fn growth_interval(self, growth_interval: u32) -> Self {
         Self { growth_interval, ..self }
@@ -101,7 +113,7 @@ pub(crate) struct LossScaleState {
     growth_factor: f32,
     backoff_factor: f32,
     growth_interval: u32,
-    /// [`Config::dead_threshold`]: what is below it depends on the scale.
+    /// [`Config::dead_threshold`]; the threshold in scaled units depends on the scale.
     pub dead_threshold: f32,
     reserved: [u32; 2],
 }
@@ -110,7 +122,7 @@ pub(crate) struct LossScaleState {
 const _: () = assert!(size_of::<LossScaleState>() == 32);
 
 impl LossScaleState {
-    /// What is the same on all ranks, and changes.
+    /// The state that changes and is the same on all ranks, as a word.
     pub fn word(&self) -> u64 {
         u64::from(self.scale.to_bits()) << 32 | u64::from(self.growth_tracker)
     }
@@ -127,7 +139,7 @@ impl LossScaleState {
         }
     }
 
-    /// Adapts the scale to a step: `_amp_update_scale_` of torch.
+    /// Adapts the scale to a step, as `_amp_update_scale_` of torch.
     pub fn step(&mut self, found_nonfinite: bool) {
         if found_nonfinite {
             let scale = self.scale * self.backoff_factor;
@@ -147,9 +159,9 @@ impl LossScaleState {
     }
 }
 
-/// The scale where the kernels adapt it.
+/// The scale in device memory, where the kernels adapt it.
 pub(crate) struct LossScaleMemory {
-    /// As it was made.
+    /// The initial state.
     state: LossScaleState,
     memory: ReadBack,
 }
@@ -164,7 +176,7 @@ impl Feature<LossScale> for LossScaleMemory {
 }
 
 impl LossScaleMemory {
-    /// Goes on from there. Steps beyond the interval make it grow as well, and are not counted.
+    /// Goes on from this state. With a count beyond the interval the scale grows at the next clean step.
     pub fn set(&self, device: &dyn Device, scale: f32, growth_tracker: u32) -> Result<(), Error> {
         let growth_tracker = growth_tracker.min(self.state.growth_interval - 1);
         let state = LossScaleState { scale, growth_tracker, ..self.state };
@@ -192,7 +204,7 @@ impl Saved for LossScaleMemory {
 }
 
 impl Config {
-    /// With gradients of a loss that is multiplied by this scale.
+    /// Declares that gradients are of a loss multiplied by this scale.
     #[must_use]
     pub fn loss_scale(mut self, loss_scale: LossScale) -> Self {
         self.features.loss_scale = Some(loss_scale);
@@ -201,7 +213,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Sets the loss scale of the next step, and of those after it until it adapts: one upload.
+    /// Sets the loss scale of the next step, and of later ones until it adapts: one upload.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::loss_scale`], [`Error::InvalidConfig`] unless
@@ -215,14 +227,14 @@ impl Probe {
     }
 }
 
-/// What scaled gradients are divided by; 1 for a scale that is not usable.
+/// Gives the divisor of scaled gradients; 1 for a scale that is not usable.
 pub(crate) fn divisor(scale: f32) -> f64 {
     if is_usable(scale) { f64::from(scale) } else { 1.0 }
 }
 
 impl Record {
-    /// The record of the same elements over `divisor`, an f32 that is finite and above 0. Non-zero magnitudes stay
-    /// non-zero and finite: they are rounded to the nearest f32 that is.
+    /// Gives the record of the same elements over `divisor`, an f32 that is finite and above 0. Non-zero magnitudes
+    /// stay non-zero and finite: they are rounded to the nearest such f32.
     pub(crate) fn over(&self, divisor: f64) -> Record {
         if divisor == 1.0 {
             return *self;

@@ -1,74 +1,86 @@
-//! How a step's clip is decided: from the step itself, or from the norms of the steps before. On the device by the last
-//! block of the measurement (`kernels/policy.cuh`, the same operations), so that no policy makes the host wait.
+//! The rules of the clip: from the step itself, or from the norms of earlier steps. The last block of the measurement
+//! decides on the device (`kernels/policy.cuh`, the same operations), so that no rule makes the host wait.
 
 use crate::{Error, Record, StepOutputs, histogram::Histogram, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 
-/// What the gradients are clipped to, and with which limit. Rules that look back learn only from steps that are finite and
-/// not skipped; a step that is not finite is clipped, if at all, by what was learnt before.
+/// Chooses the rule of the clip and its limit. Rules that look back learn only from steps that are finite and not
+/// skipped. If a step that is not finite is clipped at all, its limit comes from earlier steps.
+///
+/// ```
+/// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().clip(Clip::Value { max_abs: 1.0 }))?;
+/// let mut gradient = [-3.0f32, 0.5];
+/// probe.step(&mut [&mut gradient])?;
+/// assert_eq!(gradient, [-1.0, 0.5]);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Clip {
-    /// Nothing is clipped.
+    /// Clips nothing.
     #[default]
     None,
-    /// All tensors together to this norm, by torch's rule (Pascanu et al. 2013, arXiv 1211.5063).
+    /// Clips all tensors together to this norm, by torch's rule (Pascanu et al. 2013, arXiv 1211.5063).
     GlobalNorm {
         /// Finite, above 0.
         max_norm: f64,
     },
-    /// Every element to [-max_abs, max_abs]: torch's `clip_grad_value_`. NaN stays NaN.
+    /// Clips every element to [-max_abs, max_abs]: torch's `clip_grad_value_`. NaN stays NaN.
     Value {
         /// Finite, above 0.
         max_abs: f32,
     },
-    /// Every element to ±the quantile of |x| over all finite elements of the step: the clamp at a percentile that
-    /// tutorials call adaptive clipping. By [`Histogram::quantile_estimate`], so within its bin, a quarter of an octave
-    /// at most. Counted in a launch of its own before the measurement: gradients are read twice. Where the quantile
-    /// is 0, as it is when that many elements are, nothing is clipped.
+    /// Clips every element to ±the quantile of |x| over all finite elements of the step: the clamp at a percentile that
+    /// tutorials call adaptive clipping. The quantile is [`Histogram::quantile_estimate`], so within its bin, a quarter
+    /// of an octave at most. A launch of its own counts before the measurement: gradients are read twice. Where the
+    /// quantile is 0, because that many elements are, nothing is clipped.
     Quantile {
-        /// Above 0, at most 1; there 0.9.
+        /// Above 0, at most 1; in tutorials 0.9.
         quantile: f64,
     },
-    /// Every tensor to this norm of its own: burn's `GradientClipping::Norm`.
+    /// Clips every tensor to this norm of its own: burn's `GradientClipping::Norm`.
     TensorNorm {
         /// Finite, above 0.
         max_norm: f64,
     },
-    /// All tensors together to a percentile of the global norms so far, this step's included: AutoClip (Seetharaman
-    /// et al. 2020, arXiv 2007.14469; there 10, over all steps), interpolated as numpy does.
+    /// Clips all tensors together to a percentile of the global norms so far, this step's included: AutoClip
+    /// (Seetharaman et al. 2020, arXiv 2007.14469), interpolated as numpy does. The paper takes the 10th over all
+    /// steps.
     Percentile {
         /// From 0 to 100.
         percentile: f64,
-        /// Steps that are remembered, 2 to 1024.
+        /// The number of last steps that count, 2 to 1024.
         history: u32,
-        /// To which the global norm is capped besides; finite, above 0.
+        /// A limit of the global norm besides; finite, above 0.
         max_norm: Option<f64>,
     },
-    /// All tensors together where the global norm is an outlier: ZClip (Kumar et al. 2025, arXiv 2504.02507), with its
-    /// adaptive scaling. Mean μ and variance σ² are those of the norms of the warm-up, then moving averages of the
-    /// clipped norms. A norm with z = (norm - μ) / (σ + 1e-6) above the threshold z' is clipped to μ + z'²σ / z.
+    /// Clips all tensors together where the global norm is an outlier: ZClip (Kumar et al. 2025, arXiv 2504.02507),
+    /// with its adaptive scaling. Mean μ and variance σ² are those of the norms of the warm-up, then moving averages of
+    /// the clipped norms. A norm with z = (norm - μ) / (σ + 1e-6) above the threshold z' is clipped to μ + z'²σ / z.
     ZScore {
-        /// Of the moving averages, at least 0 and below 1; there 0.97.
+        /// Of the moving averages, at least 0 and below 1; in the paper 0.97.
         smoothing: f64,
-        /// z', above 0; there 2.5.
+        /// z', above 0; in the paper 2.5.
         threshold: f64,
-        /// Steps before the first clip, at least 2; there 25.
+        /// Steps before the first clip, at least 2; in the paper 25.
         warmup: u32,
-        /// To which the global norm is capped besides; finite, above 0.
+        /// A limit of the global norm besides; finite, above 0.
         max_norm: Option<f64>,
     },
-    /// Every tensor to a multiple of a moving average γ of its own clipped norms: AdaGC (Wang et al. 2025, arXiv
-    /// 2502.11034). During the warm-up the clip is that of all tensors to `max_norm`, and γ the least of the tensor's norms after it
-    /// that is not 0 (a tensor whose gradient is 0 for a step would otherwise stay clipped to 0).
+    /// Clips every tensor to a multiple of a moving average γ of its own clipped norms: AdaGC (Wang et al. 2025, arXiv
+    /// 2502.11034). The warm-up clips all tensors together to `max_norm`, and γ is the least of the tensor's norms
+    /// after that clip that is not 0. (A tensor whose gradient is 0 for a step would otherwise stay clipped to 0.)
     TensorEma {
-        /// β of the average, at least 0 and below 1; there 0.98.
+        /// β of the average, at least 0 and below 1; in the paper 0.98.
         smoothing: f64,
-        /// λ, the multiple, finite and at least 1; there 1.05.
+        /// λ, the multiple, finite and at least 1; in the paper 1.05.
         threshold: f64,
-        /// Steps of the warm-up, at least 1; there 100.
+        /// Steps of the warm-up, at least 1; in the paper 100.
         warmup: u32,
-        /// To which the global norm is clipped in the warm-up; finite, above 0.
+        /// The limit of the global norm in the warm-up; finite, above 0.
         max_norm: Option<f64>,
     },
 }
@@ -77,13 +89,13 @@ impl Clip {
     /// The most steps that [`Clip::Percentile`] remembers.
     pub const MAX_HISTORY: u32 = 1024;
 
-    /// [`Clip::GlobalNorm`] to this norm.
+    /// Gives [`Clip::GlobalNorm`] with this norm.
     pub const fn global_norm(max_norm: f64) -> Self {
         Self::GlobalNorm { max_norm }
     }
 
-    /// AutoClip, [`Clip::Percentile`], as in the paper (arXiv 2007.14469): to the 10th percentile of the norms so far. The last
-    /// 1024 steps are remembered, the most there is room for; the paper remembers all.
+    /// Gives AutoClip, [`Clip::Percentile`], as in the paper (arXiv 2007.14469): the 10th percentile of the norms so
+    /// far. It remembers the last 1024 steps, the most there is room for; the paper remembers all.
     ///
     /// ```
     /// use gradprobe::{Clip, Config};
@@ -94,8 +106,8 @@ impl Clip {
         Self::Percentile { percentile: 10.0, history: Self::MAX_HISTORY, max_norm: None }
     }
 
-    /// ZClip, [`Clip::ZScore`], as in the paper (arXiv 2504.02507). Nothing is clipped in the 25 steps of the warm-up; the
-    /// authors' program caps the norm at 1 there and after, which is a `max_norm` of 1.
+    /// Gives ZClip, [`Clip::ZScore`], as in the paper (arXiv 2504.02507). The 25 steps of the warm-up clip nothing. The
+    /// authors' program caps the norm at 1 there and after: a `max_norm` of 1.
     ///
     /// ```
     /// use gradprobe::{Clip, Config};
@@ -106,8 +118,8 @@ impl Clip {
         Self::ZScore { smoothing: 0.97, threshold: 2.5, warmup: 25, max_norm: None }
     }
 
-    /// AdaGC, [`Clip::TensorEma`], as in the paper (arXiv 2502.11034): every tensor to 1.05 times the average of its own norms,
-    /// after 100 steps in which all together are clipped to the norm 1.
+    /// Gives AdaGC, [`Clip::TensorEma`], as in the paper (arXiv 2502.11034): every tensor to 1.05 times the average of
+    /// its own norms, after 100 steps that clip all together to the norm 1.
     ///
     /// ```
     /// use gradprobe::{Clip, Config};
@@ -158,7 +170,7 @@ impl Clip {
         }
     }
 
-    /// The norm to which all tensors are clipped together: by the rule, beside it, or in its warm-up.
+    /// Gives the norm to which all tensors are clipped together: by the rule, beside it, or in its warm-up.
     pub(crate) fn max_norm(&self) -> Option<f64> {
         match *self {
             Self::GlobalNorm { max_norm } => Some(max_norm),
@@ -169,7 +181,7 @@ impl Clip {
         }
     }
 
-    /// The rule that kernels know by this code and these parameters; 0 is no norm.
+    /// Gives the rule that kernels know by this code and these parameters; 0 is no norm.
     pub(crate) fn of_parameters(code: u32, (threshold, smoothing, steps): (f64, f64, u32), max_norm: f64) -> Self {
         let max_norm = (max_norm > 0.0).then_some(max_norm);
         match code {
@@ -184,7 +196,7 @@ impl Clip {
         }
     }
 
-    /// The code by which kernels know the policy.
+    /// The rule's code in the kernels.
     pub(crate) fn code(&self) -> u32 {
         match self {
             Self::None | Self::GlobalNorm { .. } => 0,
@@ -197,7 +209,7 @@ impl Clip {
         }
     }
 
-    /// What kernels are told of it: threshold, smoothing, steps.
+    /// The rule's parameters in the kernels: threshold, smoothing, steps.
     pub(crate) fn parameters(&self) -> (f64, f64, u32) {
         match *self {
             Self::None | Self::GlobalNorm { .. } => (0.0, 0.0, 0),
@@ -210,8 +222,8 @@ impl Clip {
         }
     }
 
-    /// 8-byte words of state that it keeps from step to step: a header of four, then a history twice, in the order of
-    /// the steps and sorted, or an average a tensor, or a histogram of all elements.
+    /// 8-byte words of state from step to step: a header of four, then a history twice, in the order of the steps and
+    /// sorted, or an average a tensor, or a histogram of all elements.
     pub(crate) fn state_words(&self, tensors: usize) -> usize {
         let more = match *self {
             Self::Percentile { history, .. } => 2 * history as usize,
@@ -222,7 +234,7 @@ impl Clip {
         4 + more
     }
 
-    /// Whether these words may be its state: as many, and a history that is sorted as it was kept.
+    /// Whether these words may be its state: the right number, and a sorted history.
     pub(crate) fn is_state(&self, tensors: usize, words: &[u64]) -> bool {
         if words.len() != self.state_words(tensors) {
             return false;
@@ -231,13 +243,13 @@ impl Clip {
         let (kept, sorted) = words[4..].split_at(history as usize);
         let count = usize::try_from(words[0]).unwrap_or(usize::MAX).min(kept.len());
         let mut norms = kept[..count].to_vec();
-        // The bits of numbers that are no NaN and have no sign are ordered as they are.
+        // The bits of positive numbers are in the order of the numbers.
         norms.sort_unstable();
         norms.iter().all(|&bits| bits <= f64::INFINITY.to_bits()) && norms == sorted[..count]
     }
 
-    /// Of those, the words that are the same on all ranks: but for averages of a rank's own tensors, and counts of its own
-    /// elements.
+    /// Words of the state that are the same on all ranks: all but averages of a rank's own tensors, and counts of its
+    /// own elements.
     pub(crate) fn words_of_all_ranks(&self) -> u32 {
         match *self {
             Self::Percentile { history, .. } => 4 + 2 * history,
@@ -261,33 +273,33 @@ impl Clip {
     }
 }
 
-/// A step as a policy sees it.
+/// The norms of a step, for a rule.
 pub(crate) struct Norms {
-    /// The norm that a clip is measured by.
+    /// The norm that the clip compares with its limit.
     pub norm: f64,
-    /// Whether all elements are finite: only then is anything learnt.
+    /// Whether all elements are finite: only then does a rule learn.
     pub finite: bool,
     /// Whether the step is left as it is.
     pub skip: bool,
-    /// The loss scale: what the coefficients of tensors are divided by, and the histogram's elements.
+    /// The loss scale: the divisor of the tensors' coefficients, and of the histogram's elements.
     pub divisor: f64,
 }
 
-/// What a policy decided.
+/// The decision of a rule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Decision {
-    /// Of all tensors; 1 where tensors or elements are clipped on their own.
+    /// The coefficient of all tensors; 1 where tensors or elements are clipped on their own.
     pub coefficient: f64,
-    /// Tensors or elements are clipped on their own, some of them at least.
+    /// Whether some tensors or elements are clipped on their own.
     pub clips_parts: bool,
-    /// The norm is an outlier by [`Clip::ZScore`].
+    /// Whether the norm is an outlier by [`Clip::ZScore`].
     pub spike: bool,
 }
 
 /// torch's coefficient.
 fn torch_rule(max_norm: f64, norm: f64) -> f64 {
     let ratio = max_norm / (norm + 1e-6);
-    // Not `min`, which would drop a NaN; and NaN without payload, whatever arithmetic made of it.
+    // Not `min`, which would drop a NaN; and NaN without payload, on any arithmetic.
     if ratio.is_nan() {
         f64::NAN
     } else if ratio > 1.0 {
@@ -297,33 +309,33 @@ fn torch_rule(max_norm: f64, norm: f64) -> f64 {
     }
 }
 
-/// The same for limits that norms meet exactly: such a norm is left as it is.
+/// The same for a limit that a norm may meet exactly: such a norm is left as it is.
 fn rule(limit: f64, norm: f64) -> f64 {
     if norm <= limit { 1.0 } else { torch_rule(limit, norm) }
 }
 
-/// What a rule keeps from step to step, before its history, averages or histogram (`kernels/arguments.cuh`).
+/// The state of a rule before its history, averages or histogram (`kernels/arguments.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct ClipHeader {
-    /// Steps that were learnt from.
+    /// Steps it has learnt from.
     pub steps: u64,
-    /// Of the norms.
+    /// Mean of the norms.
     pub mean: f64,
     pub variance: f64,
-    /// Where elements are brought, under a rule that clips them on their own.
+    /// The limit of elements, under a rule that clips them on their own.
     pub limit: f32,
     pub reserved: u32,
 }
 const _: () = assert!(size_of::<ClipHeader>() == 32);
 
-/// A rule and what it keeps, in the memory of the CPU.
+/// A rule and its state, in the memory of the CPU.
 pub(crate) struct ClipState<'a> {
     pub rule: Clip,
     pub header: &'a mut ClipHeader,
     /// A history twice, in the order of the steps and sorted, or an average a tensor, or a histogram of all elements.
     pub words: &'a mut [u64],
-    /// One a tensor, of the last step.
+    /// One coefficient a tensor, of the last step.
     pub coefficients: &'a mut [f32],
 }
 
@@ -391,7 +403,7 @@ impl ClipState<'_> {
         bytemuck::cast_slice_mut(self.words)
     }
 
-    /// Norms in the history, this step's included where it is learnt from.
+    /// Norms in the history, with this step's if it is learnt.
     fn remembered(&self, capacity: usize, learnt: bool) -> usize {
         usize::try_from(self.header.steps + u64::from(learnt)).unwrap_or(capacity).min(capacity)
     }
@@ -409,7 +421,7 @@ impl ClipState<'_> {
         Decision { coefficient: 1.0, clips_parts, spike: false }
     }
 
-    /// Adds a norm to the history, in place of the oldest when that is full.
+    /// Adds a norm to the history. In a full history it replaces the oldest.
     fn remember(&mut self, norm: f64, capacity: usize) {
         let mut count = self.remembered(capacity, false);
         #[expect(clippy::cast_possible_truncation, reason = "below the capacity")]
@@ -464,7 +476,7 @@ impl ClipState<'_> {
         let warm = self.header.steps < u64::from(warmup);
         let coefficients = records.iter().zip(self.norms()).map(|(record, average)| {
             let norm = tensor_norm(record, step);
-            // A tensor that has never had a gradient has no average to be measured by.
+            // A tensor that has never had a gradient has no average to compare with.
             let known = *average > 0.0;
             let coefficient = match (record.count, warm || !known) {
                 // Nothing to clip.
@@ -489,9 +501,9 @@ impl ClipState<'_> {
     }
 }
 
-/// The norm that a tensor's clip is measured by.
+/// The norm that a tensor's clip compares with its limit.
 fn tensor_norm(record: &Record, step: &Norms) -> f64 {
-    // What is not finite is zeroed where the step's own norm is finite nevertheless.
+    // Where the step's own norm is finite although an element is not, that element becomes 0.
     if step.norm.is_finite() { record.finite_l2_norm() } else { record.l2_norm() }
 }
 

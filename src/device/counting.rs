@@ -1,4 +1,4 @@
-//! A device that allocates nothing and counts what a probe would.
+//! A device that allocates nothing and counts the bytes that a probe would.
 
 use super::{Buffer, Device, HostRead, Kernel, Read};
 use crate::{Error, tensor::Place};
@@ -7,7 +7,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// Bytes that a probe has asked for.
+/// The bytes that a probe has asked for.
 #[derive(Clone, Default)]
 pub(crate) struct Counting(pub Arc<AtomicU64>);
 

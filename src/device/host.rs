@@ -1,4 +1,4 @@
-//! Memory of the host that plays a device's.
+//! Host memory in place of a device's.
 #![allow(unsafe_code, reason = "allocates, and reads and writes what it allocated")]
 
 use super::{Buffer, Read};
@@ -21,7 +21,7 @@ unsafe impl Send for HostMemory {}
 impl HostMemory {
     const ALIGNMENT: usize = 256;
 
-    /// This many bytes, at least 1.
+    /// Allocates this many bytes, at least 1.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -38,19 +38,19 @@ impl HostMemory {
         self.memory.as_ptr() as u64
     }
 
-    /// Bytes of the host's.
+    /// Gives bytes of the host.
     ///
     /// # Safety
-    /// They are there, initialised, and not changed meanwhile.
+    /// They exist, are initialised, and do not change meanwhile.
     pub unsafe fn bytes<'a>(address: u64, count: usize) -> &'a [u8] {
         // SAFETY: the caller's promise.
         if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(address as *const u8, count) } }
     }
 
-    /// Bytes of the host's, to be changed.
+    /// Gives bytes of the host, to be changed.
     ///
     /// # Safety
-    /// They are there, initialised, and used by nobody else meanwhile.
+    /// They exist, are initialised, and have no other user meanwhile.
     pub unsafe fn bytes_mut<'a>(address: u64, count: usize) -> &'a mut [u8] {
         // SAFETY: the caller's promise.
         if count == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(address as *mut u8, count) } }
@@ -59,7 +59,7 @@ impl HostMemory {
     /// Writes to the start of a buffer, at most all of it.
     ///
     /// # Safety
-    /// The buffer is memory of the host's, which nobody uses meanwhile.
+    /// The buffer is memory of the host, which nothing else uses meanwhile.
     pub unsafe fn upload(bytes: &[u8], to: &Buffer) {
         let count = bytes.len().min(to.bytes());
         // SAFETY: the caller's promise.
@@ -91,7 +91,7 @@ pub struct HostRead {
 }
 
 impl HostRead {
-    /// Room for this many bytes.
+    /// Makes room for this many bytes.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

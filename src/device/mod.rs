@@ -22,8 +22,8 @@ use crate::{
 };
 use std::{any::Any, sync::Arc};
 
-/// Declares the kernels: name, entry point, threads of a block, arguments, and what does the same on the CPU.
-/// kernels/README.md says what each does.
+/// Declares the kernels: name, entry point, threads of a block, arguments, and the same function on the CPU.
+/// kernels/README.md describes each.
 macro_rules! kernels {
     ($($kernel:ident = $entry:literal, $threads:expr, $arguments:ty, $cpu:path;)*) => {
         /// The kernels, by the names they are compiled under.
@@ -47,7 +47,7 @@ macro_rules! kernels {
                 match self { $(Kernel::$kernel => $threads as u32,)* }
             }
 
-            /// Does on the CPU what the kernel does.
+            /// Does on the CPU the same as the kernel.
             ///
             /// # Safety
             /// As of [`Device::launch`].
@@ -93,21 +93,21 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// So many bytes at this address, which `owner` frees when it is dropped.
+    /// Makes a buffer of so many bytes at this address, which `owner` frees when it is dropped.
     ///
     /// # Safety
-    /// They are there until then, for the kernels and copies of the device that makes the buffer, and for nothing else.
+    /// They exist until then, for the kernels and copies of the device that makes the buffer, and for nothing else.
     #[allow(unsafe_code, reason = "the address is the caller's word")]
     pub unsafe fn new(address: u64, bytes: usize, owner: impl Any + Send) -> Self {
         Self { address, bytes, _owner: Box::new(owner) }
     }
 
-    /// The address kernels know the memory by.
+    /// The address by which kernels know the memory.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// How many bytes there are.
+    /// Bytes of the buffer.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -115,7 +115,7 @@ impl Buffer {
 
 /// Host memory in which a copy of device memory arrives.
 pub trait Read: Send {
-    /// Starts to copy the start of `from`, ordered after what was launched before. Reads complete in order.
+    /// Starts to copy the start of `from`, ordered after earlier launches. Reads complete in order.
     ///
     /// # Errors
     /// When the device fails.
@@ -134,39 +134,39 @@ pub trait Read: Send {
     fn wait(&self) -> Result<&[u8], Error>;
 }
 
-/// Something that runs the kernels: memory, copies and launches, all ordered as on one CUDA stream. Made for a probe, and
-/// dropped after all of its buffers.
+/// Runs the kernels: memory, copies and launches, all ordered as on one CUDA stream. Made for a probe, and dropped
+/// after all of its buffers.
 ///
 /// # Safety
-/// Buffers are the memory that they say, apart from all other; uploads, clears and reads stay within them. What is dropped
-/// while work that uses it is queued stays until that has run.
+/// Buffers have the given bytes, apart from all other memory; uploads, clears and reads stay within them. Memory that
+/// is dropped while queued work uses it stays until that has run.
 #[allow(unsafe_code, reason = "the probe trusts the addresses")]
 pub unsafe trait Device: Send {
     /// `cpu`, `cuda`, `simt` or `ptx`.
     fn name(&self) -> &'static str;
 
-    /// Where the kernels find tensors.
+    /// The place where the kernels find tensors.
     fn place(&self) -> Place;
 
-    /// Memory of this many bytes, at least 1, aligned to 256, content undefined. Called only when a probe is made.
+    /// Allocates this many bytes, at least 1, aligned to 256, with undefined content. Called only when a probe is made.
     ///
     /// # Errors
     /// When there is not enough.
     fn allocate(&self, bytes: usize) -> Result<Buffer, Error>;
 
-    /// Copies into the start of `to`, ordered before what is launched later. `bytes` may change once this returns.
+    /// Copies into the start of `to`, ordered before later launches. `bytes` may change once this returns.
     ///
     /// # Errors
     /// When the device fails.
     fn upload(&self, bytes: &[u8], to: &Buffer) -> Result<(), Error>;
 
-    /// Sets all of `buffer` to 0, ordered before what is launched later.
+    /// Sets all of `buffer` to 0, ordered before later launches.
     ///
     /// # Errors
     /// When the device fails.
     fn clear(&self, buffer: &Buffer) -> Result<(), Error>;
 
-    /// Host memory for reads of this many bytes. Called only when a probe is made.
+    /// Makes host memory for reads of this many bytes. Called only when a probe is made.
     ///
     /// # Errors
     /// When there is not enough.
@@ -185,13 +185,13 @@ pub unsafe trait Device: Send {
     /// Blocks that fill the device; more are never launched.
     fn resident_blocks(&self, kernel: Kernel) -> u32;
 
-    /// Whether work is being recorded for later rather than run.
+    /// Whether launches are captured rather than run.
     ///
     /// # Errors
     /// When the device fails.
     fn is_capturing(&self) -> Result<bool, Error>;
 
-    /// Told, before launches are recorded, that they may run again at any time without another word of it.
+    /// Tells the device, before launches are captured, that they may run again at any time without a further call.
     ///
     /// # Errors
     /// When the device fails.
@@ -199,12 +199,12 @@ pub unsafe trait Device: Send {
         Ok(())
     }
 
-    /// Told of the ranks whose work is queued in its order: what waits for that has their deadline, if they have one, and ends
-    /// with their errors.
+    /// Tells the device of the ranks with work queued in its order. Waits for that work have their deadline, if they
+    /// have one, and end with their errors.
     fn watch(&self, _ranks: &Arc<dyn Communicator>) {}
 
-    /// Told of the memory, by address and bytes, of the tensors that the next launches read, or change: for devices that
-    /// check accesses. What it gives is dropped when those launches are queued.
+    /// Tells the device the memory, by address and bytes, of the tensors that the next launches read or change: for
+    /// devices that check accesses. The result is dropped when those launches are queued.
     fn lend(&self, _tensors: &mut dyn Iterator<Item = (u64, u64)>, _changed: bool) -> Option<Box<dyn Any>> {
         None
     }

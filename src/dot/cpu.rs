@@ -19,7 +19,7 @@ const WARPS: usize = LANES / WARP;
 /// Sums that stay in registers through a tile.
 const TOGETHER: usize = 16;
 
-/// What `gradprobe_dot` does.
+/// Does as `gradprobe_dot`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -36,7 +36,7 @@ pub(crate) unsafe fn run(a: &DotArguments) {
     });
 }
 
-/// The record of two tensors of one length; of none where either is absent.
+/// Gives the record of two tensors of one length; an empty one where either is absent.
 fn of_pair(a: HostTensor<'_>, b: HostTensor<'_>) -> Dot {
     with_elements!(HostTensor, a, a => with_elements!(HostTensor, b, b => {
         let chunks = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
@@ -55,7 +55,7 @@ struct Slots {
 impl Slots {
     const ZERO: Self = Self { dot: [0.0; RUN], a_squares: [0.0; RUN], b_squares: [0.0; RUN] };
 
-    /// Adds the pairs in which both are finite, and says how many are not.
+    /// Adds the pairs in which both are finite, and gives the number of the others.
     #[inline(always)]
     fn add_tile<A: Element, B: Element>(&mut self, a: &[A; TILE], b: &[B; TILE], set: impl InstructionSet) -> u32 {
         const { assert!(TILE == PACKETS * RUN) };
@@ -90,7 +90,7 @@ impl Slots {
         nonfinite
     }
 
-    /// A lane's slots, in pairs.
+    /// Adds up a lane's slots, in pairs.
     fn lane(&self, lane: usize) -> Dot {
         let s: [Dot; PACKET] = std::array::from_fn(|slot| {
             let i = lane * PACKET + slot;
@@ -101,7 +101,7 @@ impl Slots {
     }
 }
 
-/// At most one chunk of each tensor.
+/// Multiplies at most one chunk of each tensor.
 struct Multiply<'a, A, B> {
     a: &'a [A],
     b: &'a [B],

@@ -1,5 +1,5 @@
-//! Two lists of tensors beside each other: dot products and cosines, as of this step's gradients and the last one's, or
-//! of gradients and weights.
+//! Compares two lists of tensors by dot products and cosines: this step's gradients and the last one's, or gradients
+//! and weights.
 
 pub(crate) mod cpu;
 mod room;
@@ -16,7 +16,7 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 
-/// Sums over the pairs of elements of two tensors in which both are finite (48 bytes, the same on the device).
+/// Holds sums over the pairs of elements of two tensors in which both are finite (48 bytes, the same on the device).
 ///
 /// Products of f32 are exact in f64, and sums are in f64 throughout: nothing overflows or vanishes, and each sum is
 /// within 1e-12 of the sum of its terms' magnitudes, for any finite input.
@@ -44,7 +44,8 @@ const _: () = {
 };
 
 impl Dot {
-    /// The sums of both: of shards, chunks or tensors. The same records merged in the same order give the same bits.
+    /// Gives the sums of both: of shards, chunks or tensors. The same records merged in the same order give the same
+    /// bits.
     #[must_use]
     pub fn merge(&self, other: &Self) -> Self {
         Self {
@@ -74,7 +75,7 @@ impl Dot {
     }
 }
 
-/// The dot products of a plan's tensors. `Display` prints a table.
+/// Holds the dot products of a plan's tensors. `Display` prints a table.
 #[derive(Clone, Debug)]
 pub struct DotReport {
     plan: Plan,
@@ -97,7 +98,7 @@ impl DotReport {
         self.plan.tensors().iter().map(|tensor| tensor.name.as_str()).zip(&self.records)
     }
 
-    /// The sums over all tensors: of the two lists as two long vectors.
+    /// Gives the sums over all tensors: of the two lists as two long vectors.
     pub fn total(&self) -> Dot {
         spec::fold(self.records.len(), |t| self.records[t], Dot::merge).unwrap_or_default()
     }

@@ -9,7 +9,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Dot`](crate::device::Kernel::Dot).
+/// The arguments of [`Kernel::Dot`](crate::device::Kernel::Dot).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct DotArguments {
@@ -43,7 +43,7 @@ impl Feature<()> for Dots {
 }
 
 impl Config {
-    /// With dot products of two lists of tensors: 48 bytes a chunk of 32 Ki elements and 64 a tensor.
+    /// Declares dot products of two lists of tensors: 48 bytes a chunk of 32 Ki elements and 64 a tensor.
     #[must_use]
     pub fn dot(mut self) -> Self {
         self.features.dot = Some(());
@@ -52,7 +52,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Two lists of tensors beside each other: dot products and cosines. A measurement on the side, no step.
+    /// Gives dot products and cosines of two lists of tensors. This is no step.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::dot`].
@@ -67,10 +67,10 @@ impl Room<'_, Dots> {
         self.memory.records.address()
     }
 
-    /// Launches the dot products of the plan's tensors `a` and the tensors `b`, which have the same lengths and any
-    /// dtypes, and may be the same memory: this step's gradients and the last one's, or gradients and weights. They are
-    /// then at [`address`](Self::address), for those who read them on the device; does not wait. One
-    /// upload of 16 bytes a tensor when `b` has moved since the last call, beside that of `a`.
+    /// Launches the dot products of the plan's tensors `a` and the tensors `b`: this step's gradients and the last
+    /// one's, or gradients and weights. They have the same lengths and any dtypes, and may be the same memory. The
+    /// results are then at [`address`](Self::address), for kernels that read them; does not wait. Uploads 16 bytes a
+    /// tensor when `b` has moved since the last call, beside the upload for `a`.
     ///
     /// # Errors
     /// Those of [`Probe::measure`] for either list.
@@ -88,7 +88,7 @@ impl Room<'_, Dots> {
         a.finish()
     }
 
-    /// The dot products of the plan's tensors `a` and the tensors `b`. Waits for them.
+    /// Gives the dot products of the plan's tensors `a` and the tensors `b`. Waits for them.
     ///
     /// # Errors
     /// Those of [`launch`](Self::launch), and [`Error::WaitInCapture`].

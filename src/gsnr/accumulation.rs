@@ -1,5 +1,5 @@
-//! The simple noise scale from gradient accumulation: norms of the running sum after each micro-batch, and no copy of a
-//! gradient.
+//! The simple noise scale from gradient accumulation: from norms of the running sum after each micro-batch, without a
+//! copy of a gradient.
 
 use crate::{
     Error, Plan, Report,
@@ -11,14 +11,14 @@ use std::fmt;
 /// Estimates tr Σ and |G|² of a micro-batch's gradient, per tensor and in total, from reports on the running sum.
 ///
 /// A trainer that accumulates K micro-batches has in its gradient buffer the sum S_k of the first k gradients, each
-/// with mean G and covariance Σ, independent of the others. Measured after each of them,
+/// with mean G and covariance Σ, independent of the others. Measured after each of them, it has
 ///
 /// ```text
 /// E ‖S_k‖² = k² |G|² + k tr Σ
 /// ```
 ///
 /// a line in two unknowns for every k. The simple noise scale tr Σ / |G|² (McCandlish et al. 2018, arXiv 1812.06162) is
-/// in micro-batches: times the examples in one, it is in examples.
+/// in micro-batches. Multiply it by the examples in one to have it in examples.
 ///
 /// ```
 /// use gradprobe::{Config, Cpu, DType, Plan, Probe, gsnr::AccumulationNoise};
@@ -41,13 +41,12 @@ use std::fmt;
 ///
 /// # The weights
 ///
-/// ‖S_k‖² of successive k share most of their noise. Their increments z_k = ‖S_k‖² − ‖S_j‖², j being the one before k
-/// that was seen, do not. Write S_k = k G + N_k. The covariance of ‖N_j‖² and ‖N_k‖², j < k, is 2 j² tr Σ² for normal
-/// noise, so that the increments of ‖N_k‖² are uncorrelated with variance 2 (k² − j²) tr Σ². Their expectation is
-/// E z_k = (k² − j²) |G|² + (k − j) tr Σ. Least squares with weights 1 / (k² − j²) are then the best that is linear and
-/// unbiased while the noise outweighs the signal, ‖N_k‖ ≫ k |G|, which is where a noise scale is hard to tell. Elsewhere
-/// they are unbiased still. An accumulation whose last micro-batch seen is L gives, with h = Σ (k − j)/(k + j) and
-/// u = Σ z_k / (k + j),
+/// ‖S_k‖² of successive k share most of their noise. Their increments z_k = ‖S_k‖² − ‖S_j‖² do not, where j is the last
+/// seen before k. Write S_k = k G + N_k. The covariance of ‖N_j‖² and ‖N_k‖², j < k, is 2 j² tr Σ² for normal noise. So
+/// the increments of ‖N_k‖² are uncorrelated with variance 2 (k² − j²) tr Σ². Their expectation is E z_k = (k² − j²)
+/// |G|² + (k − j) tr Σ. Least squares with weights 1 / (k² − j²) are then the best linear unbiased estimate while the
+/// noise outweighs the signal, ‖N_k‖ ≫ k |G|, the hard case for a noise scale. Elsewhere they are unbiased still. For
+/// an accumulation with L as its last micro-batch seen, h = Σ (k − j)/(k + j) and u = Σ z_k / (k + j) give
 ///
 /// ```text
 /// |G|² = (h ‖S_L‖² − L u) / (L² (h − 1))          tr Σ = (u − ‖S_L‖² / L) / (h − 1)
@@ -55,13 +54,13 @@ use std::fmt;
 ///
 /// # Averages and errors
 ///
-/// Numerator and denominator are averaged over accumulations each for itself, all alike or with
-/// [`decay`](Self::decay), and divided only then. The errors come from how accumulations differ among each other and
-/// assume nothing of what goes on within one; that of the ratio is the linear one, towards which the jackknife over
-/// accumulations tends. From three accumulations on, |G|² counts as significant when it is above Student's two-sided
-/// 95 % bound (about 2.5 % of tensors without a signal pass).
+/// Numerator and denominator are averaged over accumulations separately, with equal weights or with
+/// [`decay`](Self::decay), and divided at the end. The errors come from the differences between accumulations, and
+/// assume nothing within one. That of the ratio is the linear one, towards which the jackknife over accumulations
+/// tends. From three accumulations on, |G|² counts as significant when it is above Student's two-sided 95 % bound
+/// (about 2.5 % of tensors without a signal pass).
 ///
-/// # What to heed
+/// # Conditions
 ///
 /// * Where the loss of each micro-batch is divided by K, or by any other constant, the noise scale is the same; |G|² and
 ///   tr Σ are those of the gradients as they were added: K² times too small. A loss scale that changes must be undone
@@ -69,15 +68,15 @@ use std::fmt;
 /// * Measure the sum before it is clipped, and before gradients are averaged over ranks: after that, a micro-batch is
 ///   that of all ranks together.
 /// * A sum kept in f16 or bf16 has rounding in it that counts as noise.
-/// * A tensor with a NaN or Inf stays so until its sum starts anew. What was measured then is left out of that tensor,
-///   and of the total, and counted; what came before is used, if it is two micro-batches or more. The same holds for a
-///   report that a trainer did not get.
+/// * A tensor with a NaN or Inf stays so until its sum starts anew. That tensor, and the total, leave out the
+///   measurements from then on and count them. They use the earlier ones, if those are two micro-batches or more. The
+///   same holds for a report that a trainer did not get.
 #[derive(Clone, Debug)]
 pub struct AccumulationNoise {
     plan: Plan,
     micro_batches: u32,
     decay: f64,
-    /// Of the last report: the micro-batch, 0 when the next begins an accumulation, and its measurement.
+    /// The micro-batch of the last report, 0 when the next begins an accumulation, and its measurement.
     last: u32,
     last_step: u64,
     /// One a tensor, and the total's.
@@ -85,7 +84,7 @@ pub struct AccumulationNoise {
 }
 
 impl AccumulationNoise {
-    /// For reports on these tensors and accumulations of `micro_batches`, at least 2.
+    /// Takes reports on these tensors, in accumulations of `micro_batches`, at least 2.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`].
@@ -108,7 +107,7 @@ impl AccumulationNoise {
         Ok(Self { decay, ..self })
     }
 
-    /// Takes the report on the sum of the first `micro_batch` micro-batches, counted from 1. Reports may be missing; the
+    /// Adds the report on the sum of the first `micro_batch` micro-batches, counted from 1. Reports may be missing. The
     /// last of an accumulation, or else the first of the next, completes it.
     ///
     /// # Errors
@@ -145,7 +144,7 @@ impl AccumulationNoise {
         }
     }
 
-    /// Names and estimates of the tensors, in the plan's order, from the accumulations that are complete.
+    /// Names and estimates of the tensors, in the plan's order, from the complete accumulations.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, NoiseEstimate)> {
         self.plan.tensors().iter().zip(&self.series).map(|(spec, series)| (spec.name.as_str(), series.estimate()))
     }
@@ -156,9 +155,9 @@ impl AccumulationNoise {
     }
 }
 
-/// Estimates tr Σ and |G|² of one sample's gradient from the squared norms of all samples of a step, each before they were
-/// averaged, and that of their mean: what ranks have anyway (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1, with 1 and
-/// N samples for the two batch sizes):
+/// Estimates tr Σ and |G|² of one sample's gradient from two squared norms that ranks have anyway: of all samples of a
+/// step, each before they were averaged, and of their mean (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1,
+/// with 1 and N samples for the two batch sizes):
 ///
 /// ```text
 /// |G|² = (N ‖ḡ‖² − mean ‖g‖²) / (N − 1)          tr Σ = (mean ‖g‖² − ‖ḡ‖²) N / (N − 1)
@@ -179,7 +178,7 @@ impl Default for SampleNoise {
 }
 
 impl SampleNoise {
-    /// Of no step yet.
+    /// Starts without a step.
     pub fn new() -> Self {
         Self { series: Series::default(), decay: 1.0 }
     }
@@ -193,8 +192,8 @@ impl SampleNoise {
         Ok(Self { decay, ..self })
     }
 
-    /// Takes in a step: the squares of its samples, and the report on their mean. One that is not finite, or of a single sample,
-    /// is left out and counted.
+    /// Adds a step: the squares of its samples, and the report on their mean. One that is not finite, or of a single
+    /// sample, is left out and counted.
     pub fn add(&mut self, samples: &SampleSquares, mean: &Report) {
         let count = to_f64(samples.samples);
         let norm = mean.outputs().total_norm;
@@ -206,7 +205,7 @@ impl SampleNoise {
         self.series.complete(self.decay);
     }
 
-    /// What is known from the steps so far.
+    /// Gives the estimate from the steps so far.
     pub fn estimate(&self) -> NoiseEstimate {
         self.series.estimate()
     }
@@ -231,7 +230,7 @@ struct Series {
     u: f64,
     /// Micro-batches left out.
     skipped: u64,
-    /// Accumulations in the averages, and those with too little to be in them.
+    /// Accumulations in the averages, and those with too few micro-batches for them.
     accumulations: u64,
     incomplete: u64,
     /// Σ p and Σ p² of the weights p; Σ p x, Σ p² x and Σ p² x xᵀ of x = (|G|², tr Σ).
@@ -253,7 +252,7 @@ impl Series {
         (self.last, self.square) = (k, square);
     }
 
-    /// Puts the accumulation into the averages. With one micro-batch h is 1, and there is no line.
+    /// Adds the accumulation to the averages. With one micro-batch h is 1, and there is no line.
     fn complete(&mut self, decay: f64) {
         let Self { last, square, h, u, .. } = *self;
         (self.last, self.square, self.h, self.u) = (0.0, 0.0, 0.0, 0.0);
@@ -278,7 +277,7 @@ impl Series {
 
     fn estimate(&self) -> NoiseEstimate {
         let mean = self.sum.map(|sum| sum / self.weight);
-        // How many accumulations of equal weight would be worth as much.
+        // The number of accumulations of equal weight that would be worth as much.
         let worth = self.weight * self.weight / self.weight2;
         let enough = self.accumulations >= 3 && worth > 2.0;
         // Covariance of the two means: Σ p² (x − mean)(x − mean)ᵀ / (Σ p)², with the usual correction for the mean.
@@ -314,7 +313,7 @@ fn student(degrees: f64) -> f64 {
     1.96 + x * (2.372 + x * (2.823 + x * 2.556))
 }
 
-/// A number and what it may be off by.
+/// A number and its standard error.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     /// The number.
@@ -344,12 +343,12 @@ impl NoiseScale {
     }
 }
 
-/// What is known of a tensor, or of all together.
+/// The estimate for a tensor, or for all together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NoiseEstimate {
-    /// Accumulations that the estimates are made of.
+    /// Accumulations in the estimates.
     pub accumulations: u64,
-    /// Accumulations left out: with fewer than two micro-batches that were seen and finite.
+    /// Accumulations left out, with fewer than two finite micro-batches.
     pub incomplete: u64,
     /// Micro-batches left out: the sum had a NaN or Inf.
     pub skipped: u64,

@@ -1,10 +1,10 @@
-//! Signal and noise from the two moments that Adam keeps of each gradient, with no state of our own.
+//! Signal and noise from the two moments that Adam keeps of each gradient, without further state.
 
 use super::{GsnrSums, Scaling, cpu::Source};
 use crate::{DType, Error, Plan, Tensor, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 
-/// A step of Adam, or of an optimizer that keeps the same moments: what its moments are worth as statistics.
+/// Turns the moments of a step of Adam, or of an optimizer with the same moments, into statistics.
 ///
 /// After t steps with gradients g_1 … g_t, Adam (Kingma and Ba 2015, arXiv 1412.6980) has for each element
 ///
@@ -22,8 +22,8 @@ use bytemuck::{Pod, Zeroable};
 /// 1 − c      = 2 β1 (1 − β1^(t−1)) / ((1 + β1) (1 − β1^t))
 /// ```
 ///
-/// It stands where 1/k stands after k equal steps: at β1 = 0.9 in the long run m̂ is worth 19 steps. What follows is
-/// without bias:
+/// It takes the place of 1/k after k equal steps: at β1 = 0.9 in the long run m̂ is worth 19 steps. These are without
+/// bias:
 ///
 /// ```text
 /// σ̂² = (v̂ − m̂²) / (1 − c)          variance of the noise
@@ -31,13 +31,13 @@ use bytemuck::{Pod, Zeroable};
 /// r  = m̂² / σ̂² − c                 the second over the first: m̂² / (v̂ − m̂²), freed of the noise in m̂ and v̂ − m̂²
 /// ```
 ///
-/// A [`GsnrRecord`](crate::gsnr::GsnrRecord) then has `effective_steps` 1/c, `sum_squared_mean` Σ m̂², `sum_variance` Σ σ̂², and of
-/// the ratios r their mean, median and share below 1. An element whose v̂ − m̂² is not above 0 has no ratio; it counts
-/// as constant, and enters both sums as it is, since leaving out what chance made negative would bias them. So where
-/// nothing varies `sum_variance` may fall below 0 by what the rounding of the moments leaves, about 1e-7 of
+/// A [`GsnrRecord`](crate::gsnr::GsnrRecord) then has `effective_steps` 1/c, `sum_squared_mean` Σ m̂², `sum_variance` Σ
+/// σ̂², and the mean, median and share below 1 of the ratios r. An element whose v̂ − m̂² is not above 0 has no ratio
+/// and counts as constant. It enters both sums as it is, since leaving out values that are negative by chance would
+/// bias them. So where nothing varies, `sum_variance` may fall below 0 by the rounding of the moments, about 1e-7 of
 /// `sum_squared_mean`.
 ///
-/// # What to heed
+/// # Conditions
 ///
 /// * The moments must be of the gradients as the trainer gave them to Adam: clipped, scaled and with the weight decay
 ///   of the old Adam in them, if so. Where mean or variance drift within the 1/(1 − β2) steps that v̂ remembers, the
@@ -59,16 +59,17 @@ pub struct AdamStep {
     pub beta2: f64,
 }
 
-/// The moments of one tensor, f32, by the names torch gives them. Of no elements, or [`Absent`](crate::Absent), they are none.
+/// The moments of one tensor, f32, by torch's names. [`Absent`](crate::Absent) moments, or moments without elements,
+/// stand for none.
 #[derive(Clone, Copy)]
 pub struct AdamMoments<'a> {
     /// m: the decaying sum of the gradients, without bias correction.
     pub exp_avg: &'a dyn Tensor,
-    /// v: that of their squares.
+    /// v: the decaying sum of their squares.
     pub exp_avg_sq: &'a dyn Tensor,
 }
 
-/// What is the same for all tensors, as the kernel reads it (`kernels/gsnr.cuh`).
+/// The part that all tensors share, as the kernel reads it (`kernels/gsnr.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Adam {
@@ -83,7 +84,7 @@ pub(crate) struct Adam {
 const _: () = assert!(size_of::<Adam>() == 48);
 
 impl Adam {
-    /// Σ m̂² − c Σ σ̂², and Σ σ̂², from Σ m² and Σ v.
+    /// Gives Σ m̂² − c Σ σ̂², and Σ σ̂², from Σ m² and Σ v.
     pub(crate) fn signal_and_noise(&self, first_squares: f64, second_sum: f64) -> (f64, f64) {
         let Scaling { degrees, ratio_shift, .. } = self.scaling;
         let noise = self.square_scale * (self.spread_scale * second_sum - first_squares) / degrees;
@@ -97,13 +98,13 @@ impl Adam {
     }
 }
 
-/// The source of v̂ − m̂² in units of `square_scale`: what m² and v times `spread_scale` leave, each in a pair of f32, of which the
-/// lower holds what the upper rounded off.
+/// The source of v̂ − m̂² in units of `square_scale`: the difference of m² and v times `spread_scale`, each in a pair
+/// of f32. The lower one holds the rounding error of the upper.
 #[derive(Clone, Copy)]
 pub(crate) struct AdamSource {
     square_scale: f64,
     spread_scale: f64,
-    /// The latter in a pair.
+    /// `spread_scale`, in a pair.
     scale: f32,
     rest: f32,
 }
@@ -159,7 +160,7 @@ impl AdamStep {
     }
 }
 
-/// x^n by squaring: `powi` may have other bits on other machines.
+/// Gives x^n by squaring: `powi` may have other bits on other machines.
 fn power(mut x: f64, mut n: u32) -> f64 {
     let mut power = 1.0;
     while n > 0 {
@@ -172,7 +173,7 @@ fn power(mut x: f64, mut n: u32) -> f64 {
     power
 }
 
-/// Checks moments against the plan. Those of no elements are none.
+/// Checks moments against the plan. Moments without elements stand for none.
 pub(crate) fn check(plan: &Plan, moments: &[AdamMoments<'_>]) -> Result<(), Error> {
     plan.check_count(moments.len())?;
     for (spec, of) in plan.tensors().iter().zip(moments) {

@@ -17,7 +17,7 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// What `gradprobe_update` does: merges a step whose records are known.
+/// Does as `gradprobe_update`: merges a step whose records are known.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -36,7 +36,7 @@ pub(crate) unsafe fn update(a: &UpdateArguments) {
     let mut begin = 0;
     let mut work = Vec::new();
     for (((track, tensor), entry), record) in tracks.iter_mut().zip(&tensors).zip(entries).zip(records) {
-        // What is absent is no step of the tensor's.
+        // A step without the tensor does not count for it.
         let is_absent = tensor.is_empty() && entry.length > 0;
         if !track.is_tracked() || is_absent || !track.step(record, a.window) || tensor.is_empty() {
             continue;
@@ -58,7 +58,7 @@ pub(crate) unsafe fn update(a: &UpdateArguments) {
     });
 }
 
-/// What `gradprobe_gsnr` does: the records of the tracked tensors.
+/// Does as `gradprobe_gsnr`: makes the records of the tracked tensors.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -82,14 +82,14 @@ pub(crate) unsafe fn gsnr(a: &GsnrArguments) {
     });
 }
 
-/// Elements whose state is kept: where that of the last tracked tensor ends.
+/// Gives the number of elements with state: up to the end of the last tracked tensor.
 fn elements_of(tracks: &[Track], entries: &[TensorEntry]) -> usize {
     let tracked = tracks.iter().zip(entries).filter(|(track, _)| track.is_tracked());
     let end = tracked.map(|(track, entry)| track.offset + entry.length).max().unwrap_or(0);
     usize::try_from(end).unwrap_or(usize::MAX)
 }
 
-/// What `gradprobe_adam` does: the records of the tensors that have moments.
+/// Does as `gradprobe_adam`: makes the records of the tensors that have moments.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -109,15 +109,15 @@ pub(crate) unsafe fn adam(a: &AdamArguments) {
     });
 }
 
-/// Welford (1962): the mean moves by the difference over the steps, k; the squared deviations grow by the difference
-/// squared times (k - 1)/k. That is the product of the differences from the old and the new mean, but not 0 where the
-/// new mean rounds to the element, so that only an element that never changes has no deviations. `kernels/update.cu`
-/// has the same operations.
+/// Updates by Welford (1962): the mean moves by the difference over the steps, k; the squared deviations grow by the
+/// difference squared times (k - 1)/k. That is the product of the differences from the old and the new mean, but not 0
+/// where the new mean rounds to the element. So only an element that never changes has no deviations.
+/// `kernels/update.cu` has the same operations.
 struct Update<'a, E> {
     elements: &'a [E],
     means: &'a mut [f32],
     deviations: &'a mut [f32],
-    /// This one included.
+    /// Steps, this one included.
     steps: u32,
     /// 1 / loss scale.
     unscale: f32,
@@ -152,15 +152,15 @@ impl<E: Element> Work for Update<'_, E> {
     }
 }
 
-/// What two arrays of f32 say of an element's mean and spread.
+/// Reads an element's mean and spread from two arrays of f32.
 pub(crate) trait Source: Copy + Sync {
-    /// An element's squared deviations, times something that is the same for all.
+    /// Gives an element's squared deviations, times a factor that all elements share.
     fn deviation(&self, mean: f32, spread: f32) -> f32;
-    /// The sums of a tensor, of which `spreads` are then its squared deviations.
+    /// Completes the sums of a tensor: `spreads` are then its squared deviations.
     fn whole(&self, sums: GsnrSums) -> GsnrSums;
 }
 
-/// What is tracked is what is wanted.
+/// The tracked values are used as they are.
 #[derive(Clone, Copy)]
 struct TrackedSource;
 
@@ -175,7 +175,7 @@ impl Source for TrackedSource {
     }
 }
 
-/// The sums of a tensor and its bins.
+/// Gives the sums of a tensor and its bins.
 fn reduce(means: &[f32], spreads: &[f32], source: impl Source, scaling: Scaling) -> (GsnrSums, Vec<u32>) {
     let chunks = means.par_chunks(CHUNK).zip(spreads.par_chunks(CHUNK));
     let chunks: Vec<(GsnrSums, Vec<u32>)> =
@@ -188,7 +188,8 @@ fn reduce(means: &[f32], spreads: &[f32], source: impl Source, scaling: Scaling)
     (source.whole(sums), bins)
 }
 
-/// The sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order: ratios of f32, sums of f64.
+/// Gives the sums of a chunk and its bins. Lane i has the elements i, i + LANES, …, in order: ratios of f32, sums of
+/// f64.
 struct Reduce<'a, S> {
     means: &'a [f32],
     spreads: &'a [f32],

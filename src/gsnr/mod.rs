@@ -1,7 +1,7 @@
-//! Across steps: the signal-to-noise ratio of each parameter's gradient, and the noise scale.
+//! Measures across steps: the signal-to-noise ratio of each parameter's gradient, and the noise scale.
 //!
-//! For every element of a tracked tensor the mean and the summed squared deviations of its gradient over the steps are
-//! kept by Welford's method, in f32, next to the gradients. What a trainer reads is a [`GsnrRecord`] for each tensor.
+//! Tracking keeps, for every element of a tensor, the mean and the summed squared deviations of its gradient over the
+//! steps, by Welford's method, in f32, next to the gradients. A trainer reads one [`GsnrRecord`] for each tensor.
 
 mod accumulation;
 mod adam;
@@ -26,7 +26,16 @@ use bytemuck::{Pod, Zeroable};
 use std::fmt;
 use wildmatch::WildMatch;
 
-/// Which tensors are tracked across steps, and over how many.
+/// Chooses the tensors to track across steps, and the number of steps.
+///
+/// ```
+/// use gradprobe::{DType, Plan, gsnr::GsnrConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 4096), ("bias", DType::F32, 64)])?;
+/// let weights = GsnrConfig::new().tensors(["*weight"]).window(100); // for `Config::tracking`
+/// assert!(weights.bytes(&plan)? < GsnrConfig::new().bytes(&plan)?);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GsnrConfig {
     patterns: Vec<String>,
@@ -34,25 +43,25 @@ pub struct GsnrConfig {
 }
 
 impl GsnrConfig {
-    /// All tensors, over all steps.
+    /// Tracks all tensors, over all steps.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Only the tensors whose names match one of these patterns: `*` stands for any characters, `?` for one.
+    /// Tracks only the tensors whose names match one of these patterns: `*` stands for any characters, `?` for one.
     #[must_use]
     pub fn tensors<P: Into<String>>(self, patterns: impl IntoIterator<Item = P>) -> Self {
         Self { patterns: patterns.into_iter().map(Into::into).collect(), ..self }
     }
 
-    /// Starts anew after this many steps, at least 2, of each tensor: the step after a full window is the first of the
+    /// Starts each tensor anew after this many steps, at least 2: the step after a full window is the first of the
     /// next.
     #[must_use]
     pub fn window(self, steps: u32) -> Self {
         Self { window: Some(steps), ..self }
     }
 
-    /// Bytes of memory that tracking takes where the gradients are: 8 an element, and 16 KiB a tensor for the median.
+    /// Gives the bytes that tracking takes where the gradients are: 8 an element, and 16 KiB a tensor for the median.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`], [`Error::NoSuchTensor`] for a pattern that matches none, [`Error::TooLargeToTrack`].
@@ -62,12 +71,12 @@ impl GsnrConfig {
         Ok(layout.elements * 8 + per_tensor as u64)
     }
 
-    /// 0 when there is none.
+    /// 0 for no window.
     pub(crate) fn steps_of_window(&self) -> u32 {
         self.window.unwrap_or(0)
     }
 
-    /// Where each tensor's state lies.
+    /// Places each tensor's state.
     pub(crate) fn layout(&self, plan: &Plan) -> Result<Layout, Error> {
         if let Some(window @ 0..2) = self.window {
             let value = window.to_string();
@@ -88,7 +97,7 @@ impl GsnrConfig {
             }
             tracks.push(Track { offset: elements, slot, ..Track::zeroed() });
             slot += 1;
-            // Whole groups: what reads and writes 16 bytes at a time needs no end.
+            // Whole groups: code that reads and writes 16 bytes at a time needs no end.
             elements += tensor.len.next_multiple_of(spec::GROUP as u64);
         }
         match used.iter().position(|&used| !used) {
@@ -98,9 +107,9 @@ impl GsnrConfig {
     }
 }
 
-/// Where the state of each tensor lies.
+/// The place of each tensor's state.
 pub(crate) struct Layout {
-    /// One a tensor of the plan.
+    /// One track a tensor of the plan.
     pub tracks: Vec<Track>,
     /// Elements of the state, gaps included.
     pub elements: u64,
@@ -108,20 +117,20 @@ pub(crate) struct Layout {
     pub bins: usize,
 }
 
-/// How far a tensor has been tracked (`kernels/gsnr.cuh` has the other side).
+/// The progress of a tensor's tracking (`kernels/gsnr.cuh` has the other side).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Track {
-    /// Of its first element in the state.
+    /// Place of its first element in the state.
     pub offset: u64,
     /// Steps in the state.
     pub steps: u32,
     /// Steps left out.
     pub skipped: u32,
-    /// Which of the tracked tensors it is: the place of its bins.
+    /// Its number among the tracked tensors: the place of its bins.
     pub slot: u32,
     pub reserved: u32,
-    /// Of the tensor's norm over the steps.
+    /// Mean of the tensor's norm over the steps.
     pub norm_mean: f64,
     pub norm_deviations: f64,
 }
@@ -134,19 +143,19 @@ impl Track {
         self.offset != Self::UNTRACKED
     }
 
-    /// The same tensor before its first step.
+    /// Gives the same tensor before its first step.
     pub(crate) fn fresh(&self) -> Self {
         Self { offset: self.offset, slot: self.slot, ..Self::zeroed() }
     }
 
-    /// Of at least two steps.
+    /// Gives the scaling of at least two steps.
     pub(crate) fn scaling(&self) -> Scaling {
         let steps = f64::from(self.steps);
         Scaling { degrees: steps - 1.0, effective_steps: steps, ratio_shift: 0.0 }
     }
 
-    /// Takes note of a step with this record, and says whether it is to be merged. What is not finite, or so large that
-    /// squares of differences leave f32 ([`spec::LARGE`]), is left out.
+    /// Counts a step with this record, and says whether to merge it. Leaves out elements that are not finite, or so
+    /// large that squares of differences leave f32 ([`spec::LARGE`]).
     pub(crate) fn step(&mut self, record: &Record, window: u32) -> bool {
         let merge = record.nan_count + record.inf_count == 0 && record.max_abs_or_zero <= spec::LARGE;
         if !merge {
@@ -175,14 +184,14 @@ pub(crate) fn bin_of(ratio: f32) -> usize {
     (ratio.to_bits() >> BIN_SHIFT) as usize
 }
 
-/// A number in the middle of a bin: within 3.2 % of all in it. The first bin is below 2^-133: 0.
+/// Gives a number in the middle of a bin, within 3.2 % of all in it. The first bin is below 2^-133: 0.
 fn middle_of(bin: usize) -> f64 {
     #[expect(clippy::cast_possible_truncation, reason = "at most 4095")]
     let low = (bin as u32) << BIN_SHIFT;
     if bin == 0 { 0.0 } else { f64::from(f32::from_bits(low | 1 << (BIN_SHIFT - 1))) }
 }
 
-/// The median of the ratios in these bins, `defined` of them and at least one.
+/// Gives the median of the ratios in these bins, `defined` of them and at least one.
 pub(crate) fn median(bins: &[u32], defined: u64) -> f64 {
     let of_rank = |rank: u64| {
         let mut below = 0;
@@ -195,14 +204,14 @@ pub(crate) fn median(bins: &[u32], defined: u64) -> f64 {
     (of_rank((defined - 1) / 2) + of_rank(defined / 2)) / 2.0
 }
 
-/// What a chunk, and then a tensor, adds up over its elements.
+/// The sums over the elements of a chunk, and then of a tensor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct GsnrSums {
     pub defined: u64,
     pub below_one: u64,
     pub ratios: f64,
-    /// Of what is tracked, the squared deviations; of Adam's moments, the second.
+    /// For tracked steps the squared deviations, for Adam's moments the second.
     pub spreads: f64,
     pub squared_means: f64,
     pub nonfinite: u64,
@@ -222,11 +231,11 @@ impl GsnrSums {
     }
 }
 
-/// How the squared mean and the deviation of an element make a ratio, and the sums of them a record.
+/// Makes ratios from the squared mean and the deviation of each element, and a record from their sums.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Scaling {
-    /// What a deviation is divided by to give a variance.
+    /// The divisor of a deviation that gives a variance.
     pub degrees: f64,
     /// See [`GsnrRecord::effective_steps`].
     pub effective_steps: f64,
@@ -234,30 +243,30 @@ pub(crate) struct Scaling {
     pub ratio_shift: f64,
 }
 
-/// Signal and noise of one tensor's elements over the steps (104 bytes, the same on the device).
+/// Holds signal and noise of one tensor's elements over the steps (104 bytes, the same on the device).
 ///
 /// With mean_j and var_j (ddof 1) of element j over k steps, r_j = mean_j² / var_j is its gradient's signal-to-noise
 /// ratio (Liu et al. 2020, arXiv 2001.07384). Nothing is added to the divisor: an ε of 1e-8 would turn a ratio of 1 at
 /// a gradient scale of 1e-5 into 0.0099. Elements that do not vary are counted instead.
 ///
-/// What an f32 mean and an f32 sum of deviations hold of an element limits the bounds below. They are kept while its
+/// The precision of an f32 mean and an f32 sum of deviations limits the bounds below. They hold while an element's
 /// |mean| is below 1000 standard deviations, over 3000 steps, and while the differences between steps are above 1e-19.
 /// Below 2e-23 these vanish, and the element counts as one that does not vary; otherwise an element counts as such only
 /// if all its steps are equal. A mean that cancels to less than 2^-22 of the elements is rounding.
 ///
-/// From Adam's moments ([`AdamStep`]) mean_j² and var_j are estimates, and
-/// r_j = mean_j² / var_j − 1 / [`effective_steps`](Self::effective_steps): already freed of what the noise adds to it,
-/// and below 0 where that is all there is.
+/// From Adam's moments ([`AdamStep`]) mean_j² and var_j are estimates, and r_j = mean_j² / var_j − 1 /
+/// [`effective_steps`](Self::effective_steps). The noise's own part is taken off already, so that r_j may be below 0
+/// where there is nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct GsnrRecord {
-    /// Steps that the numbers are of, k.
+    /// The number of steps, k.
     pub steps: u32,
     /// Steps left out: with an element that is NaN, infinite or above 2^50 in magnitude.
     pub skipped: u32,
     /// Elements that vary.
     pub defined: u64,
-    /// Elements that do not. Of Adam's moments, those whose var_j is not above 0.
+    /// Elements that do not vary. From Adam's moments, those whose var_j is not above 0.
     pub constant: u64,
     /// Elements with r_j < 1.
     pub below_one: u64,
@@ -267,29 +276,29 @@ pub struct GsnrRecord {
     pub sum_variance: f64,
     /// Σ mean_j².
     pub sum_squared_mean: f64,
-    /// See [`median`](Self::median); NaN when there is none.
+    /// See [`median`](Self::median); NaN for none.
     pub median_or_nan: f64,
     /// Mean of the tensor's L2 norm over the steps.
     pub norm_mean: f64,
     /// Sum of its squared deviations.
     pub norm_deviations: f64,
-    /// Equal steps that the means are worth: an element's variance over this is left in its mean. k of tracked steps; of
-    /// Adam's moments, which forget, the 1/c of [`AdamStep`]. 0 below two steps.
+    /// The number of equal steps that would leave as much noise in the mean: an element's variance over this. It is k
+    /// for tracked steps; for Adam's moments, which forget, the 1/c of [`AdamStep`]. 0 below two steps.
     pub effective_steps: f64,
-    /// What was taken off each ratio: 1 / `effective_steps` of Adam's moments, 0 of tracked steps.
+    /// The number taken off each ratio: 1 / `effective_steps` for Adam's moments, 0 for tracked steps.
     pub ratio_shift: f64,
-    /// Elements left out, of Adam's moments alone: one of the two is NaN or infinite.
+    /// Elements left out because one of their moments of Adam is NaN or infinite. 0 for tracked steps.
     pub nonfinite: u64,
 }
 const _: () = assert!(size_of::<GsnrRecord>() == 104);
 
 impl GsnrRecord {
-    /// Of these steps, with no element known.
+    /// Makes the record of these steps, without elements.
     pub(crate) fn of_steps(steps: u32) -> Self {
         Self { steps, median_or_nan: f64::NAN, ..Self::zeroed() }
     }
 
-    /// From what is tracked. With fewer than two steps there is no variance, and nothing is defined.
+    /// Makes the record of a track. With fewer than two steps there is no variance, and nothing is defined.
     pub(crate) fn of_track(track: &Track, elements: u64, sums: &GsnrSums, bins: &[u32]) -> Self {
         let known = Self {
             skipped: track.skipped,
@@ -300,7 +309,7 @@ impl GsnrRecord {
         if track.steps < 2 { known } else { known.with_sums(elements, &track.scaling(), sums, bins) }
     }
 
-    /// The record completed by what the elements add up to; `spreads` to their squared deviations.
+    /// Completes the record by the sums of the elements; `spreads` are their squared deviations.
     #[expect(clippy::cast_precision_loss, reason = "below 2^32")]
     pub(crate) fn with_sums(self, elements: u64, scaling: &Scaling, sums: &GsnrSums, bins: &[u32]) -> Self {
         let Scaling { degrees, effective_steps, ratio_shift } = *scaling;
@@ -324,15 +333,15 @@ impl GsnrRecord {
         (self.defined > 0).then(|| sum / self.defined as f64)
     }
 
-    /// Mean of r_j over the elements that vary, within 1e-4. Of pure noise that was tracked it is about 1/k: see
+    /// Mean of r_j over the elements that vary, within 1e-4. For pure noise that was tracked it is about 1/k: see
     /// [`corrected_mean`](Self::corrected_mean).
     pub fn mean(&self) -> Option<f64> {
         self.of_defined(self.sum_ratio)
     }
 
-    /// The mean of r_j freed of its bias, 0 for pure noise: mean·(k − 3)/(k − 1) − 1/k, from the expectation of the
-    /// noncentral F distribution, which k·r_j has for normal gradients. From k = 4 on. Of Adam's moments it is the mean
-    /// itself.
+    /// The mean of r_j without its bias, 0 for pure noise: mean·(k − 3)/(k − 1) − 1/k, from the expectation of the
+    /// noncentral F distribution, which k·r_j has for normal gradients. From k = 4 on. For Adam's moments it is the
+    /// mean itself.
     pub fn corrected_mean(&self) -> Option<f64> {
         if self.ratio_shift > 0.0 {
             return self.mean();
@@ -341,8 +350,8 @@ impl GsnrRecord {
         self.mean().filter(|_| self.steps > 3).map(|mean| mean * (k - 3.0) / (k - 1.0) - 1.0 / k)
     }
 
-    /// Median of r_j over the elements that vary, within 3.2 % of it and of what was taken off
-    /// ([`ratio_shift`](Self::ratio_shift)). None of [all ranks](crate::ranks), which do not tell each other of single elements.
+    /// Median of r_j over the elements that vary, within 3.2 % of it before [`ratio_shift`](Self::ratio_shift) is taken
+    /// off. `None` for records of [all ranks](crate::ranks), which do not exchange single elements.
     pub fn median(&self) -> Option<f64> {
         (self.defined > 0 && !self.median_or_nan.is_nan()).then_some(self.median_or_nan)
     }
@@ -360,18 +369,32 @@ impl GsnrRecord {
         (self.steps > 0 && self.norm_mean > 0.0).then(|| std / self.norm_mean)
     }
 
-    /// |G|², the squared norm of the true gradient, without the part that the noise of the mean has in Σ mean_j².
-    /// Negative where the noise hides it. `None` below two steps.
+    /// |G|², the squared norm of the true gradient: Σ mean_j² without the part that is noise of the mean. Negative
+    /// where the noise hides it. `None` below two steps.
     pub fn squared_gradient(&self) -> Option<f64> {
         (self.steps >= 2).then(|| self.sum_squared_mean - self.sum_variance / self.effective_steps)
     }
 }
 
-/// Signal and noise of the tracked tensors. `Display` prints a table.
+/// Holds signal and noise of the tracked tensors. `Display` prints a table.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, gsnr::GsnrConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().tracking(GsnrConfig::new()))?;
+/// for noise in [-3.0f32, 3.0, -3.0, 3.0] {
+///     probe.measure(&[&[1.0f32, 1.0 + noise]])?; // an element without noise, and one with
+/// }
+/// let report = probe.gsnr()?.report()?;
+/// let (name, record) = report.tensors().next().expect("one is tracked");
+/// assert_eq!((name, record.constant, record.below_one), ("weight", 1, 1));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct GsnrReport {
     plan: Plan,
-    /// Of the tracked tensors, with their places in the plan.
+    /// Records of the tracked tensors, with their places in the plan.
     records: Vec<(usize, GsnrRecord)>,
 }
 
@@ -385,7 +408,7 @@ impl GsnrReport {
         }
     }
 
-    /// What was measured.
+    /// The plan of the tensors.
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -395,10 +418,10 @@ impl GsnrReport {
         &self.records
     }
 
-    /// What `Display` prints, with these tensors alone, by their places among those that are tracked and in this order.
+    /// Gives the table that `Display` prints, of these tensors alone: places among the tracked ones, in this order.
     ///
     /// # Panics
-    /// When it is printed, for a place that there is not.
+    /// When it is printed with a place that does not exist.
     pub fn table_of<'a>(&'a self, tensors: &'a [usize]) -> impl fmt::Display + 'a {
         Table(self, tensors)
     }
@@ -408,9 +431,9 @@ impl GsnrReport {
         self.records.iter().map(|(index, record)| (self.plan.tensors()[*index].name.as_str(), record))
     }
 
-    /// The simple noise scale of the tracked tensors, tr Σ / |G|², in units of one step's batch (McCandlish et al.
-    /// 2018, arXiv 1812.06162): above it, larger batches gain little. `None` where |G|² is not above 0: the gradient
-    /// is not significant beside its noise.
+    /// Gives the simple noise scale of the tracked tensors, tr Σ / |G|², in units of one step's batch (McCandlish et
+    /// al. 2018, arXiv 1812.06162): above it, larger batches gain little. `None` where |G|² is not above 0: the
+    /// gradient is then not significant beside its noise.
     ///
     /// Its standard error: with n elements of about the same noise, k steps and a scale N, the variance of 1/N relative
     /// to its square is about (2/(k − 1) + 4N/(k − 1) + 2N²/(k(k − 1)))/n.
@@ -428,7 +451,7 @@ impl fmt::Display for GsnrReport {
     }
 }
 
-/// Of these tensors.
+/// A table of these tensors.
 struct Table<'a>(&'a GsnrReport, &'a [usize]);
 
 impl fmt::Display for Table<'_> {

@@ -9,15 +9,15 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Adam`](crate::device::Kernel::Adam).
+/// The arguments of [`Kernel::Adam`](crate::device::Kernel::Adam).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct AdamArguments {
     pub common: Common,
     pub step: Adam,
-    /// Table of the addresses of each tensor's two moments; 0 of a tensor that has none.
+    /// Table of the addresses of each tensor's two moments; 0 for a tensor without.
     pub moments: u64,
-    /// One [`GsnrRecord`](crate::gsnr::GsnrRecord) a tensor: a result, of those with moments.
+    /// One [`GsnrRecord`](crate::gsnr::GsnrRecord) a tensor with moments: a result.
     pub gsnr_records: u64,
     /// Bins of each tensor: workspace.
     bins: u64,
@@ -25,7 +25,7 @@ pub(crate) struct AdamArguments {
 // The other side is in kernels/adam.cu.
 const _: () = assert!(size_of::<AdamArguments>() == 144);
 
-/// Where moments of Adam's are reduced: [`Config::moments`], [`Probe::moments`].
+/// Reduces Adam's moments: [`Config::moments`], [`Probe::moments`].
 pub struct Moments {
     table: Buffer,
     reduction: Reduction,
@@ -40,7 +40,7 @@ impl Feature<()> for Moments {
 }
 
 impl Config {
-    /// With the moments of Adam's that a trainer has reduced to signal and noise: 16 KiB and 120 bytes a tensor.
+    /// Declares the reduction of a trainer's Adam moments to signal and noise: 16 KiB and 120 bytes a tensor.
     #[must_use]
     pub fn moments(mut self) -> Self {
         self.features.moments = Some(());
@@ -49,7 +49,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Signal and noise of each tensor from the moments that Adam keeps, with no state of our own.
+    /// Gives the reduction of the moments that Adam keeps to signal and noise of each tensor, without further state.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::moments`].
@@ -59,9 +59,9 @@ impl Probe {
 }
 
 impl Room<'_, Moments> {
-    /// Signal and noise of the tensors whose moments are given, as [`AdamStep`] describes. `moments` are those of the
-    /// plan's tensors, in its order; a tensor with none is left out. Waits for the result; nothing is kept of one call
-    /// for the next.
+    /// Gives signal and noise of the tensors from their moments, as [`AdamStep`] describes. `moments` are those of the
+    /// plan's tensors, in its order; a tensor without moments is left out. Waits for the result, and keeps nothing for
+    /// the next call.
     ///
     /// # Errors
     /// Those of [`AdamStep`], [`Error::TensorCount`], [`Error::TensorMismatch`], [`Error::TooLargeToTrack`], those of a

@@ -9,12 +9,12 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Update`](crate::device::Kernel::Update).
+/// The arguments of [`Kernel::Update`](crate::device::Kernel::Update).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct UpdateArguments {
     pub common: Common,
-    /// How far each tensor has been tracked: [`Track`].
+    /// The progress of each tensor: [`Track`].
     pub tracks: u64,
     /// f32 means of the tracked elements.
     pub means: u64,
@@ -25,16 +25,16 @@ pub(crate) struct UpdateArguments {
     reserved: u32,
 }
 
-/// Of [`Kernel::Gsnr`](crate::device::Kernel::Gsnr).
+/// The arguments of [`Kernel::Gsnr`](crate::device::Kernel::Gsnr).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct GsnrArguments {
     pub common: Common,
-    /// As of [`UpdateArguments`], and the next two.
+    /// As in [`UpdateArguments`], and the next two.
     pub tracks: u64,
     pub means: u64,
     pub deviations: u64,
-    /// One [`GsnrRecord`] a tensor: a result, of the tracked ones.
+    /// One [`GsnrRecord`] a tracked tensor: a result.
     pub gsnr_records: u64,
     /// Bins of each tracked tensor: workspace.
     bins: u64,
@@ -42,9 +42,9 @@ pub(crate) struct GsnrArguments {
 // The other side is in kernels/update.cu and kernels/gsnr.cu.
 const _: () = assert!(size_of::<UpdateArguments>() == 104 && size_of::<GsnrArguments>() == 112);
 
-/// Tensors that are tracked across steps: [`Config::tracking`], [`Probe::gsnr`].
+/// Tracks tensors across steps: [`Config::tracking`], [`Probe::gsnr`].
 pub struct Tracking {
-    /// The tracks of no step.
+    /// Tracks before the first step.
     fresh: Vec<Track>,
     tracks: Buffer,
     /// Means and deviations.
@@ -53,7 +53,7 @@ pub struct Tracking {
     reduction: Reduction,
 }
 
-/// Where a kernel reduces elements to one [`GsnrRecord`] a tensor.
+/// The memory in which a kernel reduces elements to one [`GsnrRecord`] a tensor.
 pub(super) struct Reduction {
     pub records: ReadBack,
     /// [`BINS`] a tensor, 0 between launches.
@@ -68,7 +68,7 @@ impl Reduction {
         Ok(Self { records, bins })
     }
 
-    /// Waits for the records of those tensors that have one, whose copy was begun.
+    /// Waits for the records whose copy was begun, of the tensors that have one.
     pub fn report(&self, core: &Core, has_one: impl Fn(usize) -> bool) -> Result<GsnrReport, Error> {
         let records = values::<GsnrRecord>(self.records.finish()?).into_iter().enumerate();
         GsnrReport::new(core.plan.clone(), records.filter(|(index, _)| has_one(*index)).collect())
@@ -89,7 +89,7 @@ impl Feature<GsnrConfig> for Tracking {
 }
 
 impl Tracking {
-    /// Launches the merge of the step that was measured last.
+    /// Launches the merge of the last measured step.
     pub(crate) fn launch_update(&self, core: &Core) -> Result<(), Error> {
         let (common, [means, deviations]) = (core.step.common, self.state.each_ref().map(Buffer::address));
         let (tracks, window) = (self.tracks.address(), self.window);
@@ -97,7 +97,7 @@ impl Tracking {
     }
 }
 
-/// What is tracked, a tensor of the plan each.
+/// The state of the tracking, one a tensor of the plan.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct TrackingState {
@@ -115,14 +115,14 @@ struct TrackState {
     norm_mean: f64,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     norm_deviations: f64,
-    /// Of each element; none before the first step.
+    /// Means of each element; empty before the first step.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     means: Vec<f32>,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     deviations: Vec<f32>,
 }
 
-/// No tensor is tracked for so many steps; behind them their count would begin anew.
+/// The most steps of a tensor; behind them their count would wrap.
 const MOST: u32 = 1 << 31;
 
 impl Saved for Tracking {
@@ -133,7 +133,7 @@ impl Saved for Tracking {
         let device = &*core.device;
         let tracks: Vec<Track> = values(copied(device, &self.tracks)?.wait()?);
         let lengths = || core.plan.tensors().iter().map(|spec| spec.len);
-        // Before the first step nothing is there.
+        // Before the first step there is no state.
         let place = |(track, len): (&Track, u64)| (track.offset, if track.steps > 0 { len } else { 0 });
         let places = || tracks.iter().zip(lengths()).map(place);
         let [means, deviations] = &self.state;
@@ -196,7 +196,8 @@ impl Saved for Tracking {
 }
 
 impl Config {
-    /// With mean and variance of every element of these tensors kept across steps: [`GsnrConfig::bytes`].
+    /// Declares tracking: mean and variance of every element of these tensors across steps. Takes
+    /// [`GsnrConfig::bytes`].
     #[must_use]
     pub fn tracking(mut self, tensors: GsnrConfig) -> Self {
         self.features.tracking = Some(tensors);
@@ -205,7 +206,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Signal and noise of each tracked tensor across steps.
+    /// Gives the tracking, with signal and noise of each tracked tensor across steps.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::tracking`].
@@ -215,13 +216,13 @@ impl Probe {
 }
 
 impl Room<'_, Tracking> {
-    /// The device address of one [`GsnrRecord`] a tensor, of the tracked ones.
+    /// The device address of one [`GsnrRecord`] a tracked tensor.
     pub fn address(&self) -> u64 {
         self.memory.reduction.records.address()
     }
 
-    /// Launches the reduction of what is tracked, which leaves one [`GsnrRecord`] a tensor at
-    /// [`address`](Self::address), for those who read them on the device; does not wait.
+    /// Launches the reduction of the tracked tensors, which leaves one [`GsnrRecord`] a tensor at
+    /// [`address`](Self::address), for kernels that read them; does not wait.
     ///
     /// # Errors
     /// The device's.
@@ -238,7 +239,8 @@ impl Room<'_, Tracking> {
         })
     }
 
-    /// [`launch`](Self::launch), and begins to copy the records to the host; does not wait. [`finish`](Self::finish) gives them.
+    /// Does as [`launch`](Self::launch), and begins to copy the records to the host; does not wait.
+    /// [`finish`](Self::finish) gives them.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
@@ -248,7 +250,7 @@ impl Room<'_, Tracking> {
         self.memory.reduction.records.start(&*self.core.device)
     }
 
-    /// Waits for what was [started](Self::start) last: signal and noise up to then.
+    /// Waits for the last [start](Self::start), and gives signal and noise up to then.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] before the first start, [`Error::TooFewSteps`] before the second step, or the device's.
@@ -257,7 +259,7 @@ impl Room<'_, Tracking> {
         reduction.report(self.core, |index| fresh[index].is_tracked())
     }
 
-    /// Signal and noise of the tracked tensors up to the last step. Waits for them.
+    /// Gives signal and noise of the tracked tensors up to the last step. Waits for them.
     ///
     /// # Errors
     /// Those of [`start`](Self::start) and [`finish`](Self::finish).
@@ -266,7 +268,7 @@ impl Room<'_, Tracking> {
         self.finish()
     }
 
-    /// Forgets all steps that were tracked: one upload.
+    /// Forgets all tracked steps: one upload.
     ///
     /// # Errors
     /// [`Error::UploadInCapture`], or the device's.

@@ -1,10 +1,11 @@
-//! What gets no gradient: tensors that are all 0, weights whose gradient is nothing beside the others', and elements that never had
-//! one.
+//! Missing gradients: tensors that are all 0, weights with a gradient far below the others', and elements that never
+//! had one.
 //!
-//! One step cannot tell. A branch that begins at 0 has no gradient behind it in its first step, an expert none in a step that sends
-//! it no token, a row of a table none where its word does not occur, and a bias before a normalisation never more than rounding.
-//! So a tensor must have been silent for several steps, of a stack in which no other comes and goes; only weights are compared with
-//! each other; and units are off where they are about as many in every step, rows where the others are the same.
+//! One step is not enough. A branch that begins at 0 has no gradient behind it in its first step. An expert has none in
+//! a step that sends it no token, a row of a table none where its word does not occur. A bias before a normalisation
+//! never has more than rounding. So a tensor must be silent for several steps, in a stack whose other tensors do not
+//! come and go. Only weights are compared with each other. Units are off where about as many are in every step, rows
+//! where the others are the same.
 
 use super::{
     FindingKind, Rules, Verdict,
@@ -15,28 +16,29 @@ use super::{
 };
 use crate::{Record, gsnr::GsnrReport, measure::printable};
 
-/// Steps in a row that tell ("for several consecutive steps", as the literature on vanishing gradients has it).
+/// Steps in a row before a finding ("for several consecutive steps", as the literature on vanishing gradients has it).
 const PERSISTENCE: u32 = 3;
-/// The same of units.
+/// The same for units.
 const SILENCE: u32 = 5;
-/// So often must tensors of a stack have come back for its others to be taken for such as come and go: once may be an accident.
+/// Returns in a stack before its other tensors are taken to come and go too: one may be an accident.
 const RETURNS: u32 = 2;
-/// A gradient that grows so much from one step to the next is on its way back.
+/// A gradient that grows this much from one step to the next is on its way back.
 const RECOVERS: f64 = 4.0;
-/// The fewest units with a gradient over the most, of steps in which the others may be off for good: in batches of one sample their
-/// number varies.
+/// The least share of units with a gradient, the fewest of a step over the most, at which the others may be off for
+/// good. In batches of one sample their number varies.
 const AS_MANY: f64 = 0.5;
-/// Elements of a table with a gradient in the last step, over those that have had one: where it is always the same rows.
+/// Elements of a table with a gradient in the last step, over those that have had one: at least this where the rows are
+/// always the same.
 const SAME_ROWS: f64 = 0.95;
-/// Tracked steps that tell of rows.
+/// Tracked steps before a finding on rows.
 const LEAST_TRACKED: u32 = 4;
 
-/// What is kept from step to step, by clean ones.
+/// The state of the clean steps so far.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Activity {
     tensors: Vec<Tensor>,
-    /// Of each stack, how often a tensor has come back after a step without gradient.
+    /// Of each stack, the times that a tensor has come back after a step without gradient.
     returns: Vec<u32>,
     nothing: Run,
     /// Whether any tensor ever had a gradient.
@@ -46,20 +48,20 @@ pub(super) struct Activity {
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Tensor {
-    /// Without any gradient.
+    /// Steps without any gradient.
     silent: Run,
-    /// With one that is nothing beside the largest.
+    /// Steps with a gradient far below the largest.
     vanishing: Run,
     alive: bool,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     last_norm: f64,
-    /// With most units without a gradient, and about as many in each step: the fewest that had one, and the most.
+    /// Steps with most units without a gradient, and about as many in each: the fewest that had one, and the most.
     idle: Run,
     active: (u64, u64),
     /// Elements with a gradient in the last step, and without.
     last_active: u64,
     last_zeros: u64,
-    /// Whether it was there in the last step.
+    /// Whether it had a gradient in the last step.
     is_present: bool,
 }
 
@@ -74,7 +76,7 @@ impl Activity {
         }
     }
 
-    /// Whether it is of as many tensors and stacks.
+    /// Whether it has the same numbers of tensors and stacks.
     pub fn is_as_long_as(&self, other: &Self) -> bool {
         (self.tensors.len(), self.returns.len()) == (other.tensors.len(), other.returns.len())
     }
@@ -94,7 +96,7 @@ impl Activity {
                 continue;
             }
             let norm = norms[index];
-            // Not in a step in which there was nothing for any tensor.
+            // Not in a step in which no tensor had a gradient.
             if norm > 0.0 && tensor.alive && tensor.silent.steps > self.nothing.steps {
                 let returns = &mut self.returns[structure.stacks[index]];
                 *returns = returns.saturating_add(1);
@@ -124,7 +126,7 @@ impl Activity {
             (_, false) => self.of_silent((structure, rules, order), found),
         }
         self.of_units(records, rules, found);
-        // Where something explodes, it is not the others that vanish; and what shrinks from layer to layer has been told.
+        // If gradients explode, the others do not vanish; and a decline from layer to layer is a finding already.
         if !found.explodes(Verdict::Warning) && !found.has(&[FindingKind::Flow]) {
             self.of_vanishing(&norms, largest, rules, found);
         }
@@ -135,7 +137,7 @@ impl Activity {
         let severity = match (steps >= PERSISTENCE, was_alive) {
             (true, _) => Verdict::Critical,
             (false, false) => Verdict::Warning,
-            // A batch without a loss, as of a hinge, is no fault.
+            // A batch without a loss, as a hinge loss may have it, is no fault.
             (false, true) => {
                 found.undecided(FindingKind::Vanishing, None, format!("{} more steps", PERSISTENCE - steps));
                 return;
@@ -153,14 +155,15 @@ impl Activity {
 
     fn of_silent(&self, (structure, rules, order): (&Structure, &Rules, &[usize]), found: &mut Found<'_>) {
         let mut silent = Vec::new();
-        // Where the backward pass was still alive.
+        // The last place where the backward pass was alive.
         let mut last_alive = None;
         for &index in order {
             let tensor = &self.tensors[index];
             if silent.is_empty() && self.has_gradient(index) {
                 last_alive = Some(index);
             }
-            // Beside a weight that has one, a bias without a gradient is one that cancels: the last of a Wasserstein critic, say.
+            // Beside a weight with a gradient, a bias without one is cancelled out: the last of a Wasserstein critic,
+            // say.
             let cancels =
                 || !structure.is_weight[index] && structure.module_of(index).iter().any(|&i| self.has_gradient(i));
             let comes_and_goes = self.returns[structure.stacks[index]] >= RETURNS;
@@ -188,7 +191,8 @@ impl Activity {
         });
     }
 
-    /// Units that are off in every step. Their bias tells: elements of a weight may be without a gradient for the inputs they are of.
+    /// Finds units that are off in every step. Their bias shows it: elements of a weight may lack a gradient because of
+    /// their inputs.
     fn of_units(&self, records: &[Record], rules: &Rules, found: &mut Found<'_>) {
         for (index, (tensor, record)) in self.tensors.iter().zip(records).enumerate() {
             let Run { steps, since } = tensor.idle;
@@ -211,13 +215,15 @@ impl Activity {
         }
     }
 
-    /// Rows of a weight without a bias, such as a table, that no tracked step looked up, where it was the same few in each.
+    /// Finds rows of a weight without a bias, such as a table, that no tracked step looked up, where each looked up the
+    /// same few.
     pub fn of_rows(&self, report: &GsnrReport, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
         for &(index, ref record) in report.records() {
             let tensor = &self.tensors[index];
             let all = record.defined + record.constant;
             let is_whole = tensor.is_present && tensor.last_active.checked_add(tensor.last_zeros) == Some(all);
-            // Elements that vary have had a gradient: where it is no more than those that have one now, it is always these.
+            // Elements that vary have had a gradient: if there are no more than those with one now, they are always the
+            // same.
             let is_same = count_to_f64(tensor.last_active) >= SAME_ROWS * count_to_f64(record.defined);
             if record.steps < LEAST_TRACKED
                 || record.defined == 0

@@ -1,8 +1,9 @@
-//! What usually helps, by kind and cause: the remedies that the literature on gradient monitoring gives, most promising first.
+//! Remedies by kind and cause, as the literature on gradient monitoring gives them, most promising first.
 
 use super::FindingKind;
 
-/// The remedies for a finding of this kind by this rule, most promising first: for the cause where the rule tells it.
+/// Gives the remedies for a finding of this kind by this rule, most promising first, and for the cause where the rule
+/// tells it.
 pub(super) fn advice_for(kind: FindingKind, rule: &str) -> &'static [&'static str] {
     match (kind, rule) {
         (FindingKind::Exploding, "gain") => &[INITIALISE, LOWER_RATE, WARM_UP, "decay the weights"],
@@ -23,7 +24,7 @@ pub(super) fn advice_for(kind: FindingKind, rule: &str) -> &'static [&'static st
     }
 }
 
-/// The remedies for a kind of finding, most promising first.
+/// Gives the remedies for a kind of finding, most promising first.
 pub const fn advice(kind: FindingKind) -> &'static [&'static str] {
     match kind {
         FindingKind::Nan => &[

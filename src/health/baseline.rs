@@ -1,15 +1,31 @@
-//! What healthy steps were like, learned from a run and kept as text.
+//! The norms of healthy steps, learned from a run and kept as text.
 
 use super::robust::{NORMAL, median_and_deviation};
 use crate::{Error, Plan, Report, history::HistoryReport, plan::first_difference};
 use std::{fmt, str::FromStr};
 
-/// The usual norms of healthy steps: of all tensors together and of each, by the median and the median absolute deviation, which a
-/// few odd steps do not move. Learned from a run's own last steps ([`of_history`](Self::of_history)) or from reports
-/// ([`of_reports`](Self::of_reports)), and kept as text for the next run: `Display` writes it and `FromStr` reads it back to the bit.
+/// Holds the usual norms of healthy steps, of all tensors together and of each. They are the median and the median
+/// absolute deviation, which a few odd steps do not move. They are learned from a run's last steps
+/// ([`of_history`](Self::of_history)) or from reports ([`of_reports`](Self::of_reports)), and kept as text for the next
+/// run: `Display` writes it and `FromStr` reads it back to the bit.
 ///
-/// The text is a line for the format, one with the learning rate or `-`, one for the total and one a tensor, of fields between tabs:
-/// elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and backslash are `\t`, `\n`, `\r`, `\\`.
+/// The text has a line for the format, one with the learning rate or `-`, one for the total and one a tensor. Fields are
+/// separated by tabs: elements, steps, median, deviation, name. In a name, tab, line feed, carriage return and backslash
+/// are `\t`, `\n`, `\r`, `\\`.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, Rules, health::Baseline};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().history(64))?;
+/// for _step in 0..20 {
+///     probe.measure(&[&[3.0f32, 4.0]])?;
+/// }
+/// let baseline = Baseline::of_history(&probe.history()?.report()?, 11); // without the first ten steps
+/// assert_eq!(baseline.total().steps, 10);
+/// let text = baseline.to_string(); // in a file, until the next run
+/// let config = Config::new().rules(Rules::default().baseline(text.parse()?));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Baseline {
     learning_rate: Option<f64>,
@@ -17,10 +33,10 @@ pub struct Baseline {
     tensors: Vec<(String, u64, UsualNorm)>,
 }
 
-/// The norms that were seen, without those that were 0.
+/// The norms seen, without those that were 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct UsualNorm {
-    /// Steps they are of.
+    /// The number of steps.
     pub steps: u64,
     /// Their median; 0 without steps.
     pub median: f64,
@@ -39,7 +55,7 @@ impl UsualNorm {
         Self { steps, median: median.exp(), deviation: NORMAL * deviation }
     }
 
-    /// How many deviations of the logarithm, at least of `least`, a norm lies above it.
+    /// Gives how many deviations of the logarithm, each at least `least`, a norm lies above the median.
     pub(super) fn deviations(&self, norm: f64, least: f64) -> f64 {
         (norm / self.median).ln() / self.deviation.max(least)
     }
@@ -48,8 +64,8 @@ impl UsualNorm {
 const HEADER: &str = "gradprobe baseline 2";
 
 impl Baseline {
-    /// Of the last steps of a run from number `first` on, from 1, so that its warm-up can be left out. Steps that were not finite or
-    /// skipped are.
+    /// Learns from the last steps of a run from number `first` on, counted from 1, to leave its warm-up out. Leaves out
+    /// steps that were not finite or skipped.
     pub fn of_history(history: &HistoryReport, first: u64) -> Self {
         let healthy = history.steps().filter(|(step, _)| {
             let outputs = &step.outputs;
@@ -62,7 +78,7 @@ impl Baseline {
         Self::learned(history.plan(), &steps.collect::<Vec<_>>())
     }
 
-    /// Of these steps of a plan, but for those that are not finite or to be skipped.
+    /// Learns from these steps of a plan, without those that are not finite or to be skipped.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
@@ -79,7 +95,7 @@ impl Baseline {
         Ok(Self::learned(plan, &steps))
     }
 
-    /// From the total and the tensors' norms of each step; that of an absent tensor is 0.
+    /// Learns from the total and the tensors' norms of each step; that of an absent tensor is 0.
     fn learned(plan: &Plan, steps: &[(f64, Vec<f64>)]) -> Self {
         let total = UsualNorm::of(steps.iter().map(|&(total, _)| total));
         let of_tensor = |(index, tensor): (usize, &crate::TensorSpec)| {
@@ -89,24 +105,24 @@ impl Baseline {
         Self { learning_rate: None, total, tensors: plan.tensors().iter().enumerate().map(of_tensor).collect() }
     }
 
-    /// With the learning rate that the steps were made with. Under another one by more than a factor of 2,
-    /// [`Rules::learning_rate`](super::Rules::learning_rate), nothing is judged by it.
+    /// Sets the learning rate of those steps. Nothing is judged by the baseline under a
+    /// [`Rules::learning_rate`](super::Rules::learning_rate) that differs by more than a factor of 2.
     #[must_use]
     pub fn at_learning_rate(self, learning_rate: f64) -> Self {
         Self { learning_rate: Some(learning_rate), ..self }
     }
 
-    /// The learning rate that the steps were made with, if it was given.
+    /// The learning rate of those steps, if it was given.
     pub fn learning_rate(&self) -> Option<f64> {
         self.learning_rate
     }
 
-    /// The total norms that were seen.
+    /// The usual total norm.
     pub fn total(&self) -> UsualNorm {
         self.total
     }
 
-    /// Names and norms of the tensors, in the plan's order.
+    /// Names and usual norms of the tensors, in the plan's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, UsualNorm)> {
         self.tensors.iter().map(|(name, _, usual)| (name.as_str(), *usual))
     }
@@ -115,7 +131,7 @@ impl Baseline {
         &self.tensors[index].2
     }
 
-    /// Whether it is of the tensors of this plan: by names and lengths, whatever their dtypes.
+    /// Checks that the baseline is of the tensors of this plan: by names and lengths, with any dtypes.
     ///
     /// # Errors
     /// [`Error::BaselineOfAnotherModel`], which names the first tensor that differs.

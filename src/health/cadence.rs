@@ -1,11 +1,11 @@
-//! When to look closer, and at what.
+//! The choice of steps and tensors to look at in detail.
 
 use super::Verdict;
 use crate::{Error, Plan};
 use wildmatch::WildMatch;
 
-/// Which steps are worth the detail: every n-th, inside windows, of chosen tensors. The health word is for every step;
-/// a step that it calls unhealthy is always due.
+/// Chooses the steps that are worth the detail: every n-th, inside windows, and of chosen tensors. The health word is
+/// there in every step, and a step that it calls unhealthy is always due.
 ///
 /// ```
 /// use gradprobe::{Verdict, health::Cadence};
@@ -18,18 +18,18 @@ use wildmatch::WildMatch;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cadence {
     every: u64,
-    /// First and last step of each; none is the whole run.
+    /// First and last step of each; empty for the whole run.
     windows: Vec<(u64, u64)>,
     patterns: Vec<String>,
 }
 
 impl Cadence {
-    /// The same, of a number that is known to be above 0.
+    /// Does as `every`, with a number known to be above 0.
     pub(crate) const fn each(every: u64) -> Self {
         Self { every, windows: Vec::new(), patterns: Vec::new() }
     }
 
-    /// The steps whose numbers are multiples of `every`, at least 1.
+    /// Includes the steps whose numbers are multiples of `every`, at least 1.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for 0.
@@ -40,7 +40,7 @@ impl Cadence {
         Ok(Self::each(every))
     }
 
-    /// Only from step `start` to step `end`, both included; with several windows, in any of them.
+    /// Includes only steps from `start` to `end`, both included. With several windows, a step may be in any of them.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] when it ends before it starts.
@@ -53,25 +53,25 @@ impl Cadence {
         Ok(self)
     }
 
-    /// Only tensors whose names match one of these patterns: `*` stands for any characters, `?` for one.
+    /// Chooses only tensors whose names match one of these patterns: `*` stands for any characters, `?` for one.
     #[must_use]
     pub fn tensors<P: Into<String>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
         self.patterns.extend(patterns.into_iter().map(Into::into));
         self
     }
 
-    /// Whether the step is one of them.
+    /// Whether the step is included.
     pub fn includes(&self, step: u64) -> bool {
         let inside = self.windows.is_empty() || self.windows.iter().any(|&(start, end)| (start..=end).contains(&step));
         step.is_multiple_of(self.every) && inside
     }
 
-    /// Whether it is one of them or unhealthy.
+    /// Whether the step is included or unhealthy.
     pub fn is_due(&self, step: u64, verdict: Verdict) -> bool {
         verdict != Verdict::Healthy || self.includes(step)
     }
 
-    /// The places of the chosen tensors in the plan, ascending; all of them without a pattern.
+    /// Gives the places of the chosen tensors in the plan, ascending; all of them without a pattern.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`] for a pattern that matches none.

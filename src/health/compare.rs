@@ -1,4 +1,4 @@
-//! Two runs beside each other, or one before and after a fix.
+//! Compares two runs, or one before and after a fix.
 
 use crate::{
     Error, Report,
@@ -32,19 +32,20 @@ impl NormSummary {
     }
 }
 
-/// The norms of a run, to be compared with another's. Steps that are not finite or skipped are counted and left out.
+/// Holds the norms of a run, to be compared with another's. Steps that are not finite or skipped are counted and left
+/// out.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunSummary {
-    /// Of all tensors together.
+    /// The norm of all tensors together.
     pub total: NormSummary,
     /// Steps left out.
     pub left_out: u64,
-    /// Of each tensor, by name.
+    /// The norm of each tensor, by name.
     tensors: Vec<(String, NormSummary)>,
 }
 
 impl RunSummary {
-    /// Of the last steps of a run.
+    /// Summarises the last steps of a run.
     pub fn of_history(history: &HistoryReport) -> Self {
         let mut run = Self::default();
         for (step, tensors) in history.steps() {
@@ -56,7 +57,7 @@ impl RunSummary {
         run
     }
 
-    /// Of these steps, which are of one plan.
+    /// Summarises these steps, which must be of one plan.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`] when they are not.
@@ -74,11 +75,12 @@ impl RunSummary {
         Ok(run)
     }
 
-    /// Takes in a step: whether it is finite and not skipped, the norm of its finite elements, and that of each tensor, by name.
+    /// Adds a step: whether it is finite and not skipped, the norm of its finite elements, and the norm of each tensor,
+    /// by name.
     pub fn add<'a>(&mut self, clean: bool, total: f64, norms: impl IntoIterator<Item = (&'a str, f64)>) {
         for (index, (name, norm)) in norms.into_iter().enumerate() {
             let is_named = |(known, _): &(String, NormSummary)| known == name;
-            // At the same place in every step of a run, as a rule.
+            // A tensor is usually at the same place in every step.
             let place = Some(index).filter(|&index| self.tensors.get(index).is_some_and(is_named));
             let place = place.or_else(|| self.tensors.iter().position(is_named)).unwrap_or_else(|| {
                 self.tensors.push((name.to_owned(), NormSummary::default()));
@@ -97,12 +99,12 @@ impl RunSummary {
     }
 }
 
-/// The norm that a clip could be set to: this percentile, from 0 to 100, of the total norms of the last steps, which are
-/// measured before the clip; 95 to 99 is usual. Steps that are not finite or skipped are left out, and `None` without any.
+/// Suggests a norm to clip to: this percentile, from 0 to 100, of the total norms of the last steps, measured before
+/// the clip. 95 to 99 is usual. Steps that are not finite or skipped are left out; `None` without any.
 /// [`Clip::Percentile`](crate::Clip::Percentile) does the same at every step.
 ///
 /// # Errors
-/// [`Error::InvalidConfig`] for another percentile.
+/// [`Error::InvalidConfig`] for a percentile outside 0 to 100.
 pub fn suggested_clip(history: &HistoryReport, percentile: f64) -> Result<Option<f64>, Error> {
     if !(0.0..=100.0).contains(&percentile) {
         let value = percentile.to_string();
@@ -114,14 +116,14 @@ pub fn suggested_clip(history: &HistoryReport, percentile: f64) -> Result<Option
     Ok(percentile_of(&norms, percentile))
 }
 
-/// What became of a norm.
+/// The change of a norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NormChange {
-    /// The mean is more than 10 times what it was: vanishing gradients that came back, or an explosion.
+    /// The mean is more than 10 times the one before: vanishing gradients that came back, or an explosion.
     RoseTenfold,
-    /// The mean is below a tenth of what it was.
+    /// The mean is below a tenth of the one before.
     FellTenfold,
-    /// Neither, but the standard deviation is below half of what it was: a steadier run.
+    /// Neither, but the standard deviation is below half of the one before: a steadier run.
     Steadied,
     /// None of these.
     Alike,
@@ -140,7 +142,7 @@ impl NormChange {
         }
     }
 
-    /// In words.
+    /// The change in words.
     pub const fn name(self) -> &'static str {
         match self {
             Self::RoseTenfold => "rose more than tenfold",
@@ -160,23 +162,34 @@ pub struct Compared {
     pub before: NormSummary,
     /// In the second.
     pub after: NormSummary,
-    /// What became of it.
+    /// The change.
     pub change: NormChange,
 }
 
-/// Two runs beside each other. `Display` prints the lines that changed.
+/// Compares two runs. `Display` prints the lines that changed.
+///
+/// ```
+/// use gradprobe::health::{Comparison, NormChange, RunSummary};
+///
+/// let (mut before, mut after) = (RunSummary::default(), RunSummary::default()); // or `of_history`, `of_reports`
+/// before.add(true, 5.0, [("weight", 5.0)]);
+/// after.add(true, 0.1, [("weight", 0.1)]);
+/// let comparison = Comparison::new(&before, &after);
+/// assert_eq!(comparison.lines[0].change, NormChange::FellTenfold);
+/// println!("{comparison}");
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// All tensors together first, then those that both runs have, in the first one's order.
     pub lines: Vec<Compared>,
-    /// Steps left out of each, as not finite or skipped.
+    /// Steps left out of each run, as not finite or skipped.
     pub left_out: (u64, u64),
     /// Tensors that only one of the runs has.
     pub unmatched: Vec<String>,
 }
 
 impl Comparison {
-    /// The run `after` beside the run `before`.
+    /// Compares the run `after` with the run `before`.
     pub fn new(before: &RunSummary, after: &RunSummary) -> Self {
         let line = |tensor: Option<&str>, before: &NormSummary, after: &NormSummary| Compared {
             tensor: tensor.map(str::to_owned),

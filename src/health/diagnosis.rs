@@ -4,7 +4,22 @@ use super::{Finding, FindingKind, Flow, Frontier, Verdict};
 use crate::{Plan, measure::printable};
 use std::fmt;
 
-/// What is wrong with a step. `Display` prints it for a terminal.
+/// Holds the findings of a step. `Display` prints them for a terminal.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, FindingKind, Plan, Probe, Rules, Verdict};
+///
+/// let plan = Plan::new([("head.weight", DType::F32, 3)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().rules(Rules::default()))?;
+/// probe.measure(&[&[0.1f32, f32::NAN, 0.2]])?;
+/// let report = probe.wait()?;
+/// let diagnosis = report.diagnosis().expect("the probe has rules");
+/// assert_eq!(diagnosis.verdict(), Verdict::Critical);
+/// let finding = &diagnosis.findings()[0]; // the worst
+/// assert_eq!((finding.kind, finding.tensor.as_deref()), (FindingKind::Nan, Some("head.weight")));
+/// println!("{}: {}; try: {}", finding.kind.name(), finding.message, finding.advice[0]);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Diagnosis {
     pub(super) plan: Plan,
@@ -19,40 +34,40 @@ pub struct Diagnosis {
     pub(super) flow: Option<Flow>,
 }
 
-/// What cannot be told yet.
+/// A suspicion that cannot be confirmed yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Undecided {
-    /// What it may be.
+    /// The kind of finding that it may be.
     pub kind: FindingKind,
     /// The tensor it concerns; `None` where it is about all of them.
     pub tensor: Option<String>,
-    /// What it takes to tell.
+    /// The missing information.
     pub needs: String,
 }
 
 impl Diagnosis {
-    /// What was diagnosed.
+    /// The plan of the step.
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// The measurement it is of, as [`Report::step`](crate::Report::step).
+    /// The step's number, as [`Report::step`](crate::Report::step).
     pub fn step(&self) -> u64 {
         self.step
     }
 
-    /// The worst there is.
+    /// The worst verdict of the findings.
     pub fn verdict(&self) -> Verdict {
         self.verdict
     }
 
-    /// What is wrong, one finding a cause, most severe first; of the same severity by kind, then what concerns all tensors, then
-    /// what concerns some.
+    /// The findings, one a cause, most severe first. Those of the same severity are in the order of their kinds, those
+    /// on all tensors before those on some.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
 
-    /// What may be wrong, and what it takes to tell. No part of the verdict.
+    /// Suspicions, each with the information that it lacks. They are no part of the verdict.
     pub fn undecided(&self) -> &[Undecided] {
         &self.undecided
     }
@@ -67,22 +82,23 @@ impl Diagnosis {
         &self.verdicts
     }
 
-    /// The word of each tensor, by the threshold rules alone: what a device writes for the same step.
+    /// The word of each tensor, by the threshold rules alone: the same that a device writes.
     pub fn tensor_words(&self) -> &[u32] {
         &self.words
     }
 
-    /// The word of the step, by the threshold rules alone: what a device writes for the same step.
+    /// The word of the step, by the threshold rules alone: the same that a device writes.
     pub fn step_word(&self) -> u32 {
         self.step_word
     }
 
-    /// Where NaN or Inf began: in this step or, kept until [`Health::reset`](super::Health::reset), in an earlier one.
+    /// The origin of NaN or Inf: in this step or, kept until [`Health::reset`](super::Health::reset), in an earlier
+    /// one.
     pub fn frontier(&self) -> Option<&Frontier> {
         self.frontier.as_ref()
     }
 
-    /// How norms go with depth. `None` in a step that is not finite, and without layers enough.
+    /// The norms of the layers by depth. `None` in a step that is not finite, or with too few layers.
     pub fn flow(&self) -> Option<&Flow> {
         self.flow.as_ref()
     }
@@ -99,7 +115,7 @@ impl Diagnosis {
     }
 }
 
-/// Remedies that are printed.
+/// The most remedies printed.
 const REMEDIES: usize = 5;
 
 impl fmt::Display for Diagnosis {
@@ -124,8 +140,8 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// Findings as lines for a terminal, as in a [`Diagnosis`]: of [`Health::diagnose_gsnr`](super::Health::diagnose_gsnr),
-/// say.
+/// Gives findings as lines for a terminal, as in a [`Diagnosis`]: those of
+/// [`Health::diagnose_gsnr`](super::Health::diagnose_gsnr), say.
 pub fn table(findings: &[Finding]) -> impl fmt::Display + '_ {
     struct Table<'a>(&'a [Finding]);
     impl fmt::Display for Table<'_> {
@@ -154,7 +170,7 @@ fn named(tensor: Option<&str>, others: usize) -> String {
     if others > 0 { format!("{name} and {others} more") } else { name }
 }
 
-/// What needs the same together.
+/// Writes suspicions that lack the same information together.
 fn write_undecided(f: &mut fmt::Formatter<'_>, undecided: &[Undecided]) -> fmt::Result {
     for same in undecided.chunk_by(|a, b| (a.kind, &a.needs) == (b.kind, &b.needs)) {
         let (kind, name) = (same[0].kind, named(same[0].tensor.as_deref(), same.len() - 1));

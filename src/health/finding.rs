@@ -1,8 +1,8 @@
-//! What is wrong with a gradient, as data.
+//! Findings on gradients, as data.
 
 use std::{collections::HashSet, fmt};
 
-/// How a tensor, a step or a run is, or how bad a finding.
+/// Says how healthy a tensor, a step or a run is, or how severe a finding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub enum Verdict {
@@ -11,11 +11,11 @@ pub enum Verdict {
     Healthy,
     /// Worth a look.
     Warning,
-    /// Training will not go on like this.
+    /// Training will not succeed like this.
     Critical,
 }
 
-/// What is wrong. The number of each below 16 is that of its bit in the health words that a device writes.
+/// The kind of a finding. A number below 16 is that of its bit in the health words that a device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 #[repr(u32)]
@@ -26,7 +26,7 @@ pub enum FindingKind {
     Inf = 1,
     /// A gradient too small to move its weights, or weights too small to let one through.
     Vanishing = 2,
-    /// A gradient so large that a step throws its weights away, or weights so large that it will be.
+    /// A gradient so large that a step destroys its weights, or weights so large that it will be.
     Exploding = 3,
     /// Elements below the dead threshold, units that are off, rows that are never looked up.
     Dead = 4,
@@ -50,7 +50,7 @@ pub enum FindingKind {
     Clipped = 13,
     /// An update out of proportion to its weights, or that leaves them NaN or infinite.
     UpdateTooLarge = 14,
-    /// Updates that rounding takes away: the weights stay as they are.
+    /// Updates lost to rounding: the weights stay as they are.
     UpdateLost = 15,
     /// A tensor that hardly moves, beside the others.
     Stalled = 16,
@@ -58,40 +58,40 @@ pub enum FindingKind {
     RanksDiffer = 17,
 }
 
-/// One thing that is wrong.
+/// Describes one problem of a step or a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
-    /// How bad it is: a warning, or critical.
+    /// The severity: a warning, or critical.
     pub severity: Verdict,
-    /// What it is.
+    /// The kind.
     pub kind: FindingKind,
-    /// The measurement it was found in, as [`Report::step`](crate::Report::step).
+    /// The step in which it was found, as [`Report::step`](crate::Report::step).
     pub step: u64,
-    /// The measurement in which it began: this one, or an earlier one where it takes several to tell.
+    /// The step in which it began: this one, or an earlier one where a rule needs several.
     pub since: u64,
-    /// The tensor it concerns, the first of them to look at; `None` where it is about all of them.
+    /// The tensor to look at first; `None` where the finding is about all of them.
     pub tensor: Option<String>,
-    /// The other tensors it concerns.
+    /// The other tensors concerned.
     pub others: Vec<String>,
-    /// What was measured, of `tensor` or of all; 1 or 0 where it is a gradient that is not there.
+    /// The measured value, of `tensor` or of all; 1 or 0 for a missing gradient.
     pub value: f64,
-    /// The limit it passed.
+    /// The limit that the value passed.
     pub threshold: f64,
-    /// The rule that says so, by a name that stays the same from version to version.
+    /// The name of the rule, the same from version to version.
     pub rule: &'static str,
-    /// What was seen, in a sentence, beside what is usual.
+    /// The observation in a sentence, beside the usual value.
     pub message: String,
-    /// What usually helps, most promising first.
+    /// The usual remedies, most promising first.
     pub advice: &'static [&'static str],
 }
 
 impl Finding {
-    /// The tensors it concerns, the first to look at before the others; none where it is about all of them.
+    /// The tensors concerned, the one to look at first before the others; none where the finding is about all of them.
     pub fn tensors(&self) -> impl Iterator<Item = &str> {
         self.tensor.iter().chain(&self.others).map(String::as_str)
     }
 
-    /// Whether a finding of an earlier step has told this, which goes on: of the same rule, beginning and tensors.
+    /// Whether it continues this finding of an earlier step: with the same rule, beginning and tensors.
     pub fn is_of_same_cause(&self, earlier: &Self) -> bool {
         let is_one = (self.since, self.severity, self.kind, self.rule)
             == (earlier.since, earlier.severity, earlier.kind, earlier.rule);
@@ -123,7 +123,7 @@ impl FindingKind {
         Self::RanksDiffer,
     ];
 
-    /// The bits k of the kinds that a health word has room for: those that a rule on one step may find.
+    /// The bits k of the kinds in a health word: those that a rule on one step may find.
     pub(super) const OF_WORDS: u32 = 0xffff;
 
     /// Its name in reports: lower-case words with hyphens between.

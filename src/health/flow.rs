@@ -1,36 +1,37 @@
-//! How the gradient's norm goes with the depth of the model.
+//! The norms of the gradient by depth of the model.
 
 use super::{FlowMeasure, names, robust::median};
 use crate::{Plan, Record};
 use std::sync::Arc;
 
-/// The norms of the layers of one step, from the input's side on. Layers without a finite gradient above 0 are left out.
+/// Holds the norms of the layers of one step, from the input's side on. Layers without a finite gradient above 0 are
+/// left out.
 ///
 /// A layer's norm is that of its tensors with `weight` in their names, in models that have such, and of all its tensors
-/// otherwise: biases are of another size. Layers are known by the numbers in the names (`blocks.3.`, `h.0.`, `fc1.`);
-/// without two of them every tensor is a layer, in the plan's order.
+/// otherwise: biases are of another size. The numbers in the names tell layers apart (`blocks.3.`, `h.0.`, `fc1.`).
+/// Without two of them every tensor is a layer, in the plan's order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Flow {
     names: Arc<[String]>,
     /// Place in the depth and norm.
     layers: Vec<(usize, f64)>,
     slope: f64,
-    /// The first tensor that counts of the first layer.
+    /// The first tensor of the first layer that counts.
     first_tensor: usize,
 }
 
-/// Which layer each tensor belongs to; known from the plan.
+/// The layer of each tensor; known from the plan.
 #[derive(Clone, Debug)]
 pub(super) struct Layers {
-    /// Of the tensors that count.
+    /// Layers of the tensors that count.
     places: Vec<Option<usize>>,
     names: Arc<[String]>,
-    /// Whether the names tell the depth; else the plan's order is taken for it.
+    /// Whether the names tell the depth; else the plan's order stands for it.
     pub are_numbered: bool,
 }
 
 impl Layers {
-    /// `leaves_out` says which tensors do not count.
+    /// Finds the layers of a plan. `leaves_out` tells which tensors do not count.
     pub(super) fn of(plan: &Plan, leaves_out: impl Fn(usize) -> bool) -> Self {
         let (mut places, names) = names::layers(plan);
         let is_weight = |index: usize| plan.tensors()[index].name.to_lowercase().contains("weight");
@@ -44,7 +45,7 @@ impl Layers {
         Self { places, names: names.into(), are_numbered }
     }
 
-    /// The flow of a step. `None` with fewer than [`Flow::LEAST_LAYERS`] layers.
+    /// Gives the flow of a step. `None` with fewer than [`Flow::LEAST_LAYERS`] layers.
     pub(super) fn flow(&self, records: &[Record]) -> Option<Flow> {
         if self.names.len() < Flow::LEAST_LAYERS {
             return None;
@@ -70,7 +71,7 @@ impl Layers {
 }
 
 impl Flow {
-    /// Layers with fewer than these are no depth to speak of.
+    /// The fewest layers that have a depth.
     pub const LEAST_LAYERS: usize = 3;
 
     /// Names and norms of the layers, from the input on.
@@ -78,14 +79,15 @@ impl Flow {
         self.layers.iter().map(|&(place, norm)| (self.names[place].as_str(), norm))
     }
 
-    /// How much ln(norm) grows from one layer to the next, towards the output: the median of the slopes between all
-    /// pairs of layers (Theil 1950, Sen 1968), which up to 29 % of odd layers do not move far. Beyond 64 layers, of the
-    /// geometric means of neighbours.
+    /// Gives the growth of ln(norm) from one layer to the next, towards the output: the median of the slopes between
+    /// all pairs of layers (Theil 1950, Sen 1968), which up to 29 % of odd layers do not move far. Beyond 64 layers,
+    /// neighbours are replaced by their geometric means.
     pub fn slope(&self) -> f64 {
         self.slope
     }
 
-    /// The factor from one layer to the next, towards the output: above 1 where gradients shrink towards the input.
+    /// Gives the factor from one layer to the next, towards the output: above 1 where gradients shrink towards the
+    /// input.
     pub fn factor(&self) -> f64 {
         self.slope.exp()
     }
@@ -131,7 +133,7 @@ fn to_f64(count: usize) -> f64 {
     count as f64
 }
 
-/// Depth and ln(norm) of at most 64 points: of neighbours, the means.
+/// Gives depth and ln(norm) of at most 64 points, as the means of neighbours.
 fn pool(layers: &[(usize, f64)]) -> Vec<(f64, f64)> {
     let size = layers.len().div_ceil(64).max(1);
     let mean = |layers: &[(usize, f64)]| {
@@ -142,7 +144,7 @@ fn pool(layers: &[(usize, f64)]) -> Vec<(f64, f64)> {
     layers.chunks(size).map(mean).collect()
 }
 
-/// The median of the slopes between all pairs; 0 without a pair.
+/// Gives the median of the slopes between all pairs; 0 without a pair.
 fn theil_sen(points: &[(f64, f64)]) -> f64 {
     let mut slopes = Vec::with_capacity(points.len() * points.len().saturating_sub(1) / 2);
     for (index, &(depth, logarithm)) in points.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Findings while a step is being diagnosed: what a passed limit is called, and one finding a cause.
+//! The findings of a step while it is being diagnosed: a name for each passed limit, and one finding a cause.
 
 use super::{
     Finding, FindingKind, Limits, Statistic, ThresholdRule, Verdict, advice::advice_for, diagnosis::Undecided,
@@ -6,17 +6,17 @@ use super::{
 };
 use crate::{Plan, Record};
 
-/// What has been found of a step so far.
+/// The findings of a step so far.
 pub(super) struct Found<'a> {
     plan: &'a Plan,
     step: u64,
-    /// Of each tensor, the bits k of the kinds that do not concern it.
+    /// Of each tensor, the bits k of the kinds that it is exempt from.
     exempt: &'a [u32],
     seen: Vec<Seen>,
     undecided: Vec<Undecided>,
 }
 
-/// A finding to be.
+/// A finding before it is named.
 #[derive(Debug)]
 pub(super) struct Seen {
     pub kind: FindingKind,
@@ -24,23 +24,23 @@ pub(super) struct Seen {
     pub value: f64,
     pub limit: f64,
     pub rule: &'static str,
-    /// Its tensor; none where it is about all of them.
+    /// Its tensor; `None` where it is about all of them.
     pub index: Option<usize>,
-    /// The other tensors that it is about.
+    /// The other tensors concerned.
     pub others: Vec<usize>,
-    /// The step in which it began; none for this one.
+    /// The step in which it began; `None` for this one.
     pub since: Option<u64>,
     pub message: String,
 }
 
 impl Seen {
-    /// Of this step, about all tensors, without words.
+    /// Makes a finding of this step, about all tensors, without a message.
     pub fn new(kind: FindingKind, severity: Verdict, (value, limit): (f64, f64), rule: &'static str) -> Self {
         let (index, others, since, message) = (None, Vec::new(), None, String::new());
         Self { kind, severity, value, limit, rule, index, others, since, message }
     }
 
-    /// How far past its limit it is.
+    /// Gives how far past its limit it is.
     fn excess(&self) -> f64 {
         if self.limit == 0.0 { 0.0 } else { (self.value / self.limit).ln().abs() }
     }
@@ -63,12 +63,12 @@ impl<'a> Found<'a> {
         self.exempt[index] & 1 << kind as u32 != 0
     }
 
-    /// Whether something of these kinds has been found.
+    /// Whether there is a finding of these kinds.
     pub(super) fn has(&self, kinds: &[FindingKind]) -> bool {
         self.seen.iter().any(|seen| kinds.contains(&seen.kind))
     }
 
-    /// Takes it in, without the tensors that its kind does not concern.
+    /// Adds a finding, without the tensors that are exempt from its kind.
     pub(super) fn push(&mut self, mut seen: Seen) {
         if let Some(first) = seen.index {
             let concerned = |&index: &usize| !self.is_exempt(index, seen.kind);
@@ -79,7 +79,8 @@ impl<'a> Found<'a> {
         self.seen.push(seen);
     }
 
-    /// Whether something explodes in this step, at least as bad as this; weights that are too large are no event of a step.
+    /// Whether gradients explode in this step, at least this severely. Weights that are too large are no event of a
+    /// step.
     pub(super) fn explodes(&self, severity: Verdict) -> bool {
         let is_explosion = |seen: &Seen| {
             matches!(seen.kind, FindingKind::Exploding | FindingKind::Ratio)
@@ -89,7 +90,7 @@ impl<'a> Found<'a> {
         self.seen.iter().any(is_explosion)
     }
 
-    /// What this may be of a tensor, or of all, and what it takes to tell; unless it does not concern that tensor.
+    /// Adds a suspicion of a tensor, or of all, with the information that it lacks. A tensor that is exempt gets none.
     pub(super) fn undecided(&mut self, kind: FindingKind, index: impl Into<Option<usize>>, needs: String) {
         let index = index.into();
         if index.is_none_or(|index| !self.is_exempt(index, kind)) {
@@ -98,7 +99,7 @@ impl<'a> Found<'a> {
         }
     }
 
-    /// A tensor that is not finite.
+    /// Adds the finding of a tensor that is not finite.
     pub(super) fn nonfinite(&mut self, index: usize, record: &Record) {
         let first = record.first_nonfinite_index;
         for (kind, count, what) in
@@ -114,8 +115,8 @@ impl<'a> Found<'a> {
         }
     }
 
-    /// A rule whose limit `value` passes, by this bit of the word. `more` ends the message.
-    /// It began in the step `since`.
+    /// Adds a rule whose limit `value` passes, by this bit of the word. `more` ends the message. It began in the step
+    /// `since`.
     pub(super) fn threshold(
         &mut self,
         (index, since): (Option<usize>, u64),
@@ -125,7 +126,7 @@ impl<'a> Found<'a> {
     ) {
         let (Some(statistic), Some(kind)) = (rule.statistic(), rule.kind()) else { return };
         let severity = if bit >> 16 != 0 { Verdict::Critical } else { Verdict::Warning };
-        // A warning that is raised by something else than the value has passed the warning alone.
+        // A value that does not pass the critical limit passes the warning alone, even if another rule set the bit.
         let passed_critical = rule.bit(value) >> 16 != 0;
         let limit = if passed_critical { rule.critical } else { rule.warning };
         let side = if rule.is_below() { "below" } else { "above" };
@@ -151,17 +152,18 @@ impl<'a> Found<'a> {
         self.push(Seen { index, since: Some(since), message, ..seen });
     }
 
-    /// One finding a cause, in the order of [`Diagnosis::findings`](super::Diagnosis::findings); the verdicts of the tensors
-    /// raised by them. `order` is that of the backward pass.
+    /// Gives one finding a cause, in the order of [`Diagnosis::findings`](super::Diagnosis::findings), and raises the
+    /// tensors' verdicts by them. `order` is that of the backward pass.
     ///
-    /// Of each tensor and kind the worst counts. The elements of a vanishing tensor are dead as well, which is no finding of its own:
-    /// its units are not what is wrong. A step that explodes is no spike besides. What is of one kind, rule and severity is one
-    /// finding, named by the tensor that is furthest past its limit, or else that the backward pass reaches first.
+    /// The worst of each tensor and kind counts. The elements of a vanishing tensor are dead as well; that is no
+    /// finding of its own, since its units are not the cause. A step that explodes is no spike besides. Findings of one
+    /// kind, rule and severity become one, named by the tensor furthest past its limit, or else by the first that the
+    /// backward pass reaches.
     pub(super) fn finish(self, order: &[usize], verdicts: &mut [Verdict]) -> (Vec<Finding>, Vec<Undecided>) {
         let explodes = [Verdict::Warning, Verdict::Critical].map(|severity| self.explodes(severity));
         let mut seen = self.seen;
         seen.sort_by_key(|seen| (seen.index, seen.kind, std::cmp::Reverse(seen.severity)));
-        // What a format loses is not what another does.
+        // A loss in one format is not a loss in another.
         let is_one =
             |seen: &Seen| (seen.index, seen.kind, if seen.kind == FindingKind::Underflow { seen.rule } else { "" });
         seen.dedup_by(|b, a| is_one(a) == is_one(b) && a.others.is_empty() && b.others.is_empty());
@@ -221,7 +223,7 @@ impl<'a> Found<'a> {
     }
 }
 
-/// How far above its limits a value is, and the limit that it passed.
+/// Gives the severity of a value above its limits, and the limit that it passed.
 pub(super) fn past_above(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     if value > limits.critical {
         Some((Verdict::Critical, limits.critical))
@@ -230,7 +232,7 @@ pub(super) fn past_above(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     }
 }
 
-/// The same below.
+/// Does the same below.
 pub(super) fn past_below(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     if value < limits.critical {
         Some((Verdict::Critical, limits.critical))
@@ -239,7 +241,7 @@ pub(super) fn past_below(limits: Limits, value: f64) -> Option<(Verdict, f64)> {
     }
 }
 
-/// A share, in percent with as many digits as it takes and at most two behind the point.
+/// Writes a share in percent, with as many digits as it needs and at most two behind the point.
 pub(super) fn percent(share: f64) -> String {
     let text = format!("{:.2}", 100.0 * share);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

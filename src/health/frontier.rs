@@ -1,10 +1,10 @@
-//! Where NaN and Inf began.
+//! The origin of NaN and Inf.
 
 use super::FindingKind;
 use crate::{Plan, Record};
 
-/// The first tensor in backward order that was not finite, in the first bad step: what failed lies between it and the
-/// last clean one. Later steps, in which everything is NaN, do not change it.
+/// Names the first tensor in backward order that was not finite, in the first bad step. The failed operation lies
+/// between it and the last clean one. Later steps, in which everything is NaN, do not change it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Frontier {
@@ -14,7 +14,7 @@ pub struct Frontier {
     pub tensor: String,
     /// Its place in the plan.
     pub index: usize,
-    /// Whether it has a NaN, or else an Inf.
+    /// The kind: NaN if it has any, else Inf.
     pub kind: FindingKind,
     /// The smallest index of an element that is not finite.
     pub element: u64,
@@ -22,7 +22,7 @@ pub struct Frontier {
     pub last_clean: Option<String>,
 }
 
-/// The frontier of a step, with its tensors in this order. `None` in a finite one.
+/// Finds the frontier of a step, with its tensors in this order. `None` in a finite one.
 pub(super) fn find(plan: &Plan, records: &[Record], order: &[usize], step: u64) -> Option<Frontier> {
     let place = order.iter().position(|&index| records[index].has_nonfinite())?;
     let index = order[place];

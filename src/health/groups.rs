@@ -1,11 +1,11 @@
-//! Norms of groups of tensors: what share of the gradient each has, and which rose.
+//! Norms of groups of tensors: the share of the gradient that each has, and the groups that rose.
 
 use super::{Diagnosis, names, names::TensorType};
 use crate::{Error, Plan, Record, Report, measure::printable};
 use std::{collections::HashMap, fmt};
 use wildmatch::WildMatch;
 
-/// Tensors of a plan in groups, each in at most one.
+/// Sorts the tensors of a plan into groups, each into at most one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Groups {
     plan: Plan,
@@ -43,8 +43,8 @@ pub struct Contribution<'a> {
 }
 
 impl Groups {
-    /// By the part of the model, as [`TensorType::of`] reads the names; all of [`TensorType::ALL`], also those without a
-    /// tensor.
+    /// Groups by the part of the model, as [`TensorType::of`] reads the names. Has all of [`TensorType::ALL`], also
+    /// those without a tensor.
     pub fn by_type(plan: &Plan) -> Self {
         let of = plan.tensors().iter().map(|tensor| {
             let kind = TensorType::of(&tensor.name);
@@ -54,8 +54,8 @@ impl Groups {
         Self { plan: plan.clone(), of: of.collect(), names }
     }
 
-    /// By layer: tensors that only differ in the last part of their names (`weight`, `bias`), behind a `.`, `/` or `:`. A name of
-    /// one part is a layer, and so is one that ends in a number.
+    /// Groups by layer: tensors that differ only in the last part of their names (`weight`, `bias`), behind a `.`, `/`
+    /// or `:`. A name of one part is a layer, and so is one that ends in a number.
     pub fn by_layer(plan: &Plan) -> Self {
         Self::by(plan, |name| {
             let parts = name.rsplit_once(['.', '/', ':']).filter(|(_, last)| last.parse::<u64>().is_err());
@@ -63,8 +63,8 @@ impl Groups {
         })
     }
 
-    /// By block: tensors with the same number of a layer (`blocks.3`); those without one by the first part of their
-    /// names.
+    /// Groups by block: tensors with the same number of a layer (`blocks.3`). Those without a number are grouped by the
+    /// first part of their names.
     pub fn by_block(plan: &Plan) -> Self {
         Self::by(plan, |name| match names::layer_of(name) {
             Some((stack, number)) => format!("{stack}{number}"),
@@ -85,8 +85,8 @@ impl Groups {
         Self { plan: plan.clone(), of: of.collect(), names }
     }
 
-    /// By patterns: name and pattern of each group (`*` stands for any characters, `?` for one). A tensor is in the first
-    /// that matches, and in none otherwise; groups of one name are one.
+    /// Groups by patterns: name and pattern of each group (`*` stands for any characters, `?` for one). A tensor is in
+    /// the first that matches, or in none; groups of one name are one.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`] for a pattern that matches none.
@@ -127,7 +127,7 @@ impl Groups {
         &self.of
     }
 
-    /// The groups in a step.
+    /// Gives the norms of the groups in a step.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
@@ -153,8 +153,8 @@ impl Groups {
         Ok(norms)
     }
 
-    /// How many tensors with a finding each group has, those without any left out, most first: which part of the model
-    /// to look at.
+    /// Counts the tensors with a finding in each group, most first, without the groups that have none. It shows which
+    /// part of the model to look at.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
@@ -184,15 +184,15 @@ impl fmt::Display for GroupNorm<'_> {
     }
 }
 
-/// The k tensors with the largest parts of the squared norm, largest first; over the finite elements. Empty where all
-/// are 0.
+/// Gives the k tensors with the largest parts of the squared norm, largest first, over the finite elements. Empty where
+/// all are 0.
 pub fn top_contributors(report: &Report, k: usize) -> Vec<Contribution<'_>> {
     let parts = report.tensors().map(|tensor| (tensor.name, tensor.record.finite_sum_squares()));
     largest(parts.collect(), k)
 }
 
-/// The k tensors whose squared norms rose most from one step to the next, and their shares of all that rose: where a
-/// spike came from.
+/// Gives the k tensors whose squared norms rose most from one step to the next, with their shares of the whole rise:
+/// the source of a spike.
 ///
 /// # Errors
 /// [`Error::ReportOfAnotherPlan`] when the two are of different tensors.
@@ -204,7 +204,7 @@ pub fn risen<'a>(before: &Report, after: &'a Report, k: usize) -> Result<Vec<Con
     Ok(largest(after.tensors().zip(before.records()).map(rise).collect(), k))
 }
 
-/// The k largest of the parts above 0.
+/// Gives the k largest of the parts above 0.
 pub(super) fn largest(mut parts: Vec<(&str, f64)>, k: usize) -> Vec<Contribution<'_>> {
     parts.retain(|&(_, part)| part > 0.0);
     let whole: f64 = parts.iter().map(|&(_, part)| part).sum();

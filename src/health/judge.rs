@@ -19,11 +19,11 @@ pub(crate) struct Table {
 }
 const _: () = assert!(size_of::<Table>() == 2048);
 
-/// Rules that a table has room for.
+/// The most rules in a table.
 const MOST: usize = 63;
 
 impl Health {
-    /// The bytes of the table for a device that measures these tensors.
+    /// Makes the table, as bytes, for a device that measures these tensors.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`], and [`Error::InvalidConfig`] for more rules than there is room for.
@@ -45,7 +45,7 @@ impl Health {
     }
 }
 
-/// What diagnoses the steps of a probe, and the rules in its device's memory.
+/// Diagnoses the steps of a probe, and holds the rules in its device's memory.
 pub(crate) struct Judge {
     pub health: Health,
     table: Buffer,
@@ -68,12 +68,12 @@ impl Feature<Rules> for Judge {
     }
 }
 
-/// What the diagnosis remembers, and the device for its words.
+/// The state of the diagnosis, and of the device for its words.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct JudgeState {
     health: State,
-    /// Of the step, then of the tensors.
+    /// The norm of the step, then those of the tensors.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     last_norms: Vec<f64>,
 }
@@ -101,9 +101,9 @@ impl Saved for Judge {
 }
 
 impl Config {
-    /// With each step diagnosed by these rules, where its report is read, and judged by those of them that are thresholds on
-    /// the device: one word for the step, [`StepOutputs::health`](crate::StepOutputs::health), and one a tensor. 2 KiB and 12
-    /// bytes a tensor.
+    /// Declares a diagnosis of each step by these rules, when its report is read. The device evaluates those of them
+    /// that are thresholds, and gives one word for the step, [`StepOutputs::health`](crate::StepOutputs::health), and
+    /// one a tensor. Takes 2 KiB and 12 bytes a tensor.
     #[must_use]
     pub fn rules(mut self, rules: Rules) -> Self {
         self.features.rules = Some(rules);
@@ -112,7 +112,7 @@ impl Config {
 }
 
 impl Probe {
-    /// What diagnoses its steps, to be asked what tracked steps and histograms say.
+    /// The monitor of its steps, which can also diagnose tracked steps and histograms.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::rules`].
@@ -121,8 +121,8 @@ impl Probe {
         Ok(&judge.health)
     }
 
-    /// Goes by other rules from the next step on, for another learning rate say: one upload. What the diagnosis remembers
-    /// is kept.
+    /// Changes the rules from the next step on, for another learning rate say: one upload. Keeps the state of the
+    /// diagnosis.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::rules`]; those of [`Health::new`],
@@ -139,7 +139,7 @@ impl Probe {
     }
 }
 
-/// The word of the step, with those of its tensors left in `words`. `finite` says whether all of them are.
+/// Gives the word of the step, and writes those of its tensors into `words`. `finite` says whether all tensors are.
 pub(crate) fn judge(
     (rules, exempt): (&[ThresholdRule], &[u32]),
     last_norms: &mut [f64],
@@ -155,7 +155,7 @@ pub(crate) fn judge(
         let param_norm = weights.map_or(0.0, |weights| weights[index].l2_norm());
         *word = tensor_word(rules, record, param_norm, last_norms[index], exempt[index]);
         united |= *word;
-        // A tensor that is absent keeps the norm that it had.
+        // An absent tensor keeps its last norm.
         if finite && record.count > 0 {
             last_norms[index] = record.finite_l2_norm();
         }

@@ -1,7 +1,7 @@
 //! A norm that jumps.
 //!
-//! Measured against the steps before by the median and the median deviation of the norms' logarithms, which one odd step does not
-//! move. With few steps known, the deviation is taken to be no less than half of the largest one there was.
+//! It is compared with the steps before by the median and the median deviation of the norms' logarithms, which one odd
+//! step does not move. With few steps, the deviation is taken to be at least half of the largest one so far.
 
 use super::robust::{NORMAL, median_and_deviation};
 use std::f64::consts::SQRT_2;
@@ -11,10 +11,10 @@ use std::f64::consts::SQRT_2;
 pub(super) const LEAST_DEVIATION: f64 = 0.375;
 /// Steps from which the median deviation is taken.
 const MEDIAN_FROM: usize = 6;
-/// By how much a norm must have changed since the last step: a drift is no jump.
+/// The least change of a norm since the last step: a drift is no jump.
 const AT_ONCE: f64 = 2.0;
 
-/// Where a norm lies among those before it.
+/// The place of a norm among those before it.
 pub(super) struct Jump {
     /// Deviations of the logarithm above the median; below 0 under it.
     pub deviations: f64,
@@ -24,12 +24,12 @@ pub(super) struct Jump {
     pub at_once: bool,
 }
 
-/// Of a norm after these; all of them above 0. None before the second.
+/// Compares a norm with these; all of them above 0. `None` before the second.
 pub(super) fn jump(before: &[f64], norm: f64) -> Option<Jump> {
     let last = *before.last()?;
     let mut logarithms: Vec<f64> = before.iter().map(|norm| norm.ln()).collect();
     let (middle, deviation) = median_and_deviation(&mut logarithms);
-    // The deviations are left in their places.
+    // The deviations replace the logarithms.
     let deviation = match logarithms.len() {
         // Both steps vary.
         1 => LEAST_DEVIATION * SQRT_2,

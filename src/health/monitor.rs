@@ -1,4 +1,4 @@
-//! Follows the health of a run: turns each step's report into a diagnosis, and remembers what that needs.
+//! The health of a run: it turns each step's report into a diagnosis, and keeps the state that this needs.
 
 use super::{
     Diagnosis, Finding, FindingKind, Flow, FlowMeasure, FlowRule, Frontier, Rules, StepNorms, UsualNorm, Verdict,
@@ -44,21 +44,21 @@ use std::collections::VecDeque;
 pub struct Health {
     plan: Plan,
     rules: Rules,
-    /// Of each tensor, the kinds that do not concern it.
+    /// Of each tensor, the kinds that it is exempt from.
     exempt: Vec<u32>,
-    /// In which a backward pass reaches the tensors.
+    /// The order in which a backward pass reaches the tensors.
     order: Vec<usize>,
     layers: Layers,
     structure: Structure,
     state: State,
 }
 
-/// What is kept from step to step; only clean ones, which are finite and not skipped, change it.
+/// The state from step to step. Only clean steps, which are finite and not skipped, change it.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct State {
     step: u64,
-    /// Of the last clean step, 0 before it.
+    /// Norms in the last clean step, 0 before it.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     norms: Vec<f64>,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
@@ -79,7 +79,7 @@ pub(super) struct State {
 struct Past {
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
     norm: f64,
-    /// Elements that had a gradient tensor: steps of other tensors are no comparison.
+    /// Elements with a gradient: a step of other tensors is no comparison.
     elements: u64,
     clipped: bool,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
@@ -104,15 +104,15 @@ impl State {
     }
 }
 
-/// Share of a rise that one tensor must have for the spike to be its own.
+/// The least share of a rise by one tensor at which the spike counts as its own.
 const ALONE: f64 = 0.9;
-/// Steps that a baseline must be of.
+/// The fewest steps of a baseline.
 const LEAST_LEARNED: u64 = 6;
-/// Tensors that a spike's message names.
+/// The most tensors in a spike's message.
 const NAMED: usize = 3;
 
 impl Health {
-    /// Of a run with these tensors, by these rules.
+    /// Follows a run with these tensors, by these rules.
     ///
     /// # Errors
     /// Those of [`Rules::check`], [`Error::NoSuchTensor`] for a pattern of [`Rules::exempt`] that matches no tensor, and
@@ -141,8 +141,9 @@ impl Health {
         })
     }
 
-    /// With the tensors' places in the plan in the order in which a backward pass reaches them, for the frontier; without
-    /// it, the reverse of the plan's. [`backward_order`](super::backward_order) reads one from the names.
+    /// Sets the order in which a backward pass reaches the tensors, as their places in the plan, for the frontier. The
+    /// default is the reverse of the plan's order. [`backward_order`](super::backward_order) derives one from the
+    /// names.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] unless each place is there once.
@@ -162,13 +163,13 @@ impl Health {
         &self.plan
     }
 
-    /// The rules it goes by.
+    /// The rules.
     pub fn rules(&self) -> &Rules {
         &self.rules
     }
 
-    /// Goes by other rules from the next step on, with what is remembered kept; but for the norms of the window, where the learning
-    /// rate is another by more than a factor of 2.
+    /// Changes the rules from the next step on, and keeps the state. Only where the learning rates differ by more than
+    /// a factor of 2, the norms of the window are dropped.
     ///
     /// # Errors
     /// Those of [`new`](Self::new); the rules then stay.
@@ -183,7 +184,7 @@ impl Health {
         Ok(())
     }
 
-    /// For each tensor the bits k of the kinds that do not concern it.
+    /// For each tensor the bits k of the kinds that it is exempt from.
     pub fn exemptions(&self) -> &[u32] {
         &self.exempt
     }
@@ -193,12 +194,12 @@ impl Health {
         self.state = State::new(&self.plan, &self.structure);
     }
 
-    /// What is kept from step to step.
+    /// The state from step to step.
     pub(super) fn state(&self) -> &State {
         &self.state
     }
 
-    /// Whether this may have been kept of these tensors.
+    /// Whether this may be a state of these tensors.
     pub(super) fn is_state(&self, state: &State) -> bool {
         let is_of_plan = |frontier: &Frontier| {
             let spec = self.plan.tensors().get(frontier.index);
@@ -214,7 +215,7 @@ impl Health {
             && state.frontier.as_ref().is_none_or(is_of_plan)
     }
 
-    /// Goes on from there.
+    /// Goes on from this state.
     pub(super) fn restore(&mut self, state: &State) {
         self.state.clone_from(state);
     }
@@ -290,7 +291,7 @@ impl Health {
         })
     }
 
-    /// The words of the tensors, and what the rules on the step look at.
+    /// Gives the words of the tensors, and the norms for the rules on the step.
     fn tensor_words(&self, report: &Report) -> (Vec<u32>, StepNorms) {
         let mut norms = StepNorms::new(report.outputs().finite_total_norm, self.state.total);
         let of_tensors = report.records().iter().zip(&self.exempt).zip(&self.state.norms).enumerate();
@@ -324,7 +325,7 @@ impl Health {
     }
 
     fn of_flow(&self, flow: &Flow, found: &mut Found<'_>) {
-        // The slope is of a depth: an order of names would do for none.
+        // The slope needs a depth; an order of names will do for the others.
         let is_told = |rule: &FlowRule| self.layers.are_numbered || rule.measure != FlowMeasure::Slope;
         let Some(rule) = self.rules.flow.filter(is_told) else { return };
         let ratio = flow.measure(rule.measure);
@@ -350,7 +351,7 @@ impl Health {
         });
     }
 
-    /// What is not the same on all ranks will not be again by itself.
+    /// Finds ranks that differ, which will not become equal by themselves.
     fn of_ranks(&self, check: &RankCheck, found: &mut Found<'_>) {
         for (what, differing) in [("replicas differ", &check.replicas), ("the state differs", &check.state)] {
             let Some(differing) = differing else { continue };
@@ -362,7 +363,7 @@ impl Health {
         }
     }
 
-    /// The norm measured against the steps before it.
+    /// Compares the norm with the steps before it.
     fn of_jump(&self, norm: f64, records: &[Record], found: &mut Found<'_>) {
         let elements = elements_of(records);
         let is_alike = |past: &&Past| past.norm > 0.0 && past.elements == elements;
@@ -387,7 +388,7 @@ impl Health {
         let index = self.plan.tensors().iter().position(is_alone);
         let risen: Vec<String> =
             risen.iter().map(|part| format!("{} ({:.0} %)", printable(part.tensor), 100.0 * part.share)).collect();
-        // As a flipped bit has it.
+        // A single element, as after a flipped bit.
         let of_elements = index.map_or_else(String::new, |index| {
             let largest = f64::from(records[index].max_abs_or_zero);
             let share = largest * largest / records[index].finite_sum_squares();
@@ -399,7 +400,7 @@ impl Health {
         found.push(Seen { index, message, ..seen });
     }
 
-    /// The window, the step included.
+    /// Judges the window, the step included.
     fn of_window(&self, found: &mut Found<'_>) {
         let window = &self.state.window;
         let count = window.len();
@@ -443,7 +444,7 @@ impl Health {
             return;
         }
         let mut judge = |index: Option<usize>, norm: f64, usual: &UsualNorm| {
-            // What never had a gradient taught nothing, and what has none is told apart.
+            // A tensor that never had a gradient taught nothing; one without a gradient is found elsewhere.
             if usual.steps < LEAST_LEARNED || norm <= 0.0 {
                 return;
             }
@@ -465,7 +466,8 @@ impl Health {
         }
     }
 
-    /// What the tracked steps say: noisy, of norms that jump, and rows that are never looked up. Of the step diagnosed last.
+    /// Gives the findings of tracked steps: noise, norms that jump, and rows that are never looked up. They are of the
+    /// step diagnosed last.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
@@ -478,7 +480,7 @@ impl Health {
                 found.push(Seen { index: Some(*index), message, ..Seen::new(kind, severity, (value, limit), rule) });
             };
             let median = record.median().and_then(|median| Some((past_below(self.rules.gsnr_median, median)?, median)));
-            // Pure noise of n elements has a signal of 0 ± √(2/n)/k: only what cannot be that far off counts.
+            // Pure noise of n elements has a signal of 0 ± √(2/n)/k: only one that cannot be that far off counts.
             let signal = record.squared_gradient().filter(|_| record.sum_variance > 0.0).and_then(|squared| {
                 let signal = squared / record.sum_variance;
                 let error = (2.0 / count_to_f64(record.defined)).sqrt() / f64::from(record.steps);
@@ -503,7 +505,7 @@ impl Health {
         found.finish(&self.order, &mut vec![Verdict::Healthy; self.exempt.len()]).0
     }
 
-    /// What narrower formats would lose of these gradients. Of the step diagnosed last.
+    /// Gives the losses of these gradients in narrower formats, as findings of the step diagnosed last.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`].
@@ -514,7 +516,7 @@ impl Health {
         for rule in &self.rules.underflow {
             let Some(scale) = rule.scale.or_else(|| total.loss_scale(rule.format)) else { continue };
             for (index, histogram) in report.histograms().iter().enumerate() {
-                // The lower bound: what is certain.
+                // The lower bound: the certain part.
                 let Some(lost) = histogram.shares(rule.format, scale).map(|shares| shares.underflow.low) else {
                     continue;
                 };
@@ -534,7 +536,7 @@ impl Health {
     }
 }
 
-/// The name of the rule on what a format loses.
+/// The name of the rule on losses in a format.
 fn rule_of(format: Format) -> &'static str {
     match format {
         Format::F16 => "underflow_f16",
@@ -553,7 +555,7 @@ fn elements_of(records: &[Record]) -> u64 {
     records.iter().map(|record| record.count).sum()
 }
 
-/// A jump in words.
+/// Puts a jump into words.
 fn beside(jump: &Jump, norm: f64, steps: usize, limit: f64) -> String {
     let (times, deviations) = (norm / jump.median, jump.deviations.abs());
     let side = if jump.deviations > 0.0 { "above" } else { "below" };
@@ -573,7 +575,7 @@ impl State {
     }
 
     fn remember(&mut self, outputs: &StepOutputs, records: &[Record], window: usize) {
-        // A tensor that is absent keeps the norm that it had.
+        // An absent tensor keeps its last norm.
         let present = self.norms.iter_mut().zip(records).filter(|(_, record)| record.count > 0);
         present.for_each(|(norm, record)| *norm = record.finite_l2_norm());
         self.total = outputs.finite_total_norm;

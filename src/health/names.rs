@@ -1,4 +1,4 @@
-//! What the names of tensors say about where they are in the model.
+//! The place of tensors in the model, by their names.
 
 use crate::Plan;
 
@@ -13,7 +13,7 @@ pub enum TensorType {
     Embedding,
     /// A normalisation: `norm`, `ln`, `bn`.
     Norm,
-    /// What makes the output: `head`, `classifier`, `score`, and `output` outside the numbered layers.
+    /// The output: `head`, `classifier`, `score`, and `output` outside the numbered layers.
     Head,
     /// None of these.
     Other,
@@ -35,7 +35,7 @@ impl TensorType {
         }
     }
 
-    /// By the name of a tensor, as model libraries name them.
+    /// Finds the part from the name of a tensor, as model libraries name them.
     pub fn of(name: &str) -> Self {
         let name = name.to_lowercase();
         let has = |words: &[&str]| components(&name).any(|part| words.iter().any(|word| part.contains(word)));
@@ -71,7 +71,7 @@ fn components(name: &str) -> impl Iterator<Item = &str> {
     name.split(['.', '/', ':'])
 }
 
-/// The name with each number in it as one mark: that of the tensors beside it in their stack.
+/// Gives the name with each number in it replaced by one mark: the same for all tensors of a stack.
 pub(super) fn without_numbers(name: &str) -> String {
     let mut result = String::new();
     for c in name.chars() {
@@ -84,7 +84,7 @@ pub(super) fn without_numbers(name: &str) -> String {
     result
 }
 
-/// Where a name says that its layer is: what comes before the number, and the number. The first part that is all digits
+/// Finds the layer in a name: the part before the number, and the number. That is the first part that is all digits
 /// (`blocks.3.`, `h.0.`), else the first that ends in digits (`fc1.weight`); the last part names the tensor alone.
 pub(super) fn layer_of(name: &str) -> Option<(&str, u64)> {
     let mut ending = None;
@@ -104,8 +104,8 @@ pub(super) fn layer_of(name: &str) -> Option<(&str, u64)> {
     ending
 }
 
-/// The layer of each tensor, by its place in the depth, and the layers' names from the input on. Layers of one stack
-/// are ordered by their numbers, stacks by where they are first in the plan. Where the names number fewer than two
+/// Gives the layer of each tensor, as its place in the depth, and the layers' names from the input on. Layers of one
+/// stack are ordered by their numbers, stacks by their first place in the plan. Where the names number fewer than two
 /// layers, every tensor is a layer.
 pub(super) fn layers(plan: &Plan) -> (Vec<Option<usize>>, Vec<String>) {
     let found: Vec<Option<(&str, u64)>> = plan.tensors().iter().map(|tensor| layer_of(&tensor.name)).collect();
@@ -134,10 +134,11 @@ pub(super) fn layers(plan: &Plan) -> (Vec<Option<usize>>, Vec<String>) {
     (places, keys.iter().map(|&(stack, number)| format!("{}{number}", stacks[stack])).collect())
 }
 
-/// The order in which a backward pass reaches the tensors, as far as their names tell: the head, a last normalisation,
-/// the layers from the last to the first, then the embeddings. Within a block of a transformer: the feed-forward part
-/// from its end, the norm before it, the attention from its output, the norm before that. Where names say nothing, the
-/// reverse of the plan's order. For plans whose order is not that of the forward pass, as when they are sorted by name.
+/// Gives the order in which a backward pass reaches the tensors, as far as their names tell: the head, a last
+/// normalisation, the layers from the last to the first, then the embeddings. Within a block of a transformer: the
+/// feed-forward part from its end, the norm before it, the attention from its output, the norm before that. Where names
+/// say nothing, the reverse of the plan's order. For plans that are not in the order of the forward pass, such as those
+/// sorted by name.
 pub fn backward_order(plan: &Plan) -> Vec<usize> {
     let (places, layers) = layers(plan);
     let numbered = plan.tensors().iter().any(|tensor| layer_of(&tensor.name).is_some());

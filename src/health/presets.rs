@@ -10,7 +10,7 @@ use super::{
 use crate::histogram::Format;
 
 const NEVER: f64 = f64::INFINITY;
-/// The default's limit of a gradient's norm over its weight's, where no learning rate makes it less.
+/// The default's limit of a gradient's norm over its weight's, unless the learning rate makes it less.
 pub(super) const RATIO: f64 = 100.0;
 const NEVER_BELOW: f64 = f64::NEG_INFINITY;
 
@@ -37,11 +37,12 @@ fn default() -> Rules {
         // √f32::MAX: beyond it the square overflows, so that Adam's second moment is infinite and the element never moves again.
         // One flipped bit of an exponent does that.
         above(Statistic::MaxAbs, Exploding, 1.844_674_3e19, 1.844_674_3e19),
-        // Healthy trainings, of a loss that is a sum and not a mean, have up to 19; initialisations that are too large from 140 on.
+        // Healthy trainings with a loss that is a sum, not a mean, have up to 19; initialisations that are too large
+        // from 140 on.
         above(Statistic::Ratio, Ratio, RATIO, NEVER),
     ];
     let mut rules = Rules::none(Preset::Default, thresholds);
-    // An expert that no token goes to.
+    // An expert that gets no token.
     rules = rules.exempt_if_any("*expert*", &[Dead, Zeros, Vanishing, Stalled, Spike]);
     // Rows of words that do not occur, and positions beyond the longest text.
     for pattern in ["*embed*", "*emb.*", "*wte*", "*wpe*"] {
@@ -54,7 +55,7 @@ fn default() -> Rules {
     for pattern in ["*k_proj.bias", "*key.bias", "*key_proj.bias"] {
         rules = rules.exempt_if_any(pattern, &[Dead, Zeros]);
     }
-    // A head that is trained on one batch of four has none in three.
+    // A head that is trained on one batch of four has no gradient in the other three.
     rules.silence = 5;
     // The healthy weights measured have 7e-4 of the largest one's and more; behind 14 sigmoids it is 1e-12.
     rules.beside_largest = Limits::warning_below(1e-5);
@@ -62,13 +63,14 @@ fn default() -> Rules {
     rules.inactive = Limits::warning_above(0.9);
     // Indices taken modulo 4 leave two thirds of twelve rows.
     rules.inactive_rows = Limits::warning_above(0.6);
-    // Twice He's gain. The trainings measured had a median of 0.3 to 1.4, and single weights of up to 2.9 that are tables.
+    // Twice He's gain. The trainings measured had a median of 0.3 to 1.4, and up to 2.9 in single weights that are
+    // tables.
     rules.gain_above = Limits::warning_above(3.0);
     // GPT-2's initialisation of 0.02 has it at six inputs.
     rules.gain_below = Limits::warning_below(0.05);
-    // A fitted line, which one odd layer does not bend, that falls by three orders of magnitude over the depth, or rises by four:
-    // S3's spread. S4's factor of 100 is what a healthy model of ten layers may come to. At six orders the first layers' gradient
-    // is rounding beside the last ones', and nothing mends that.
+    // A fitted line, which one odd layer does not bend, that falls by three orders of magnitude over the depth, or
+    // rises by four: S3's spread. A healthy model of ten layers may reach S4's factor of 100. At six orders the first
+    // layers' gradient is rounding beside the last ones', and cannot recover.
     rules.flow = Some(FlowRule {
         measure: FlowMeasure::Slope,
         below: Limits::new(1e-3, 1e-6),
@@ -76,19 +78,19 @@ fn default() -> Rules {
     });
     // Four deviations, as ZClip has 2.5 of a longer memory; twelve are a factor of ninety.
     rules.spike = Limits::new(4.0, 12.0);
-    // By a factor of twenty: what is left of a network that a step has thrown where its units are off.
+    // By a factor of twenty: the rest of a network whose units are off after a step that was too large.
     rules.fall = Limits::warning_above(8.0);
-    // Of no healthy weight measured it rose by more than 4.2 deviations.
+    // In no healthy weight measured it rose by more than 4.2 deviations.
     rules.share = Limits::warning_above(5.0);
     // You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017): an update as large as its weight may
     // diverge. A hundred times CS231n's 1e-3 is worth a look.
     rules.update_ratio = Limits::new(0.1, 1.0);
-    // In the same paper's table of AlexNet at its first step, gradients over weights lie 233 apart. Here the slowest beside the
-    // median.
+    // In the same paper's table of AlexNet at its first step, gradients over weights lie 233 apart. This is the slowest
+    // beside the median.
     rules.stalled = Limits::warning_below(1e-3);
-    // Zamirai et al., "Revisiting BFloat16 Training" (2020): what rounding takes from small updates is what harms. Half.
+    // Zamirai et al., "Revisiting BFloat16 Training" (2020): updates lost to rounding do the harm. Half.
     rules.update_lost = Limits::warning_above(0.5);
-    // S3's example calls a clip 50 times below the typical norm critical. Adam takes a constant factor out again: a warning.
+    // S3's example calls a clip 50 times below the typical norm critical. Adam cancels a constant factor: a warning.
     rules.mean_coefficient = Limits::warning_below(0.02);
     rules.underflow = [Format::F16, Format::BF16]
         .map(|format| UnderflowRule { format, scale: None, above: Limits::new(0.1, 0.5) })

@@ -1,6 +1,6 @@
-//! What a few odd values do not move.
+//! Statistics that a few odd values do not move.
 
-/// The median; of an even number of values, the mean of the two in the middle. 0 of none.
+/// Gives the median; of an even number of values, the mean of the two in the middle; of none, 0.
 pub(super) fn median(values: &mut [f64]) -> f64 {
     let (is_odd, middle) = (values.len() % 2 == 1, values.len() / 2);
     if values.is_empty() {
@@ -14,12 +14,12 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
     (lower + upper) / 2.0
 }
 
-/// The median and the median absolute deviation from it.
+/// Gives the median and the median absolute deviation from it.
 pub(super) fn median_and_deviation(values: &mut [f64]) -> (f64, f64) {
     let middle = median(values);
     values.iter_mut().for_each(|value| *value = (*value - middle).abs());
     (middle, median(values))
 }
 
-/// Of a normal distribution, the standard deviation over the median absolute one.
+/// The standard deviation of a normal distribution over the median absolute one.
 pub(super) const NORMAL: f64 = 1.4826;

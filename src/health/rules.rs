@@ -1,20 +1,20 @@
-//! The table of rules: which numbers are bad. Presets for those who want to start, and every limit to be changed.
+//! The table of rules and their limits: presets to begin with, and every limit can be changed.
 
 use super::{Baseline, FindingKind, Statistic, ThresholdRule, presets};
 use crate::{Error, Plan, histogram::Format};
 use std::str::FromStr;
 use wildmatch::WildMatch;
 
-/// A named table of rules. The literature's limits contradict each other ("exploding" is 10, 100, 1000, 1e4 or 1/lr), so
-/// they are kept apart by where they come from.
+/// Names a table of rules. The literature's limits contradict each other ("exploding" is 10, 100, 1000, 1e4 or 1/lr),
+/// so each source has a preset of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Preset {
-    /// Limits measured on healthy trainings and on faulty ones, of which none is on a norm by itself; see the documentation of
+    /// Limits measured on healthy trainings and on faulty ones. None is on a norm by itself; see the documentation of
     /// [`health`](crate::health).
     #[default]
     Default,
-    /// A norm is vanishing below 1e-10/lr and exploding above 1/lr: the change of the weights, lr·g, is what matters.
-    /// Needs [`Rules::learning_rate`].
+    /// A norm is vanishing below 1e-10/lr and exploding above 1/lr: the change of the weights, lr·g, counts. Needs
+    /// [`Rules::learning_rate`].
     LrScaled,
     /// A total norm of 0.1–10 is healthy, 10–100 a warning, above 100 critical; 5 % zeros a warning, 20 % critical.
     Course,
@@ -45,7 +45,7 @@ impl FromStr for Preset {
     type Err = Error;
 
     /// # Errors
-    /// [`Error::InvalidConfig`] for a name that is none.
+    /// [`Error::InvalidConfig`] for an unknown name.
     fn from_str(name: &str) -> Result<Self, Error> {
         Self::ALL.into_iter().find(|preset| preset.name() == name).ok_or_else(|| Error::InvalidConfig {
             option: "preset",
@@ -55,22 +55,22 @@ impl FromStr for Preset {
     }
 }
 
-/// Two limits on one number. Infinite (of whichever sign is never passed) where there is none.
+/// Two limits on one number. An infinite limit that is never passed stands for none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// Past this it is a warning.
+    /// Past this limit a value is a warning.
     pub warning: f64,
-    /// Past this it is critical.
+    /// Past this limit a value is critical.
     pub critical: f64,
 }
 
 impl Limits {
-    /// These two.
+    /// Makes these two limits.
     pub const fn new(warning: f64, critical: f64) -> Self {
         Self { warning, critical }
     }
 
-    /// A warning above or below this, and never more.
+    /// A warning above or below this limit, and never critical.
     pub(crate) const fn warning_above(warning: f64) -> Self {
         Self::new(warning, f64::INFINITY)
     }
@@ -80,7 +80,7 @@ impl Limits {
     }
 }
 
-/// How a flow over the depth is measured.
+/// The measure of the flow over the depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowMeasure {
     /// By the robust slope: the norm of the first layer over that of the last, as the fitted line has them.
@@ -89,10 +89,10 @@ pub enum FlowMeasure {
     Thirds,
 }
 
-/// When norms over the depth are a finding: the quotient of early over late layers past these.
+/// Limits of norms over the depth: the quotient of early over late layers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FlowRule {
-    /// Which quotient.
+    /// The quotient.
     pub measure: FlowMeasure,
     /// Gradients that shrink on their way to the first layers.
     pub below: Limits,
@@ -100,18 +100,18 @@ pub struct FlowRule {
     pub above: Limits,
 }
 
-/// How much of a gradient a narrower format may lose.
+/// Limits of the part of a gradient that a narrower format loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct UnderflowRule {
     /// The format.
     pub format: Format,
     /// The loss scale 2^k before the cast; `None` for the one that the histogram of all tensors recommends.
     pub scale: Option<i32>,
-    /// On the share of the finite elements that are not 0 which become 0.
+    /// Limits of the share of the finite non-zero elements that become 0.
     pub above: Limits,
 }
 
-/// Tensors that some kinds do not concern.
+/// Tensors that are exempt from some kinds.
 #[derive(Clone, Debug, PartialEq)]
 struct Exemption {
     pattern: String,
@@ -127,7 +127,7 @@ impl Exemption {
     }
 }
 
-/// The rules that findings are made by. Made from a [`Preset`] and changed by the methods, or in the public fields.
+/// Sets the rules of a diagnosis. Begin with a [`Preset`], and change it by the methods or in the public fields.
 ///
 /// ```
 /// use gradprobe::health::{FindingKind, Limits, Preset, Rules, Statistic, ThresholdRule};
@@ -144,62 +144,70 @@ pub struct Rules {
     thresholds: Vec<ThresholdRule>,
     learning_rate: Option<f64>,
     exemptions: Vec<Exemption>,
-    /// Steps that are looked back upon; at least 2.
+    /// Last steps that count; at least 2.
     pub window: usize,
-    /// Clean steps that a statement about the window needs; at least 2.
+    /// Clean steps before a finding on the window; at least 2.
     pub least_steps: usize,
-    /// Steps in a row for which a tensor must have been vanishing before that is critical; 0 for never. ("For several
-    /// consecutive steps" is how the literature has it.)
+    /// Steps in a row for which a tensor must be vanishing before that is critical; 0 for never. (The literature says
+    /// "for several consecutive steps".)
     pub persistence: u32,
-    /// On how many deviations of the logarithm the total norm lies above the median of the window, and at once: a spike above
-    /// these. The deviation is the median absolute one, and at least 0.375; with fewer than six steps, half of the largest.
+    /// Limits of the rise of the total norm at once, in deviations of the logarithm above the median of the window: a
+    /// spike above these. The deviation is the median absolute one, and at least 0.375; with fewer than six steps, half
+    /// of the largest.
     pub spike: Limits,
-    /// The same below the median: unstable above these.
+    /// Limits of the fall of the total norm in the same way: unstable above these.
     pub fall: Limits,
-    /// The same of a weight's share of the total norm, over its last eight steps: a spike above these.
+    /// Limits of the rise of a weight's share of the total norm in the same way, over its last eight steps: a spike
+    /// above these.
     pub share: Limits,
-    /// On the norm of a weight's gradient over the largest weight's, for three steps in a row without growing fourfold: vanishing below
-    /// these.
+    /// Limits of the norm of a weight's gradient over the largest weight's: vanishing below these, for three steps in a
+    /// row without growing fourfold.
     pub beside_largest: Limits,
-    /// On the share of a bias's elements without a gradient, for five steps and as many in each: units that are dead above these.
+    /// Limits of the share of a bias's elements without a gradient: dead units above these, for five steps and as many
+    /// in each.
     pub inactive: Limits,
-    /// On the share of the elements of a weight without a bias, such as a table, that have no gradient in any tracked step, where the
-    /// others are the same in each ([`Health::diagnose_gsnr`](super::Health::diagnose_gsnr)): rows that are never looked up above
-    /// these.
+    /// Limits of the share of rows that are never looked up: dead above these. They are elements of a weight without a
+    /// bias, such as a table, that have no gradient in any tracked step, while the others are the same in each
+    /// ([`Health::diagnose_gsnr`](super::Health::diagnose_gsnr)).
     pub inactive_rows: Limits,
-    /// On the gain of the weights, the root mean square of their elements times the root of the inputs they sum over: too large
-    /// where that of a quarter of them is above these. Needs shapes ([`Plan::with_shapes`]) and the weights' norms.
+    /// Limits of the gain of the weights, the root mean square of their elements times the root of the inputs they sum
+    /// over: too large where that of a quarter of them is above these. Needs shapes ([`Plan::with_shapes`]) and the
+    /// weights' norms.
     pub gain_above: Limits,
-    /// On the median gain of the weights: too small below these.
+    /// Limits of the median gain of the weights: too small below these.
     pub gain_below: Limits,
-    /// For how many steps in a row a tensor must have no gradient for that to be a warning; of all tensors three are critical, and
-    /// the first of a run is a warning. With 0 neither is looked for.
+    /// Steps in a row without a gradient before a tensor is a warning. If all tensors have none, three are critical,
+    /// and the first of a run is a warning. 0 turns both off.
     pub silence: u32,
-    /// On the coefficient of variation of the total norm over the window, and of a tensor's over tracked steps.
+    /// Limits of the coefficient of variation of the total norm over the window, and of a tensor's over tracked steps.
     pub variation: Limits,
-    /// On early over late layers.
+    /// Limits of early over late layers.
     pub flow: Option<FlowRule>,
-    /// On the norm of a layer's update over that of its weights before it, in three steps in a row, or in one above three times the
-    /// critical one: too large above these. Not before the step 4 / limit², until which weights that began at 0 may still be
-    /// small. Layers are those of [`Groups::by_layer`](super::Groups::by_layer), and exempt where their largest tensor is.
+    /// Limits of the norm of a layer's update over that of its weights before it: too large above these in three steps
+    /// in a row, or once above three times the critical one. Not before the step 4 / limit², until which weights that
+    /// began at 0 may still be small. Layers are those of [`Groups::by_layer`](super::Groups::by_layer), and exempt
+    /// where their largest tensor is.
     pub update_ratio: Limits,
-    /// On the same over the median layer's, for [`least_steps`](Self::least_steps) in a row: stalled below these.
+    /// Limits of the same ratio over the median layer's: stalled below these, for [`least_steps`](Self::least_steps) in
+    /// a row.
     pub stalled: Limits,
-    /// On the share of a layer's elements with a gradient that did not move, for [`least_steps`](Self::least_steps) in a
-    /// row: lost above these. Not when the median layer moves by a hundredth of the most it did: a schedule has ended.
+    /// Limits of the share of a layer's elements with a gradient that did not move: lost above these, for
+    /// [`least_steps`](Self::least_steps) in a row. Not when the median layer moves by a hundredth of its most: a
+    /// schedule has ended.
     pub update_lost: Limits,
-    /// On the share of the window's steps that were clipped.
+    /// Limits of the share of the window's steps that were clipped.
     pub clipped_fraction: Limits,
-    /// On the geometric mean of the clip's coefficients over the window, by which the clip cuts the learning rate.
+    /// Limits of the geometric mean of the clip's coefficients over the window, by which the clip cuts the learning
+    /// rate.
     pub mean_coefficient: Limits,
-    /// On the median over a tensor's elements of the gradient's signal-to-noise ratio: noisy below these.
+    /// Limits of the median over a tensor's elements of the gradient's signal-to-noise ratio: noisy below these.
     pub gsnr_median: Limits,
-    /// On |G|² / tr Σ of a tensor, the inverse of its noise scale in steps: noisy below these.
+    /// Limits of |G|² / tr Σ of a tensor, the inverse of its noise scale in steps: noisy below these.
     pub signal: Limits,
-    /// On what narrower formats lose.
+    /// Limits of the loss in narrower formats.
     pub underflow: Vec<UnderflowRule>,
-    /// On how many deviations of the logarithm a norm lies from the usual one of the [`Baseline`], if one is set: exploding above
-    /// these, vanishing as far below. A deviation counts for at least 0.375.
+    /// Limits of the distance of a norm from the usual one of the [`Baseline`], if one is set, in deviations of the
+    /// logarithm: exploding above these, vanishing as far below. A deviation counts for at least 0.375.
     pub learned: Limits,
     baseline: Option<Baseline>,
 }
@@ -211,12 +219,12 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// The rules of a preset; the `health` documentation lists each limit with its source.
+    /// Gives the rules of a preset; the `health` documentation lists each limit with its source.
     pub fn preset(preset: Preset) -> Self {
         presets::rules(preset)
     }
 
-    /// No limit at all, for presets to begin with.
+    /// Makes rules without any limit, for presets to begin with.
     pub(crate) fn none(preset: Preset, thresholds: Vec<ThresholdRule>) -> Self {
         Self {
             preset,
@@ -250,7 +258,7 @@ impl Rules {
         }
     }
 
-    /// With this rule, in place of one on the same statistic of the same kind and direction if there is one.
+    /// Adds this rule. It replaces one on the same statistic of the same kind and direction.
     #[must_use]
     pub fn with(mut self, rule: ThresholdRule) -> Self {
         let same = |other: &ThresholdRule| {
@@ -263,21 +271,21 @@ impl Rules {
         self
     }
 
-    /// Without the threshold rules of this kind.
+    /// Removes the threshold rules of this kind.
     #[must_use]
     pub fn without(mut self, kind: FindingKind) -> Self {
         self.thresholds.retain(|rule| rule.kind != kind as u32);
         self
     }
 
-    /// With tensors whose names match (`*` stands for any characters, `?` for one) left out of findings of these kinds.
+    /// Leaves tensors whose names match (`*` stands for any characters, `?` for one) out of findings of these kinds.
     /// NaN and Inf are always found. [`Health::new`](super::Health::new) refuses a pattern that matches no tensor.
     #[must_use]
     pub fn exempt(self, pattern: impl Into<String>, kinds: &[FindingKind]) -> Self {
         self.with_exemption(pattern.into(), kinds, true)
     }
 
-    /// The same where there are such tensors.
+    /// Does the same where there are such tensors.
     pub(crate) fn exempt_if_any(self, pattern: &str, kinds: &[FindingKind]) -> Self {
         self.with_exemption(pattern.to_owned(), kinds, false)
     }
@@ -289,10 +297,10 @@ impl Rules {
         self
     }
 
-    /// With the optimizer's learning rate, finite and at least 1e-290; to be called anew when a schedule changes it. By the default
-    /// preset, a gradient is then out of proportion to its weight where a step of SGD would replace it, lr · norm above the weight's,
-    /// if that is less than 100 times it.
-    /// In the others, a tensor's norm below 1e-10/lr is vanishing and one above 1/lr exploding, both critical.
+    /// Sets the optimizer's learning rate, finite and at least 1e-290. Call it anew when a schedule changes the rate.
+    /// With the default preset, a gradient is then out of proportion to its weight where a step of SGD would replace
+    /// the weight, so lr · norm is above the weight's norm, if that limit is less than 100 times the weight's norm. In
+    /// the others, a tensor's norm below 1e-10/lr is vanishing and one above 1/lr exploding, both critical.
     #[must_use]
     pub fn learning_rate(self, learning_rate: f64) -> Self {
         if self.preset == Preset::Default {
@@ -309,25 +317,25 @@ impl Rules {
         rules
     }
 
-    /// Whether a learning rate changes nothing but what it is for.
+    /// Whether a learning rate changes only its own rules.
     pub(crate) fn follows_learning_rate(&self) -> bool {
         self.preset == Preset::Default || self.learning_rate.is_some()
     }
 
-    /// With what healthy steps were like, for norms far from the usual to be found: by [`learned`](Self::learned).
+    /// Sets the usual norms of healthy steps. Norms far from them are found, by [`learned`](Self::learned).
     #[must_use]
     pub fn baseline(mut self, baseline: Baseline) -> Self {
         self.baseline = Some(baseline);
         self
     }
 
-    /// The rules that one step decides by itself, for a device to evaluate as well.
+    /// The rules that need one step alone, which a device evaluates as well.
     pub fn thresholds(&self) -> &[ThresholdRule] {
         &self.thresholds
     }
 
-    /// Whether the ratio is of weights alone, whose scale is known: not of biases, and not of f16, whose loss scale is in the
-    /// gradients.
+    /// Whether the ratio is of weights alone, whose scale is known: not of biases, and not of f16, whose loss scale is
+    /// in the gradients.
     pub(super) fn knows_weights(&self) -> bool {
         self.preset == Preset::Default
     }
@@ -341,7 +349,7 @@ impl Rules {
         self.baseline.as_ref()
     }
 
-    /// The bits k of the kinds that do not concern a tensor of this name.
+    /// The bits k of the kinds that a tensor of this name is exempt from.
     pub fn exemptions_of(&self, name: &str) -> u32 {
         self.exemptions
             .iter()
@@ -360,11 +368,11 @@ impl Rules {
     }
 
     /// # Errors
-    /// [`Error::InvalidConfig`], which names the rule: for a limit that is NaN, beyond what the number can be (below 0,
-    /// a share above 1) or out of order (a warning past critical), and for `lr-scaled` without a learning rate.
+    /// [`Error::InvalidConfig`], which names the rule: for a limit that is NaN, impossible for the number (below 0, a
+    /// share above 1) or out of order (a warning past critical), and for `lr-scaled` without a learning rate.
     pub fn check(&self) -> Result<(), Error> {
         match self.learning_rate {
-            // Below, 1e-10/lr leaves f64.
+            // Below this, 1e-10/lr leaves f64.
             Some(x) if !(x.is_finite() && x >= 1e-290) => {
                 return Err(invalid("learning_rate", "finite and at least 1e-290", x));
             }
@@ -426,7 +434,7 @@ impl Rules {
         Ok(())
     }
 
-    /// The most steps that are looked back upon.
+    /// The most steps of a window.
     pub const MAX_WINDOW: usize = 65_536;
 }
 

@@ -1,6 +1,6 @@
 //! Steps in a row.
 
-/// For how many steps in a row something has been so, and since which step.
+/// A run of steps that meet a condition, and the first of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Run {
@@ -9,7 +9,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Counts a step in which it is so, or ends the run.
+    /// Counts a step that meets the condition, or ends the run.
     pub fn count(&mut self, is_so: bool, step: u64) {
         *self = match (is_so, self.steps) {
             (false, _) => Self::default(),

@@ -1,4 +1,4 @@
-//! A weight whose share of the norm jumps: what a fault in one place does, while the total hardly moves.
+//! A weight whose share of the norm jumps: the sign of a fault in one place, while the total hardly moves.
 //!
 //! Of 158 healthy trainings none had a share that rose by more than 4.2 deviations within six steps.
 
@@ -13,24 +13,24 @@ use crate::Record;
 /// Steps that a share is compared with: few, so that a thousand weights cost a tenth of a millisecond.
 const WINDOW: usize = 8;
 
-/// The least share that says anything: one that was nothing, as behind a branch that begins at 0, grows by more than a jump.
+/// The least share that counts. One that was almost 0, as behind a branch that begins at 0, grows by more than a jump.
 const LEAST: f64 = 0.01;
-/// By how much the norm itself must have risen since the last step: a share rises as well where the others fall.
+/// The least rise of the norm itself since the last step: a share rises as well where the others fall.
 const RISES: f64 = 2.0;
 
-/// What is kept of each tensor, by clean steps.
+/// The state of the clean steps so far.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Shares {
     tensors: Vec<Last>,
-    /// Of the tensors that had a gradient.
+    /// Elements of the tensors that had a gradient.
     elements: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Last {
-    /// Those above 0.
+    /// Shares above 0.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     shares: Vec<f64>,
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bits"))]
@@ -42,17 +42,17 @@ impl Shares {
         Self { tensors: vec![Last::default(); tensors], elements: 0 }
     }
 
-    /// Forgets them.
+    /// Forgets all steps.
     pub fn clear(&mut self) {
         self.tensors.fill_with(Last::default);
     }
 
-    /// Whether it is of as many tensors, with no more shares of each than are kept.
+    /// Whether it has as many tensors, and no more shares of each than are kept.
     pub fn is_as_long_as(&self, other: &Self) -> bool {
         self.tensors.len() == other.tensors.len() && self.tensors.iter().all(|last| last.shares.len() <= WINDOW)
     }
 
-    /// Judges the next clean step, of this total norm.
+    /// Judges the next clean step, with this total norm.
     pub fn judge(
         &mut self,
         (records, total): (&[Record], f64),
@@ -67,7 +67,7 @@ impl Shares {
         if std::mem::replace(&mut self.elements, elements) != elements {
             self.clear();
         }
-        // Then it is known what rose.
+        // A finding names the cause already.
         let is_told = found.explodes(Verdict::Warning) || found.has(&[FindingKind::Spike]);
         for (index, (last, record)) in self.tensors.iter_mut().zip(records).enumerate() {
             let norm = record.finite_l2_norm();

@@ -1,5 +1,5 @@
-//! What a tensor is in its model, as far as shapes, lengths and names tell: a weight or a bias, in which module, beside which
-//! others.
+//! The role of a tensor in its model, as far as shapes, lengths and names tell: weight or bias, its module, and the
+//! tensors beside it.
 
 use super::{Groups, TensorType, names, threshold::count_to_f64};
 use crate::Plan;
@@ -8,17 +8,18 @@ use std::collections::HashMap;
 /// Known from the plan.
 #[derive(Clone, Debug)]
 pub(super) struct Structure {
-    /// The module of each tensor: those that only differ in the last part of their names are of one.
+    /// The module of each tensor: tensors that differ only in the last part of their names share one.
     pub modules: Vec<usize>,
     /// The tensors of each module.
     pub members: Vec<Vec<usize>>,
-    /// Whether it is a weight, which sums over more than one input: all but the first dimension. Without shapes, the largest of its
-    /// module, unless its name begins with a b, as those of biases do.
+    /// Whether it is a weight, which sums over more than one input, by all but its first dimension. Without shapes, the
+    /// largest of its module is, unless its name begins with a b, as those of biases do.
     pub is_weight: Vec<bool>,
     has_shapes: bool,
-    /// √ of the inputs that a weight sums over, where shapes are known. None of biases and of tables, whose rows are looked up.
+    /// √ of the inputs that a weight sums over, where shapes are known. `None` for biases and for tables, whose rows
+    /// are looked up.
     pub fan_in_roots: Vec<Option<f64>>,
-    /// Those whose names are alike but for numbers: experts and layers of one stack.
+    /// The stack of each tensor: names that differ only in numbers, such as experts and layers, share one.
     pub stacks: Vec<usize>,
 }
 
@@ -40,7 +41,7 @@ impl Structure {
             }
         };
         let is_weight: Vec<bool> = (0..tensors.len()).map(is_weight).collect();
-        // Tables of embeddings and positions: a name is all that tells.
+        // Tables of embeddings and positions: only the name tells.
         let is_table = |index: usize| TensorType::of(&tensors[index].name) == TensorType::Embedding;
         let fan_in_root = |index: usize| {
             let inputs = inputs_of(&plan.shapes()?[index]);
@@ -58,24 +59,24 @@ impl Structure {
         Self { modules, members, is_weight, has_shapes: plan.shapes().is_some(), fan_in_roots, stacks }
     }
 
-    /// The tensors of the module that this one is of.
+    /// The tensors of this one's module.
     pub fn module_of(&self, tensor: usize) -> &[usize] {
         &self.members[self.modules[tensor]]
     }
 
-    /// Whether its elements are units: a bias beside a weight, as its shape tells.
+    /// Whether its elements are units: a bias beside a weight, as its shape shows.
     pub fn has_units(&self, tensor: usize) -> bool {
         let is_bias = !self.is_weight[tensor] && self.module_of(tensor).iter().any(|&other| self.is_weight[other]);
         self.has_shapes && is_bias
     }
 
-    /// Whether it is of a module of weights alone, without a bias to tell of its units.
+    /// Whether its module has weights alone, without a bias that shows their units.
     pub fn is_alone(&self, tensor: usize) -> bool {
         self.module_of(tensor).iter().all(|&other| self.is_weight[other])
     }
 }
 
-/// Elements that each output sums over: 1 of a vector.
+/// Elements that each output sums over: 1 for a vector.
 fn inputs_of(shape: &[u64]) -> u64 {
     shape.iter().skip(1).fold(1, |inputs, &length| inputs.saturating_mul(length))
 }

@@ -1,7 +1,7 @@
-//! How far steps move the weights: too far, hardly, or not at all.
+//! The size of the updates: too large, hardly any, or none.
 //!
-//! Judged by layer ([`Groups::by_layer`](super::Groups::by_layer)): a bias that began at 0 moves by as much as it is, one before a normalisation not at
-//! all, and both is as it should be. Beside its weight neither counts.
+//! They are judged by layer ([`Groups::by_layer`](super::Groups::by_layer)). A bias that began at 0 moves by its own
+//! size, one before a normalisation not at all, and both are healthy. Beside its weight neither counts.
 
 use super::{
     FindingKind, Limits, Rules, Verdict,
@@ -12,15 +12,16 @@ use super::{
 };
 use crate::{Report, TensorReport, optim::UpdateRecord};
 
-/// Updates in a row that are too large before that is a finding. ("For several consecutive steps" is how the literature has it.)
+/// Updates in a row that must be too large for a finding. (The literature says "for several consecutive steps".)
 const PERSISTENCE: u32 = 3;
-/// Times the critical limit at which one update is enough: the weights are then another model's. By `--fault lr` of the example
-/// `train` 19 layers move by 3 to 10 times what they were, once; from there on they are as large as such updates.
+/// Times the critical limit at which one update is enough: it makes another model of the weights. Under `--fault lr` of
+/// the example `train`, 19 layers move by 3 to 10 times their size, once; from there on they are as large as such
+/// updates.
 const AT_ONCE: f64 = 3.0;
-/// Share of the largest ratio of the run below which a schedule has ended: what is lost then is meant to be.
+/// Share of the largest ratio of the run below which a schedule has ended: losses are then intended.
 const ENDED: f64 = 1e-2;
 
-/// What is kept from step to step.
+/// The state from step to step.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Updates {
@@ -33,7 +34,7 @@ pub(super) struct Updates {
     peak: f64,
 }
 
-/// For how many updates in a row a layer has been past each limit: that of a warning, and the critical.
+/// Updates in a row in which a layer has been past each limit: the warning's, and the critical one.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Runs {
@@ -60,12 +61,12 @@ impl Updates {
         Self { weight_squares: vec![f64::INFINITY; tensors], runs: vec![Runs::default(); layers], peak: 0.0 }
     }
 
-    /// Whether it is of as many tensors and layers.
+    /// Whether it has as many tensors and layers.
     pub fn is_as_long_as(&self, other: &Self) -> bool {
         (self.weight_squares.len(), self.runs.len()) == (other.weight_squares.len(), other.runs.len())
     }
 
-    /// Judges the next step that was not skipped: of one that is not finite only what it leaves of the weights.
+    /// Judges the next step that was not skipped. Of one that is not finite, it judges only the weights after it.
     pub fn judge(&mut self, report: &Report, structure: &Structure, rules: &Rules, found: &mut Found<'_>) {
         if report.updates().is_none() {
             return;
@@ -74,7 +75,7 @@ impl Updates {
         let mut layers = vec![Layer::default(); self.runs.len()];
         for (index, tensor) in report.tensors().enumerate() {
             let Some(update) = tensor.update else { continue };
-            // What a NaN of the gradients did is said of them.
+            // Effects of a NaN in the gradients are findings of the gradients.
             let is_own = outputs.coefficient_f64.is_finite() && !tensor.record.has_nonfinite();
             if update.nonfinite_count > 0 && is_own {
                 let (count, all) = (update.nonfinite_count, update.count);
@@ -136,7 +137,7 @@ impl Updates {
 
 impl Layer {
     fn add(&mut self, index: usize, tensor: &TensorReport<'_>, update: &UpdateRecord, weight_squares: f64) {
-        // Where ranks hold parts, the record is of all of them and the update of this one's.
+        // Where ranks hold parts, the record is of all of them, and the update of this rank's.
         if tensor.record.count != update.count {
             return;
         }
@@ -148,13 +149,14 @@ impl Layer {
         }
     }
 
-    /// Norm of the update over that of the weights after it; of those that moved.
+    /// Norm of the update over that of the weights after it, of those that moved.
     fn ratio(&self) -> Option<f64> {
         self.update.ratio().filter(|&ratio| ratio > 0.0 && self.update.weight_squares < f64::INFINITY)
     }
 
-    /// Share of the elements with a gradient whose update was lost, or more. Those without one still move by their moments, ever
-    /// less, until that is lost as well, which is no harm: they are taken to be the first that were.
+    /// Gives the share of the elements with a gradient whose update was lost, as an upper bound. Elements without a
+    /// gradient still move by their moments, ever less, until that is lost as well, which is no harm: they are taken to
+    /// be the first that were lost.
     fn lost_share(&self) -> f64 {
         count_to_f64(self.update.lost.saturating_sub(self.zeros))
             / count_to_f64(self.update.count.saturating_sub(self.zeros))
@@ -168,7 +170,7 @@ struct Passed {
     run: Run,
 }
 
-/// Counts one more update that is past each limit or not; the worse of those that were passed often enough.
+/// Counts one more update, past each limit or not. Gives the worse of those that were passed often enough.
 fn persists(
     (runs, step): (&mut [Run; 2], u64),
     least: u32,
@@ -183,7 +185,7 @@ fn persists(
     passed.last()
 }
 
-/// Of those that moved.
+/// The median ratio of the layers that moved.
 fn median_ratio(layers: &[Layer]) -> f64 {
     let mut ratios: Vec<f64> = layers.iter().filter_map(Layer::ratio).collect();
     let middle = ratios.len() / 2;

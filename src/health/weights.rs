@@ -1,9 +1,9 @@
-//! Whether the weights are of a size that lets signals through: what an initialisation that is too large or too small has, and
-//! weights that too high a rate has thrown about.
+//! The size of the weights: whether it lets signals through. It shows an initialisation that is too large or too small,
+//! and weights after too high a learning rate.
 //!
-//! The gain of a weight is the root mean square of its elements times the root of the inputs it sums over: by how much it makes a
-//! signal larger. He's initialisation has 1.41, Glorot's 1, PyTorch's layers 0.58 (He et al., "Delving Deep into Rectifiers", 2015;
-//! Glorot and Bengio, 2010). Tables of embeddings sum over nothing and have none.
+//! The gain of a weight is the root mean square of its elements times the root of the inputs it sums over: the factor
+//! by which it enlarges a signal. He's initialisation has 1.41, Glorot's 1, PyTorch's layers 0.58 (He et al., "Delving
+//! Deep into Rectifiers", 2015; Glorot and Bengio, 2010). Tables of embeddings sum over nothing and have none.
 
 use super::{
     FindingKind, Limits, Rules, Verdict,
@@ -14,16 +14,16 @@ use super::{
 };
 use crate::Report;
 
-/// One of so many weights must be too large, and two where there are two: a model may have one that is meant to be.
+/// One of this many weights must be too large, and two where there are two: a model may have one that is meant to be.
 const SHARE: usize = 4;
 
-/// What is kept from step to step.
+/// The state from step to step.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(super) struct Weights {
     large: Run,
     small: Run,
-    /// Of each tensor, whether it was 0 once: what grows from there has no initialisation to judge.
+    /// Of each tensor, whether it was once 0: it has no initialisation to judge.
     was_zero: Vec<bool>,
 }
 
@@ -32,7 +32,7 @@ impl Weights {
         Self { large: Run::default(), small: Run::default(), was_zero: vec![false; tensors] }
     }
 
-    /// Whether it is of as many tensors.
+    /// Whether it has as many tensors.
     pub fn is_as_long_as(&self, other: &Self) -> bool {
         self.was_zero.len() == other.was_zero.len()
     }
@@ -43,7 +43,8 @@ impl Weights {
         let gain = |(index, tensor): (usize, crate::TensorReport<'_>)| {
             let (norm, root) = (tensor.param_norm?, structure.fan_in_roots[index]?);
             was_zero[index] |= norm == 0.0;
-            // Rows without a gradient are those of a table, which sums over nothing; of ranks' parts the norm is of all of it.
+            // Rows without a gradient are those of a table, which sums over nothing. Of ranks' parts, the norm is of
+            // the whole.
             let is_table = structure.is_alone(index) && tensor.record.zero_count > 0;
             if was_zero[index] || is_table || tensor.record.count != tensor.len {
                 return None;

@@ -21,25 +21,25 @@ const INF_SLOT: usize = offset_of!(Histogram, inf_count) / size_of::<u64>();
 const NAN_SLOT: usize = offset_of!(Histogram, nan_count) / size_of::<u64>();
 const ZERO_SLOT: usize = offset_of!(Histogram, zero_count) / size_of::<u64>();
 
-/// Elements whose bins are worked out together, in vectors, before any is counted.
+/// Elements whose bins are found together, in vectors, before any is counted.
 const BATCH: usize = 1024;
 const HALF: usize = BATCH / 2;
-/// Elements that are counted before the counters are added up.
+/// Elements counted before the counters are added up.
 const PART: usize = 8 * CHUNK;
 /// Bins of the window in which elements are counted two at a time.
 const WINDOW: u16 = 128;
-/// As many as there are places, whose index is of seven bits.
+/// The number of places, an index of seven bits.
 const PLACES: usize = 1 << 7;
 const _: () = assert!(PLACES == WINDOW as usize);
-/// Bins of the window above the largest magnitude that is known when it is chosen.
+/// Bins of the window above the largest magnitude known when it is chosen.
 const HEADROOM: u16 = 8;
-/// Of batches that are not in the window: copies of each counter, side by side. Neighbours are often in one bin, and an
-/// addition to a counter waits for the one before it: with 4, 8, 16 and 32 copies an element of bf16 took 0.60, 0.38, 0.33
-/// and 0.7 ns.
+/// For batches outside the window: copies of each counter, side by side. Neighbours are often in one bin, and an
+/// addition to a counter waits for the one before it: with 4, 8, 16 and 32 copies an element of bf16 took 0.60, 0.38,
+/// 0.33 and 0.7 ns.
 const COPIES: usize = 16;
 const _: () = assert!(PART / COPIES <= u16::MAX as usize);
 
-/// What `gradprobe_histogram` does.
+/// Does as `gradprobe_histogram`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -58,7 +58,7 @@ pub(crate) unsafe fn run(a: &HistogramArguments) {
     }
 }
 
-/// The histogram of a tensor.
+/// Gives the histogram of a tensor.
 fn of_tensor(tensor: HostTensor<'_>) -> Histogram {
     with_elements!(HostTensor, tensor, elements => {
         elements
@@ -99,7 +99,7 @@ impl<E: Element> Work for Count<'_, E> {
             }
             let pairs = match &mut pairs {
                 Some(pairs) => pairs,
-                // The window is where the first elements are that are not 0.
+                // The window begins at the first elements that are not 0.
                 none => {
                     let pairs = none.insert(Pairs::up_to(seen.last + HEADROOM));
                     seen = see(batch, pairs.first, &mut places, set);
@@ -123,20 +123,20 @@ impl<E: Element> Work for Count<'_, E> {
     }
 }
 
-/// What the magnitudes of a batch are.
+/// The range of a batch's magnitudes.
 struct Seen {
     is_finite: bool,
     is_zero: bool,
-    /// Bin of the smallest that is not 0, or the one before it where that is the first in its bin; beyond all bins if
-    /// there is none.
+    /// Bin of the smallest that is not 0, or the one before it where that is the first in its bin; beyond all bins
+    /// without any.
     least: u16,
     /// Bin of the largest.
     last: u16,
 }
 
-/// The places of a batch's elements in the window that begins at bin `first`, two in one word: element i in its lower
-/// seven bits, and element i + HALF above. What is in that bin or below is at 0. Words of 16 bits are four in one of
-/// `places`, others two: of an array of them, the compiler would take them out of vectors one by one.
+/// Finds the places of a batch's elements in the window that begins at bin `first`, two in one word: element i in its
+/// lower seven bits, and element i + HALF above. An element in that bin or below is at 0. One of `places` holds four
+/// words of 16 bits, or two larger ones: the compiler would take an array of words out of vectors one by one.
 #[inline(always)]
 fn see<E: Element>(batch: &[E; BATCH], first: u16, places: &mut [u64; HALF / 2], set: impl InstructionSet) -> Seen {
     /// For words of that type, with the bin in the upper bits of the magnitude.
@@ -173,10 +173,10 @@ fn see<E: Element>(batch: &[E; BATCH], first: u16, places: &mut [u64; HALF / 2],
     }
 }
 
-/// Counters of pairs of elements by the bins of both. One addition, which is a load and a store, then counts two
-/// elements, and rarely waits for the one before: neighbours are often in one bin, but seldom two pairs.
+/// Counts pairs of elements by the bins of both. One addition, which is a load and a store, then counts two elements,
+/// and rarely waits for the one before: neighbours are often in one bin, but seldom two pairs.
 struct Pairs {
-    /// The bin at which the window begins. It is not in the window: its place is that of zeros.
+    /// The bin at which the window begins. It is not in the window: zeros have its place.
     first: u16,
     /// Bins that were counted lie from `least` to `last`.
     least: u16,
@@ -185,20 +185,20 @@ struct Pairs {
 }
 
 impl Pairs {
-    /// A window whose last bin is this one, or a later one where there are not as many below.
+    /// Makes a window whose last bin is this one, or a later one where there are too few below.
     #[inline(always)]
     fn up_to(last: u16) -> Self {
         let first = last.saturating_sub(WINDOW - 1);
         Self { first, least: u16::MAX, last: 0, counters: [0; PLACES * PLACES] }
     }
 
-    /// Whether all of a batch that is not 0 is in the window.
+    /// Whether all non-zero elements of a batch are in the window.
     #[inline(always)]
     fn has(&self, seen: &Seen) -> bool {
         seen.least > self.first && seen.last < self.first + WINDOW
     }
 
-    /// Counts a batch that is.
+    /// Counts such a batch.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "14 bits are left")]
     fn count<E: Element>(&mut self, places: &[u64; HALF / 2], seen: &Seen) {
@@ -210,7 +210,7 @@ impl Pairs {
         }
     }
 
-    /// Adds all up. Rows and columns between which nothing was counted are left out: they are most.
+    /// Adds all up. Leaves out rows and columns outside the counted range: they are most.
     #[inline(always)]
     fn add_to(&self, to: &mut [u64; SLOTS]) {
         let first = usize::from(self.first);
@@ -232,7 +232,7 @@ impl Pairs {
     }
 }
 
-/// Counters of all bins, as many of each as [`COPIES`] says; zeros in the first bin.
+/// Counters of all bins, each [`COPIES`] times; zeros in the first bin.
 struct Copies {
     counters: [u16; SLOTS * COPIES],
     zeros: u64,
@@ -282,7 +282,7 @@ fn bin_of(x: f32) -> u16 {
     (x.to_bits() << 1 >> 22) as u16
 }
 
-/// Which counter an element adds to, whatever it is.
+/// Gives the counter of an element of any value.
 #[inline(always)]
 fn slot_of<E: Element>(x: E) -> usize {
     match x.magnitude().into() {

@@ -1,5 +1,5 @@
-//! How the magnitudes of a tensor's elements are spread: counts by exponent, four bins to an octave, and what follows
-//! from them – quantiles, dead elements, what another number format would lose, and the loss scale that avoids it.
+//! Counts elements by magnitude: by exponent, with four bins to an octave. From the counts follow quantiles, dead
+//! elements, losses in another number format, and the loss scale that avoids them.
 
 pub(crate) mod cpu;
 mod room;
@@ -21,12 +21,12 @@ use std::fmt;
 /// Bits of an f32 magnitude below those that make its bin.
 const SHIFT: u32 = 21;
 
-/// What is known of a number: it is at least `low` and at most `high`.
+/// Bounds a number: it is at least `low` and at most `high`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bounds {
-    /// The least it can be.
+    /// The lower bound.
     pub low: f64,
-    /// The most it can be.
+    /// The upper bound.
     pub high: f64,
 }
 
@@ -43,7 +43,7 @@ pub enum Format {
     E5M2,
 }
 
-/// Where the casts to a format change what they do.
+/// The magnitudes at which the result of a cast changes.
 struct Limits {
     /// At most this becomes 0: half the smallest subnormal, which ties with 0.
     vanishes: f64,
@@ -94,7 +94,7 @@ impl fmt::Display for Format {
     }
 }
 
-/// What a cast to another format does to the elements that are finite and not 0, as shares of those, 0 to 1.
+/// Holds the effects of a cast to another format, as shares, 0 to 1, of the finite elements that are not 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FormatShares {
     /// Become 0.
@@ -105,12 +105,23 @@ pub struct FormatShares {
     pub overflow: Bounds,
 }
 
-/// Counts of the elements of a tensor by the upper bits of |x| as f32: 8 of the exponent and 2 of the fraction (8192
+/// Counts the elements of a tensor by the upper bits of |x| as f32: 8 of the exponent and 2 of the fraction (8192
 /// bytes, the same on the device). All counts are exact.
 ///
 /// Bin b holds the magnitudes from [`lowest_of`](Self::lowest_of) to [`highest_of`](Self::highest_of): a quarter of an
 /// octave's numbers, so that the highest is at most 1.25 times the lowest. Bins 0 to 3 share f32's subnormals, a quarter
 /// of 2^-126 each.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, histogram::Format};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 4)])?, Config::new().histogram())?;
+/// let report = probe.histogram()?.measure(&[&[1e-9f32, 1e-3, 1e-3, 1e-2]])?;
+/// let histogram = &report.histograms()[0];
+/// assert!(histogram.quantile(0.5).unwrap().low <= 1e-3);
+/// assert_eq!(histogram.shares(Format::F16, 0).unwrap().underflow.low, 0.25); // 1e-9 becomes 0
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Histogram {
@@ -160,33 +171,33 @@ impl Histogram {
     /// Octaves that [`loss_scale`](Self::loss_scale) leaves between the largest element and the format's end.
     pub const MARGIN: u32 = 2;
 
-    /// Bytes of memory that a plan's histograms take where the gradients are: 8 KiB a tensor.
+    /// Gives the bytes that a plan's histograms take where the gradients are: 8 KiB a tensor.
     pub fn bytes(plan: &Plan) -> u64 {
         (plan.tensors().len() * size_of::<Self>()) as u64
     }
 
-    /// The bin of a finite number; 0 has none, and this gives the first.
+    /// Gives the bin of a finite number; 0 has none, and gives the first.
     pub fn bin_of(x: f32) -> usize {
         (x.abs().to_bits() >> SHIFT) as usize
     }
 
-    /// The smallest magnitude in a bin, which is below [`BINS`](Self::BINS). 0 is in none.
+    /// Gives the smallest magnitude in a bin, which must be below [`BINS`](Self::BINS). 0 is in none.
     pub fn lowest_of(bin: usize) -> f32 {
         if bin == 0 { f32::from_bits(1) } else { Self::at_edge(bin, 0) }
     }
 
-    /// The largest magnitude in a bin, which is below [`BINS`](Self::BINS).
+    /// Gives the largest magnitude in a bin, which must be below [`BINS`](Self::BINS).
     pub fn highest_of(bin: usize) -> f32 {
         Self::at_edge(bin + 1, 1)
     }
 
-    /// The f32 as many places below the lower edge of a bin.
+    /// Gives the f32 as many places below the lower edge of a bin.
     #[expect(clippy::cast_possible_truncation, reason = "a bin has ten bits")]
     fn at_edge(bin: usize, places_below: u32) -> f32 {
         f32::from_bits(((bin as u32) << SHIFT) - places_below)
     }
 
-    /// The counts of both: of shards, micro-batches, ranks or tensors.
+    /// Adds the counts of both: of shards, micro-batches, ranks or tensors.
     #[must_use]
     pub fn merge(&self, other: &Self) -> Self {
         let mut sum = *self;
@@ -217,9 +228,9 @@ impl Histogram {
         self.bins.iter().copied().enumerate().filter(|&(_, count)| count > 0)
     }
 
-    /// The q-quantile of |x| over the m finite elements: the ⌈q·m⌉th smallest, the smallest for q = 0. Bounds are the
-    /// ends of its bin, so `high` is at most 1.25 · `low` from 2^-126 on, and below within 2^-128; a 0 is exact. `None`
-    /// when nothing is finite or q is not in 0 ..= 1.
+    /// Gives the q-quantile of |x| over the m finite elements: the ⌈q·m⌉th smallest, the smallest for q = 0. Bounds are
+    /// the ends of its bin, so `high` is at most 1.25 · `low` from 2^-126 on, and below within 2^-128; a 0 is exact.
+    /// `None` when nothing is finite or q is not in 0 ..= 1.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 2^40")]
     pub fn quantile(&self, q: f64) -> Option<Bounds> {
         let finite = self.finite_count();
@@ -238,8 +249,8 @@ impl Histogram {
         Some(Bounds { low: Self::lowest_of(bin).into(), high: Self::highest_of(bin).into() })
     }
 
-    /// An estimate of the q-quantile of |x| over the m finite elements, as one number: the ⌈q·m⌉th smallest, if those of
-    /// its bin lay evenly spread in it. `None` where [`quantile`](Self::quantile) is, which gives the bounds.
+    /// Estimates the q-quantile of |x| over the m finite elements, as one number: the ⌈q·m⌉th smallest, if those of its
+    /// bin lay evenly spread in it. `None` where [`quantile`](Self::quantile) is, which gives the bounds.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 2^40")]
     pub fn quantile_estimate(&self, q: f64) -> Option<f64> {
         let finite = self.finite_count();
@@ -261,12 +272,12 @@ impl Histogram {
         None
     }
 
-    /// The upper edge of a bin, which the next begins with; of the last, the largest f32.
+    /// Gives the upper edge of a bin, where the next begins; of the last, the largest f32.
     fn upper_edge(bin: usize) -> f32 {
         if bin + 1 < Self::BINS { Self::at_edge(bin + 1, 0) } else { f32::MAX }
     }
 
-    /// Share of all elements that are finite with |x| < `threshold`, zeros included: of dead elements, as
+    /// Gives the share of all elements that are finite with |x| < `threshold`, zeros included: the dead elements, as
     /// [`Record::dead_fraction`](crate::Record::dead_fraction) counts them. Exact where the threshold is the lower end
     /// of a bin – a power of two times 1, 1.25, 1.5 or 1.75 –; else the bounds differ by the share of its bin. `None`
     /// for an empty tensor and a NaN.
@@ -279,16 +290,17 @@ impl Histogram {
         Some(share_of(zeros + low, zeros + high, self.count()))
     }
 
-    /// The smallest |x| over the finite elements that are not 0 (`low`, at least) and the largest (`high`, at most):
-    /// both within their bins. `None` when there are none.
+    /// Gives the smallest |x| over the finite elements that are not 0 (`low`, a lower bound) and the largest (`high`,
+    /// an upper bound): both within their bins. `None` when there are none.
     pub fn range(&self) -> Option<Bounds> {
         let (first, _) = self.occupied().next()?;
         let (last, _) = self.occupied().next_back()?;
         Some(Bounds { low: Self::lowest_of(first).into(), high: Self::highest_of(last).into() })
     }
 
-    /// Dynamic range: octaves from the smallest to the largest |x| over the finite elements that are not 0, log2 of
-    /// their quotient. The bounds differ by the width of two bins, 0.64 at most unless the smallest is below 2^-126.
+    /// Gives the dynamic range: octaves from the smallest to the largest |x| over the finite elements that are not 0,
+    /// log2 of their quotient. The bounds differ by the width of two bins, 0.64 at most unless the smallest is below
+    /// 2^-126.
     pub fn octaves(&self) -> Option<Bounds> {
         let (first, _) = self.occupied().next()?;
         let (last, _) = self.occupied().next_back()?;
@@ -299,8 +311,8 @@ impl Histogram {
         })
     }
 
-    /// What a cast of x · 2^`k` to `format` does, as shares of the finite elements that are not 0; `None` when there are
-    /// none.
+    /// Gives the effects of a cast of x · 2^`k` to `format`, as shares of the finite elements that are not 0; `None`
+    /// when there are none.
     ///
     /// With p fraction bits and 2^e the smallest normal number, x becomes 0 when |x|·2^k ≤ 2^(e-p-1), subnormal when it
     /// is between that and 2^e − 2^(e-p-1), and overflows from half a unit above the largest number on: 65520 for f16,
@@ -321,14 +333,14 @@ impl Histogram {
         })
     }
 
-    /// The loss scale 2^k to recommend: the largest k at which no finite element can overflow in `format`, less
+    /// Recommends the loss scale 2^k: the largest k at which no finite element can overflow in `format`, less
     /// [`MARGIN`](Self::MARGIN) octaves. `None` when nothing is finite and not 0.
     pub fn loss_scale(&self, format: Format) -> Option<i32> {
         self.loss_scale_with_margin(format, Self::MARGIN)
     }
 
-    /// [`loss_scale`](Self::loss_scale) with another margin, in octaves. By the upper end of the largest element's bin:
-    /// the k of the element itself may be 1 more.
+    /// Does as [`loss_scale`](Self::loss_scale) with another margin, in octaves. Goes by the upper end of the largest
+    /// element's bin: the k of the element itself may be 1 more.
     pub fn loss_scale_with_margin(&self, format: Format, margin: u32) -> Option<i32> {
         let highest = self.range()?.high;
         let limits = format.limits();
@@ -343,7 +355,7 @@ impl Histogram {
         i32::try_from(i64::from(largest) - i64::from(margin)).ok()
     }
 
-    /// The loss scale to recommend where these are gradients of a loss that was scaled by `current`, 1 if by nothing:
+    /// Recommends the loss scale for gradients of a loss that was scaled by `current`, 1 for none:
     /// [`loss_scale`](Self::loss_scale) times that. Kept within the normal numbers of f32; `None` when nothing is
     /// finite and not 0.
     #[expect(clippy::cast_possible_truncation, reason = "kept within f32, and a power of two times an f32")]
@@ -352,7 +364,7 @@ impl Histogram {
         Some(scale.clamp(f64::from(f32::MIN_POSITIVE), 2f64.powi(127)) as f32)
     }
 
-    /// How it cannot be of the elements of a record, which are divided by `divisor` there; `None` where it can.
+    /// Describes how it contradicts a record, whose elements are divided by `divisor`; `None` if it does not.
     fn difference(&self, record: &Record, divisor: f64) -> Option<String> {
         let counts = [
             ("elements", self.count(), record.count),
@@ -379,7 +391,7 @@ impl Histogram {
         })
     }
 
-    /// How many finite elements that are not 0 have |x| < `limit`, or ≤ with `or_equal`: at least, and at most.
+    /// Counts the finite elements that are not 0 with |x| < `limit`, or ≤ with `or_equal`: the least, and the most.
     fn count_below(&self, limit: f64, or_equal: bool) -> (u64, u64) {
         let below = |x: f32| f64::from(x) < limit || (or_equal && f64::from(x) == limit);
         let (mut low, mut high) = (0, 0);
@@ -395,7 +407,7 @@ fn share_of(low: u64, high: u64, whole: u64) -> Bounds {
     Bounds { low: to_f64(low) / to_f64(whole), high: to_f64(high) / to_f64(whole) }
 }
 
-/// The x for which x · 2^k is `limit`: exact, as long as it is a normal f64, and beyond f32 otherwise.
+/// Gives the x for which x · 2^k is `limit`: exact, as long as it is a normal f64, and beyond f32 otherwise.
 fn unscaled(limit: f64, k: i32) -> f64 {
     limit * 2f64.powi(k.saturating_neg().clamp(-800, 800))
 }
@@ -406,7 +418,7 @@ fn to_f64(count: u64) -> f64 {
     count as f64
 }
 
-/// The histograms of a plan's tensors. `Display` prints a table.
+/// Holds the histograms of a plan's tensors. `Display` prints a table.
 #[derive(Clone, Debug)]
 pub struct HistogramReport {
     plan: Plan,
@@ -419,13 +431,13 @@ impl HistogramReport {
         Self { plan, histograms }
     }
 
-    /// What was measured.
+    /// The plan of the tensors.
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// Fails unless it can be of the gradients that a report of the same plan is of: the counts are the same, and the extremes
-    /// lie in the outermost bins.
+    /// Fails unless it can be of the gradients of this report, which has the same plan: the counts are the same, and
+    /// the extremes lie in the outermost bins.
     ///
     /// # Errors
     /// [`Error::HistogramOfOtherGradients`], which names the first tensor that differs.

@@ -10,14 +10,14 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Histogram`](crate::device::Kernel::Histogram).
+/// The arguments of [`Kernel::Histogram`](crate::device::Kernel::Histogram).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct HistogramArguments {
     pub common: Common,
     /// One [`Histogram`] a tensor, cleared.
     pub histograms: u64,
-    /// Whether there is one, of all tensors.
+    /// Whether there is one histogram, of all tensors.
     pub one_histogram: u32,
     reserved: u32,
 }
@@ -35,7 +35,7 @@ impl Feature<()> for Histograms {
 }
 
 impl Config {
-    /// With histograms of the magnitudes: 8 KiB a tensor.
+    /// Declares histograms of the magnitudes: 8 KiB a tensor.
     #[must_use]
     pub fn histogram(mut self) -> Self {
         self.features.histogram = Some(());
@@ -44,7 +44,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Counts of elements by their magnitudes: a measurement on the side, no step, and what the clip does is unchanged.
+    /// Gives the histograms, which count elements by their magnitudes. This is no step, and does not change the clip.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::histogram`].
@@ -59,9 +59,8 @@ impl Room<'_, Histograms> {
         self.memory.0.address()
     }
 
-    /// Counts the elements of these tensors, in the plan's order: clears the histograms and launches one kernel. They are
-    /// then at [`address`](Self::address), for those who read them on the device; does not
-    /// wait.
+    /// Counts the elements of these tensors, in the plan's order: clears the histograms and launches one kernel. They
+    /// are then at [`address`](Self::address), for kernels that read them; does not wait.
     ///
     /// # Errors
     /// Those of [`Probe::measure`].
@@ -76,7 +75,8 @@ impl Room<'_, Histograms> {
         tensors.finish()
     }
 
-    /// [`launch`](Self::launch), and begins to copy the histograms to the host; does not wait. [`finish`](Self::finish) gives them.
+    /// Does as [`launch`](Self::launch), and begins to copy the histograms to the host; does not wait.
+    /// [`finish`](Self::finish) gives them.
     ///
     /// # Errors
     /// Those of [`Probe::measure`], and [`Error::WaitInCapture`].
@@ -86,7 +86,7 @@ impl Room<'_, Histograms> {
         self.memory.0.start(&*self.core.device)
     }
 
-    /// Waits for the histograms that were [started](Self::start) last.
+    /// Waits for the histograms of the last [start](Self::start).
     ///
     /// # Errors
     /// [`Error::NotMeasured`] before the first start, and the device's.
@@ -95,7 +95,7 @@ impl Room<'_, Histograms> {
         Ok(HistogramReport::new(self.core.plan.clone(), histograms))
     }
 
-    /// The histograms of these tensors, in the plan's order. Waits for them.
+    /// Gives the histograms of these tensors, in the plan's order. Waits for them.
     ///
     /// # Errors
     /// Those of [`start`](Self::start).
@@ -105,7 +105,7 @@ impl Room<'_, Histograms> {
     }
 }
 
-/// Counts all tensors in one histogram, of all ranks, for a clip by a quantile: where that keeps it, behind a header.
+/// Counts all tensors, of all ranks, in one histogram for a clip by a quantile, behind the header of the clip's state.
 pub(crate) fn launch_of_all(core: &Core, ranks: Option<&RankMemory>) -> Result<(), Error> {
     core.clear_clip_state()?;
     let (common, histograms) = (core.step.common, core.step.clip_state + size_of::<ClipHeader>() as u64);

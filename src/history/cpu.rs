@@ -6,9 +6,9 @@ use crate::{Record, StepOutputs};
 /// The last steps, each at its number modulo their count; 0 where there is none yet.
 pub(crate) struct Ring<'a> {
     pub steps: &'a mut [HistoryStep],
-    /// Of each step, one a tensor.
+    /// Tensors of each step, one a tensor.
     pub tensors: &'a mut [HistoryTensor],
-    /// Of the batch.
+    /// The tag of the batch.
     pub tag: u64,
 }
 

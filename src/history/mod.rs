@@ -1,8 +1,8 @@
-//! The last steps of a probe, kept where the gradients are and read when somebody asks.
+//! Keeps the last steps of a probe where the gradients are, to be read on request.
 //!
-//! Every measurement writes a line for the step and one for each tensor into a ring; nothing is copied to the host until
-//! [`HistoryReport`] is asked for. Raw values are kept, also those of steps that are not finite; statistics over the
-//! window leave those steps out.
+//! Every measurement writes a line for the step and one for each tensor into a ring. Nothing is copied to the host
+//! until a [`HistoryReport`] is requested. The raw values of all steps are kept, also of those that are not finite;
+//! statistics over the window leave those out.
 
 mod cpu;
 mod room;
@@ -20,7 +20,7 @@ use bytemuck::{Pod, Zeroable};
 pub struct HistoryStep {
     /// Its scalars: norms, coefficient, flags, number.
     pub outputs: StepOutputs,
-    /// What the trainer called the batch, by `history()?.tag`; 0 without a name.
+    /// The trainer's tag of the batch, by `history()?.tag`; 0 without one.
     pub tag: u64,
     /// Unused; 0.
     pub reserved: u64,
@@ -28,7 +28,7 @@ pub struct HistoryStep {
 const _: () = assert!(size_of::<HistoryStep>() == 112);
 
 impl HistoryStep {
-    /// With the trainer's number of the step.
+    /// Sets the trainer's number of the step.
     fn numbered(mut self, numbering: &Numbering) -> Self {
         self.outputs.step = numbering.of(self.outputs.step);
         self
@@ -53,7 +53,7 @@ pub struct HistoryTensor {
 const _: () = assert!(size_of::<HistoryTensor>() == 24);
 
 impl HistoryTensor {
-    /// Bit of `flags`: the tensor had no elements in this step. It was absent, or has none.
+    /// Bit of `flags`: the tensor had no elements in this step, because it was absent or has none.
     pub const NO_ELEMENTS: u32 = 1 << 31;
 
     /// Whether the tensor had elements in this step.
@@ -80,10 +80,10 @@ impl HistoryTensor {
     }
 }
 
-/// Bytes of memory that a history of so many steps takes where the gradients are.
+/// Gives the bytes that a history of so many steps takes where the gradients are.
 ///
 /// # Errors
-/// [`Error::InvalidConfig`] for none.
+/// [`Error::InvalidConfig`] for 0 steps.
 pub(crate) fn bytes(steps: u32, tensors: usize) -> Result<usize, Error> {
     if steps == 0 {
         return Err(Error::InvalidConfig { option: "history", expected: "at least 1", value: "0".to_owned() });
@@ -92,19 +92,32 @@ pub(crate) fn bytes(steps: u32, tensors: usize) -> Result<usize, Error> {
     (steps as usize).checked_mul(of_a_step).ok_or(Error::OutOfMemory { bytes: u64::MAX })
 }
 
-/// The last steps, oldest first.
+/// Holds the last steps, oldest first.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().history(3))?;
+/// for scale in [1.0f32, 1.0, 2.0, 4.0] {
+///     probe.measure(&[&[3.0 * scale, 4.0 * scale]])?;
+/// }
+/// let history = probe.history()?.report()?;
+/// assert_eq!(history.steps().map(|(step, _)| step.outputs.step).collect::<Vec<_>>(), [2, 3, 4]);
+/// assert_eq!(history.total_norm().change, Some(2.0));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct HistoryReport {
     plan: Plan,
     steps: Vec<HistoryStep>,
-    /// Of each step, one a tensor.
+    /// Tensors of each step, one a tensor.
     tensors: Vec<Vec<HistoryTensor>>,
 }
 
-/// How a norm went over a window of steps, those left out that are not finite or skipped.
+/// Summarises a norm over a window of steps, without those that are not finite or skipped.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormStatistics {
-    /// Steps that the numbers are of.
+    /// The number of steps.
     pub steps: usize,
     /// Mean of the norm; 0 without steps.
     pub mean: f64,
@@ -112,9 +125,9 @@ pub struct NormStatistics {
     pub cv: Option<f64>,
     /// The last norm over the one before. `None` below two steps and after a norm of 0.
     pub change: Option<f64>,
-    /// How many standard deviations (ddof 0) the logarithm of the last norm lies above the mean of those before it;
-    /// norms are positive and heavy-tailed. The deviation counts as at least 0.01, so that a run without noise does not
-    /// make a spike of every change. `None` with fewer than two norms before it that are not 0, or when it is 0.
+    /// Standard deviations (ddof 0) of the logarithm of the last norm above the mean of those before it: norms are
+    /// positive and heavy-tailed. The deviation counts as at least 0.01, so that a run without noise does not make a
+    /// spike of every change. `None` with fewer than two norms before it that are not 0, or when it is 0.
     pub log_z: Option<f64>,
 }
 
@@ -149,7 +162,7 @@ impl NormStatistics {
 }
 
 impl HistoryReport {
-    /// From a ring, whose empty places are 0.
+    /// Makes a report from a ring, whose empty places are 0.
     pub(crate) fn new(plan: Plan, steps: &[HistoryStep], tensors: &[HistoryTensor], numbering: &Numbering) -> Self {
         let mut places: Vec<usize> = (0..steps.len()).filter(|&place| steps[place].outputs.step > 0).collect();
         places.sort_by_key(|&place| steps[place].outputs.step);
@@ -166,7 +179,7 @@ impl HistoryReport {
         self.steps.iter().zip(self.tensors.iter().map(Vec::as_slice))
     }
 
-    /// The plan whose tensors these are.
+    /// The plan of the tensors.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -176,13 +189,13 @@ impl HistoryReport {
         self.steps().filter(|(step, _)| step.outputs.found_inf == 0.0 && step.outputs.skip == 0)
     }
 
-    /// How the norm of all tensors went.
+    /// Summarises the norm of all tensors.
     pub fn total_norm(&self) -> NormStatistics {
         NormStatistics::of(&self.clean().map(|(step, _)| step.outputs.finite_total_norm).collect::<Vec<_>>())
     }
 
-    /// How the norm of the tensor at `index` of the plan went, over the steps in which it had a gradient. A step in which
-    /// another tensor is not finite is left out as well: its gradients are of a computation that failed.
+    /// Summarises the norm of the tensor at `index` of the plan, over the steps in which it had a gradient. A step in
+    /// which another tensor is not finite is left out as well: its gradients are of a computation that failed.
     ///
     /// # Panics
     /// When the plan has no such tensor.
@@ -191,7 +204,7 @@ impl HistoryReport {
         NormStatistics::of(&there.map(|tensor| tensor.finite_l2_norm).collect::<Vec<_>>())
     }
 
-    /// How many steps in a row, up to the last, something has held of the tensor at `index`: that its norm is too
+    /// Counts the steps in a row, up to the last, in which the tensor at `index` meets a condition: a norm that is too
     /// small, say. Steps that are not finite, or in which it is absent, neither count nor interrupt.
     ///
     /// # Panics
@@ -209,7 +222,7 @@ impl HistoryReport {
         (steps > 0).then(|| f64::from(clipped) / f64::from(steps))
     }
 
-    /// Geometric mean of the coefficients: what the clip makes of the learning rate on the whole. `None` without a step.
+    /// Geometric mean of the coefficients: the clip's factor on the learning rate. `None` without a step.
     #[expect(clippy::cast_precision_loss, reason = "a few steps")]
     pub fn mean_coefficient(&self) -> Option<f64> {
         let logarithms: Vec<f64> = self.clean().map(|(step, _)| step.outputs.coefficient_f64.ln()).collect();

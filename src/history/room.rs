@@ -31,7 +31,7 @@ impl Feature<u32> for History {
     }
 }
 
-/// The ring as it is on the device, and the name of the next batch.
+/// The ring as it is on the device, and the tag of the next batch.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct HistoryState {
@@ -51,7 +51,7 @@ impl Saved for History {
     }
 
     fn check(&self, core: &Core, state: &HistoryState) -> Result<(), Error> {
-        // Of one plan, histories of other lengths have other bytes.
+        // Histories of one plan and other lengths have other sizes.
         let of_a_step = bytes(1, core.plan.tensors().len())?;
         let (there, here) = (state.ring.len(), self.steps * of_a_step);
         if there == here {
@@ -67,7 +67,7 @@ impl Saved for History {
 }
 
 impl Config {
-    /// With the last steps kept on the device, at least 1: 112 bytes a step and 24 a step and tensor.
+    /// Declares a history of the last steps on the device, at least 1: 112 bytes a step and 24 a step and tensor.
     #[must_use]
     pub fn history(mut self, steps: u32) -> Self {
         self.features.history = Some(steps);
@@ -76,7 +76,7 @@ impl Config {
 }
 
 impl Probe {
-    /// The last steps that are kept.
+    /// Gives the last steps.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::history`].
@@ -86,7 +86,7 @@ impl Probe {
 }
 
 impl Room<'_, History> {
-    /// Names the batch of the measurements that follow: one upload of 8 bytes. Replayed graphs see it too.
+    /// Tags the batch of the following measurements: one upload of 8 bytes. Replayed graphs see it too.
     ///
     /// # Errors
     /// [`Error::UploadInCapture`], or the device's.
@@ -95,7 +95,7 @@ impl Room<'_, History> {
         self.core.device.upload(bytemuck::bytes_of(&tag), &self.memory.tag)
     }
 
-    /// The steps. Waits for them; nothing of them is copied before.
+    /// Gives the steps. Waits for them; nothing of them is copied before.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.

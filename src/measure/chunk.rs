@@ -1,8 +1,8 @@
 //! One chunk: from elements to a record.
 //!
-//! A chunk is first read as though all were finite, of ordinary size and centred. Where that turns out wrong it is
-//! read again with the bad elements left out, the rest scaled by a power of two, and around its mean (`spec` says
-//! when, and why the result is as exact as it is).
+//! A chunk is first read as though all elements were finite, of ordinary size and centred. If they are not, it is read
+//! again with the bad elements left out, the rest scaled by a power of two, and around its mean. `spec` says when, and
+//! why the result is exact enough.
 
 use super::{
     scan::Scan,
@@ -45,7 +45,7 @@ fn chunk<E: Element>(elements: &[E], dead_bits: E::Word, set: impl InstructionSe
     record
 }
 
-/// [`chunk`] where some elements are NaN or Inf.
+/// Does as [`chunk`] where some elements are NaN or Inf.
 #[inline(always)]
 fn with_nonfinite<E: Element>(elements: &[E], dead_bits: E::Word, set: impl InstructionSet) -> Record {
     let nonfinite = || elements.iter().map(|x| x.magnitude().into()).filter(|&bits: &u32| bits >= E::INFINITY);

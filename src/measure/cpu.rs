@@ -19,8 +19,8 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// The records of tensors, whose elements were scaled if there is a loss scale. `parts` has one a chunk, and afterwards
-/// those that the tensors have.
+/// Gives the records of tensors, whose elements were scaled if there is a loss scale. `parts` has one a chunk, and
+/// afterwards those of the tensors' chunks.
 fn measure(
     tensors: &[HostTensor<'_>],
     entries: &[TensorEntry],
@@ -37,7 +37,7 @@ fn measure(
         work.push((*tensor, entry.dead_bits, of_tensor, record));
     }
     work.into_par_iter().for_each(|(tensor, dead_bits, parts, record)| {
-        // Absent, it has chunks but no elements.
+        // An absent tensor has chunks but no elements.
         let count = tensor.len().div_ceil(CHUNK);
         let parts = &mut parts[..count];
         parts.par_iter_mut().enumerate().for_each(|(index, part)| {
@@ -51,12 +51,12 @@ fn measure(
     });
 }
 
-/// The dead threshold as a magnitude of the elements' type: the table's, or that of a step's scale.
+/// The dead threshold as a magnitude of the elements' type: from the table, or from the step's loss scale.
 fn word<E: Element>(_: &[E], bits: u32, threshold: Option<f64>) -> <E as Bits>::Word {
     E::word(threshold.map_or(bits, |threshold| E::DTYPE.threshold_bits(threshold)))
 }
 
-/// What `gradprobe_measure` does.
+/// Does as `gradprobe_measure`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -92,7 +92,7 @@ pub(crate) unsafe fn run(a: &StepArguments) {
         measure(&weights, entries, parts, None, records);
     }
     if a.is_part == 0 {
-        // SAFETY: the caller's promise; what was made of it above is no longer used.
+        // SAFETY: the caller's promise; the references made above are no longer used.
         return unsafe { finish(a) };
     }
     // SAFETY: the caller's promise.
@@ -104,7 +104,7 @@ pub(crate) unsafe fn run(a: &StepArguments) {
     }
 }
 
-/// Adds what must be the same on all ranks before they decide a step.
+/// Adds the state that must be the same on all ranks before they decide a step.
 ///
 /// # Safety
 /// As of [`run`].
@@ -120,7 +120,7 @@ unsafe fn add_state(a: &StepArguments, check: &mut CheckSums) {
         .map(|factor| ranks::mixed_sum(words.clone().chain([outputs[0].step]).chain(scale)).wrapping_mul(factor));
 }
 
-/// The end of a step whose records are there.
+/// Finishes a step, once its records are there.
 ///
 /// # Safety
 /// As of [`run`].

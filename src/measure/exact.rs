@@ -1,22 +1,23 @@
 //! Sums of f64 without rounding and without order. `kernels/exact.cuh` has the same layout.
 //!
-//! A number is a multiple of 2^-352 and falls into three limbs of 32 bits at most; adding it adds three integers. Integers
-//! may be added in any order, by any thread or rank, and the sum is rounded once. So the norm of a step does not depend on
-//! how its chunks lie on ranks: the "long accumulator" of Kulisch, *Computer Arithmetic and Validity* (2013), chapter 8,
-//! with limbs that are carried late, as in Collange, Defour, Graillat and Iakymchuk, *Numerical reproducibility for the
-//! parallel reduction on multi- and many-core architectures* (2015).
+//! A number is a multiple of 2^-352 and falls into at most three limbs of 32 bits; adding it adds three integers.
+//! Integers may be added in any order, by any thread or rank, and the sum is rounded once. So the norm of a step does
+//! not depend on how its chunks lie on ranks. This is the "long accumulator" of Kulisch, *Computer Arithmetic and
+//! Validity* (2013), chapter 8, with late carries, as in Collange, Defour, Graillat and Iakymchuk, *Numerical
+//! reproducibility for the parallel reduction on multi- and many-core architectures* (2015).
 
 use super::Record;
 use bytemuck::{Pod, Zeroable};
 
 /// Limbs of 32 bits and their carries, of which limb k weighs 2^(32k - 352).
 ///
-/// Squares of f32 are multiples of 2^-298, and as sums of a chunk in f64, of at least 2^-299, of 2^-351: none has a bit
-/// below the first limb. They are at most 2^256 each, and 2^54 of them below 2^310; the last limb ends at 2^320.
+/// Squares of f32 are multiples of 2^-298. Sums of a chunk in f64 are at least 2^-299, and so multiples of 2^-351. None
+/// has a bit below the first limb. They are at most 2^256 each, and 2^54 of them below 2^310; the last limb ends at
+/// 2^320.
 ///
-/// A number adds at most 2^32 - 1 to a limb, and 2^32 numbers at most 2^64 - 2^32. A plan has 2^25 chunks. Carried, all
-/// limbs but the last are below 2^32 again, and those of 2^32 ranks may be added. Where some numbers are negative, which
-/// wraps, a limb is one of two's complement and holds 2^31 of them, 2^63 - 2^31 at most.
+/// A number adds at most 2^32 - 1 to a limb, and 2^32 numbers at most 2^64 - 2^32. A plan has 2^25 chunks. After a
+/// carry, all limbs but the last are below 2^32 again, and those of 2^32 ranks may be added. Negative numbers wrap: a
+/// limb is then a two's complement and holds 2^31 numbers, 2^63 - 2^31 at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub(crate) struct ExactSum([u64; LIMBS]);
@@ -27,15 +28,15 @@ const LIMB: u64 = (1 << LIMB_BITS) - 1;
 /// The weight of the lowest bit is 2^-LOWEST.
 const LOWEST: u32 = 352;
 
-/// What a step adds up to.
+/// The sums of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct StepSums {
-    /// Of the finite elements, before they are unscaled: the sum of the chunks' f64.
+    /// Squares of the finite elements, before they are unscaled: the sum of the chunks' f64.
     pub squares: ExactSum,
     pub nan_count: u64,
     pub inf_count: u64,
-    /// Chunks with NaN or Inf, of replicas that are not counted as well.
+    /// Chunks with NaN or Inf, also of replicas that are not counted.
     pub nonfinite: u64,
 }
 // The other side is in kernels/arguments.cuh.
@@ -60,7 +61,7 @@ impl ExactSum {
     #[expect(clippy::cast_possible_truncation, reason = "to the limb")]
     pub fn add(&mut self, value: f64) {
         const FRACTION: u64 = (1 << (f64::MANTISSA_DIGITS - 1)) - 1;
-        /// What the exponent field of a number is whose fraction's last bit is the lowest.
+        /// The exponent field of a number whose fraction ends at the lowest bit.
         const FIRST: u64 = 1075 - LOWEST as u64;
         let bits = value.to_bits();
         let (exponent, fraction) = (bits >> 52 & 0x7ff, (bits & FRACTION) | (FRACTION + 1));
@@ -85,21 +86,22 @@ impl ExactSum {
         }
     }
 
-    /// The nearest f64, to even between two, of a sum of numbers of which none is negative.
+    /// Gives the nearest f64, to even between two, of a sum without negative numbers.
     pub fn rounded(mut self) -> f64 {
         self.carry();
         let top = (2..LIMBS).rev().find(|&k| self.0[k] != 0).unwrap_or(2);
         let (below, first) = self.0.split_at(top - 2);
         let bits = first[..3].iter().rev().fold(0u128, |bits, &limb| bits << LIMB_BITS | u128::from(limb));
         let rest = u128::from(below.iter().any(|&limb| limb != 0));
-        // 96 bits at most, and a last one for what is below: more than twice a fraction's, so that it rounds as all would.
+        // 96 bits at most, and a sticky bit for those below: more than twice a fraction's, so that it rounds as all of
+        // them would.
         let exponent = 1023 - u64::from(LOWEST) - 1 + (top as u64 - 2) * u64::from(LIMB_BITS);
         #[expect(clippy::cast_precision_loss, reason = "rounding is what is wanted")]
         let nearest = (bits << 1 | rest) as f64;
         nearest * f64::from_bits(exponent << (f64::MANTISSA_DIGITS - 1))
     }
 
-    /// The nearest f64 of a sum of any numbers.
+    /// Gives the nearest f64 of a sum of any numbers.
     pub fn rounded_signed(mut self) -> f64 {
         if !self.carry_signed() {
             return self.rounded();
@@ -109,7 +111,7 @@ impl ExactSum {
         -self.rounded()
     }
 
-    /// Brings all limbs but the last to 0..2^32, where they may be negative, and says whether the sum is.
+    /// Brings all limbs but the last, which may be negative, to 0..2^32. Says whether the sum is negative.
     fn carry_signed(&mut self) -> bool {
         for k in 1..LIMBS {
             let over = self.0[k - 1].cast_signed() >> LIMB_BITS;
@@ -139,7 +141,7 @@ mod tests {
         if exponent == 0 { fraction.into() } else { BigUint::from(fraction | 1 << 52) << (exponent - 1) }
     }
 
-    /// Whether `value` is the nearest f64 to `sum` · 2^-1074, or of two such the even one.
+    /// Whether `value` is the nearest f64 to `sum` · 2^-1074, or the even one of two.
     fn is_nearest(value: f64, sum: &BigUint) -> bool {
         let twice = |number: &BigUint| number << 1u32;
         let (below, above) =
@@ -154,7 +156,7 @@ mod tests {
         values.iter().for_each(|&value| sum.add(value));
         let exact: BigUint = values.iter().map(|&value| integer(value)).sum();
         assert!(is_nearest(sum.rounded(), &exact), "{values:?}: {:e}", sum.rounded());
-        // In two parts, one of them carried before: the same integer.
+        // The same integer in two parts, one of them carried before.
         let (mut one, mut other) = (ExactSum::default(), ExactSum::default());
         values.iter().rev().step_by(2).for_each(|&value| one.add(value));
         values.iter().rev().skip(1).step_by(2).for_each(|&value| other.add(value));
@@ -181,7 +183,7 @@ mod tests {
         check(&[least]);
         check(&[least.next_down(), greatest, least]);
         check(&[greatest * 2f64.powi(54)]);
-        // Ties, to even, and what is just beside them.
+        // Ties, to even, and their neighbours.
         for exponent in [-290, -33, 0, 31, 200] {
             let unit = 2f64.powi(exponent);
             for odd in [1.0, 1.0 + f64::EPSILON] {
@@ -220,7 +222,7 @@ mod tests {
 
     #[test]
     fn limbs_hold_two_to_the_32_numbers_and_not_one_more() {
-        // All bits of three limbs, or of one, by numbers of all ones.
+        // All bits of three limbs, or of one, from numbers with all bits set.
         let full = f64::from_bits((1023 + 52) << 52 | ((1 << 52) - 1));
         for place in 0..LIMB_BITS {
             let value = full * f64::from_bits(u64::from(1023 + place) << 52);

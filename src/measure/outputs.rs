@@ -1,4 +1,4 @@
-//! What a step decides for all the tensors together: norms, coefficient, flags. The deferred clip.
+//! The outputs of a step over all tensors: norms, coefficient, flags. An optimizer can apply the clip from them.
 
 use super::{Record, StepSums, propagate};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// The step's scalars, in the layout kernels read on the device (96 bytes, `kernels/include/gradprobe.h`).
+/// Holds the step's scalars, in the layout that kernels read on the device (96 bytes, `kernels/include/gradprobe.h`).
 ///
 /// An optimizer that multiplies gradients by `coefficient` (or divides by `inverse_coefficient`, PyTorch's
 /// `grad_scale`) and returns early on `skip` (or on `found_inf`) needs no clip pass at all.
@@ -18,24 +18,25 @@ pub struct StepOutputs {
     pub total_norm: f64,
     /// L2 norm over the finite elements of all tensors.
     pub finite_total_norm: f64,
-    /// Of all tensors together: min(1, max_norm / (norm + 1e-6)), the rule of `torch.nn.utils.clip_grad_norm_`, or what
-    /// another [`Clip`](crate::Clip) decided. 1 without a clip, and where tensors or elements are clipped on
-    /// their own.
+    /// Coefficient for all tensors together: min(1, max_norm / (norm + 1e-6)), the rule of
+    /// `torch.nn.utils.clip_grad_norm_`, or another [`Clip`](crate::Clip)'s. 1 without a clip, and where tensors or
+    /// elements are clipped on their own.
     pub coefficient_f64: f64,
     /// `total_norm` in f32.
     pub total_norm_f32: f32,
-    /// What gradients are multiplied by: `coefficient_f64` in f32, and over `loss_scale` where they are scaled by one. 1
+    /// The factor of the gradients: `coefficient_f64` in f32, divided by `loss_scale` where they are scaled by one. 1
     /// in a step to skip.
     pub coefficient: f32,
     /// loss_scale / coefficient_f64: for optimizers that divide.
     pub inverse_coefficient: f32,
-    /// 1.0 if any element is NaN or infinite, on any rank that the step waits for, or the loss scale not usable, or the step to be
-    /// skipped because ranks differ; else 0.0.
+    /// 1.0 if any element is NaN or infinite, on any rank that the step waits for; if the loss scale is not usable; or
+    /// if the step is to be skipped because ranks differ. Else 0.0.
     pub found_inf: f32,
-    /// 1 if the optimizer should leave this step out ([`NonFinitePolicy::Skip`] and a non-finite element, a
-    /// loss scale that is not usable, or ranks that differ where that is [strict](crate::ranks::ReplicaCheck::Strict)), else 0.
+    /// 1 if the optimizer should leave this step out, else 0. That is so for a non-finite element under
+    /// [`NonFinitePolicy::Skip`], a loss scale that is not usable, and ranks that differ where the check is
+    /// [strict](crate::ranks::ReplicaCheck::Strict).
     pub skip: i32,
-    /// What the clip kernel has to do: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is nothing.
+    /// The work of the clip kernel: bits of [`StepOutputs::ACTION_SCALE`] and its neighbours; 0 is none.
     pub action: u32,
     /// Bits of [`StepOutputs::FLAG_NAN`] and its neighbours; 0 is a clean, unclipped step.
     pub flags: u32,
@@ -47,10 +48,10 @@ pub struct StepOutputs {
     pub nan_count: u64,
     /// Infinite elements of all tensors.
     pub inf_count: u64,
-    /// The step's health word by [`Config::rules`](crate::Config::rules), 0 without them: see [`health`](crate::health) for its bits, and
-    /// [`verdict_of`](crate::health::verdict_of) for what it comes to.
+    /// The step's health word by [`Config::rules`](crate::Config::rules), 0 without them. [`health`](crate::health)
+    /// lists its bits, and [`verdict_of`](crate::health::verdict_of) gives the verdict.
     pub health: u32,
-    /// What the loss, and so this step's gradients, was multiplied by: 1 without a [`LossScale`](crate::clip::LossScale).
+    /// The factor of the loss, and so of this step's gradients: 1 without a [`LossScale`](crate::clip::LossScale).
     pub loss_scale: f32,
     /// The loss scale of the next step.
     pub next_loss_scale: f32,
@@ -82,22 +83,23 @@ impl StepOutputs {
     pub const FLAG_NAN: u32 = 1;
     /// `flags`: some element is infinite.
     pub const FLAG_INF: u32 = 2;
-    /// `flags`: something is clipped.
+    /// `flags`: some elements are clipped.
     pub const FLAG_CLIPPED: u32 = 4;
     /// `flags`: the step should be skipped.
     pub const FLAG_SKIP: u32 = 8;
     /// `flags`: the norm is an outlier by [`Clip::ZScore`](crate::Clip::ZScore).
     pub const FLAG_SPIKE: u32 = 16;
-    /// `flags`: the loss scale is not finite and above 0, as only a kernel of one's own can set it. The step should be
-    /// skipped whatever the policy, and its numbers are those of the gradients as they are.
+    /// `flags`: the loss scale is not a finite number above 0. Only a kernel of your own can set such a scale. The step
+    /// should be skipped under any policy, and its numbers are those of the gradients as they are.
     pub const FLAG_LOSS_SCALE: u32 = 32;
-    /// `flags`: ranks hold other bits of a tensor, though they should be replicas; see [`ranks`](crate::ranks) for of which step.
+    /// `flags`: ranks that should be replicas hold other bits of a tensor. [`ranks`](crate::ranks) says of which step.
     pub const FLAG_REPLICAS: u32 = 64;
-    /// `flags`: ranks have come to this step, or the one before, with another step number, loss scale or memory of the clip.
+    /// `flags`: ranks have come to this step, or the one before, with another step number, loss scale or state of the
+    /// clip.
     pub const FLAG_STATE: u32 = 128;
 
-    /// The outputs of a step from its sums and records, `refused` if ranks differ: what the last block of the measure kernel does. The number of the step,
-    /// and what it measured besides, are for the caller to add.
+    /// Gives the outputs of a step from its sums and records, as the last block of the measure kernel does; `refused`
+    /// if ranks differ. The caller adds the step's number and the other measurements.
     pub(crate) fn finish(
         &StepSums { squares, nan_count, inf_count, nonfinite }: &StepSums,
         records: &[Record],

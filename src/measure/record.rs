@@ -1,11 +1,23 @@
-//! What one read of a tensor leaves behind: a record that can be merged and asked for every statistic.
+//! The record of one read of a tensor. It can be merged, and gives every statistic.
 
 use bytemuck::{Pod, Zeroable};
 
-/// The statistics of a run of elements, as counts, extremes and moments over the finite ones.
+/// Holds the statistics of a run of elements: counts, and extremes and moments over the finite ones.
 ///
 /// The kernels write this very struct (`kernels/include/gradprobe.h`), one per tensor, and an optimizer's kernel may
-/// read it there. Fields hold what merges; the accessors give what people ask for.
+/// read it there. The fields can be merged; the methods give the statistics.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 4)])?, Config::new())?;
+/// probe.measure(&[&[3.0f32, f32::NAN, 0.0, 4.0]])?;
+/// let record = probe.wait()?.records()[0];
+/// assert_eq!((record.nan_count, record.first_nonfinite(), record.zero_count), (1, Some(1), 1));
+/// assert!((record.finite_l2_norm() - 5.0).abs() < 5e-7 * 5.0);
+/// assert_eq!(record.max_abs(), Some(4.0));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Record {
@@ -52,7 +64,7 @@ impl Record {
     /// `first_nonfinite_index` of a record without a non-finite element.
     pub const NONE: u64 = u64::MAX;
 
-    /// The record of no elements: merging it changes nothing, to the bit.
+    /// The record of no elements: merging it changes no bit.
     pub const EMPTY: Record = Record {
         count: 0,
         nan_count: 0,
@@ -67,12 +79,12 @@ impl Record {
         min_nonzero_abs_or_infinity: f32::INFINITY,
     };
 
-    /// The record of `self`'s elements followed by `next`'s: of the shards of a tensor, of micro-batches, of ranks.
+    /// Gives the record of `self`'s elements followed by `next`'s: of a tensor's shards, of micro-batches, of ranks.
     ///
-    /// Counts, extremes and the first non-finite index are exact whatever the order. The moments follow Chan, Golub
-    /// and LeVeque (1979), in f64: `merge` is a fixed sequence of IEEE operations, so the same records merged in the
-    /// same order give the same bits on every machine, and the kernels call the same sequence. Another order or
-    /// grouping may differ in the last bits of f64.
+    /// Counts, extremes and the first non-finite index are exact in any order. The moments follow Chan, Golub and
+    /// LeVeque (1979), in f64: `merge` is a fixed sequence of IEEE operations, and the kernels call the same one. So
+    /// the same records merged in the same order give the same bits on every machine. Another order or grouping may
+    /// differ in the last bits of f64.
     #[must_use]
     pub fn merge(&self, next: &Record) -> Record {
         let first_nonfinite_index = if self.first_nonfinite_index != Self::NONE {
@@ -98,7 +110,7 @@ impl Record {
         }
     }
 
-    /// What a reader should look at first, in a few words; empty when nothing stands out. Facts, not a diagnosis:
+    /// Says in a few words where to look first; empty when nothing stands out. These are facts, no diagnosis:
     /// non-finite elements and where they begin, a tensor that is all zero, and a dead share of at least a tenth.
     pub fn remarks(&self) -> String {
         let mut remarks = Vec::new();
@@ -129,7 +141,7 @@ impl Record {
         let (own_weight, others_weight) = (own / (own + others), others / (own + others));
         let gap = next.mean_or_zero - self.mean_or_zero;
         let within = self.sum_squared_deviations + next.sum_squared_deviations;
-        // From the mean of the larger side: from that of one element before 10^12 zeros, rounding would leave 2e-5.
+        // From the mean of the larger side. From that of one element before 10^12 zeros, rounding would leave 2e-5.
         let mean = if own < others {
             (-gap).mul_add(own_weight, next.mean_or_zero)
         } else {
@@ -159,8 +171,8 @@ impl Record {
         self.finite_sum_squares().sqrt()
     }
 
-    /// What `torch.linalg.vector_norm` says of the same data: NaN if there is a NaN, else +Inf if there is an Inf,
-    /// else [`finite_l2_norm`](Self::finite_l2_norm).
+    /// The norm as `torch.linalg.vector_norm` gives it: NaN if there is a NaN, else +Inf if there is an Inf, else
+    /// [`finite_l2_norm`](Self::finite_l2_norm).
     pub fn l2_norm(&self) -> f64 {
         propagate(self.nan_count, self.inf_count, self.finite_l2_norm())
     }

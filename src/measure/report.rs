@@ -1,4 +1,4 @@
-//! The numbers of one step, read back to the host.
+//! The report of one step, read back to the host.
 
 use crate::{
     DType, Error, Plan, Record, StepOutputs,
@@ -9,20 +9,34 @@ use crate::{
 };
 use std::{fmt, sync::Arc};
 
-/// The statistics of one step. `Display` prints a table.
+/// Holds the statistics of one step. `Display` prints a table.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe};
+///
+/// let plan = Plan::new([("weight", DType::F32, 2), ("bias", DType::F32, 1)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0], &[0.0f32]])?;
+/// let report = probe.wait()?;
+/// assert_eq!((report.step(), report.outputs().total_norm), (1, 5.0));
+/// for tensor in report.tensors() {
+///     println!("{}: {}", tensor.name, tensor.record.l2_norm());
+/// }
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Report {
     plan: Plan,
     outputs: StepOutputs,
     records: Vec<Record>,
-    /// Of the weights, one a tensor, when they were measured.
+    /// Records of the weights, one a tensor, when they were measured.
     weights: Option<Vec<Record>>,
-    /// Their norms, when those are known from elsewhere.
+    /// Norms of the weights, when they are known from elsewhere.
     param_norms: Option<Vec<f64>>,
-    /// Words of the tensors, where the probe judges them.
+    /// Health words of the tensors, where the probe has rules.
     health_words: Option<Vec<u32>>,
     diagnosis: Option<Arc<Diagnosis>>,
-    /// How far the step moved the tensors, and by which optimizer.
+    /// How far the step moved the weights, and by which optimizer.
     updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>,
     ranks: Option<RankCheck>,
 }
@@ -38,19 +52,19 @@ pub struct TensorReport<'a> {
     pub len: u64,
     /// Its statistics.
     pub record: &'a Record,
-    /// The statistics of the weight whose gradient it is, if the step measured them.
+    /// The statistics of its weight, if the step measured the weights.
     pub weight: Option<&'a Record>,
-    /// L2 norm of that weight, if it was measured or given, or moved by an optimizer, which measures it after.
+    /// L2 norm of its weight, if that was measured or given. An optimizer that moves the weight measures it afterwards.
     pub param_norm: Option<f64>,
-    /// How far the step has moved that weight, if it did.
+    /// How far the step has moved its weight, if it did.
     pub update: Option<&'a UpdateRecord>,
-    /// Signal over noise of the gradients of all steps, by the moments of an AdamW that moved the weight.
+    /// Signal over noise of the gradients of all steps, from the moments of an AdamW that moved the weight.
     pub moments: Option<f64>,
 }
 
 impl Report {
-    /// `weights` are the records of the weights, where the step measured them; `health_words` one a tensor, where it judged
-    /// them.
+    /// Makes a report. `weights` are the records of the weights, where the step measured them; `health_words` one a
+    /// tensor, where the probe has rules.
     pub(crate) fn new(
         plan: Plan,
         outputs: StepOutputs,
@@ -63,50 +77,51 @@ impl Report {
         Self { plan, outputs, records, weights, param_norms, health_words, diagnosis, updates, ranks }
     }
 
-    /// With how far an optimizer has moved the weights, one a tensor.
+    /// Adds how far an optimizer has moved the weights, one a tensor.
     pub(crate) fn with_updates(self, updates: Option<(Arc<Optimizer>, Vec<UpdateRecord>)>) -> Self {
         Self { updates, ..self }
     }
 
-    /// With what came of comparing ranks.
+    /// Adds the comparison of the ranks.
     pub(crate) fn with_ranks(self, ranks: Option<RankCheck>) -> Self {
         Self { ranks, ..self }
     }
 
-    /// Where ranks differ, if there are [others](crate::ranks).
+    /// The comparison of ranks, if there are [others](crate::ranks).
     pub fn rank_check(&self) -> Option<&RankCheck> {
         self.ranks.as_ref()
     }
 
-    /// With what was found in it.
+    /// Adds the diagnosis.
     pub(crate) fn with_diagnosis(self, diagnosis: Option<Arc<Diagnosis>>) -> Self {
         Self { diagnosis, ..self }
     }
 
-    /// With the L2 norms of the weights whose gradients these are, in the plan's order, known from elsewhere: from a
-    /// step that measured them, say.
+    /// Adds the L2 norms of the weights, in the plan's order, where they are known from elsewhere, such as a step that
+    /// measured them.
     ///
     /// # Errors
-    /// [`Error::TensorCount`] when there are not as many as tensors.
+    /// [`Error::TensorCount`] when there are not as many norms as tensors.
     pub fn with_param_norms(self, norms: &[f64]) -> Result<Self, Error> {
         self.plan.check_count(norms.len())?;
         Ok(Self { param_norms: Some(norms.to_vec()), ..self })
     }
 
-    /// What `Display` prints, with these tensors alone, by their places in the plan and in this order.
+    /// Gives the table that `Display` prints, of these tensors alone: places in the plan, in this order.
     ///
     /// # Panics
-    /// When it is printed, for a place that is not in the plan.
+    /// When it is printed with a place that is not in the plan.
     pub fn table_of<'a>(&'a self, tensors: &'a [usize]) -> impl fmt::Display + 'a {
         Table(self, tensors)
     }
 
-    /// What was measured.
+    /// The plan of the measured tensors.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// The number of the step: which measurement of its probe this is, from 1, or as [`Probe::set_step`](crate::Probe::set_step) says.
+    /// The number of the step: its probe's count of measurements, from 1, or the number given by
+    /// [`Probe::set_step`](crate::Probe::set_step).
     pub fn step(&self) -> u64 {
         self.outputs.step
     }
@@ -116,8 +131,8 @@ impl Report {
         &self.outputs
     }
 
-    /// Whether the optimizer should leave the step out: something was not finite, under
-    /// [`NonFinitePolicy::Skip`](crate::NonFinitePolicy::Skip), or the loss scale not usable.
+    /// Whether the optimizer should leave the step out: an element was not finite, under
+    /// [`NonFinitePolicy::Skip`](crate::NonFinitePolicy::Skip), or the loss scale was not usable.
     pub fn skip(&self) -> bool {
         self.outputs.skip != 0
     }
@@ -127,7 +142,7 @@ impl Report {
         &self.records
     }
 
-    /// What is wrong with the step, by the rules that its probe was declared with.
+    /// The diagnosis of the step, by the rules that its probe was declared with.
     pub fn diagnosis(&self) -> Option<&Diagnosis> {
         self.diagnosis.as_deref()
     }
@@ -137,7 +152,7 @@ impl Report {
         self.tensors().filter(TensorReport::is_absent).map(|tensor| tensor.name)
     }
 
-    /// The word of each tensor, in the plan's order, if the probe was told to judge them: the bits of
+    /// The health word of each tensor, in the plan's order, if the probe has rules: the bits of
     /// [`StepOutputs::health`].
     pub fn health_words(&self) -> Option<&[u32]> {
         self.health_words.as_deref()
@@ -148,13 +163,13 @@ impl Report {
         self.weights.as_deref()
     }
 
-    /// How far the step has moved each weight, in the plan's order, if the probe has an optimizer. Of a step that is not
-    /// updated yet, or skipped, they have another step's number, or 0.
+    /// How far the step has moved each weight, in the plan's order, if the probe has an optimizer. Before the update of
+    /// this step, or if it is skipped, they have another step's number, or 0.
     pub fn updates(&self) -> Option<&[UpdateRecord]> {
         self.updates.as_ref().map(|(_, updates)| &updates[..])
     }
 
-    /// That of a tensor, if it is this step's.
+    /// The update of a tensor, if it is this step's.
     fn update(&self, index: usize) -> Option<&UpdateRecord> {
         self.updates().map(|updates| &updates[index]).filter(|update| update.count > 0 && update.step == self.step())
     }
@@ -164,13 +179,13 @@ impl Report {
         self.weights.is_some() || self.param_norms.is_some() || self.updates.is_some()
     }
 
-    /// Of a weight before the step: given, or measured with the gradients.
+    /// The norm of a weight before the step: given, or measured with the gradients.
     pub(crate) fn param_norm_before(&self, index: usize) -> Option<f64> {
         let given = self.param_norms.as_ref().map(|norms| norms[index]);
         given.or_else(|| self.weights.as_ref().map(|weights| weights[index].l2_norm()))
     }
 
-    /// The same, or else as the step left it.
+    /// The same, or else the norm after the step.
     fn param_norm(&self, index: usize) -> Option<f64> {
         self.param_norm_before(index).or_else(|| self.update(index).map(UpdateRecord::weight_norm))
     }
@@ -191,12 +206,12 @@ impl Report {
 }
 
 impl TensorReport<'_> {
-    /// Whether it had no gradient in this step, on any rank: the record is empty, though the tensor is not.
+    /// Whether it had no gradient in this step, on any rank. The record is then empty, though the tensor is not.
     pub fn is_absent(&self) -> bool {
         self.len > 0 && self.record.count == 0
     }
 
-    /// Norm of the gradient over that of its weight; `None` when that is not known, or 0.
+    /// Norm of the gradient over that of its weight; `None` when the latter is unknown or 0.
     pub fn ratio(&self) -> Option<f64> {
         self.param_norm.filter(|&norm| norm != 0.0).map(|norm| self.record.l2_norm() / norm)
     }
@@ -206,18 +221,19 @@ impl TensorReport<'_> {
         self.update.and_then(|update| update.cosine(self.record.finite_l2_norm()))
     }
 
-    /// What a reader should look at first, in a few words: that it has no gradient, or [`Record::remarks`].
+    /// Says in a few words where to look first: that it has no gradient, or [`Record::remarks`].
     pub fn remarks(&self) -> String {
         if self.is_absent() { "no gradient".to_owned() } else { self.record.remarks() }
     }
 }
 
-/// A name as one line of printable characters, however odd the original.
+/// Gives a name as one line of printable characters.
 pub(crate) fn printable(name: &str) -> String {
     name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// How wide a column of such names is under its heading, as far as a format can ask for: a longer name is printed as it is.
+/// The width of a column of such names under its heading, up to the most a format takes. A longer name is printed in
+/// full.
 pub(crate) fn width_of<N: AsRef<str>>(names: impl IntoIterator<Item = N>, heading: &str) -> usize {
     let longest = names.into_iter().map(|name| name.as_ref().chars().count()).max().unwrap_or(0);
     longest.max(heading.chars().count()).min(u16::MAX.into())
@@ -256,7 +272,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Of these tensors.
+/// A table of these tensors.
 struct Table<'a>(&'a Report, &'a [usize]);
 
 impl fmt::Display for Table<'_> {

@@ -7,7 +7,7 @@ use crate::{
     spec::TILE,
 };
 
-/// What the magnitude bits of some elements say.
+/// Counts and extremes of the magnitude bits of some elements.
 #[derive(Clone, Copy)]
 pub(super) struct Scan<W> {
     /// Largest magnitude; at or above the pattern of Inf when an element is not finite.
@@ -35,8 +35,8 @@ impl<W: Word> Scan<W> {
             let magnitude = x.magnitude();
             max = max.max(magnitude);
             min = min.min(magnitude.decrement());
-            // Conditions as they are here, a count takes two vector instructions; of a minimum of 1 and a magnitude the
-            // compiler makes three, and of an unsigned comparison on AVX2 four.
+            // With these conditions a count takes two vector instructions. A minimum of 1 and a magnitude takes three,
+            // and an unsigned comparison on AVX2 four.
             zeros = zeros.add(one_if(magnitude == W::default()));
             dead = dead.add(one_if(magnitude.is_below(dead_bits)));
         }
@@ -46,9 +46,9 @@ impl<W: Word> Scan<W> {
         self.dead += u64::from(Into::<u32>::into(dead));
     }
 
-    /// Adds the elements of a tile, and asks for those of the next while it does. The memory is then busy while the
-    /// sums of this tile are made: without, the whole took 1.2 to 1.4 times as long. A quarter of a tile at a time:
-    /// there are not as many requests in flight as a tile has lines, and asking for all at once took 1.05 to 1.25 times
+    /// Adds the elements of a tile, and meanwhile asks for those of the next. This keeps the memory busy while the sums
+    /// of this tile are made: without it, the whole took 1.2 to 1.4 times as long. It asks for a quarter of a tile at a
+    /// time: fewer requests can be in flight than a tile has lines, and asking for all at once took 1.05 to 1.25 times
     /// as long.
     #[inline(always)]
     pub(super) fn add_tile<E: Element + Bits<Word = W>>(
@@ -66,7 +66,7 @@ impl<W: Word> Scan<W> {
         }
     }
 
-    /// A record, without moments, of that many elements: these and such as are not finite.
+    /// Gives the record, without moments, of that many elements: these and the non-finite ones.
     #[inline(always)]
     pub(super) fn record<E: Element + Bits<Word = W>>(&self, count: usize) -> Record {
         Record {

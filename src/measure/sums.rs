@@ -19,8 +19,8 @@ pub(super) struct Sums {
 const RUN: usize = WARP * PACKET;
 const _: () = assert!(TILE == PACKETS * RUN && PACKETS == 8 && PACKET == 8);
 
-/// The three sums of each slot of a tile; of bf16, of each pair of slots, in the first half. They are kept from tile to
-/// tile: made anew they would be filled with zeros each time, in three calls.
+/// The three sums of each slot of a tile; for bf16, of each pair of slots, in the first half. They are kept from tile
+/// to tile: new ones would be filled with zeros each time, in three calls.
 struct Slots {
     sum: [f32; RUN],
     magnitude: [f32; RUN],
@@ -51,8 +51,8 @@ impl Slots {
         }
     }
 
-    /// As pairs, whose first elements are a shift away from f32, and whose second ones a mask. The two are then added
-    /// as neighbours are: 32 instructions less for 64 elements, and half the shuffles of what follows.
+    /// Sums elements in pairs. The first of a pair becomes an f32 by a shift, the second by a mask. They are then added
+    /// as neighbours are: 32 instructions less for 64 elements, and half the shuffles of the next stage.
     #[inline(always)]
     fn set_bf16(&mut self, tile: &[[bf16; 2]; TILE / 2], value: impl Fn(f32) -> f32) {
         for i in 0..RUN / 2 {
@@ -69,7 +69,7 @@ impl Slots {
     }
 }
 
-/// Of one slot's elements in each packet: their sum, and those of their magnitudes and squares.
+/// Sums of one slot's elements in each packet, of their magnitudes and of their squares.
 #[inline(always)]
 fn sum_packets(x: [f32; PACKETS]) -> (f32, f32, f32) {
     let a = x.map(f32::abs);
@@ -81,7 +81,7 @@ fn sum_packets(x: [f32; PACKETS]) -> (f32, f32, f32) {
     )
 }
 
-/// Neighbours added in pairs, three times over: the PACKET slots of each lane become one.
+/// Adds neighbours in pairs, three times over: the PACKET slots of each lane become one.
 #[inline(always)]
 fn sum_slots<E: Element>(slots: &[f32; RUN]) -> [f32; WARP] {
     #[inline(always)]
@@ -145,9 +145,8 @@ fn sum_lanes(lanes: &[f32; LANES]) -> f64 {
     wide[0]
 }
 
-/// The sums of `value(x)` over at most one chunk of elements. What lies behind the last element up to the end of its
-/// tile is taken to be `padding`, whose value must be 0. `visit` sees each tile's elements while they are near, and the
-/// next tile's.
+/// Gives the sums of `value(x)` over at most one chunk of elements. The rest of the last tile is filled with `padding`,
+/// whose value must be 0. `visit` sees each tile's elements while they are in the cache, and the next tile's.
 #[inline(always)]
 pub(super) fn sums<E: Element>(
     elements: &[E],

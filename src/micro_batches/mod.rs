@@ -7,12 +7,12 @@ pub use room::MicroBatches;
 use crate::{Error, Plan, Record, measure::printable};
 use std::fmt;
 
-/// What the gradients of the micro-batches of one accumulation were, each measured before it was added to the sum: for
-/// what the sum no longer tells, such as which micro-batch brought the first NaN. `Display` prints a line a micro-batch.
+/// Holds the gradients' records of the micro-batches of one accumulation, each measured before it was added to the sum.
+/// They tell more than the sum: which micro-batch brought the first NaN, say. `Display` prints a line a micro-batch.
 #[derive(Clone, Debug)]
 pub struct MicroBatchReport {
     plan: Plan,
-    /// Of the first micro-batch, then of the second, …
+    /// Records of the first micro-batch, then of the second, …
     records: Vec<Vec<Record>>,
 }
 
@@ -21,7 +21,7 @@ impl MicroBatchReport {
         Self { plan, records }
     }
 
-    /// How many micro-batches were measured; at least one.
+    /// Number of measured micro-batches; at least one.
     #[expect(clippy::len_without_is_empty, reason = "there is no report of none")]
     pub fn len(&self) -> usize {
         self.records.len()
@@ -35,15 +35,16 @@ impl MicroBatchReport {
         &self.records[micro_batch]
     }
 
-    /// One record a tensor, in the plan's order: of its elements in the first micro-batch, followed by those in the second,
-    /// and so on. Counts, extremes and places are exact, and the bits are those of [`Record::merge`] in that order. The
-    /// squared norm is the sum of the micro-batches', not that of their sum.
+    /// Gives one record a tensor, in the plan's order: of its elements in the first micro-batch, followed by those in
+    /// the second, and so on. Counts, extremes and places are exact, and the bits are those of [`Record::merge`] in
+    /// that order. The squared norm is the sum of the micro-batches', not that of their sum.
     pub fn merged(&self) -> Vec<Record> {
         let merged = |index: usize| self.records.iter().fold(Record::EMPTY, |all, records| all.merge(&records[index]));
         (0..self.plan.tensors().len()).map(merged).collect()
     }
 
-    /// The first micro-batch in which the tensor at `index` of the plan has a NaN or Inf, and the place of the first there.
+    /// Gives the first micro-batch in which the tensor at `index` of the plan has a NaN or Inf, and the place of the
+    /// first there.
     ///
     /// # Panics
     /// When the plan has no such tensor.
@@ -70,18 +71,18 @@ impl fmt::Display for MicroBatchReport {
     }
 }
 
-/// Which of the places for micro-batches are taken.
+/// The places for micro-batches that are taken.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Accumulation {
     count: u32,
     taken: u32,
-    /// A step was measured since the last micro-batch: the next begins another accumulation.
+    /// Whether a step was measured since the last micro-batch: the next then begins another accumulation.
     closed: bool,
 }
 
 impl Accumulation {
     /// # Errors
-    /// [`Error::InvalidConfig`] for no micro-batch.
+    /// [`Error::InvalidConfig`] for 0 micro-batches.
     pub fn new(count: u32) -> Result<Self, Error> {
         if count == 0 {
             return Err(Error::InvalidConfig {
@@ -93,7 +94,7 @@ impl Accumulation {
         Ok(Self { count, taken: 0, closed: false })
     }
 
-    /// The place of the next micro-batch, which is then taken.
+    /// Takes the place of the next micro-batch.
     ///
     /// # Errors
     /// [`Error::TooManyMicroBatches`].
@@ -106,17 +107,17 @@ impl Accumulation {
         Ok(taken as usize)
     }
 
-    /// A step was measured.
+    /// Notes that a step was measured.
     pub fn close(&mut self) {
         self.closed = true;
     }
 
-    /// How many places there are.
+    /// The number of places.
     pub fn count(&self) -> usize {
         self.count as usize
     }
 
-    /// How many are taken.
+    /// The number of places taken.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] when none is.

@@ -27,14 +27,14 @@ impl Feature<u32> for MicroBatches {
 }
 
 impl MicroBatches {
-    /// A step was measured.
+    /// Notes that a step was measured.
     pub(crate) fn close(&mut self) {
         self.accumulation.close();
     }
 }
 
 impl Config {
-    /// With so many micro-batches of an accumulation measured on their own, at least 1: a [`Record`] a
+    /// Declares that so many micro-batches of an accumulation, at least 1, are measured on their own: a [`Record`] a
     /// micro-batch and tensor.
     #[must_use]
     pub fn micro_batches(mut self, count: u32) -> Self {
@@ -44,7 +44,7 @@ impl Config {
 }
 
 impl Probe {
-    /// The micro-batches of a gradient accumulation.
+    /// Gives the micro-batches of a gradient accumulation.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::micro_batches`].
@@ -54,9 +54,9 @@ impl Probe {
 }
 
 impl Room<'_, MicroBatches> {
-    /// Launches the measurement of the gradients of the next micro-batch, before they are added to the sum. A measurement
-    /// on the side: no step, and what the clip does is unchanged. The measurement of a step, that of the sum, ends an
-    /// accumulation. Captured in a graph, micro-batches keep the places that they have in the capture.
+    /// Launches the measurement of the gradients of the next micro-batch, before they are added to the sum. This is no
+    /// step, and does not change the clip. The measurement of a step, that of the sum, ends an accumulation. Captured
+    /// in a graph, micro-batches keep the places that they have in the capture.
     ///
     /// # Errors
     /// [`Error::TooManyMicroBatches`], and those of [`Probe::measure`].
@@ -74,7 +74,7 @@ impl Room<'_, MicroBatches> {
         tensors.finish()
     }
 
-    /// The micro-batches of the accumulation under way, or of the last one. Waits for them.
+    /// Gives the micro-batches of the accumulation under way, or of the last one. Waits for them.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] before the first, [`Error::WaitInCapture`], or the device's.

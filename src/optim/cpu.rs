@@ -22,12 +22,13 @@ const RUN: usize = WARP * PACKET;
 const WARPS: usize = ROW / TILE;
 /// Elements of a run that are in registers together.
 const TOGETHER: usize = 16;
-/// Elements that are asked for before they are needed, across tiles. The sums leave the machine no room to look so far ahead by
-/// itself: from memory, on one core of family 26, an element takes 0.59 ns with it and 0.85 without; without the sums 0.50.
+/// Elements that are asked for before they are needed, across tiles. The sums leave the machine no room to look so far
+/// ahead by itself: from memory, on one core of family 26, an element takes 0.59 ns with it and 0.85 without; without
+/// the sums 0.50.
 const AHEAD: usize = 512;
 type Tile = [f32; TILE];
 
-/// What `gradprobe_optimizer` does.
+/// Does as `gradprobe_optimizer`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -52,16 +53,16 @@ pub(crate) unsafe fn run(a: &OptimizerArguments) {
     let (learning_rate, how) = (learning_rate[0], Clipping::of(outputs, header));
     let unscale = 1.0 / divisor(outputs.loss_scale);
     let tensors = gradients.into_par_iter().zip(entries).zip(others).zip(states).zip(updates).zip(coefficients);
-    // Of tensors without elements no chunk would set a record.
+    // No chunk would set the record of a tensor without elements.
     let tensors = tensors.filter(|(((((_, entry), _), _), _), _)| entry.length > 0);
     tensors.for_each(|(((((gradient, entry), other), state), update), coefficient)| {
         let count = gradient.len();
-        // Of what is not kept there is no memory, or another tensor's.
+        // State that is not kept has no memory, or its address is another tensor's.
         let kept = |is_kept: bool, address: u64, offset: u64| {
             (address + offset * size_of::<f32>() as u64, if is_kept { count } else { 0 })
         };
         let moments = Rule::moments_of(a.rule);
-        // SAFETY: the caller's promise; of each tensor it is other memory.
+        // SAFETY: the caller's promise; each tensor has other memory.
         let (first, second, masters): (&mut [f32], &mut [f32], &mut [f32]) = unsafe {
             Tables::at((
                 kept(moments > 0, a.first, state.offset),
@@ -88,7 +89,7 @@ pub(crate) unsafe fn run(a: &OptimizerArguments) {
     });
 }
 
-/// A tensor, what is kept of it, and how it moves.
+/// A tensor, its state, and its update.
 struct Moved<'a> {
     gradient: HostTensor<'a>,
     weight: HostTensorMut<'a>,
@@ -148,20 +149,20 @@ impl Moved<'_> {
     }
 }
 
-/// The chunks of a list, as many as there are; those of one that is not kept are empty.
+/// Gives the chunks of a list, as many as there are; those of an absent list are empty.
 fn chunks(kept: &mut [f32], count: usize) -> impl IndexedParallelIterator<Item = &mut [f32]> {
     let mut chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
     chunks.resize_with(count, Default::default);
     chunks.into_par_iter()
 }
 
-/// At most one chunk.
+/// Moves at most one chunk.
 struct Move<'a, G, W, R> {
     lists: Lists<'a, G, W>,
     mover: Mover<R>,
 }
 
-/// What a chunk has of each element, or what is left of it. What is not kept is empty.
+/// The values of a chunk's elements, or the rest of them. Absent values are empty.
 struct Lists<'a, G, W> {
     gradients: &'a [G],
     weights: &'a mut [W],
@@ -191,13 +192,13 @@ impl<'a, G: Element, W: Element> Lists<'a, G, W> {
         }
     }
 
-    /// The same for a while.
+    /// Borrows the same lists again.
     fn again(&mut self) -> Lists<'_, G, W> {
         let Self { gradients, weights, first, second, masters } = self;
         Lists { gradients, weights, first, second, masters }
     }
 
-    /// Copies as many elements as are in the shorter of both.
+    /// Copies as many elements as the shorter of both has.
     fn copy_to(&self, to: &mut Lists<'_, G, W>) {
         fn of<T: Copy>(from: &[T], to: &mut [T]) {
             let count = from.len().min(to.len());
@@ -222,7 +223,7 @@ impl<G: Element, W: Element, R: Direction> Work for Move<'_, G, W, R> {
             mover.tile(&mut lists, &mut room, &mut sums, Part { warp, elements: TILE }, set);
         }
         if !lists.gradients.is_empty() {
-            // And zeros, which stay zeros.
+            // The rest are zeros, which stay zeros.
             let (mut gradients, mut weights) = ([G::ZERO; TILE], [W::ZERO; TILE]);
             let [mut first, mut second, mut masters] = [[0.0; TILE]; 3];
             gradients[..lists.gradients.len()].copy_from_slice(lists.gradients);
@@ -242,7 +243,7 @@ impl<G: Element, W: Element, R: Direction> Work for Move<'_, G, W, R> {
     }
 }
 
-/// What all elements of a tensor have in common.
+/// The values that all elements of a tensor share.
 #[derive(Clone, Copy)]
 struct Mover<R> {
     how: Clipping,
@@ -252,15 +253,15 @@ struct Mover<R> {
     rule: R,
 }
 
-/// Whose a tile is, and how many of its elements are no padding.
+/// The place of a tile, and the number of its elements that are no padding.
 #[derive(Clone, Copy)]
 struct Part {
     warp: usize,
     elements: usize,
 }
 
-/// What a tile adds up: in whole lines, a tenth faster with vectors of a line; and not a multiple of 4 KiB apart, where loads may
-/// wait for stores to other sums.
+/// The sums of a tile, in whole lines: a tenth faster with vectors of a line. They are not a multiple of 4 KiB apart,
+/// where loads may wait for stores to other sums.
 #[repr(align(64))]
 struct Slots([[f32; RUN + TOGETHER]; 5]);
 
@@ -348,7 +349,7 @@ impl<R: Direction> Mover<R> {
         }
     }
 
-    /// What is measured of gradients and what is taken of them, where that is more than a product.
+    /// Gives the measured and the taken value of gradients, where that is more than a product.
     #[inline(always)]
     fn take(&self, gradients: &Tile, taken: &mut [(f32, f32); TILE]) {
         for (x, to) in gradients.iter().zip(taken) {
@@ -357,8 +358,9 @@ impl<R: Direction> Mover<R> {
         }
     }
 
-    /// Moves what is kept of a tile's weights. `gradient` gives what was measured of each, and what is taken of it; `ask` is
-    /// told where this is, for what comes after. With `STORED` the weights are what is kept, and their squares are added up too.
+    /// Moves the state of a tile's weights. `gradient` gives the measured and the taken value of each; `ask` is told
+    /// the place, to ask for later memory. With `STORED` the weights are the state themselves, and their squares are
+    /// added up too.
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "what a tile has")]
     fn runs<const STORED: bool>(
@@ -413,7 +415,7 @@ impl<R: Direction> Mover<R> {
     }
 }
 
-/// What the lanes add up of a chunk.
+/// The sums of the lanes over a chunk.
 struct Sums {
     lanes: [[f64; LANES]; 5],
     lost: u64,
@@ -460,16 +462,16 @@ impl Sums {
     }
 }
 
-/// Room for a tile, each where it is needed.
+/// Workspace for a tile.
 #[derive(Default)]
 struct Room {
     /// Gradients of 16 bits.
     wide: Vec<f32>,
-    /// What is measured of gradients, and taken of them.
+    /// Measured and taken values of gradients.
     taken: Vec<(f32, f32)>,
     /// Weights of 16 bits.
     stored: Vec<f32>,
-    /// In place of moments that there are not.
+    /// Stands for moments that do not exist.
     first: Vec<f32>,
     second: Vec<f32>,
 }
@@ -479,7 +481,7 @@ fn tile_of<T: Copy + Default>(room: &mut Vec<T>) -> &mut [T; TILE] {
     room.as_mut_slice().try_into().expect("a tile")
 }
 
-/// Where a weight is no longer the nearest of its master, it was set by somebody: the master begins anew from it.
+/// Starts a master anew where its weight is no longer the nearest value: the weight was set from outside.
 #[inline(always)]
 fn begin_anew<W: Element>(masters: &mut Tile, weights: &[W], stored: &mut Tile, set: impl InstructionSet) {
     let mut nearest = [W::ZERO; TILE];

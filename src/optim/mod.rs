@@ -1,9 +1,10 @@
-//! Optimizers that take what a measurement decided for nothing: AdamW, SGD and Lion.
+//! Moves weights by AdamW, SGD and Lion. The optimizer reads the decision of the measurement, so that the clip costs no
+//! pass.
 //!
-//! [`Probe::update`](crate::Probe::update) measures the gradients and moves the weights, in two launches for all tensors. Clip coefficient, loss
-//! scale, skip, coefficients of tensors and clamp are applied to each gradient as the optimizer reads it; there is no pass
-//! that clips, and the gradients stay as they are. Of the same read come the numbers of [`UpdateRecord`]: how far the step
-//! has moved each weight.
+//! [`Probe::update`](crate::Probe::update) measures the gradients and moves the weights, in two launches for all
+//! tensors. The optimizer applies clip coefficient, loss scale, skip, coefficients of tensors and clamp to each
+//! gradient as it reads it. No pass clips, and the gradients stay as they are. The same read gives an [`UpdateRecord`]
+//! for each weight: how far the step has moved it.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, optim::{AdamW, Group}};
@@ -19,10 +20,10 @@
 //! # Ok::<(), gradprobe::Error>(())
 //! ```
 //!
-//! # What is computed
+//! # Formulas
 //!
-//! With g the gradient of an element, η the learning rate times that of its group, λ the decay of its group and t the step of
-//! its tensor, all in f32, operation by operation as written, `fma` one rounding:
+//! g is the gradient of an element, η the learning rate times its group's factor, λ the decay of its group and t the
+//! step of its tensor. All is in f32, operation by operation as written; `fma` rounds once:
 //!
 //! | | moments | direction d |
 //! |---|---|---|
@@ -30,12 +31,12 @@
 //! | [`Sgd`] | m ← fma(μ, m, g); none where μ is 0 | m; with Nesterov fma(μ, m, g) |
 //! | [`Lion`] | c = fma(β1, m, (1−β1)·g), then m ← fma(β2, m, (1−β2)·g) | sign c |
 //!
-//! and w ← fma(−η, fma(λ, w, d), w). The decay is decoupled in all of them: it is no part of the moments. Weights of f16 and
-//! bf16 have an f32 master each, which is what moves; the weight is its nearest. A weight that is no longer the nearest of its
-//! master was set by somebody else, from a checkpoint say, and the master begins anew from it.
+//! and w ← fma(−η, fma(λ, w, d), w). The decay is decoupled in all of them: it is no part of the moments. Weights of
+//! f16 and bf16 have an f32 master each. The master moves, and the weight is its nearest value. A weight that is no
+//! longer the nearest was set from outside, from a checkpoint say, and its master starts anew from it.
 //!
-//! A NaN that reaches a weight or moment, under [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate), has the bits
-//! of the machine; all else has the same bits on every device.
+//! A NaN that reaches a weight or moment, under [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate), has
+//! the bits of the machine; all else has the same bits on every device.
 
 pub(crate) mod cpu;
 mod record;
@@ -53,7 +54,7 @@ use crate::{Error, Plan, measure::narrow};
 use bytemuck::{Pod, Zeroable};
 use wildmatch::WildMatch;
 
-/// Which optimizer, with its numbers.
+/// Names an optimizer and its parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Optimizer {
     rule: Rule,
@@ -64,7 +65,7 @@ pub struct Optimizer {
     groups: Vec<Group>,
 }
 
-/// The number by which the kernel knows it, and its name in a saved state.
+/// The optimizer's number in the kernel, and its name in a saved state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Rule {
@@ -81,7 +82,7 @@ impl Rule {
         Self::moments_of(self as u32)
     }
 
-    /// The same by its number.
+    /// Does the same by its number.
     pub fn moments_of(rule: u32) -> usize {
         match rule {
             rule if rule == Self::AdamW as u32 => 2,
@@ -100,7 +101,20 @@ impl Rule {
     }
 }
 
-/// Tensors with numbers of their own. Of several groups that a tensor's name matches, the last counts.
+/// Gives some tensors a learning rate and decay of their own. Where several groups match a tensor's name, the last
+/// counts.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, optim::{Group, Sgd}};
+///
+/// let sgd = Sgd::new(0.1).group(Group::new("*bias").learning_rate_factor(0.0));
+/// let plan = Plan::new([("weight", DType::F32, 1), ("bias", DType::F32, 1)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().optimizer(sgd))?;
+/// let (mut weight, mut bias) = ([1.0f32], [1.0f32]);
+/// probe.update(&[&[1.0f32], &[1.0f32]], &mut [&mut weight, &mut bias])?;
+/// assert_eq!((weight, bias), ([0.9], [1.0]));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
     pattern: String,
@@ -110,24 +124,24 @@ pub struct Group {
 }
 
 impl Group {
-    /// The tensors whose names match: `*` stands for any characters, `?` for one.
+    /// Selects the tensors whose names match: `*` stands for any characters, `?` for one.
     pub fn new(pattern: impl Into<String>) -> Self {
         Self { pattern: pattern.into(), learning_rate_factor: 1.0, weight_decay: None, must_match: true }
     }
 
-    /// With this times the learning rate.
+    /// Multiplies the learning rate by this factor.
     #[must_use]
     pub fn learning_rate_factor(self, factor: f64) -> Self {
         Self { learning_rate_factor: factor, ..self }
     }
 
-    /// With this decay.
+    /// Sets the decay.
     #[must_use]
     pub fn weight_decay(self, weight_decay: f64) -> Self {
         Self { weight_decay: Some(weight_decay), ..self }
     }
 
-    /// Also for plans in which no name matches, which are refused otherwise.
+    /// Allows plans in which no name matches. They are refused otherwise.
     #[must_use]
     pub fn if_any(self) -> Self {
         Self { must_match: false, ..self }
@@ -138,14 +152,14 @@ impl Group {
 macro_rules! common {
     ($optimizer:ident) => {
         impl $optimizer {
-            /// With this decay, decoupled: each step subtracts learning rate · decay · weight.
+            /// Sets the decay, which is decoupled: each step subtracts learning rate · decay · weight.
             #[must_use]
             pub fn weight_decay(mut self, weight_decay: f64) -> Self {
                 self.0.weight_decay = weight_decay;
                 self
             }
 
-            /// With numbers of their own for these tensors, no decay on norms and biases say.
+            /// Adds a group of tensors with parameters of their own: no decay on norms and biases, say.
             #[must_use]
             pub fn group(mut self, group: Group) -> Self {
                 self.0.groups.push(group);
@@ -163,24 +177,35 @@ macro_rules! common {
 
 /// AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019), algorithm 2, as PyTorch has it: the decay
 /// is multiplied by the learning rate. Keeps two f32 an element.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, optim::AdamW};
+///
+/// let adamw = AdamW::new(0.1).betas(0.9, 0.95).weight_decay(0.0);
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new().optimizer(adamw))?;
+/// let mut weight = [1.0f32, 1.0];
+/// probe.update(&[&[0.5f32, -0.5]], &mut [&mut weight])?;
+/// assert!((weight[0] - 0.9).abs() < 1e-6 && (weight[1] - 1.1).abs() < 1e-6); // the first step is that of the sign
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdamW(Optimizer);
 common!(AdamW);
 
 impl AdamW {
-    /// With β 0.9 and 0.999, ε 1e-8 and a decay of 0.01: PyTorch's.
+    /// Makes AdamW with PyTorch's defaults: β 0.9 and 0.999, ε 1e-8 and a decay of 0.01.
     pub fn new(learning_rate: f64) -> Self {
         Self(Optimizer::new(Rule::AdamW, learning_rate, [0.9, 0.999], 0.01))
     }
 
-    /// With these decays of the moments, from 0 to below 1.
+    /// Sets the decays of the moments, from 0 to below 1.
     #[must_use]
     pub fn betas(mut self, beta1: f64, beta2: f64) -> Self {
         self.0.betas = [beta1, beta2];
         self
     }
 
-    /// With this ε, which is added to the root of the second moment.
+    /// Sets ε, which is added to the root of the second moment.
     #[must_use]
     pub fn epsilon(mut self, epsilon: f64) -> Self {
         self.0.epsilon = epsilon;
@@ -196,18 +221,18 @@ pub struct Sgd(Optimizer);
 common!(Sgd);
 
 impl Sgd {
-    /// Without momentum or decay.
+    /// Makes SGD without momentum or decay.
     pub fn new(learning_rate: f64) -> Self {
         Self(Optimizer::new(Rule::Sgd, learning_rate, [0.0; 2], 0.0))
     }
 
-    /// With this momentum, from 0 to below 1.
+    /// Sets the momentum, from 0 to below 1.
     #[must_use]
     pub fn momentum(self, momentum: f64) -> Self {
         self.with(momentum, Rule::Momentum)
     }
 
-    /// With this momentum, and a look ahead.
+    /// Sets Nesterov's momentum, from 0 to below 1.
     #[must_use]
     pub fn nesterov(self, momentum: f64) -> Self {
         self.with(momentum, Rule::Nesterov)
@@ -226,12 +251,12 @@ pub struct Lion(Optimizer);
 common!(Lion);
 
 impl Lion {
-    /// With β 0.9 and 0.99 and no decay: the paper's.
+    /// Makes Lion with the paper's defaults: β 0.9 and 0.99 and no decay.
     pub fn new(learning_rate: f64) -> Self {
         Self(Optimizer::new(Rule::Lion, learning_rate, [0.9, 0.99], 0.0))
     }
 
-    /// With these decays, from 0 to below 1: of the direction's mean, and of what is kept.
+    /// Sets the decays, from 0 to below 1: of the direction's mean, and of the moment.
     #[must_use]
     pub fn betas(mut self, beta1: f64, beta2: f64) -> Self {
         self.0.betas = [beta1, beta2];
@@ -239,13 +264,13 @@ impl Lion {
     }
 }
 
-/// What is kept of a tensor from step to step, as the kernel reads it (`kernels/optimizer.cu`).
+/// The state of a tensor from step to step, as the kernel reads it (`kernels/optimizer.cu`).
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct OptimizerTensor {
-    /// Of its first element in the moments.
+    /// Place of its first element in the moments.
     pub offset: u64,
-    /// And in the masters, where it has them.
+    /// Place of its first element in the masters, if it has them.
     pub master_offset: u64,
     /// β1^t and β2^t of the next step.
     powers: [f64; 2],
@@ -263,12 +288,12 @@ const _: () = {
 };
 
 impl OptimizerTensor {
-    /// After so many steps: by multiplication, step by step, as the kernel does it.
+    /// Gives the state after so many steps: by multiplication, step by step, as the kernel does it.
     fn after(self, steps: u32, betas: [f64; 2]) -> Self {
         let mut state = Self { powers: [1.0; 2], ..self };
         for _ in 0..=steps {
             let next = state.next(betas);
-            // From where they stay there is nothing more to multiply: of four billion steps that would take ten seconds.
+            // Once the powers no longer change, the rest is skipped: four billion steps would take ten seconds.
             if std::mem::replace(&mut state, next).powers == next.powers {
                 break;
             }
@@ -276,7 +301,7 @@ impl OptimizerTensor {
         Self { steps, ..state }
     }
 
-    /// One step on.
+    /// Gives the state one step later.
     pub fn next(self, betas: [f64; 2]) -> Self {
         let powers = [self.powers[0] * betas[0], self.powers[1] * betas[1]];
         let corrections = [narrow((1.0 - powers[0]) / (1.0 - powers[1]).sqrt()), narrow(1.0 - powers[0])];
@@ -289,7 +314,7 @@ impl Optimizer {
         Self { rule, learning_rate, betas, epsilon: 1e-8, weight_decay, groups: Vec::new() }
     }
 
-    /// What averages keep, and take of the gradient: β and 1 − β; of momentum, which is a sum, μ and 1.
+    /// The factors of the old average and of the gradient: β and 1 − β; for momentum, which is a sum, μ and 1.
     fn shares(&self) -> [[f32; 2]; 2] {
         let [first, second] = self.betas.map(|beta| [narrow(beta), narrow(1.0 - beta)]);
         match self.rule {
@@ -313,7 +338,7 @@ impl Optimizer {
             let option = if matches!(self.rule, Rule::AdamW | Rule::Lion) { "beta" } else { "momentum" };
             return invalid(option, "at least 0 and below 1", beta);
         }
-        // Below, a weight without a gradient would become 0/0.
+        // Below this, a weight without a gradient would become 0/0.
         if !(self.epsilon.is_finite() && narrow(self.epsilon) >= f32::MIN_POSITIVE) {
             return invalid("epsilon", "a normal f32 above 0", self.epsilon);
         }
@@ -331,10 +356,10 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Factor of the learning rate, and decay, of each tensor.
+    /// Gives the factor of the learning rate and the decay of each tensor.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`] for a group that matches none, and must.
+    /// [`Error::NoSuchTensor`] for a group that must match and matches none.
     fn of_tensors(&self, plan: &Plan) -> Result<Vec<(f32, f32)>, Error> {
         let groups: Vec<_> = self.groups.iter().map(|group| (WildMatch::new(&group.pattern), group)).collect();
         let is_unused = |(pattern, group): &&(WildMatch, &Group)| {

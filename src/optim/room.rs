@@ -14,19 +14,19 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
-/// Of [`Kernel::Optimizer`](crate::device::Kernel::Optimizer).
+/// The arguments of [`Kernel::Optimizer`](crate::device::Kernel::Optimizer).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct OptimizerArguments {
     pub common: Common,
-    /// As of [`ClipArguments`](crate::clip::ClipArguments), and the next.
+    /// As in [`ClipArguments`](crate::clip::ClipArguments), and the next.
     pub clip_state: u64,
     pub coefficients: u64,
     /// Table of the weights: [`Other`].
     pub weights: u64,
-    /// What is kept of each tensor: [`OptimizerTensor`].
+    /// The state of each tensor: [`OptimizerTensor`].
     pub states: u64,
-    /// f32.
+    /// The learning rate, an f32.
     pub learning_rate: u64,
     /// f32 moments of all elements.
     pub first: u64,
@@ -36,7 +36,7 @@ pub(crate) struct OptimizerArguments {
     /// One [`UpdateRecord`] a tensor: a result.
     pub updates: u64,
     pub betas: [f64; 2],
-    /// What the averages of both moments keep, and take of the gradient.
+    /// The factors of the old average and of the gradient, for both moments.
     pub shares: [[f32; 2]; 2],
     pub epsilon: f32,
     /// [`Rule`](super::Rule).
@@ -50,7 +50,7 @@ pub struct OptimizerMemory {
     pub(super) optimizer: Arc<Optimizer>,
     /// Types of the weights.
     pub(super) dtypes: Vec<DType>,
-    /// Of no step.
+    /// States before the first step.
     pub(super) fresh: Vec<OptimizerTensor>,
     pub(super) tensors: ReadBack,
     pub(super) first: Buffer,
@@ -73,7 +73,7 @@ impl Feature<Optimizer> for OptimizerMemory {
             let zeroed = OptimizerTensor::zeroed();
             let start = OptimizerTensor { offset: elements, master_offset: with_masters, ..zeroed };
             fresh.push(OptimizerTensor { learning_rate_factor, weight_decay, ..start }.after(0, optimizer.betas));
-            // Whole packets: what reads and writes 16 bytes at a time needs no end.
+            // Whole packets: code that reads and writes 16 bytes at a time needs no end.
             let padded = spec.len.next_multiple_of(PACKET as u64);
             elements += padded;
             with_masters += if *dtype == DType::F32 { 0 } else { padded };
@@ -102,13 +102,12 @@ impl Feature<Optimizer> for OptimizerMemory {
 }
 
 impl OptimizerMemory {
-    /// What it was declared with.
+    /// The declared optimizer.
     pub(crate) fn declared(&self) -> Arc<Optimizer> {
         Arc::clone(&self.optimizer)
     }
 
-    /// Brings the table of the weights up to date, before the launch of an update of these by these gradients, which are in
-    /// their place.
+    /// Brings the table of the weights up to date before an update by these gradients, whose own table is up to date.
     fn prepare(&mut self, core: &mut Core, gradients: &Given<'_>, weights: &Given<'_>) -> Result<(), Error> {
         let names = core.plan.tensors().iter().map(|spec| &spec.name);
         let mut pairs = names.zip(gradients.tensors.iter().zip(&weights.tensors));
@@ -144,9 +143,9 @@ impl OptimizerMemory {
 }
 
 impl Config {
-    /// With an optimizer, an [`AdamW`](super::AdamW), [`Sgd`](super::Sgd) or [`Lion`](super::Lion), whose weights have the types of
-    /// [`Plan::with_weights`](crate::Plan::with_weights), or those of the gradients: 4 bytes an element for each moment, 4 for each weight of 16 bits,
-    /// and 160 bytes a tensor.
+    /// Declares an optimizer: [`AdamW`](super::AdamW), [`Sgd`](super::Sgd) or [`Lion`](super::Lion). Its weights have
+    /// the types of [`Plan::with_weights`](crate::Plan::with_weights), or those of the gradients. Takes 4 bytes an
+    /// element for each moment, 4 for each weight of 16 bits, and 160 bytes a tensor.
     #[must_use]
     pub fn optimizer(mut self, optimizer: impl Into<Optimizer>) -> Self {
         self.features.optimizer = Some(optimizer.into());
@@ -155,9 +154,9 @@ impl Config {
 }
 
 impl Probe {
-    /// Measures these gradients, which stay as they are, and moves the weights by what was decided of them: two launches,
-    /// and nothing waits. Tensors that are absent, in the first list, keep weights and moments; a step that is to be
-    /// skipped changes nothing, and does not count.
+    /// Measures these gradients, which stay as they are, and moves the weights by them: two launches, without waiting.
+    /// The clip is that of the measurement. Tensors absent from the first list keep weights and moments. A step to skip
+    /// changes nothing, and does not count.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::optimizer`], [`Error::WithoutWeight`], [`Error::Overlap`], and those of
@@ -177,7 +176,7 @@ impl Probe {
         gradients.finish()
     }
 
-    /// The optimizer: learning rate, state, and updates by a measurement that was launched before.
+    /// Gives the optimizer: learning rate, state, and updates by a measurement that was launched before.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::optimizer`].
@@ -189,12 +188,12 @@ impl Probe {
 const NOT_DECLARED: Error = Error::NotDeclared { declare: OptimizerMemory::DECLARE };
 
 impl Room<'_, OptimizerMemory> {
-    /// Moves these weights by these gradients, those of the last measurement: one launch, which does not wait. What comes
-    /// between the measurement and this, [`Probe::measure_with_weights`] or a clip by quantile of one's own, is free. A report
-    /// that was read before has no updates yet, and its diagnosis is not made anew.
+    /// Moves these weights by these gradients, those of the last measurement: one launch, without waiting. Other calls
+    /// may come in between: [`Probe::measure_with_weights`], or a clip by quantile of your own. A report that was read
+    /// before has no updates yet, and is not diagnosed again.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] after a clip, which this applies itself, and those of
+    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] after a clip, since this applies the clip itself, and those of
     /// [`Probe::update`].
     pub fn step(&mut self, gradients: &[&dyn Tensor], weights: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let Self { core, memory } = self;
@@ -214,8 +213,8 @@ impl Room<'_, OptimizerMemory> {
         self.memory.set
     }
 
-    /// Sets the learning rate from the next update on: one upload of 4 bytes. In a graph a kernel of one's own writes it to
-    /// [`learning_rate_address`](Self::learning_rate_address).
+    /// Sets the learning rate from the next update on: one upload of 4 bytes. In a graph, a kernel of your own writes
+    /// it to [`learning_rate_address`](Self::learning_rate_address).
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] unless it is finite and not negative, [`Error::UploadInCapture`], or the device's.

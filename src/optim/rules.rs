@@ -1,6 +1,6 @@
 //! The rules of the optimizers, for one element: `kernels/optimizer.cu` has the same operations in the same order.
 
-/// A rule: moves the moments of an element and gives what the weight goes against, before decay.
+/// A rule: moves the moments of an element and gives the direction, before decay, that is subtracted from the weight.
 pub(super) trait Direction: Copy + Send + Sync {
     const MOMENTS: usize;
     fn direction(&self, gradient: f32, first: &mut f32, second: &mut f32) -> f32;

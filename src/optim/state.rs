@@ -1,4 +1,4 @@
-//! What an optimizer keeps from step to step, on the host: to be saved, and given back.
+//! The state of an optimizer on the host, to be saved and restored.
 
 use super::{OptimizerMemory, OptimizerTensor};
 use crate::{
@@ -9,17 +9,17 @@ use crate::{
 };
 use std::collections::BTreeMap;
 
-/// The state of an optimizer. Restored, training goes on with the bits of a run that was not interrupted.
+/// Holds the state of an optimizer. After a restore, training goes on with the bits of a run that was not interrupted.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct OptimizerState {
     /// `adamw`, `sgd`, `sgd with momentum` or `lion`.
     pub optimizer: String,
-    /// In the plan's order.
+    /// The tensors, in the plan's order.
     pub tensors: Vec<TensorState>,
 }
 
-/// The state of one tensor. Where there is none of something, the list is empty.
+/// The state of one tensor. A list is empty where the optimizer keeps no such state.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TensorState {
@@ -30,7 +30,7 @@ pub struct TensorState {
     /// The first moment of each element.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     pub first: Vec<f32>,
-    /// The second.
+    /// The second moment of each element.
     #[cfg_attr(feature = "serde", serde(with = "crate::probe::bytes"))]
     pub second: Vec<f32>,
     /// The f32 masters of a weight of 16 bits.
@@ -45,7 +45,7 @@ impl OptimizerMemory {
         [moments > 0, moments > 1, dtype != DType::F32]
     }
 
-    /// Where those are.
+    /// The buffers of these.
     fn buffers(&self) -> [&Buffer; 3] {
         [&self.first, &self.second, &self.masters]
     }
@@ -122,8 +122,8 @@ impl Saved for OptimizerMemory {
 }
 
 impl Room<'_, OptimizerMemory> {
-    /// The state as it is after the last launch. Waits for it, and takes as much memory of the host for the copy.
-    /// [`Probe::state`](crate::Probe::state) has it as well.
+    /// Gives the state after the last launch. Waits for it, and takes as much memory of the host for the copy.
+    /// [`Probe::state`](crate::Probe::state) includes it.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
@@ -135,8 +135,8 @@ impl Room<'_, OptimizerMemory> {
     /// Goes on from this state; the learning rate stays as it was set.
     ///
     /// # Errors
-    /// [`Error::StateOfAnotherProbe`], which names what differs; [`Error::UploadInCapture`], or the device's. Nothing is
-    /// changed but where the device fails.
+    /// [`Error::StateOfAnotherProbe`], which names the difference; [`Error::UploadInCapture`], or the device's. Nothing
+    /// is changed unless the device fails.
     pub fn restore(&mut self, state: &OptimizerState) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         self.memory.check(self.core, state)?;

@@ -1,5 +1,5 @@
-//! What the host hands the kernels: a part that all have in common, and behind it what each kernel alone needs, which its
-//! room declares.
+//! The arguments of the kernels: a part that all have in common, and behind it each kernel's own, which its room
+//! declares.
 
 use crate::device::Kernel;
 #[cfg(doc)]
@@ -33,7 +33,7 @@ pub struct TensorEntry {
     pub dead_bits: u32,
 }
 
-/// What every kernel is given: the tensors, how they are cut, and workspace.
+/// The arguments that every kernel has: the tensors, their chunks, and workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Common {
@@ -43,15 +43,15 @@ pub struct Common {
     pub tensors: u64,
     /// Table of each chunk's tensor.
     pub chunk_tensors: u64,
-    /// What each chunk adds up to, at most as large as a [`Record`]: workspace.
+    /// The result of each chunk, at most as large as a [`Record`]: workspace.
     pub chunk_parts: u64,
     /// One [`Record`] a tensor: a result.
     pub records: u64,
     /// The [`StepOutputs`]: a result.
     pub outputs: u64,
-    /// Counters of what is done, one a chunk: workspace.
+    /// Counters of finished work, one a chunk: workspace.
     pub chunks_done: u64,
-    /// One more, and one a tensor.
+    /// A counter for all tensors, and one a tensor.
     pub tensors_done: u64,
     /// Chunks in all.
     pub chunk_count: u32,
@@ -59,15 +59,15 @@ pub struct Common {
     pub tensor_count: u32,
 }
 
-/// Of [`Kernel::Measure`]: what is measured, and how the step is finished.
+/// The arguments of [`Kernel::Measure`]: the tensors to measure, and how to finish the step.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct StepArguments {
     /// The common part.
     pub common: Common,
-    /// Chunks before those of tensors of a tile at most, which are measured warp by warp.
+    /// Chunks of large tensors. Behind them come those of tensors of at most one tile, which are measured warp by warp.
     pub large_chunks: u32,
-    /// Whether this launch measures the weights too, whose tables and records are behind those of the tensors.
+    /// Whether this launch measures the weights too. Their tables and records are behind those of the tensors.
     pub weights: u32,
     /// [`Config::non_finite`].
     pub policy: u32,
@@ -77,45 +77,45 @@ pub struct StepArguments {
     pub max_norm: f64,
     /// [`Config::clip`]: its threshold.
     pub clip_threshold: f64,
-    /// Its smoothing.
+    /// [`Config::clip`]: its smoothing.
     pub clip_smoothing: f64,
-    /// Which it is.
+    /// [`Config::clip`]: its code.
     pub clip: u32,
-    /// Its history or warm-up.
+    /// [`Config::clip`]: its history or warm-up.
     pub clip_steps: u32,
-    /// What it keeps from step to step.
+    /// [`Config::clip`]: its state from step to step.
     pub clip_state: u64,
     /// One f32 coefficient a tensor, under a policy that clips tensors on their own.
     pub coefficients: u64,
     /// The loss scale and its rule; 0 when gradients are not scaled.
     pub loss_scale: u64,
-    /// One [`HistoryStep`] a step; 0 when none are kept, as the next two.
+    /// One [`HistoryStep`] a step; 0 when none are kept, as for the next two.
     pub history: u64,
     /// One [`HistoryTensor`] a step and tensor.
     pub history_tensors: u64,
     /// The batch's tag.
     pub tag: u64,
-    /// The rules of the health words, and behind them the tensors' exemptions; 0 when there are none, as the next.
+    /// The rules of the health words, and behind them the tensors' exemptions; 0 without rules, as for the next.
     pub health_rules: u64,
     /// f64 norm of the last clean step, and behind it of each tensor in it.
     pub last_norms: u64,
     /// One u32 health word a tensor: a result.
     pub health_words: u64,
-    /// What the step adds up to, 192 bytes that are 0 between steps; 0 for records alone.
+    /// The sums of the step, 192 bytes that are 0 between steps; 0 for records alone.
     pub sums: u64,
-    /// What ranks compare, 48 bytes behind it; 0 when there is one rank.
+    /// The sums that ranks compare, 48 bytes behind it; 0 when there is one rank.
     pub check: u64,
-    /// Where those of all ranks are left for the host.
+    /// Where the sums of all ranks are left for the host.
     pub checked: u64,
-    /// What this rank's state is multiplied by.
+    /// The factors of this rank's state in those sums.
     pub rank_factors: [u64; 2],
     /// Steps of the history.
     pub history_steps: u32,
     /// Words of the clip's state that are the same on all ranks.
     pub clip_words: u32,
-    /// Whether a step in which ranks differ is one to skip.
+    /// Whether a step is skipped when ranks differ.
     pub strict: u32,
-    /// How many ranks there are.
+    /// Number of ranks.
     pub ranks: u32,
 }
 

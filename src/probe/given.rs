@@ -7,24 +7,24 @@ use crate::{
 };
 use std::any::Any;
 
-/// Which list of the plan tensors must be like.
+/// The list of the plan that the tensors must match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Planned {
     Gradients,
     Weights,
     /// The weights that an optimizer moves.
     Updated,
-    /// As long as the gradients, of any dtypes.
+    /// Of the gradients' lengths, with any dtypes.
     Lengths,
 }
 
-/// A tensor that is lent.
+/// A lent tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Located {
-    /// 0 for one that is absent, or empty.
+    /// 0 for an absent or empty tensor.
     pub address: u64,
     pub dtype: DType,
-    /// Elements; 0 when it is absent.
+    /// Elements; 0 for an absent tensor.
     pub len: u64,
 }
 
@@ -34,10 +34,10 @@ impl Located {
     }
 }
 
-/// The tensors of a call, in the plan's order, for as long as they are lent.
+/// The tensors of a call, in the plan's order, as long as they are lent.
 pub(crate) struct Given<'a> {
     pub tensors: Vec<Located>,
-    /// Those of which something is to be done in the end.
+    /// The tensors with work left at the end.
     lent: Vec<Lent<'a>>,
     _checked: Option<Box<dyn Any>>,
 }
@@ -47,7 +47,7 @@ impl<'a> Given<'a> {
         Self { tensors: Vec::with_capacity(count), lent: Vec::new(), _checked: None }
     }
 
-    /// What uses them is queued.
+    /// Finishes the loans once the launches are queued.
     ///
     /// # Errors
     /// The driver's.
@@ -57,10 +57,10 @@ impl<'a> Given<'a> {
 }
 
 impl Core {
-    /// Tensors to be read.
+    /// Checks and lends tensors to be read.
     ///
     /// # Errors
-    /// When they are not what is planned, lie elsewhere, or are all absent.
+    /// When they are not the planned ones, lie elsewhere, or are all absent.
     pub fn read<'a>(&self, place: &'a Place, tensors: &'a [&dyn Tensor], planned: Planned) -> Result<Given<'a>, Error> {
         let shapes = tensors.iter().map(|tensor| tensor.shape());
         self.plan.check_by(shapes, planned)?;
@@ -73,7 +73,7 @@ impl Core {
         self.told(given, planned, false)
     }
 
-    /// Tensors to be changed.
+    /// Checks and lends tensors to be changed.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -117,7 +117,7 @@ impl Core {
     }
 
     fn told<'a>(&self, mut given: Given<'a>, planned: Planned, changed: bool) -> Result<Given<'a>, Error> {
-        // A rank may hold nothing of a step in which others do.
+        // A rank may hold no part of a step in which others do.
         let any = self.step.common.chunk_count == 0 || given.tensors.iter().any(|tensor| tensor.len > 0);
         if planned == Planned::Gradients && !any && self.config.features.ranks.is_none() {
             return Err(Error::AllAbsent);
@@ -127,7 +127,7 @@ impl Core {
         Ok(given)
     }
 
-    /// Brings the table of addresses up to date: all of the tensors, and the weights that are given.
+    /// Brings the table of addresses up to date: all tensors, and the weights if given.
     ///
     /// # Errors
     /// [`Error::AddressesChangedInCapture`], or the device's.
@@ -148,7 +148,7 @@ impl Core {
         Ok(())
     }
 
-    /// [`place`](Self::place) before what changes the tensors by the last measurement.
+    /// Does as [`place`](Self::place), before a launch that changes the tensors by the last measurement.
     ///
     /// # Errors
     /// [`Error::NotMeasured`], [`Error::Overlap`], and as there.
@@ -168,7 +168,7 @@ impl Core {
         if !self.measured {
             return Err(Error::NotMeasured);
         }
-        // A replayed graph measures without our knowing.
+        // The host does not see the measurements of a replayed graph.
         let mut pairs = gradients.tensors.iter().zip(&self.clipped);
         match pairs.position(|(tensor, &clipped)| tensor.len > 0 && clipped && !self.promised) {
             Some(index) => Err(Error::AlreadyClipped { name: self.plan.tensors()[index].name.clone() }),
@@ -183,7 +183,7 @@ impl Core {
         }
     }
 
-    /// What is changed in place would be changed twice.
+    /// Fails if two tensors share memory, which would be changed twice.
     ///
     /// # Errors
     /// [`Error::Overlap`].
@@ -195,7 +195,7 @@ impl Core {
         Ok(())
     }
 
-    /// The same of weights that gradients move, which may share memory among themselves but with no weight.
+    /// Does the same for an update: gradients may share memory among themselves, but with no weight.
     ///
     /// # Errors
     /// [`Error::Overlap`].
@@ -207,7 +207,7 @@ impl Core {
         Ok(())
     }
 
-    /// Where the tensors that have elements begin and end, with their names, from the lowest address on.
+    /// Gives the ranges of the tensors that have elements, with their names, from the lowest address on.
     fn ranges(&self, tensors: &Given<'_>) -> Vec<(u64, u64, &str)> {
         let named = self.plan.tensors().iter().zip(&tensors.tensors).filter(|(_, tensor)| tensor.len > 0);
         let mut ranges: Vec<_> = named.map(|(spec, t)| (t.address, t.end(), spec.name.as_str())).collect();
@@ -215,8 +215,8 @@ impl Core {
         ranges
     }
 
-    /// Fails if a tensor that is to be changed shares memory with one of the others; those that are changed share none among
-    /// themselves. `names` says how two that do are called.
+    /// Fails if a tensor to be changed shares memory with one of the others. The changed tensors share none among
+    /// themselves. `names` gives the names of two that do.
     ///
     /// # Errors
     /// [`Error::Overlap`].
@@ -238,7 +238,7 @@ impl Core {
     }
 }
 
-/// Fails if two of these ranges, from the lowest address on, share memory. `name` says how they are called.
+/// Fails if two of these ranges, from the lowest address on, share memory. `name` gives the name of each.
 fn disjoint(ranges: &[(u64, u64, &str)], name: impl Fn(&str) -> String) -> Result<(), Error> {
     match ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
         Some([a, b]) => Err(Error::Overlap { first: name(a.2), second: name(b.2) }),
@@ -246,12 +246,12 @@ fn disjoint(ranges: &[(u64, u64, &str)], name: impl Fn(&str) -> String) -> Resul
     }
 }
 
-/// How the weight of a tensor is called.
+/// Gives the name of a tensor's weight.
 pub(crate) fn weight_of(name: &str) -> String {
     format!("weight of {name}")
 }
 
-/// Fails unless elements can lie there. Those of an empty tensor lie nowhere.
+/// Fails unless elements can lie there. An empty tensor may have any address.
 #[inline(always)]
 pub(crate) fn check_address(name: impl Fn() -> String, tensor: &Located) -> Result<(), Error> {
     let &Located { address, len, dtype } = tensor;
@@ -271,7 +271,7 @@ pub(crate) fn check_address(name: impl Fn() -> String, tensor: &Located) -> Resu
     }
 }
 
-/// Addresses of tensors, then those of weights: a chain that knows its length.
+/// Addresses of tensors, then those of weights: a chain with a known length.
 #[derive(Clone)]
 struct Chained<'a> {
     tensors: &'a [Located],

@@ -1,4 +1,4 @@
-//! Memory of a device, as rooms use it: tables with a mirror on the host, and results that are read back.
+//! Memory of a device for the rooms: tables with a mirror on the host, and results that are read back.
 
 use crate::{
     Error,
@@ -6,31 +6,31 @@ use crate::{
 };
 use bytemuck::Pod;
 
-/// A buffer that holds these bytes.
+/// Makes a buffer that holds these bytes.
 pub(crate) fn uploaded(device: &dyn Device, bytes: &[u8]) -> Result<Buffer, Error> {
     let buffer = device.allocate(bytes.len().max(1))?;
     device.upload(bytes, &buffer)?;
     Ok(buffer)
 }
 
-/// Fails while work is being recorded.
+/// Fails while the stream is being captured.
 pub(crate) fn outside_capture(device: &dyn Device, error: Error) -> Result<(), Error> {
     if device.is_capturing()? { Err(error) } else { Ok(()) }
 }
 
-/// What was read from the device, value by value.
+/// Splits bytes read from the device into values.
 pub(crate) fn values<T: Pod>(bytes: &[u8]) -> Vec<T> {
     bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
 }
 
-/// All of a buffer on its way to the host.
+/// Starts to copy a whole buffer to the host.
 pub(crate) fn copied(device: &dyn Device, buffer: &Buffer) -> Result<Box<dyn Read>, Error> {
     let mut read = device.read(buffer.bytes())?;
     read.start(buffer)?;
     Ok(read)
 }
 
-/// Lists of f32 that lie in a buffer, each by its place and length; what is nowhere has a length of 0. Waits for them.
+/// Reads lists of f32 from a buffer, each by its place and length; an absent list has a length of 0. Waits for them.
 pub(crate) fn parts(
     device: &dyn Device,
     buffer: &Buffer,
@@ -57,14 +57,14 @@ pub(crate) fn set_parts<'a>(
     device.upload(bytemuck::cast_slice(&all), buffer)
 }
 
-/// A table in device memory, and what is known to be in it.
+/// A table in device memory, and its known content.
 pub(crate) struct Mirrored<T> {
     buffer: Buffer,
     current: Vec<T>,
 }
 
 impl<T: Pod + PartialEq> Mirrored<T> {
-    /// Room for this many entries, of which nothing is known.
+    /// Makes a table of this many entries, with unknown content.
     pub fn new(device: &dyn Device, count: usize) -> Result<Self, Error> {
         Ok(Self { buffer: device.allocate((count * size_of::<T>()).max(1))?, current: Vec::with_capacity(count) })
     }
@@ -78,7 +78,7 @@ impl<T: Pod + PartialEq> Mirrored<T> {
         &self.current
     }
 
-    /// Brings the table up to date: one upload, if it holds anything else. Says whether there was one.
+    /// Brings the table up to date, with one upload if its content differs. Says whether there was one.
     ///
     /// # Errors
     /// [`Error::AddressesChangedInCapture`], or the device's.
@@ -101,7 +101,7 @@ impl<T: Pod + PartialEq> Mirrored<T> {
     }
 }
 
-/// Results in device memory, and where they arrive on the host when somebody asks.
+/// Results in device memory, and the copy on the host.
 pub(crate) struct ReadBack {
     buffer: Buffer,
     read: Box<dyn Read>,
@@ -110,15 +110,15 @@ pub(crate) struct ReadBack {
 }
 
 impl ReadBack {
-    /// Room for this many bytes, all 0.
+    /// Makes a buffer of this many bytes, all 0.
     pub fn zeroed(device: &dyn Device, bytes: usize) -> Result<Self, Error> {
-        // CUDA refuses to allocate nothing.
+        // CUDA refuses to allocate 0 bytes.
         let buffer = device.allocate(bytes.max(1))?;
         device.clear(&buffer)?;
         Ok(Self { read: device.read(bytes.max(1))?, is_started: false, buffer, bytes })
     }
 
-    /// With this in it.
+    /// Makes a buffer with this content.
     pub fn holding(device: &dyn Device, bytes: &[u8]) -> Result<Self, Error> {
         let made = Self::zeroed(device, bytes.len())?;
         device.upload(bytes, &made.buffer)?;
@@ -133,7 +133,7 @@ impl ReadBack {
         &self.buffer
     }
 
-    /// Begins to copy them, after what was launched.
+    /// Begins to copy the results, behind the work launched so far.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.
@@ -144,7 +144,7 @@ impl ReadBack {
         Ok(())
     }
 
-    /// Waits for the copy that was begun last.
+    /// Waits for the last copy that was begun.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] before the first, and the device's.
@@ -155,7 +155,7 @@ impl ReadBack {
         Ok(&self.read.wait()?[..self.bytes])
     }
 
-    /// Waits for what was launched, and for the copy.
+    /// Waits for the work launched so far, and for the copy.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.

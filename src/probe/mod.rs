@@ -35,11 +35,11 @@ use bytemuck::Zeroable;
 use reports::Reports;
 use std::sync::atomic::Ordering;
 
-/// Measures gradients where they are, and clips them.
+/// Measures gradients in device memory, and clips them.
 ///
-/// Made once, for the tensors of a [`Plan`], with all that is declared in a [`Config`]: all memory of the device is
-/// allocated then, and stays until the probe is dropped. A step launches kernels and waits for nothing; its report comes by [`poll`](Self::poll)
-/// or [`wait`](Self::wait). What a step looks like is the same on every device:
+/// A probe is made once, for the tensors of a [`Plan`] and the features of a [`Config`]. It allocates all its device
+/// memory then, and keeps it until it is dropped. A step launches kernels and waits for nothing; its report comes by
+/// [`poll`](Self::poll) or [`wait`](Self::wait). A step looks the same on every device:
 ///
 /// ```
 /// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe};
@@ -60,19 +60,20 @@ pub struct Probe {
     pub(crate) core: Core,
 }
 
-/// What every room of a probe works with.
+/// The part of a probe that every room works with.
 pub(crate) struct Core {
     pub plan: Plan,
     pub config: Config,
-    /// What a measurement is given; its common part is every kernel's.
+    /// The arguments of a measurement; every kernel gets the common part.
     pub step: StepArguments,
-    /// Of the tensors, and behind them of the weights.
+    /// Addresses of the tensors, and behind them of the weights.
     addresses: Mirrored<u64>,
     /// The tensor of each chunk, as the kernels have it.
     pub chunk_tensors: Vec<u32>,
-    /// Whether those were found free of overlaps.
+    /// Whether the tensors were found free of overlaps.
     disjoint: bool,
-    /// Whether they were found free of overlaps with the weights that an optimizer moves, and those with one another.
+    /// Whether they were found free of overlaps with the weights that an optimizer moves, and those weights with one
+    /// another.
     pub apart: bool,
     /// One [`UpdateRecord`](crate::optim::UpdateRecord) a tensor, where an optimizer is declared.
     pub updates: u64,
@@ -81,17 +82,17 @@ pub(crate) struct Core {
     pub numbering: Numbering,
     /// Of each gradient, whether it has been multiplied by the coefficient of that step.
     pub clipped: Vec<bool>,
-    /// Whether somebody has vouched for graphs; see [`Probe::bind`].
+    /// Whether the caller has vouched for graphs; see [`Probe::bind`].
     promised: bool,
     clip_state: Buffer,
     clip_read: Box<dyn Read>,
     /// Tables and workspace, kept for the kernels.
     _workspace: Vec<Buffer>,
-    /// Dropped last: it knows when memory may go.
+    /// Dropped last: it knows when memory may be freed.
     pub device: Box<dyn Device>,
 }
 
-/// A feature of a probe, with what it was declared with.
+/// A feature of a probe: [`Config`] declares it, and a method of [`Probe`] gives it.
 pub struct Room<'p, M> {
     pub(crate) core: &'p mut Core,
     pub(crate) memory: &'p mut M,
@@ -105,30 +106,31 @@ impl<'p, M> Room<'p, M> {
     }
 }
 
-/// Where a probe's results are in its device's memory: for kernels that read them. They stay as long as the probe does.
+/// Where a probe's results are in device memory, for kernels that read them. The addresses hold as long as the probe
+/// lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Addresses {
-    /// Of the [`StepOutputs`](crate::StepOutputs).
+    /// Address of the [`StepOutputs`](crate::StepOutputs).
     pub outputs: u64,
-    /// Of one [`Record`] a tensor, in the plan's order, and behind them one a weight in a plan with weights.
+    /// Address of one [`Record`] a tensor, in the plan's order. In a plan with weights, one a weight follows.
     pub records: u64,
-    /// Of one f32 coefficient a tensor, under a [`Clip`](crate::Clip) that clips tensors on their own.
+    /// Address of one f32 coefficient a tensor, under a [`Clip`](crate::Clip) that clips each tensor on its own.
     pub coefficients: u64,
-    /// Of the f32 loss scale of the next step, by which the kernel that begins `backward` multiplies. A kernel of one's own
-    /// that runs before the measurement may set it.
+    /// Address of the f32 loss scale of the next step. The kernel that begins `backward` multiplies by it. A kernel of
+    /// your own that runs before the measurement may set it.
     pub loss_scale: Option<u64>,
-    /// Of one u32 word a tensor, by the declared rules.
+    /// Address of one u32 word a tensor, by the declared rules.
     pub health_words: Option<u64>,
 }
 
 impl Probe {
-    /// A probe on this device: [`Cpu`](crate::Cpu), [`Cuda`](crate::cuda::Cuda). Allocates all that is declared; with
-    /// [`Config::ranks`] a collective call.
+    /// Makes a probe on this device: [`Cpu`](crate::Cpu) or [`Cuda`](crate::cuda::Cuda). Allocates all that is
+    /// declared. With [`Config::ranks`] this is a collective call.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] and its like for a declaration that cannot be; [`Error::OutOfMemory`], with the bytes of the
-    /// whole probe, after which none of them are held; those of [`Config::ranks`], and the device's.
+    /// [`Error::InvalidConfig`] and its like for an invalid declaration. [`Error::OutOfMemory`], with the bytes of the
+    /// whole probe; none of them stay allocated. Those of [`Config::ranks`], and the device's.
     pub fn new(device: impl Device + 'static, plan: Plan, config: Config) -> Result<Self, Error> {
         let bytes = config.bytes(&plan);
         let made = match config.features.ranks.clone() {
@@ -144,7 +146,7 @@ impl Probe {
         })
     }
 
-    /// One of several, which all have theirs or none; `possible` says whether this one is.
+    /// Makes one of several, of which all succeed or none; `possible` says whether this one can.
     fn among(
         device: impl Device + 'static,
         plan: Plan,
@@ -158,12 +160,12 @@ impl Probe {
         let config = config.ranks(joined);
         match Self::build(Box::new(device), plan, config) {
             Ok(probe) => ranks.all_or_none(&*probe.core.device, Ok(())).map(|()| probe),
-            // Never the probe, which there is not.
+            // Always an error, since there is no probe.
             Err((error, device)) => ranks.all_or_none(&*device, Err(error)),
         }
     }
 
-    /// A probe, or why there is none and the device.
+    /// Makes a probe, or gives the error and the device.
     fn build(device: Box<dyn Device>, plan: Plan, config: Config) -> Result<Self, (Error, Box<dyn Device>)> {
         let mut core = Core::new(device, plan, config)?;
         let made = Reports::new(&mut core).and_then(|reports| Ok((reports, Rooms::new(&mut core)?)));
@@ -188,7 +190,7 @@ impl Probe {
         self.rooms.tracking.is_some()
     }
 
-    /// The device: `cpu`, `cuda`, or what the emulation calls itself.
+    /// The name of the device: `cpu`, `cuda`, or the emulation's own.
     pub fn device(&self) -> &'static str {
         self.core.device.name()
     }
@@ -205,14 +207,14 @@ impl Probe {
         }
     }
 
-    /// Tells the device where tensors are, and the weights if there are any, without a launch: before the capture of a
-    /// graph, and before replaying a graph on other tensors. Nothing is captured without it. One upload of 8 bytes a tensor
-    /// if they have moved.
+    /// Tells the device the addresses of the tensors, and of the weights if there are any, without a launch. Call it
+    /// before capturing a graph, which is refused without it, and before replaying a graph on other tensors. Uploads 8
+    /// bytes a tensor if they have moved.
     ///
     /// # Safety
-    /// As long as a graph can be replayed that is captured after this call, the probe is not dropped, and what it was given
-    /// in captured calls, and in the last call before a replay, is as the maker of a [`RawTensor`](crate::RawTensor)
-    /// promises. With other ranks such graphs are destroyed before the probe is dropped: NCCL waits for that.
+    /// As long as a graph captured after this call can be replayed, the probe is not dropped. The tensors of captured
+    /// calls, and of the last call before a replay, are as the maker of a [`RawTensor`](crate::RawTensor) promises.
+    /// With other ranks, such graphs are destroyed before the probe is dropped: NCCL waits for that.
     ///
     /// # Errors
     /// When the tensors are not the plan's, for a null or misaligned address, and [`Error::AddressesChangedInCapture`].
@@ -231,22 +233,23 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Gives the next step this number: that of the trainer, which may begin anywhere and leave steps out. Without it, a step has one more
-    /// than the last, and the first 1. Reports, findings and history have it; replayed graphs count on by one.
+    /// Sets the number of the next step to the trainer's. It may begin anywhere and leave numbers out. By default the
+    /// first step is 1 and each is one more than the last. Reports, findings and history use it; replayed graphs count
+    /// on by one.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] unless it is after the last.
+    /// [`Error::InvalidConfig`] unless it is above the last.
     pub fn set_step(&mut self, step: u64) -> Result<(), Error> {
         let Features { history, samples, .. } = &self.core.config.features;
         let kept = history.unwrap_or(0).max(samples.map_or(0, |samples| samples.steps()));
         self.core.numbering.set_next(step, u64::from(kept) + reports::READS as u64)
     }
 
-    /// Launches the measurement of these tensors, those of the plan in its order.
+    /// Launches the measurement of these tensors: the plan's, in its order.
     ///
     /// # Errors
-    /// [`Error::TensorCount`] or [`Error::TensorMismatch`] when they are not, [`Error::AllAbsent`], [`Error::WrongDevice`],
-    /// and the device's. Nothing is launched then.
+    /// [`Error::TensorCount`] or [`Error::TensorMismatch`] when they are not the plan's, [`Error::AllAbsent`],
+    /// [`Error::WrongDevice`], and the device's. Nothing is launched then.
     pub fn measure(&mut self, tensors: &[&dyn Tensor]) -> Result<(), Error> {
         let place = self.core.device.place();
         let tensors = self.core.read(&place, tensors, Planned::Gradients)?;
@@ -255,9 +258,9 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Launches the measurement of these tensors and, in the same launch, of the weights whose gradients they are: their
-    /// norms, and the ratio of both, beside all that [`measure`](Self::measure) finds. For a plan made
-    /// [`with_weights`](Plan::with_weights); steps with and without may alternate.
+    /// Launches the measurement of these gradients and, in the same launch, of their weights. Adds the norms of the
+    /// weights, and the ratio of both norms, to all that [`measure`](Self::measure) finds. The plan must be made
+    /// [`with_weights`](Plan::with_weights). Steps with and without weights may alternate.
     ///
     /// # Errors
     /// [`Error::NotDeclared`], and those of [`measure`](Self::measure) for either list.
@@ -271,12 +274,12 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Launches the clip of these tensors, in place, by what the last measurement decided: each tensor once a measurement. Where the
-    /// configuration leaves nothing that it could do, nothing is launched, however often.
+    /// Launches the clip of these tensors, in place, as the last measurement decided. Call it once a measurement and tensor. Where
+    /// the configuration leaves nothing to change, nothing is launched, and it may be called any number of times.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] unless [`bind`](Self::bind) was called, after which a replay may have
-    /// measured since, [`Error::Overlap`], and those of [`measure`](Self::measure).
+    /// [`Error::NotMeasured`]. [`Error::AlreadyClipped`], unless [`bind`](Self::bind) was called: a replay may have
+    /// measured since. [`Error::Overlap`], and those of [`measure`](Self::measure).
     pub fn clip(&mut self, tensors: &mut [&mut dyn TensorMut]) -> Result<(), Error> {
         let place = self.core.device.place();
         let tensors = self.core.write(&place, tensors, Planned::Gradients)?;
@@ -286,7 +289,7 @@ impl Probe {
         tensors.finish()
     }
 
-    /// Measures these tensors and clips them in place: two launches, and nothing waits.
+    /// Measures these tensors and clips them in place: two launches, without waiting.
     ///
     /// # Errors
     /// Those of [`measure`](Self::measure) and [`clip`](Self::clip).
@@ -313,7 +316,7 @@ impl Probe {
             Some(ranks) => ranks.launch_measure(core, chunks, step)?,
             None => core.launch(chunks, &step)?,
         }
-        // What follows of the step is reported even where the rest fails.
+        // The step is reported even where the work after it fails.
         core.measured = true;
         core.clipped.fill(false);
         core.numbering.launched();
@@ -352,10 +355,10 @@ impl Drop for Probe {
 }
 
 impl Config {
-    /// Bytes of device memory that a probe for this plan takes with all that is declared here.
+    /// Gives the bytes of device memory that a probe for this plan takes with all that is declared here.
     ///
     /// # Errors
-    /// Those of [`Probe::new`], for a declaration that cannot be.
+    /// Those of [`Probe::new`] for an invalid declaration.
     pub fn bytes(&self, plan: &Plan) -> Result<u64, Error> {
         self.check()?;
         self.features.ranks.as_ref().map_or(Ok(()), |ranks| ranks.check(plan, self))?;
@@ -365,7 +368,7 @@ impl Config {
     }
 }
 
-/// What a probe is made of on the device, before its features.
+/// The device memory of a probe, before that of its features.
 struct Tables {
     step: StepArguments,
     addresses: Mirrored<u64>,
@@ -493,7 +496,7 @@ impl Core {
         self.launch(self.step.common.chunk_count, arguments)
     }
 
-    /// Nothing is queued in a capture that nobody has vouched for.
+    /// Fails in a capture that the caller has not vouched for. Nothing is queued then.
     ///
     /// # Errors
     /// [`Error::NotBound`], and the device's.
@@ -501,27 +504,27 @@ impl Core {
         if self.promised { Ok(()) } else { outside_capture(&*self.device, Error::NotBound) }
     }
 
-    /// Launches a kernel for so many chunks, or pieces of other work: no more blocks than fill the device.
+    /// Launches a kernel for so many chunks or other pieces of work, with no more blocks than fill the device.
     ///
     /// # Errors
     /// [`Error::NotBound`], and the device's.
     pub fn launch<A: Arguments>(&self, pieces: u32, arguments: &A) -> Result<(), Error> {
         self.check_promise()?;
         let blocks = pieces.clamp(1, self.device.resident_blocks(A::KERNEL).max(1));
-        // SAFETY: the arguments are those of this probe's buffers, in the layout of the kernel; tensors were lent to the
-        // call that launches.
+        // SAFETY: the arguments are those of this probe's buffers, in the layout of the kernel; the call that launches
+        // has borrowed the tensors.
         #[allow(unsafe_code, reason = "the one place where kernels are launched")]
         unsafe {
             self.device.launch(A::KERNEL, blocks, bytemuck::bytes_of(arguments))
         }
     }
 
-    /// Clears what a clip by a quantile has of the last step.
+    /// Clears the state that a clip by a quantile has from the last step.
     pub fn clear_clip_state(&self) -> Result<(), Error> {
         self.device.clear(&self.clip_state)
     }
 
-    /// Records of this rank: of the tensors, and of the weights in a plan with weights.
+    /// Records of this rank: of the tensors and, in a plan with weights, of the weights.
     pub fn record_count(&self) -> usize {
         self.plan.tensors().len() * if self.plan.weights().is_some() { 2 } else { 1 }
     }

@@ -1,16 +1,16 @@
-//! The trainer's numbers of the steps. A device counts measurements, from 1; a trainer may begin anywhere and leave steps out.
+//! The trainer's step numbers. A device counts measurements, from 1; a trainer may begin anywhere and leave steps out.
 
 use super::state::LAST;
 use crate::Error;
 use std::collections::VecDeque;
 
-/// Measurements whose steps are not one more than that of the measurement before, with those, the oldest first.
+/// Measurements with a step that is not one more than the last, and that step; the oldest first.
 pub(super) type Jumps = Vec<(u64, u64)>;
 
-/// Which step each measurement is of.
+/// Knows the step of each measurement.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Numbering {
-    /// Measurements launched so far, as far as the host knows: graphs are replayed without it.
+    /// Measurements launched so far, as far as the host knows. It does not see replayed graphs.
     measured: u64,
     /// [`Jumps`].
     jumps: VecDeque<(u64, u64)>,
@@ -26,20 +26,20 @@ impl Numbering {
         }
     }
 
-    /// Another measurement was launched.
+    /// Counts another launched measurement.
     pub fn launched(&mut self) {
         self.measured += 1;
     }
 
-    /// A measurement has been seen.
+    /// Takes note of a measurement that was read.
     pub fn seen(&mut self, measurement: u64) {
         self.measured = self.measured.max(measurement);
     }
 
-    /// The next measurement is of this step. Of earlier ones, so many are still asked for.
+    /// Sets the step of the next measurement. Numbers of so many earlier ones are still needed.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] when the step is not after the last.
+    /// [`Error::InvalidConfig`] when the step is not above the last.
     pub fn set_next(&mut self, step: u64, kept: u64) -> Result<(), Error> {
         let last = self.of(self.measured);
         if step > LAST || self.measured > 0 && step <= last {
@@ -64,12 +64,13 @@ impl Numbering {
         Ok(())
     }
 
-    /// What [`restored`](Self::restored) takes.
+    /// The jumps, for [`restored`](Self::restored).
     pub fn jumps(&self) -> Jumps {
         self.jumps.iter().copied().collect()
     }
 
-    /// That goes on after so many measurements; `None` for numbers that do not rise, or that are too large.
+    /// Makes the numbering that goes on after so many measurements. `None` for numbers that do not rise or are too
+    /// large.
     pub fn restored(measured: u64, jumps: &[(u64, u64)]) -> Option<Self> {
         let rises = |pair: &[(u64, u64)]| {
             let (first, then) = (pair[0], pair[1]);
@@ -98,7 +99,7 @@ mod tests {
         assert!(steps.iter().zip(1..).all(|(&step, measurement)| numbering.of(measurement) == step));
         assert!(numbering.set_next(1000, 100).is_err());
         assert_eq!(numbering.of(10), 1001, "and goes on by one");
-        // A step that failed before it was launched may be another one.
+        // A step that failed before its launch may get another number.
         numbering.set_next(2000, 100).unwrap();
         numbering.set_next(1001, 100).unwrap();
         assert_eq!(numbering.of(10), 1001);

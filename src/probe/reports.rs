@@ -10,21 +10,21 @@ use crate::{
 };
 use std::{collections::VecDeque, sync::Arc};
 
-/// Reports on their way to the host at one time; beyond, steps are measured but not reported.
+/// The most reports on their way to the host at one time. Further steps are measured but not reported.
 pub(super) const READS: usize = 4;
 
-/// What a report is read from, and the reads.
+/// The results that reports are read from, and the reads.
 pub(super) struct Reports {
     /// Outputs, then records, then words of health.
     results: Buffer,
-    /// Under way, oldest first, and those that wait for use.
+    /// Reads under way, the oldest first, and reads free for use.
     reads: VecDeque<Box<dyn Read>>,
     idle: Vec<Box<dyn Read>>,
     /// Whether a step was launched since the last read began.
     unread: bool,
     /// The last measurement that was given or passed over.
     reported: u64,
-    /// What was found in it: a step is diagnosed once.
+    /// The findings of that measurement: a step is diagnosed once.
     diagnosis: Option<Arc<Diagnosis>>,
 }
 
@@ -63,7 +63,7 @@ impl Reports {
 
     /// Goes on after the step with these outputs.
     pub fn restore(&mut self, device: &dyn Device, outputs: StepOutputs) -> Result<(), Error> {
-        // What is under way is of what was before.
+        // Reads under way belong to the state before.
         while let Some(read) = self.reads.front() {
             read.wait()?;
             self.idle.extend(self.reads.pop_front());
@@ -73,12 +73,12 @@ impl Reports {
         Ok(())
     }
 
-    /// There will be something new.
+    /// Notes that there is a new step to read.
     pub fn step_launched(&mut self) {
         self.unread = true;
     }
 
-    /// Starts a read, if there is memory for one more.
+    /// Starts a read, if one is free.
     fn start(&mut self) -> Result<(), Error> {
         let Some(read) = self.idle.last_mut() else { return Ok(()) };
         read.start(&self.results)?;
@@ -89,20 +89,20 @@ impl Reports {
 }
 
 impl Probe {
-    /// The oldest report that has arrived and was not given yet; `None` while there is none. Never waits: it starts to
-    /// copy the results of the last measurement, and hands out what earlier calls started. Called every step it gives
-    /// every step's report, on a GPU a step or so late; when the host runs further ahead than four reports, steps are left
-    /// out (their numbers tell). During a capture it does nothing.
+    /// Gives the oldest report that has arrived and was not given yet, or `None`. Never waits: it starts to copy the
+    /// results of the last measurement, and hands out the copies that earlier calls started. Called every step it gives
+    /// every step's report, on a GPU about a step late. When the host runs more than four reports ahead, steps are left
+    /// out; the step numbers show it. During a capture it does nothing.
     ///
     /// With [`Config::rules`](crate::Config::rules) a report has the step's diagnosis.
     ///
     /// # Errors
-    /// The device's. What has not arrived then is given by a later call.
+    /// The device's. A later call then gives the reports that have not arrived.
     pub fn poll(&mut self) -> Result<Option<Report>, Error> {
         if self.core.device.is_capturing()? || !self.core.measured {
             return Ok(None);
         }
-        // A replayed graph measures without our knowing: with nothing on its way there may be something new.
+        // The host does not see the measurements of a replayed graph: without a read under way there may be a new one.
         if self.reports.reads.is_empty() || self.reports.unread {
             self.reports.start()?;
         }
@@ -134,11 +134,11 @@ impl Probe {
         Ok(None)
     }
 
-    /// Waits for the last measurement and gives its report, also if [`poll`](Self::poll) has given it before. Reports of
-    /// steps before it that nobody has asked for are passed over; their diagnosis is made.
+    /// Waits for the last measurement and gives its report, even if [`poll`](Self::poll) has given it before. Passes
+    /// over the reports of earlier steps that were not asked for, but still diagnoses them.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`] when there was none, [`Error::WaitInCapture`], or the device's.
+    /// [`Error::NotMeasured`] before the first measurement, [`Error::WaitInCapture`], or the device's.
     pub fn wait(&mut self) -> Result<Report, Error> {
         if !self.core.measured {
             return Err(Error::NotMeasured);
@@ -154,12 +154,12 @@ impl Probe {
         self.take_report(true)?.ok_or(Error::NotMeasured)
     }
 
-    /// Completes the oldest read; `None` if its step was reported already, unless it is to be given `again`.
+    /// Completes the oldest read. `None` if its step was reported already, unless it is to be given `again`.
     fn take_report(&mut self, again: bool) -> Result<Option<Report>, Error> {
         let Self { reports, core, rooms } = self;
         let judge = &mut rooms.rules;
         let Some(read) = reports.reads.front() else { return Ok(None) };
-        // It stays in its place if this fails.
+        // The read stays in its place if this fails.
         let (outputs, rest) = read.wait()?.split_at(size_of::<StepOutputs>());
         let mut outputs: StepOutputs = bytemuck::pod_read_unaligned(outputs);
         let measurement = outputs.step;

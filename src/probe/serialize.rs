@@ -1,5 +1,5 @@
-//! Numbers as their bits and lists of them as bytes, in the order of the machine's: in every format all of them are what they
-//! were, NaN among them, and a list takes no more than its elements.
+//! Serializes numbers as their bits and lists as bytes, in the machine's byte order. Every format keeps all values, NaN
+//! among them, and a list takes no more than its elements.
 
 /// A list as bytes.
 pub(crate) mod bytes {

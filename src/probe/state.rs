@@ -1,4 +1,4 @@
-//! What a probe has learnt, for a run that is interrupted and goes on, on as many ranks as there are then.
+//! The state of a probe, for a run that is interrupted and goes on, on any number of ranks.
 
 use super::{
     Core, Probe,
@@ -19,16 +19,16 @@ use crate::{
 #[cfg(feature = "checkpoint")]
 use std::path::Path;
 
-/// All that reaches from one step to the next beside the gradients and the weights: [`Probe::state`], [`Probe::restore`]. A run
-/// that is interrupted and goes on from it has the bits of one that was not: of reports, clips and loss scale, diagnoses, history,
-/// samples, signal and noise, and the weights that an optimizer moves.
+/// Holds all that reaches from one step to the next beside the gradients and the weights: [`Probe::state`],
+/// [`Probe::restore`]. A run that is interrupted and goes on from it has the bits of one that was not: of reports,
+/// clips and loss scale, diagnoses, history, samples, signal and noise, and the weights that an optimizer moves.
 ///
-/// What is declared is no part of it, nor what was set since: the rules, and the learning rate. Declare and set them before
-/// [`Probe::restore`], as they were. Micro-batches of an accumulation that no step has ended are left out as well.
+/// The declaration is no part of it, nor are later settings: the rules, and the learning rate. Declare and set them as
+/// they were before [`Probe::restore`]. Micro-batches of an accumulation that no step has ended are left out as well.
 ///
 /// # Files
-/// With the feature `serde` it can be serialized, in any format: numbers as their bits, and lists as bytes, in the order of the
-/// machine's. With the feature `checkpoint`, `save` and `load` do so, to a file and from one:
+/// With the feature `serde` it can be serialized in any format: numbers as their bits, and lists as bytes, in the
+/// machine's byte order. With the feature `checkpoint`, `save` and `load` write it to a file and read it back:
 ///
 #[cfg_attr(feature = "checkpoint", doc = "```")]
 #[cfg_attr(not(feature = "checkpoint"), doc = "```ignore")]
@@ -53,9 +53,9 @@ use std::path::Path;
 /// ```
 ///
 /// # Ranks
-/// A state is of one rank's plan, and goes to any rank with the same: with replicas, to all of them, however many there are then.
-/// Where ranks have tensors of their own, each saves its own. On another number of such ranks, or with other parts, they go on from
-/// the [`common`](Self::common) state of any: step, clip and loss scale.
+/// A state is of one rank's plan, and goes to any rank with the same plan. Replicas all take the same state, however
+/// many there are. Where ranks have tensors of their own, each saves its own. With another number of such ranks, or
+/// with other parts, they go on from the [`common`](Self::common) state of any: step, clip and loss scale.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -63,9 +63,9 @@ pub struct ProbeState {
     version: Version,
     /// Steps measured.
     pub step: u64,
-    /// Their numbers, as far as they are still asked for.
+    /// The trainer's numbers of them, as far as they are still needed.
     numbering: Jumps,
-    /// What the clip remembers, as the device has it: the same on all ranks, but for averages of a rank's own tensors.
+    /// The clip's state, as the device has it: the same on all ranks, but for averages of a rank's own tensors.
     #[cfg_attr(feature = "serde", serde(with = "super::bytes"))]
     pub clip: Vec<u64>,
     /// The loss scale of the next step, and the steps without NaN or Inf since it last changed.
@@ -73,7 +73,7 @@ pub struct ProbeState {
     own: Option<Own>,
 }
 
-/// What is of the tensors of one plan.
+/// The part that belongs to the tensors of one plan.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 struct Own {
@@ -85,10 +85,10 @@ struct Own {
     optimizer: Option<<OptimizerMemory as Saved>::State>,
 }
 
-/// The version of all of that, which a serialized state begins with. A change of any field makes another.
+/// The version of the format, with which a serialized state begins. A change of any field needs a new one.
 const VERSION: u32 = 1;
 
-/// It is always [`VERSION`].
+/// Serializes as [`VERSION`], and reads nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(into = "u32", try_from = "u32"))]
 struct Version;
@@ -120,7 +120,7 @@ pub(crate) fn differs<T>(what: impl Into<String>) -> Result<T, Error> {
     Err(Error::StateOfAnotherProbe { what: what.into() })
 }
 
-/// The state of a feature, if it is declared.
+/// Gives the state of a feature, if it is declared.
 fn state_of<M: Saved>(core: &Core, memory: &mut Option<M>) -> Result<Option<M::State>, Error> {
     memory.as_mut().map(|memory| memory.state(core)).transpose()
 }
@@ -182,8 +182,8 @@ fn check_plan(saved: &[TensorSpec], plan: &Plan) -> Result<(), Error> {
 }
 
 impl ProbeState {
-    /// Of this what ranks have in common, whatever their tensors: step, clip and loss scale. A clip by averages of tensors
-    /// remembers those of a rank's own all the same.
+    /// Gives the part that ranks have in common with any tensors: step, clip and loss scale. A clip by averages of
+    /// tensors still keeps those of a rank's own.
     #[must_use]
     pub fn common(&self) -> Self {
         Self { own: None, ..self.clone() }
@@ -191,7 +191,7 @@ impl ProbeState {
 }
 
 impl Probe {
-    /// What has been learnt up to the last step that was launched, for which it waits. Takes as much memory of the host as the
+    /// Gives the state after the last launched step, for which it waits. Takes as much memory of the host as the
     /// features keep on the device.
     ///
     /// # Errors
@@ -210,15 +210,15 @@ impl Probe {
         Ok(ProbeState { version: Version, step, numbering, clip, loss_scale, own })
     }
 
-    /// Goes on from there: the next step is the one after, and all that follows is as it would have been. What the state does not
-    /// have, as a [`common`](ProbeState::common) one, stays as it is. Of many ranks all do this, from the same step: one that differs is
-    /// named in the next step, or where ranks compare a step later in the one after, by
-    /// [`FLAG_STATE`](StepOutputs::FLAG_STATE).
+    /// Goes on from this state: the next step is the one after it, and gives the same bits. Parts that the state does
+    /// not have, as in a [`common`](ProbeState::common) one, stay as they are. All ranks must do this from the same
+    /// step. [`FLAG_STATE`](StepOutputs::FLAG_STATE) names one that differs in the next step or, where ranks compare a
+    /// step later, in the one after.
     ///
     /// # Errors
-    /// [`Error::StateOfAnotherProbe`], which names the first tensor of another plan, a feature that was declared otherwise, or what
-    /// no probe can have kept; [`Error::InvalidConfig`] for a loss scale that is none; [`Error::UploadInCapture`], or the device's.
-    /// Nothing is changed but where the device fails.
+    /// [`Error::StateOfAnotherProbe`], which names the first tensor of another plan, a feature with another
+    /// declaration, or an impossible value. [`Error::InvalidConfig`] for an invalid loss scale.
+    /// [`Error::UploadInCapture`], or the device's. Nothing is changed unless the device fails.
     pub fn restore(&mut self, state: &ProbeState) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         let Self { reports, core, rooms } = self;
@@ -229,7 +229,7 @@ impl Probe {
             let words = clip.len();
             return differs(format!("its clip has {words} words that {:?} cannot have kept", core.config.clip));
         }
-        // The first word of a clip is the number of the steps that it has learnt from.
+        // The first word of a clip is the number of steps that it has learnt from.
         if [*step].iter().chain(clip.first()).any(|&steps| steps > LAST) {
             return differs(format!("it is of step {step}, and its clip of {:?}", clip.first()));
         }
@@ -248,7 +248,7 @@ impl Probe {
 
 #[cfg(feature = "checkpoint")]
 impl ProbeState {
-    /// Writes it to a file, which has all of it then, or what it had before.
+    /// Writes the state to a file. The file then has all of it or, after an error, its old content.
     ///
     /// # Errors
     /// [`Error::Unwritable`].
@@ -256,16 +256,16 @@ impl ProbeState {
         save(self, path.as_ref())
     }
 
-    /// What [`save`](Self::save) has written to a file.
+    /// Reads a state that [`save`](Self::save) has written.
     ///
     /// # Errors
-    /// [`Error::Unreadable`], with what it holds where that is no state of this version.
+    /// [`Error::Unreadable`], which describes the content where that is no state of this version.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
         load(path.as_ref(), "probe")
     }
 }
 
-/// Writes what begins with a [`Version`] to a file, whole or not at all.
+/// Writes a state that begins with a [`Version`] to a file, whole or not at all.
 ///
 /// # Errors
 /// [`Error::Unwritable`].
@@ -275,10 +275,10 @@ pub(crate) fn save(state: &impl serde::Serialize, path: &Path) -> Result<(), Err
     replace(path, &bytes)
 }
 
-/// Reads it, the state of `whose`.
+/// Reads the state of `whose`.
 ///
 /// # Errors
-/// [`Error::Unreadable`], with what it holds where that is no state of this version.
+/// [`Error::Unreadable`], which describes the content where that is no state of this version.
 #[cfg(feature = "checkpoint")]
 pub(crate) fn load<T: serde::de::DeserializeOwned>(path: &Path, whose: &str) -> Result<T, Error> {
     let unreadable = |reason: String| Error::Unreadable { path: path.to_owned(), reason };

@@ -1,4 +1,4 @@
-//! What ranks exchange, and by what.
+//! The exchange between ranks.
 
 use crate::{
     Error,
@@ -8,12 +8,12 @@ use crate::{
 };
 use std::time::Duration;
 
-/// How the words of all ranks become one.
+/// The operation that makes one word of all ranks' words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduction {
-    /// They are added up modulo 2^64.
+    /// Adds them up modulo 2^64.
     Sum,
-    /// The largest is taken.
+    /// Takes the largest.
     Max,
 }
 
@@ -26,23 +26,23 @@ impl Reduction {
     }
 }
 
-/// How ranks whose devices are hosts exchange bytes: [`ThreadCommunicator`](super::ThreadCommunicator),
-/// [`TcpCommunicator`](super::TcpCommunicator), or one of your own: of MPI's, say. All ranks make the same calls in the same
-/// order, each of which waits for the others.
+/// Exchanges bytes between ranks whose devices are hosts: [`ThreadCommunicator`](super::ThreadCommunicator),
+/// [`TcpCommunicator`](super::TcpCommunicator), or one of your own, for MPI say. All ranks make the same calls in the
+/// same order, and each call waits for the others.
 pub trait Transport: std::fmt::Debug + Send + Sync {
     /// The number of this rank, from 0.
     fn rank(&self) -> u32;
 
-    /// How many ranks there are.
+    /// Number of ranks.
     fn ranks(&self) -> u32;
 
-    /// What all ranks gave, one behind the other in their order. All give as many bytes.
+    /// Gives the bytes of all ranks, one behind the other in their order. All give the same number of bytes.
     ///
     /// # Errors
-    /// When a rank is gone, or a deadline has passed; every call fails then, on all ranks.
+    /// When a rank is gone, or a deadline has passed; every call fails from then on, on all ranks.
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>, Error>;
 
-    /// Makes of each word that of all ranks. One that does it in the network is faster.
+    /// Reduces each word over all ranks. An implementation that does it in the network is faster.
     ///
     /// # Errors
     /// Those of [`all_gather`](Self::all_gather).
@@ -61,42 +61,43 @@ pub trait Transport: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Ends what ranks wait for, now and later, with an error, as far as it can be ended; by any thread.
+    /// Ends all waiting for other ranks, now and later, with an error, as far as possible. Any thread may call it.
     fn abort(&self) {}
 }
 
-/// What is wrong when ranks come with parts of these lengths, if anything.
+/// Describes the error when ranks come with parts of different lengths.
 pub(super) fn odd_length(mut lengths: impl Iterator<Item = usize>) -> Option<String> {
     let first = lengths.next()?;
     let (rank, odd) = (1..).zip(lengths).find(|&(_, length): &(u32, usize)| length != first)?;
     Some(format!("rank {rank} gave {odd} bytes, rank 0 {first}"))
 }
 
-/// How long ranks are waited for where nothing else is said: as long as PyTorch waits for NCCL.
+/// The default wait for ranks: as long as PyTorch waits for NCCL.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(600);
-/// And at most, which is a century: a clock does not count as far as a `Duration`.
+/// The longest wait, a century: a clock does not count as far as a `Duration`.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// That the device, or NCCL, waits in vain: it cannot say for whom.
+/// Makes the error of a device, or NCCL, that waits in vain: it cannot name the rank.
 #[cfg(feature = "cuda")]
 pub(crate) fn not_come(deadline: Duration) -> Error {
     Error::Communication { what: format!("some rank has not come within {deadline:?}") }
 }
 
-/// How ranks exchange what is in the memories of their devices: every [`Transport`] on hosts, and on CUDA devices
-/// [`NcclCommunicator`](crate::cuda::NcclCommunicator).
+/// Exchanges device memory between ranks: every [`Transport`] on hosts, and
+/// [`NcclCommunicator`](crate::cuda::NcclCommunicator) on CUDA devices.
 ///
 /// # Safety
-/// Calls read and write nothing but what they say, and only until they have run in the order of the device's launches.
+/// Calls read and write only the memory that they describe, and only until they have run in the order of the device's
+/// launches.
 #[allow(unsafe_code, reason = "the probe's memory is written by it")]
 pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     /// The number of this rank, from 0.
     fn rank(&self) -> u32;
 
-    /// How many ranks there are.
+    /// Number of ranks.
     fn ranks(&self) -> u32;
 
-    /// Fails unless it reaches memory of a device whose kernels find tensors there, in the order of their launches.
+    /// Fails unless it reaches the memory of a device whose kernels find tensors there, in the order of their launches.
     ///
     /// # Errors
     /// [`Error::Communication`].
@@ -106,7 +107,7 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     /// the ranks; ordered as a launch on the probe's device is.
     ///
     /// # Safety
-    /// `from` has that many bytes and `to` that many for each rank, in this device's memory, apart from each other and
+    /// `from` has that many bytes and `to` that many for each rank, in this device's memory, apart from each other,
     /// until the copy has run.
     ///
     /// # Errors
@@ -114,7 +115,7 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     #[allow(unsafe_code, reason = "the addresses are the caller's word")]
     unsafe fn all_gather(&self, from: u64, to: u64, bytes: usize) -> Result<(), Error>;
 
-    /// Makes of each of so many u64 at a device address that of all ranks; ordered as a launch is, and legal in a graph
+    /// Reduces each of so many u64 at a device address over all ranks; ordered as a launch is, and legal in a graph
     /// capture if a launch is.
     ///
     /// # Safety
@@ -125,13 +126,13 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
     #[allow(unsafe_code, reason = "the address is the caller's word")]
     unsafe fn all_reduce(&self, at: u64, words: usize, reduction: Reduction) -> Result<(), Error>;
 
-    /// How long the device may take to come to what was queued, where that is not waited for by the calls themselves: after
-    /// that it is [aborted](Self::abort).
+    /// The longest time that the device may take for queued work, where calls do not wait for it themselves. After that
+    /// it is [aborted](Self::abort).
     fn deadline(&self) -> Option<Duration> {
         None
     }
 
-    /// What has gone wrong since with what was queued.
+    /// Reports errors of the queued work since then.
     ///
     /// # Errors
     /// [`Error::Communication`].
@@ -139,7 +140,7 @@ pub unsafe trait Communicator: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Ends what ranks wait for, now and later, with an error, as far as it can be ended; by any thread.
+    /// Ends all waiting for other ranks, now and later, with an error, as far as possible. Any thread may call it.
     fn abort(&self) {}
 }
 
@@ -192,7 +193,7 @@ unsafe impl<T: Transport> Communicator for T {
     }
 }
 
-/// Makes of words of the hosts' those of all ranks, through the devices' memory.
+/// Reduces words of the host over all ranks, through the devices' memory.
 pub(super) fn reduce(
     device: &dyn Device,
     communicator: &dyn Communicator,
@@ -206,7 +207,7 @@ pub(super) fn reduce(
     Ok(values(words.wait(device)?))
 }
 
-/// Gathers words of the hosts' through the devices' memory.
+/// Gathers words of the host through the devices' memory.
 pub(super) fn gather(device: &dyn Device, communicator: &dyn Communicator, own: &[u64]) -> Result<Vec<u64>, Error> {
     let bytes = size_of_val(own);
     let from = uploaded(device, bytemuck::cast_slice(own))?;

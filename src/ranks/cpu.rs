@@ -4,7 +4,7 @@
 use super::{MergeArguments, whole};
 use crate::{device::cpu::memory::Tables, measure};
 
-/// What `gradprobe_merge` does.
+/// Does as `gradprobe_merge`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -20,6 +20,6 @@ pub(crate) unsafe fn run(a: &MergeArguments) {
         };
         whole::merge(slots, sums, maxima, records);
     }
-    // SAFETY: the caller's promise; what was made of it above is no longer used.
+    // SAFETY: the caller's promise; the references made above are no longer used.
     unsafe { measure::cpu::finish(&a.step) };
 }

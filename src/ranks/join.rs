@@ -1,5 +1,5 @@
-//! How ranks come together: whether they mean the same, and who holds what, before the first step. A rank that cannot go on
-//! takes part to the end, so that all others get an error that names it.
+//! The meeting of the ranks before the first step: it checks that their settings agree, and finds the holders of each
+//! tensor. A rank that cannot go on takes part to the end, so that all others get an error that names it.
 
 use super::{Communicator, Layout, Mesh, Ranks, Reduction, communicator::reduce, gather};
 use crate::{Config, Error, Plan, device::Device, features::Features};
@@ -9,22 +9,22 @@ use std::{
     sync::Arc,
 };
 
-/// Words of text that ranks tell each other, and of a tensor's name.
+/// Words of text in a message, and of a tensor's name.
 const TEXT: usize = 32;
 const NAME: usize = 16;
-/// Tensors that ranks tell each other of at once: 3 KB a rank.
+/// Tensors in one message: 3 KB a rank.
 pub(super) const AT_ONCE: usize = 64;
 
-/// Who holds what.
+/// The holders of the tensors.
 #[derive(Debug)]
 pub(crate) struct Joined {
-    /// The ranks that hold the same as this one, itself included, in their order; of each tensor of the plan.
+    /// For each tensor of the plan, the ranks that hold the same as this one, itself included, in their order.
     pub holders: Vec<Arc<[u32]>>,
-    /// The place of this rank's part in each tensor, as parts lie one behind the other.
+    /// The place of this rank's part in each tensor, where parts lie one behind the other.
     pub firsts: Vec<u64>,
     /// The number of each tensor of the plan among those of all ranks.
     pub slots: Vec<u32>,
-    /// Those of all ranks.
+    /// Tensors of all ranks.
     pub model_count: usize,
     /// Their names, where whole tensors are asked for.
     pub names: Vec<String>,
@@ -36,7 +36,7 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// Of a rank that has asked nobody: as though the others had what this one has, and nothing else.
+    /// Gives the result for a rank that has asked nobody: as though the others had the same tensors and no more.
     pub fn supposed(plan: &Plan, ranks: &Ranks) -> Self {
         let (rank, is_replicated, tensors) = (ranks.communicator.rank(), ranks.is_replicated(), plan.tensors().len());
         let slots = (0..).take(tensors).collect();
@@ -61,13 +61,13 @@ impl Joined {
         }
     }
 
-    /// Of each tensor, who holds the same, and which of them this rank is.
+    /// For each tensor, the holders of the same, and this rank's place among them.
     pub fn places(&self) -> impl Iterator<Item = (&[u32], usize)> {
         let place = |holders: &[u32]| holders.iter().position(|&rank| rank == self.rank).unwrap_or(0);
         self.holders.iter().map(move |holders| (&**holders, place(holders)))
     }
 
-    /// Whether this rank has any.
+    /// Whether this rank has any replicas.
     pub fn has_replicas(&self) -> bool {
         self.holders.iter().any(|holders| holders.len() > 1)
     }
@@ -78,13 +78,13 @@ pub(super) fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// What ranks tell each other of a tensor.
+/// The message of a rank on a tensor.
 #[derive(Clone, Copy)]
 struct Told {
     name: u64,
     description: u64,
     length: u64,
-    /// Of the part in the whole, and the whole; all ones where that was not said.
+    /// The place of the part in the whole, and the length of the whole; all ones where they are not given.
     first: u64,
     end: u64,
     whole: u64,
@@ -100,20 +100,20 @@ impl Told {
         [hash(&spec.name), hash(&description(plan, ranks, index)), spec.len, range.start, range.end, whole]
     }
 
-    /// `None` in the place of a tensor that the rank does not have.
+    /// Reads it; `None` in the place of a tensor that the rank does not have.
     fn read(words: &[u64]) -> Option<Self> {
         let &[name, description, length, first, end, whole] = words else { return None };
         (description != 0).then_some(Self { name, description, length, first, end, whole })
     }
 }
 
-/// What a rank's tensor must have in common with those of the same name on other ranks.
+/// Describes the properties that a tensor must share with those of the same name on other ranks.
 fn description(plan: &Plan, ranks: &Ranks, index: usize) -> String {
     let weight = plan.weights().map_or(String::new(), |weights| format!(", weights of {}", weights[index]));
     format!("{:?}{weight}, {:?}", plan.tensors()[index].dtype, ranks.layout(index).along)
 }
 
-/// Gives every rank what went wrong on the first on which something did.
+/// Gives every rank the first failing rank's error, if any failed.
 ///
 /// # Errors
 /// This rank's own, or [`Error::RankDiffers`].
@@ -129,14 +129,14 @@ pub(super) fn all_or_none<T>(
     let heard = tell(communicator, device, told);
     match (own, heard) {
         (Ok(value), Ok(None)) => Ok(value),
-        // What is wrong on this rank alone is more than words.
+        // An error of this rank alone keeps its type.
         (Err(error), _) if !matches!(error, Error::RankDiffers { .. }) => Err(error),
         (_, Ok(Some((rank, what)))) => Err(Error::RankDiffers { rank, what }),
         (_, Err(error)) | (Err(error), Ok(None)) => Err(error),
     }
 }
 
-/// Tells all ranks what went wrong on this one, and on which it did, if anything; gives what went wrong on the first.
+/// Tells all ranks the error of this one, if any, and gives the first rank's that failed.
 fn tell(
     communicator: &dyn Communicator,
     device: &dyn Device,
@@ -153,7 +153,7 @@ fn tell(
     Ok(Some((u32::try_from(heard[0]).unwrap_or(u32::MAX), text_of(&heard[1..]))))
 }
 
-/// Finds out whether all ranks mean the same, and who holds what. A collective call.
+/// Checks that all ranks agree, and finds the holders of each tensor. A collective call.
 ///
 /// # Errors
 /// [`Error::RankDiffers`], the same on all ranks, and those of the communicator and the device.
@@ -198,7 +198,7 @@ pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ra
         Arc::clone(shared)
     });
     let holders = holders.collect();
-    // If for nothing else, the network's connections are made now, and not in the first step, which may be captured.
+    // This call also makes the network's connections, which must not happen in the first step: that may be captured.
     let names = names(device, plan, ranks, &slots, if ranks.whole_tensors { model.len() } else { 1 })?;
     Ok(Joined {
         holders,
@@ -212,7 +212,8 @@ pub(super) fn join(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ra
     })
 }
 
-/// The names of the first tensors of the model: each by the first rank that counts some of it, up to so many bytes.
+/// Gives the names of the first tensors of the model, up to so many bytes: each from the first rank that counts some of
+/// it.
 fn names(device: &dyn Device, plan: &Plan, ranks: &Ranks, slots: &[u32], count: usize) -> Result<Vec<String>, Error> {
     let mut words = vec![[0u64; NAME]; count];
     for (index, (spec, &slot)) in plan.tensors().iter().zip(slots).enumerate() {
@@ -226,7 +227,7 @@ fn names(device: &dyn Device, plan: &Plan, ranks: &Ranks, slots: &[u32], count: 
     Ok(all.as_chunks::<NAME>().0.iter().map(|words| text_of(words)).collect())
 }
 
-/// As much of a text as so many words hold, behind which they stay 0.
+/// Writes as much of a text as so many words hold. The rest stay 0.
 fn put_text(words: &mut [u64], text: &str) {
     let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
     let end = (0..=text.len().min(bytes.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
@@ -239,7 +240,8 @@ fn text_of(words: &[u64]) -> String {
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
-/// What must be equal on all ranks; gives the most tensors that one has, and whether all tensors are replicated.
+/// Checks the settings that must be equal on all ranks. Gives the most tensors of one rank, and whether all tensors are
+/// replicated.
 fn heads(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ranks) -> Result<(usize, bool), Error> {
     let Config { dead_threshold, clip, non_finite, features: Features { loss_scale, .. }, .. } = config;
     let of_step = format!(
@@ -271,7 +273,7 @@ fn heads(device: &dyn Device, plan: &Plan, config: &Config, ranks: &Ranks) -> Re
     Ok((most_tensors, most(3) == 0))
 }
 
-/// How many ranks say the same of something, and the first of them.
+/// The number of ranks with each value, and the first of them.
 type Votes = HashMap<u64, (usize, u32)>;
 
 fn vote(votes: &mut Votes, value: u64, rank: u32) {
@@ -280,25 +282,25 @@ fn vote(votes: &mut Votes, value: u64, rank: u32) {
     *first = rank.min(*first);
 }
 
-/// The first rank that does not say what most do, or of several that most say what the first does.
+/// Gives the first rank that differs from most, or, without a majority, from the first.
 fn outvoted(votes: &Votes) -> Option<u32> {
     let most = votes.values().map(|&(count, _)| count).max()?;
     let elected = votes.iter().filter(|&(_, &(count, _))| count == most).min_by_key(|&(_, &(_, first))| first)?.0;
     votes.iter().filter(|&(value, _)| value != elected).map(|(_, &(_, first))| first).min()
 }
 
-/// What was seen of a tensor of this rank's plan on all ranks.
+/// The messages of all ranks on a tensor of this rank's plan.
 #[derive(Default)]
 struct Seen {
     descriptions: Votes,
-    /// Of those that hold what this rank holds.
+    /// Lengths at the ranks that hold the same as this one.
     lengths: Votes,
     holders: Vec<u32>,
     /// Bits of the ranks that have it.
     planners: Vec<u64>,
     /// Elements of the parts before this rank's.
     before: u64,
-    /// Of parts that were said to be of a whole: first, end, whole, rank.
+    /// Parts of a known whole: first, end, whole, rank.
     parts: Vec<(u64, u64, u64, u32)>,
 }
 
@@ -320,12 +322,12 @@ impl Seen {
         }
     }
 
-    /// The rank that is wrong, and in what.
+    /// Gives the rank that is wrong, and the error.
     fn wrong(&mut self, mesh: &Mesh, layout: &Layout) -> Option<(u32, String)> {
         if let Some(rank) = outvoted(&self.descriptions) {
             return Some((rank, "is of another type or layout there".to_owned()));
         }
-        // Those at the coordinate that owns it, and at each where somebody has it.
+        // Ranks at the coordinate that owns it, and at each other where a rank has it.
         let group = |rank: &u32| layout.owners_of(mesh, *rank);
         let has_it = |rank: &u32| self.planners[(rank / u64::BITS) as usize] >> (rank % u64::BITS) & 1 == 1;
         let groups: HashSet<u32> =

@@ -3,7 +3,8 @@
 use crate::Error;
 use std::ops::Range;
 
-/// Ranks in a grid of named dimensions, as PyTorch's `DeviceMesh` has it: rank 1 is the neighbour of rank 0 along the last.
+/// Arranges ranks in a grid of named dimensions, as PyTorch's `DeviceMesh`: rank 1 is the neighbour of rank 0 along the
+/// last.
 ///
 /// ```
 /// use gradprobe::ranks::{Along, Mesh};
@@ -18,18 +19,19 @@ pub struct Mesh {
     dimensions: Vec<(String, u32)>,
 }
 
-/// Where the elements of a tensor are along a dimension of a [`Mesh`].
+/// Tells how a tensor lies along a dimension of a [`Mesh`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Along {
-    /// All ranks hold the same, as along each dimension that is not named. It counts at coordinate 0.
+    /// All ranks hold the same. This is the default along a dimension that is not named. The tensor counts at
+    /// coordinate 0.
     Replicated,
-    /// Each rank holds a part, some perhaps none.
+    /// Each rank holds a part, which may be empty.
     Sharded,
-    /// The ranks at this coordinate own it. Others may hold the same, to clip it, say, and it does not count there.
+    /// The ranks at this coordinate own it. Others may hold the same, to clip it say; it does not count there.
     At(u32),
 }
 
-/// Where the elements of a tensor are along all dimensions: [`Mesh::layout`].
+/// Tells how a tensor lies along all dimensions: [`Mesh::layout`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     pub(super) along: Vec<Along>,
@@ -37,7 +39,7 @@ pub struct Layout {
 }
 
 impl Mesh {
-    /// With these dimensions and their lengths.
+    /// Makes a mesh with these dimensions and their lengths.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] unless each has a name of its own and a rank, and there are fewer than 2^31 ranks.
@@ -55,7 +57,7 @@ impl Mesh {
         Ok(Self { dimensions })
     }
 
-    /// Of one dimension.
+    /// Makes a mesh of one dimension.
     pub(super) fn line(ranks: u32) -> Self {
         Self { dimensions: vec![("dp".to_owned(), ranks)] }
     }
@@ -65,12 +67,13 @@ impl Mesh {
         &self.dimensions
     }
 
-    /// How many ranks it has.
+    /// Number of ranks.
     pub fn ranks(&self) -> u32 {
         self.dimensions.iter().map(|(_, length)| length).product()
     }
 
-    /// The coordinates of a rank, one a dimension. Of ranks that it does not have, those of the rank modulo their number.
+    /// Gives the coordinates of a rank, one a dimension. A rank beyond the mesh has those of its number modulo the
+    /// number of ranks.
     pub fn coordinates(&self, rank: u32) -> Vec<u32> {
         let mut rest = rank;
         let mut coordinates: Vec<u32> = self
@@ -87,11 +90,11 @@ impl Mesh {
         coordinates
     }
 
-    /// The layout of a tensor that lies so along these dimensions, and is replicated along the others. Where several are
+    /// Makes the layout of a tensor along these dimensions; along the others it is replicated. Where several are
     /// sharded, parts are in the order of the ranks.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a dimension that there is not, or twice, and a coordinate beyond its length.
+    /// [`Error::InvalidConfig`] for an unknown dimension, or one given twice, and a coordinate beyond its length.
     pub fn layout<'a>(&self, along: impl IntoIterator<Item = (&'a str, Along)>) -> Result<Layout, Error> {
         let mut wanted = vec![None; self.dimensions.len()];
         for (name, how) in along {
@@ -111,8 +114,8 @@ impl Mesh {
 }
 
 impl Layout {
-    /// With these elements of the `whole` on this rank: then all ranks find out, before the first step, whether their parts
-    /// make up the tensor. For parts that follow one another in memory, as those of FSDP and ZeRO.
+    /// Gives the elements of the `whole` that this rank has. All ranks then check, before the first step, that their
+    /// parts make up the tensor. For parts that follow one another in memory, as those of FSDP and ZeRO.
     #[must_use]
     pub fn part(self, elements: Range<u64>, whole: u64) -> Self {
         Self { part: Some((elements, whole)), ..self }
@@ -122,7 +125,7 @@ impl Layout {
         Self { along: vec![Along::Replicated; mesh.dimensions.len()], part: None }
     }
 
-    /// Whether it may be a layout of this mesh: as many dimensions, and no coordinate beyond them.
+    /// Whether it may be a layout of this mesh: the same number of dimensions, and no coordinate beyond them.
     pub(super) fn is_of(&self, mesh: &Mesh) -> bool {
         let is_within = |(how, (_, length)): (&Along, &(String, u32))| !matches!(how, Along::At(at) if at >= length);
         self.along.len() == mesh.dimensions.len() && self.along.iter().zip(&mesh.dimensions).all(is_within)
@@ -133,7 +136,7 @@ impl Layout {
         self.along.iter().all(|how| *how == Along::Replicated)
     }
 
-    /// The rank that counts what a rank holds.
+    /// Gives the rank that counts a rank's elements.
     pub(super) fn counted_on(&self, mesh: &Mesh, rank: u32) -> u32 {
         self.moved(mesh, rank, |how, coordinate| match how {
             Along::Replicated => 0,
@@ -147,12 +150,13 @@ impl Layout {
         self.moved(mesh, 0, |how, _| if let Along::At(at) = how { at } else { 0 })
     }
 
-    /// The same for all ranks that are at the same coordinates along the dimensions in which the tensor is at one.
+    /// Gives the same number for all ranks with the same coordinates along the dimensions in which the tensor is at
+    /// one.
     pub(super) fn owners_of(&self, mesh: &Mesh, rank: u32) -> u32 {
         self.moved(mesh, rank, |how, coordinate| if matches!(how, Along::At(_)) { coordinate } else { 0 })
     }
 
-    /// The rank at other coordinates than this one.
+    /// Gives the rank at other coordinates than this one.
     fn moved(&self, mesh: &Mesh, rank: u32, to: impl Fn(Along, u32) -> u32) -> u32 {
         let (mut rest, mut stride, mut moved) = (rank, 1, 0);
         for (&how, (_, length)) in self.along.iter().zip(&mesh.dimensions).rev() {

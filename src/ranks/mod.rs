@@ -1,13 +1,14 @@
-//! Many GPUs: each rank measures what it holds, and every rank has the norm, the clip and the verdict of the whole model.
+//! Measures over many GPUs: each rank measures its part, and every rank gets the norm, the clip and the verdict of the
+//! whole model.
 //!
-//! A probe declared with [`Config::ranks`](crate::Config::ranks) adds up its squares, its counts and what is to be compared
-//! as integers. All ranks add those up, 240 bytes whatever their number, and each decides the step from what comes out.
-//! Sums of integers have no order: so all ranks have the same bits, whatever the network makes of the sum, and whole tensors,
-//! and shards cut at multiples of 32 Ki elements, have the norm that one rank would have. A step is a launch and a
+//! A probe declared with [`Config::ranks`](crate::Config::ranks) adds up its squares, its counts and the values to
+//! compare as integers. All ranks add those up, 240 bytes for any number of ranks, and each decides the step from the
+//! sum. Sums of integers have no order. So all ranks have the same bits on any network, and whole tensors, and shards
+//! cut at multiples of 32 Ki elements, have the norm that one rank would have. A step takes one launch and one
 //! collective more, all in the order of the stream, and no host waits.
 //!
-//! Each rank plans its own tensors, in any order; those of one name on several ranks are one tensor. Where its elements are,
-//! a [`Layout`] says, along the named dimensions of a [`Mesh`]:
+//! Each rank plans its own tensors, in any order; those of one name on several ranks are one tensor. A [`Layout`] tells
+//! where its elements are, along the named dimensions of a [`Mesh`]:
 //!
 //! | trainer | [`Mesh`] | a tensor's layout |
 //! |---|---|---|
@@ -23,21 +24,21 @@
 //! | all experts in one tensor | `dp`, `ep` | `mesh.layout([("ep", Sharded)])` |
 //! | embeddings tied over the first and last stage, which have summed their gradients | `pp`, `dp` | `mesh.layout([("pp", At(0))])`, planned on both |
 //!
-//! Parts may be of any length, 0 included. Whether the ranks' plans, layouts and settings fit together they find out when
-//! the probes are made, and a rank that cannot go on is an error on all.
+//! Parts may be of any length, 0 included. The ranks check their plans, layouts and settings when the probes are made,
+//! and a rank that cannot go on is an error on all.
 //!
-//! # What is compared
-//! Replicas, by the bits of their elements ([`ReplicaCheck`]), and what ranks must have in common when they decide a step:
-//! its number, the loss scale, what the clip remembers. [`StepOutputs::FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) and
-//! [`FLAG_STATE`](crate::StepOutputs::FLAG_STATE) say that something differs, the report's
-//! [`rank_check`](crate::Report::rank_check) on which rank and in which tensor, where it is one, and
-//! [`Room::differing_replicas`](crate::Room::differing_replicas) all of them, by majority. A NaN or Inf on any replica counts
-//! as found on all ranks, in the same step; but where every tensor is replicated on all ranks, and the check is not
-//! [`Strict`](ReplicaCheck::Strict), no step waits for others: there the comparison is of the step before, and a NaN that one
-//! rank alone has is a replica that differs. That rank alone skips the step, and adapts its loss scale: with one that adapts,
-//! be strict.
+//! # Comparison of ranks
+//! Ranks compare two things. One is replicas, by the bits of their elements ([`ReplicaCheck`]). The other is the state
+//! with which they decide a step: its number, the loss scale, and the state of the clip.
+//! [`StepOutputs::FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) and [`FLAG_STATE`](crate::StepOutputs::FLAG_STATE)
+//! report a difference. The report's [`rank_check`](crate::Report::rank_check) names the rank and the tensor, where it
+//! is one, and [`Room::differing_replicas`](crate::Room::differing_replicas) all of them, by majority. A NaN or Inf on
+//! any replica counts as found on all ranks, in the same step. There is one exception: where every tensor is replicated
+//! on all ranks, and the check is not [`Strict`](ReplicaCheck::Strict), no step waits for others. There the comparison
+//! is of the step before, and a NaN on one rank alone is a replica that differs. That rank alone skips the step, and
+//! adapts its loss scale: with a scale that adapts, be strict.
 //!
-//! # What it costs
+//! # Cost
 //! 240 bytes a step and rank; with [whole tensors](Ranks::whole_tensors), 736 more a tensor of the model; with replicas that
 //! are compared, a second read of the gradients. By NCCL's own model of its trees (`src/graph/tuning.cc` of 2.28: 6.8 µs, and
 //! there and back 0.6 µs a GPU of a node, 1.8 times that between nodes, and 5.0 µs a doubling of the nodes), with nodes of
@@ -51,16 +52,17 @@
 //! | 4096 | 112 µs |
 //! | 16384 | 132 µs |
 //!
-//! Nothing of that has been measured. Coming together, of 16384 ranks with 2000 tensors, takes 6 s of a core of each, in a
-//! simulation. To gather the records of 2000 tensors at 16384 ranks, as this crate did before, would be
-//! 2.6 GB and 60 ms.
+//! Nothing of that has been measured. Coming together, of 16384 ranks with 2000 tensors, takes 6 s of a core of each,
+//! in a simulation. To gather the records of 2000 tensors at 16384 ranks, as this crate did before, would be 2.6 GB and
+//! 60 ms.
 //!
-//! # When something goes wrong
-//! A rank that is gone, late or another than the others think is an [`Error::Communication`](crate::Error::Communication) on all
-//! that wait for it: with threads and TCP at once, or after a deadline, with its number; with NCCL, which does not know whose
-//! fault it is, after the deadline. [`Ranks::abort_handle`] ends all waiting. The probe is then to be dropped, which does not hang.
-//! Those that are left make new communicators and probes, and go on from a [`ProbeState`](crate::ProbeState):
-//! the one of their plan, or what it has in [`common`](crate::ProbeState::common) with all others.
+//! # After an error
+//! A rank that is gone, late or in disagreement is an [`Error::Communication`](crate::Error::Communication) on all that
+//! wait for it. With threads and TCP it comes at once, or after a deadline, with the rank's number. With NCCL, which
+//! does not know the rank at fault, it comes after the deadline. [`Ranks::abort_handle`] ends all waiting. Then drop
+//! the probe, which does not hang. The remaining ranks make new communicators and probes, and go on from a
+//! [`ProbeState`](crate::ProbeState): the one of their plan, or the part that is [`common`](crate::ProbeState::common)
+//! to all.
 //!
 //! ```
 //! use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, ranks::{Along, Mesh, Ranks, ThreadCommunicator}};
@@ -85,11 +87,11 @@
 //! ```
 //!
 //! Making the probe and measuring are then collective calls: all ranks make them, in the same order. A rank that fails
-//! before its measurement leaves the others waiting, as in any collective of NCCL's. Records are of what a rank holds, unless
-//! [`Ranks::whole_tensors`] is declared, which has [`Room::model`](crate::Room::model) give those of all tensors of all ranks as
-//! well; the clips of elements and units, histograms, dot products and tracked elements always are. Of all ranks there are, where
-//! they are asked for, [histograms](crate::Room::histograms), [signal over noise](crate::Room::gsnr) and the
-//! [noise scale](crate::Room::sample_squares).
+//! before its measurement leaves the others waiting, as in any collective of NCCL's. Records are of a rank's part. With
+//! [`Ranks::whole_tensors`], [`Room::model`](crate::Room::model) also gives those of all tensors of all ranks. The
+//! clips of elements and units, histograms, dot products and tracked elements are always of a rank's part. On request
+//! there are [histograms](crate::Room::histograms), [signal over noise](crate::Room::gsnr) and the [noise
+//! scale](crate::Room::sample_squares) of all ranks.
 
 mod communicator;
 pub(crate) mod cpu;
@@ -122,20 +124,21 @@ pub(crate) use communicator::not_come;
 use communicator::{LONGEST_WAIT, gather, odd_length};
 use std::sync::Arc;
 
-/// Whether replicas are compared, by the bits of their elements. That reads all tensors a second time.
+/// Chooses whether replicas are compared, by the bits of their elements. That reads all tensors a second time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReplicaCheck {
-    /// They are, and [`FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS) says what came of it. Where ranks have nothing else
-    /// to wait for, because every tensor is replicated, the word of a step comes with the next.
+    /// Compares them, and reports by [`FLAG_REPLICAS`](crate::StepOutputs::FLAG_REPLICAS). Where every tensor is
+    /// replicated, ranks have nothing else to wait for, and the result of a step comes with the next.
     #[default]
     Reported,
-    /// They are before the clip, and a step in which they or the ranks' states differ is one to skip.
+    /// Compares them before the clip. A step in which they or the ranks' states differ is skipped.
     Strict,
-    /// They are not; nor are the ranks' states where all tensors are replicated on all ranks, which then exchange nothing.
+    /// Does not compare them. Where all tensors are replicated on all ranks, the ranks' states are not compared either,
+    /// and ranks exchange nothing.
     Off,
 }
 
-/// The other ranks, and where each tensor's elements are: [`Config::ranks`](crate::Config::ranks).
+/// Describes the other ranks, and the layout of each tensor: [`Config::ranks`](crate::Config::ranks).
 #[derive(Clone, Debug)]
 pub struct Ranks {
     communicator: Arc<dyn Communicator>,
@@ -152,9 +155,9 @@ pub struct Ranks {
 pub struct AbortHandle(Arc<dyn Communicator>);
 
 impl AbortHandle {
-    /// Makes calls that wait for other ranks, now and later, an [`Error::Communication`](crate::Error::Communication). The probe
-    /// is of no more use then but to be dropped. A communicator that is [shared](crate::cuda::NcclCommunicator::shared) is its
-    /// owner's to abort.
+    /// Makes calls that wait for other ranks, now and later, fail with
+    /// [`Error::Communication`](crate::Error::Communication). The probe can then only be dropped. The owner of a
+    /// [shared](crate::cuda::NcclCommunicator::shared) communicator must abort it.
     pub fn abort(&self) {
         self.0.abort();
     }
@@ -176,7 +179,7 @@ impl Layouts {
         }
     }
 
-    /// How many were given; `None` where one is for all.
+    /// The number of layouts given; `None` where one is for all.
     fn count(&self) -> Option<usize> {
         match self {
             Self::Each(layouts) => Some(layouts.len()),
@@ -186,7 +189,7 @@ impl Layouts {
 }
 
 impl Ranks {
-    /// The ranks of a communicator as a mesh, and one layout a tensor of this rank's plan, in its order.
+    /// Arranges the ranks of a communicator as a mesh, with one layout a tensor of this rank's plan, in its order.
     pub fn new(
         communicator: impl Communicator + 'static,
         mesh: &Mesh,
@@ -195,12 +198,12 @@ impl Ranks {
         Self::with(communicator, mesh, Layouts::Each(layouts.into_iter().collect()))
     }
 
-    /// The same, with one layout for all tensors.
+    /// Does the same, with one layout for all tensors.
     pub fn alike(communicator: impl Communicator + 'static, mesh: &Mesh, layout: Layout) -> Self {
         Self::with(communicator, mesh, Layouts::All(layout))
     }
 
-    /// Of plain data parallelism: every rank holds all tensors, the same.
+    /// Declares plain data parallelism: every rank holds all tensors, the same.
     pub fn data_parallel(communicator: impl Communicator + 'static) -> Self {
         let mesh = Mesh::line(communicator.ranks());
         let layout = Layout::replicated(&mesh);
@@ -212,20 +215,20 @@ impl Ranks {
         Self { communicator, mesh, layouts, check: ReplicaCheck::default(), whole_tensors: false, joined: None }
     }
 
-    /// With replicas compared so.
+    /// Sets the comparison of replicas.
     #[must_use]
     pub fn replica_check(self, check: ReplicaCheck) -> Self {
         Self { check, ..self }
     }
 
-    /// With the records of whole tensors on every rank that has a part, and not of the part: for clips of tensors on their own,
-    /// which need them, and for reports. 736 bytes a tensor of the model are added up in each step.
+    /// Gives the records of whole tensors on every rank that has a part, in place of the part's: for reports, and for
+    /// clips of tensors on their own, which need them. Each step adds up 736 bytes a tensor of the model.
     #[must_use]
     pub fn whole_tensors(self) -> Self {
         Self { whole_tensors: true, ..self }
     }
 
-    /// Of a tensor of the plan, where it was found that each has one.
+    /// Gives the layout of a tensor of the plan. Each is known to have one.
     fn layout(&self, index: usize) -> &Layout {
         match &self.layouts {
             Layouts::Each(layouts) => &layouts[index],
@@ -233,7 +236,7 @@ impl Ranks {
         }
     }
 
-    /// What ends all waiting for other ranks, from any thread: that of who has heard that one is lost, say.
+    /// Gives a handle that ends all waiting for other ranks, from any thread: one that hears of a lost rank, say.
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle(Arc::clone(&self.communicator))
     }
@@ -249,7 +252,7 @@ impl Ranks {
         }
     }
 
-    /// Whether the step of a rank is decided by what it has itself.
+    /// Whether a rank decides the step by its own tensors alone.
     fn is_alone(&self) -> bool {
         self.is_replicated() && self.check != ReplicaCheck::Strict
     }

@@ -1,4 +1,5 @@
-//! The noise scale from what ranks have anyway: the gradient of each before the all-reduce, and the mean of all after it.
+//! The noise scale from two values that ranks have anyway: the gradient of each before the all-reduce, and the mean of
+//! all after it.
 
 use super::{Along, RankMemory, Reduction, communicator::reduce};
 use crate::{
@@ -9,18 +10,18 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// The squared norms of the gradients of all samples of a step: of the batch of each rank, or of each of its micro-batches. For
-/// [`SampleNoise`](crate::gsnr::SampleNoise).
+/// Holds the squared norms of the gradients of all samples of a step: of the batch of each rank, or of each of its
+/// micro-batches. For [`SampleNoise`](crate::gsnr::SampleNoise).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SampleSquares {
-    /// How many there are.
+    /// Number of samples.
     pub samples: u64,
     /// The mean of their squared norms; NaN where an element is NaN or infinite.
     pub mean: f64,
 }
 
-/// What ranks add up of them.
+/// The sums over ranks.
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
 struct SampleSums {
@@ -30,15 +31,16 @@ struct SampleSums {
 }
 
 impl Room<'_, RankMemory> {
-    /// The squared norms of the samples that each rank has measured as [micro-batches](crate::Probe::micro_batches), before they
-    /// were averaged over the dimensions `data` of the mesh, along which ranks have other samples. A collective call. 184 bytes.
+    /// Gives the squared norms of the samples that each rank has measured as
+    /// [micro-batches](crate::Probe::micro_batches), before they were averaged over the dimensions `data` of the mesh.
+    /// Ranks have other samples along these. A collective call. 184 bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a dimension that there is not, or along which a tensor of the plan is a shard: what was
-    /// measured has then been averaged already. Those of the communicator, or the device's.
+    /// [`Error::InvalidConfig`] for an unknown dimension, or one along which a tensor of the plan is a shard: the
+    /// measured gradient has then been averaged already. Those of the communicator, or the device's.
     pub fn sample_squares(&mut self, samples: &MicroBatchReport, data: &[&str]) -> Result<SampleSquares, Error> {
         outside_capture(&*self.core.device, Error::WaitInCapture)?;
-        // One that cannot take part tells the others.
+        // A rank that cannot take part tells the others.
         let own = self.own_samples(samples, data);
         let (device, ranks) = (&*self.core.device, &self.memory.ranks);
         let own = ranks.all_or_none(device, own)?;

@@ -1,14 +1,14 @@
-//! Whether ranks hold the same, found out by sums of integers that do not grow with their number.
+//! The comparison of replicas, by sums of integers that do not grow with the number of ranks.
 //!
-//! A tensor's bits become one integer of 64 bits, its fingerprint. Each of the ranks that hold it multiplies that by a factor
-//! of its own, and the factors of all of them add up to 0. So where the fingerprints are the same, the products of all ranks,
-//! and of all tensors, add up to 0 modulo 2^64; where one is not, they add up to its difference times its rank's factor. One
-//! word says that for all tensors and layouts. A second, with other factors, says which rank it was if it was one: no other
-//! has the factors whose ratio that of the words is. A third, whose factors are those of the first times one of the tensor's,
-//! says which tensor. What must be equal on all ranks besides, their state, is summed up alike.
+//! A tensor's bits become one integer of 64 bits, its fingerprint. Each rank that holds it multiplies that by a factor
+//! of its own, and the factors of all of them add up to 0. So where the fingerprints are the same, the products of all
+//! ranks, and of all tensors, add up to 0 modulo 2^64. Where one differs, they add up to its difference times its
+//! rank's factor. One word does this for all tensors and layouts. A second word, with other factors, names the rank if
+//! it is one: only that rank has factors with the ratio of the two words. A third word, with the first factors times
+//! one of the tensor's, names the tensor. The ranks' state is compared in the same way.
 //!
-//! A rank that differs alone is overlooked when its difference times its factor is a multiple of 2^64: one difference in
-//! 2^60, and none of a single bit. Of two ranks none can tell which is right.
+//! A rank that differs alone is overlooked when its difference times its factor is a multiple of 2^64: one difference
+//! in 2^60, and none of a single bit. Of two ranks none can tell which is right.
 
 use crate::{
     HostTensor, StepOutputs,
@@ -20,17 +20,17 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
-/// What all ranks add up, to 0 when they are as they should be.
+/// The sums over all ranks, which are 0 when the ranks agree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct CheckSums {
     pub state: [u64; 2],
     pub replicas: [u64; 3],
-    /// How many ranks have added to it.
+    /// Number of ranks that have added to it.
     pub ranks: u64,
 }
 
-/// What a tensor's fingerprint is multiplied by.
+/// The factors of a tensor's fingerprint.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Factors {
@@ -39,7 +39,7 @@ pub(super) struct Factors {
     pub reserved: u64,
 }
 
-/// Of [`Kernel::Fingerprint`](crate::device::Kernel::Fingerprint).
+/// The arguments of [`Kernel::Fingerprint`](crate::device::Kernel::Fingerprint).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct FingerprintArguments {
@@ -58,13 +58,13 @@ pub(crate) struct FingerprintArguments {
 const _: () = assert!(size_of::<CheckSums>() == 48 && size_of::<FingerprintArguments>() == 104);
 
 impl CheckSums {
-    /// Whether all ranks have added to it. Where one has aborted, the collective ends before it is done; before the first step
-    /// there is nothing that could be late.
+    /// Whether all ranks have added to it. Where one has aborted, the collective ends early. Before the first step
+    /// nothing can be late.
     pub fn is_complete(&self, ranks: u32, is_late: bool) -> bool {
         self.ranks == u64::from(ranks) || is_late && self.ranks == 0
     }
 
-    /// The flags of a step that these are of.
+    /// Gives the flags of the step.
     pub fn flags(&self, ranks: u32, is_late: bool) -> u32 {
         let flag = |differs, bit| if differs { bit } else { 0 };
         flag(self.state != [0; 2] || !self.is_complete(ranks, is_late), StepOutputs::FLAG_STATE)
@@ -72,11 +72,11 @@ impl CheckSums {
     }
 }
 
-/// Odd, with its bits all over: 2^64 over the golden ratio.
+/// Odd, with bits spread over the word: 2^64 over the golden ratio.
 const PLACE_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 const MIX_FACTOR: u64 = 0xbf58_476d_1ce4_e5b9;
 
-/// A function of 64 bits that gives no value twice: the finalizer of SplitMix64 (Steele, Lea and Flood, *Fast splittable
+/// Maps 64 bits to 64 bits one to one: the finalizer of SplitMix64 (Steele, Lea and Flood, *Fast splittable
 /// pseudorandom number generators*, 2014).
 pub(super) fn mixed(x: u64) -> u64 {
     let x = (x ^ x >> 30).wrapping_mul(MIX_FACTOR);
@@ -84,13 +84,14 @@ pub(super) fn mixed(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// Of words in their order.
+/// Mixes words in their order.
 pub(crate) fn mixed_sum(words: impl IntoIterator<Item = u64>) -> u64 {
     let place = |place: u64| place.wrapping_mul(PLACE_FACTOR);
     (0..).zip(words).fold(0, |sum, (at, word)| sum.wrapping_add(mixed(word.wrapping_add(place(at)))))
 }
 
-/// The factors of these ranks, other ones for each group of them; of one, which has nothing to compare, 0.
+/// Gives the factors of these ranks, different for each group of them; for a single rank, which has nothing to compare,
+/// 0.
 pub(super) fn rank_factors(ranks: &[u32]) -> impl Iterator<Item = [u64; 2]> {
     let group = mixed_sum(ranks.iter().map(|&rank| rank.into()));
     let of = move |at: u64| [1, 2].map(|which| mixed(group ^ mixed(2 * at + which)) | 1);
@@ -99,13 +100,13 @@ pub(super) fn rank_factors(ranks: &[u32]) -> impl Iterator<Item = [u64; 2]> {
     (0..but_one).map(of).chain([last])
 }
 
-/// Which of these ranks may have differed alone. None when it was none of them, or several.
+/// Gives the ranks that may have differed alone; none when it was no single one of them.
 pub(super) fn located(sums: [u64; 2], ranks: &[u32]) -> Vec<u32> {
     let fits = |factors: [u64; 2]| sums[0].wrapping_mul(factors[1]) == sums[1].wrapping_mul(factors[0]);
     ranks.iter().zip(rank_factors(ranks)).filter(|&(_, factors)| fits(factors)).map(|(&rank, _)| rank).collect()
 }
 
-/// What `gradprobe_fingerprint` does.
+/// Does as `gradprobe_fingerprint`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -124,7 +125,7 @@ pub(crate) unsafe fn run(a: &FingerprintArguments) {
         let chunk = index - entries[tensor].first_chunk as usize;
         let place = (chunk * (CHUNK / PACKET)) as u64;
         *fingerprint = with_elements!(HostTensor, &lent[tensor], elements => {
-            // Absent, it has chunks but no elements.
+            // An absent tensor has chunks but no elements.
             let of_chunk = &elements[elements.len().min(chunk * CHUNK)..elements.len().min((chunk + 1) * CHUNK)];
             packets(of_chunk, place)
         });
@@ -138,7 +139,7 @@ pub(crate) unsafe fn run(a: &FingerprintArguments) {
     }
 }
 
-/// The fingerprint of a chunk whose first packet has this place in its tensor.
+/// Gives the fingerprint of a chunk whose first packet has this place in its tensor.
 fn packets<E: Pod>(elements: &[E], place: u64) -> u64 {
     let packets = elements.chunks(PACKET).zip(place..).map(|(packet, place)| {
         let words = bytemuck::cast_slice::<E, u8>(packet).chunks(4).map(|bytes| {
@@ -173,7 +174,7 @@ mod tests {
                     found == [ranks[odd]] || count <= 2 && found.contains(&ranks[odd]),
                     "{ranks:?} {odd}: {found:?}"
                 );
-                // Of another group of as many it is nobody.
+                // In another group of the same size it is nobody.
                 let others: Vec<u32> = ranks.iter().map(|rank| rank + 1).collect();
                 assert!(count == 1 || located(sums, &others).is_empty(), "{count}");
             }

@@ -1,28 +1,28 @@
-//! What was found when ranks were compared.
+//! The result of the comparison of ranks.
 
 use std::fmt;
 
-/// Where ranks differ, in the report of a step: [`Report::rank_check`](crate::Report::rank_check).
+/// Tells where ranks differ, in the report of a step: [`Report::rank_check`](crate::Report::rank_check).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RankCheck {
     /// The step whose replicas were compared: the report's, or the one before.
     pub step: u64,
     /// Replicas that have other bits than those of other ranks.
     pub replicas: Option<Differing>,
-    /// Ranks that came to the step with another number of it, another loss scale or another memory of the clip.
+    /// Ranks that came to the step with another number, loss scale or state of the clip.
     pub state: Option<Differing>,
 }
 
-/// Who differs.
+/// Names a rank that differs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differing {
-    /// The rank that has something else than all others; two, where there are but two and nobody can tell which is right. Empty
-    /// where several differ, or among ranks that hold nothing that this one has:
+    /// The rank that differs from all others. Of only two ranks both, since nobody can tell which is right. Empty where
+    /// several differ, or only ranks that hold nothing of this one's:
     /// [`Room::differing_replicas`](crate::Room::differing_replicas) finds those.
     pub ranks: Vec<u32>,
     /// The tensor, where it is one alone.
     pub tensor: Option<String>,
-    /// Whether it is its weight, and not its gradient.
+    /// Whether its weight differs, and not its gradient.
     pub is_weight: bool,
 }
 
@@ -42,7 +42,7 @@ impl fmt::Display for Differing {
 }
 
 impl fmt::Display for RankCheck {
-    /// A line for each finding; none where there is none.
+    /// A line for each finding.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(replicas) = &self.replicas {
             writeln!(f, "replicas differ in step {} {replicas}", self.step)?;
@@ -54,13 +54,13 @@ impl fmt::Display for RankCheck {
     }
 }
 
-/// A tensor whose replicas differ.
+/// Names a tensor whose replicas differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DifferingReplica {
     /// Its place in the plan.
     pub tensor: usize,
-    /// Whether it is the weight and not the gradient.
+    /// Whether its weight differs, and not its gradient.
     pub is_weight: bool,
-    /// The ranks that do not have what most have; all that hold it where no more than half have the same.
+    /// The ranks that differ from the majority. Without a majority, all that hold the tensor.
     pub ranks: Vec<u32>,
 }

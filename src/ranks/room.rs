@@ -1,4 +1,4 @@
-//! A step of many ranks on a device: what each adds up of its own, added up of all, and the end of the step.
+//! A step of many ranks on a device: the sums of each, the sum over all, and the end of the step.
 
 use super::{
     AbortHandle, Along, CheckSums, ContributeArguments, Differing, FingerprintArguments, RankCheck, Ranks, Reduction,
@@ -18,7 +18,7 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use std::{collections::HashMap, sync::Arc};
 
-/// Of [`Kernel::Merge`].
+/// The arguments of [`Kernel::Merge`].
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct MergeArguments {
@@ -27,16 +27,16 @@ pub(crate) struct MergeArguments {
     pub slots: u64,
     /// [`TensorSums`] of those, and behind them of their weights.
     pub model_sums: u64,
-    /// [`TensorMaxima`] alike.
+    /// [`TensorMaxima`] in the same way.
     pub model_maxima: u64,
-    /// How many there are.
+    /// Number of tensors.
     pub model_count: u32,
     pub reserved: u32,
 }
 // The other side is in kernels/merge.cu.
 const _: () = assert!(size_of::<MergeArguments>() == 280);
 
-/// A probe among others: [`Config::ranks`], [`Probe::ranks`].
+/// A probe among other ranks: [`Config::ranks`], [`Probe::ranks`].
 pub struct RankMemory {
     pub(super) ranks: Ranks,
     pub(super) joined: Arc<Joined>,
@@ -48,26 +48,26 @@ pub struct RankMemory {
     model: Option<Model>,
     /// Whether the last step measured the weights.
     compared_weights: bool,
-    /// Read at last, so that all before it is over.
+    /// Read last, so that all work before it is over.
     last: Box<dyn Read>,
 }
 
 struct Fingerprints {
-    /// A word a chunk.
+    /// One word a chunk.
     of_chunks: ReadBack,
     factors: Buffer,
 }
 
 /// Memory for the tensors of all ranks.
 struct Model {
-    /// Of owners, places and slots.
+    /// Tables of owners, places and slots.
     tables: [Buffer; 3],
     sums: ReadBack,
     maxima: ReadBack,
 }
 
 impl Ranks {
-    /// Whether the communicator reaches the device: where not, nobody can be told.
+    /// Checks that the communicator reaches the device. Otherwise other ranks cannot be told.
     ///
     /// # Errors
     /// [`Error::Communication`], and the device's.
@@ -78,7 +78,7 @@ impl Ranks {
         Ok(())
     }
 
-    /// Whether this rank can take part.
+    /// Checks that this rank can take part.
     ///
     /// # Errors
     /// [`Error::TensorCount`], [`Error::Placement`], [`Error::InvalidConfig`].
@@ -110,7 +110,7 @@ impl Ranks {
         Ok(())
     }
 
-    /// These ranks, come together. A collective call.
+    /// Lets these ranks meet. A collective call.
     ///
     /// # Errors
     /// [`Error::RankDiffers`] on every rank.
@@ -119,7 +119,7 @@ impl Ranks {
         Ok(Self { joined: Some(Arc::new(joined)), ..self.clone() })
     }
 
-    /// Gives what a rank has made, if all ranks have. A collective call.
+    /// Gives the result of a rank, if all ranks have one. A collective call.
     ///
     /// # Errors
     /// This rank's, or [`Error::RankDiffers`].
@@ -155,7 +155,7 @@ impl Feature<Ranks> for RankMemory {
     }
 }
 
-/// What the name of a tensor, or of its weight, makes of a factor.
+/// Gives the factor of a tensor, or of its weight, from its name.
 fn tensor_factor(name: &str, is_weight: bool) -> u64 {
     mixed(join::hash(name) ^ u64::from(is_weight)) | 1
 }
@@ -202,15 +202,15 @@ impl Model {
 }
 
 impl RankMemory {
-    /// Waits for what is queued, so that nothing of it is freed under the other ranks' work: as long as for a report.
+    /// Waits for queued work, as long as for a report, so that none of its memory is freed while other ranks use it.
     pub(crate) fn settle(&mut self, device: &dyn Device) {
-        // In a capture there is nothing to be waited for, and an error has nowhere to go.
+        // In a capture there is nothing to wait for, and an error has nowhere to go.
         if device.is_capturing() == Ok(false) && self.last.start(&self.sums).is_ok() {
             let _ = self.last.wait();
         }
     }
 
-    /// Launches the measurement of a step, and what it takes to decide it with the other ranks.
+    /// Launches the measurement of a step, and the launches that decide it with the other ranks.
     pub(crate) fn launch_measure(&mut self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         self.compared_weights = step.weights != 0;
         if std::mem::replace(&mut self.is_cut_short, true) {
@@ -223,7 +223,7 @@ impl RankMemory {
 
     fn launch_all(&self, core: &Core, chunks: u32, step: StepArguments) -> Result<(), Error> {
         if self.ranks.is_alone() {
-            // What the last step has left, and every rank has come to.
+            // The sums that the last step has left, and every rank has come to.
             if step.check != 0 {
                 self.all_reduce(step.check, size_of::<CheckSums>(), Reduction::Sum)?;
             }
@@ -252,7 +252,7 @@ impl RankMemory {
         core.launch(pieces, &merge)
     }
 
-    /// Adds up what a clip by a quantile counts of all ranks.
+    /// Adds up the counts of a clip by a quantile over all ranks.
     pub(crate) fn add_histogram(&self, at: u64, bytes: usize) -> Result<(), Error> {
         if self.ranks.is_alone() { Ok(()) } else { self.all_reduce(at, bytes, Reduction::Sum) }
     }
@@ -272,7 +272,7 @@ impl RankMemory {
         }
     }
 
-    /// What a step's sums say, for its report.
+    /// Gives the comparison of a step from its sums, for its report.
     pub(crate) fn checked(
         &self,
         core: &Core,
@@ -283,7 +283,7 @@ impl RankMemory {
         let differs = |bit: u32| outputs.flags & bit != 0;
         let state = differs(StepOutputs::FLAG_STATE).then(|| {
             let all: Vec<u32> = (0..self.ranks.mesh.ranks()).collect();
-            // Not complete, it says of nobody.
+            // Incomplete sums name nobody.
             let ranks = if sums.state == [0; 2] { Vec::new() } else { located(sums.state, &all) };
             Differing { ranks, ..Differing::default() }
         });
@@ -309,9 +309,10 @@ impl RankMemory {
 }
 
 impl Config {
-    /// With each step decided together with other ranks, as [`ranks`](crate::ranks) describes: 288 bytes; with replicas that are
-    /// compared, 8 bytes a chunk and 32 a tensor; with [whole tensors](Ranks::whole_tensors), 752 bytes a tensor of the model,
-    /// which [`Config::bytes`] takes to be the plan; and all but those 288 twice in a plan with weights.
+    /// Declares that each step is decided together with other ranks, as [`ranks`](crate::ranks) describes. Takes 288
+    /// bytes; for compared replicas, 8 bytes a chunk and 32 a tensor; for [whole tensors](Ranks::whole_tensors), 752
+    /// bytes a tensor of the model, which [`Config::bytes`] takes to be the plan. All but those 288 double in a plan
+    /// with weights.
     #[must_use]
     pub fn ranks(mut self, ranks: Ranks) -> Self {
         self.features.ranks = Some(ranks);
@@ -320,7 +321,7 @@ impl Config {
 }
 
 impl Probe {
-    /// The other ranks.
+    /// Gives the calls on all ranks.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::ranks`].
@@ -330,13 +331,13 @@ impl Probe {
 }
 
 impl Room<'_, RankMemory> {
-    /// What ends all waiting for other ranks, from any thread.
+    /// Gives a handle that ends all waiting for other ranks, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
         self.memory.ranks.abort_handle()
     }
 
-    /// The records of the tensors of all ranks in the last step, with their names up to 128 bytes: those of this rank's plan and all
-    /// others. Waits for it; communicates with nobody.
+    /// Gives the records of the tensors of all ranks in the last step, this rank's included, with their names up to 128
+    /// bytes. Waits for it, without communication.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Ranks::whole_tensors`], or where every rank has all tensors; [`Error::NotMeasured`],
@@ -354,10 +355,10 @@ impl Room<'_, RankMemory> {
         Ok(memory.joined.names.iter().cloned().zip(records).collect())
     }
 
-    /// The tensors of this rank's plan, and weights where the last step measured them, whose replicas differed in it, and on
-    /// which ranks: by the fingerprints of each, of which every rank gets those of all. A collective call, for when a report
-    /// says that something differs. Of the last step that was launched: where the word of a step comes with the next, what
-    /// differed once is not seen any more. Waits.
+    /// Finds the tensors of this rank's plan, and weights where the last step measured them, whose replicas differed in
+    /// that step, and the ranks. Every rank gets the fingerprints of all. A collective call, for when a report shows a
+    /// difference. It is of the last launched step: where the result of a step comes with the next, a difference of one
+    /// step alone is no longer seen. Waits.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] where replicas are not compared, [`Error::NotMeasured`], [`Error::WaitInCapture`], those of the
@@ -375,7 +376,7 @@ impl Room<'_, RankMemory> {
         let tensors = core.plan.tensors().len();
         let lists = 1 + usize::from(memory.compared_weights);
         let mut own = vec![0u64; lists * tensors];
-        // Without replicas a rank has none to show, and hears of the others'.
+        // A rank without replicas has none to show, and gets the others'.
         if let Some(fingerprints) = &mut memory.fingerprints {
             let words: Vec<u64> = values(fingerprints.of_chunks.wait(device)?);
             for (word, &tensor) in words.iter().zip(&core.chunk_tensors) {
@@ -416,11 +417,11 @@ impl Room<'_, RankMemory> {
     }
 }
 
-/// The ranks that do not have what more than half have; all of them where there is no such thing.
+/// Gives the ranks that differ from the value of more than half; all of them without such a majority.
 fn minority(seen: &[(u64, u32)]) -> Vec<u32> {
     let mut values: Vec<u64> = seen.iter().map(|&(value, _)| value).collect();
     values.sort_unstable();
-    // What more than half have is in the middle.
+    // A value of more than half is in the middle.
     let middle = values.get(values.len() / 2).copied();
     let is_most = |value: &u64| 2 * values.iter().filter(|&other| other == value).count() > values.len();
     let most = middle.filter(is_most);

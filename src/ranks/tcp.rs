@@ -1,4 +1,4 @@
-//! Ranks that are processes, which reach each other by TCP.
+//! Ranks that are processes, connected by TCP.
 
 use super::{DEADLINE, LONGEST_WAIT, Reduction, Transport, odd_length};
 use crate::{Error, probe::values};
@@ -10,10 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// One of several processes, on one machine or on several: for trying ranks out, and for training on CPUs. All exchange goes
-/// by way of rank 0, which is fine for a dozen of them.
+/// Connects processes on one machine or on several: for trying ranks out, and for training on CPUs. All exchange passes
+/// through rank 0, which is fine for a dozen of them.
 ///
-/// There is no encryption, and whoever reaches the address may come first: for networks that are trusted.
+/// There is no encryption, and any process that reaches the address may connect first: for trusted networks.
 ///
 /// ```no_run
 /// use gradprobe::ranks::TcpCommunicator;
@@ -29,27 +29,28 @@ pub struct TcpCommunicator {
     ranks: u32,
     deadline: Duration,
     links: Mutex<Links>,
-    /// The same connections, to be closed by whoever aborts.
+    /// The same connections, for an abort to close.
     handles: Vec<TcpStream>,
 }
 
 #[derive(Debug)]
 struct Links {
-    /// On rank 0 those of the others, in their order; on the others that of rank 0.
+    /// On rank 0 the connections to the others, in their order; on the others the one to rank 0.
     streams: Vec<TcpStream>,
-    /// Why there will be no more calls.
+    /// The reason for which every further call fails.
     over: Option<String>,
 }
 
-/// What comes first on a connection.
+/// The first word on a connection.
 const GREETING: u64 = u64::from_le_bytes(*b"gradprb1");
-/// In the place of a length, before a message of what went wrong.
+/// Stands for a length before an error message.
 const WRONG: u64 = u64::MAX;
-/// No message is longer than what ranks gather: a wrong peer's length is not taken for one.
+/// The limit of a message. A larger length comes from another program.
 const LONGEST: u64 = 1 << 36;
 
 impl TcpCommunicator {
-    /// Rank `rank` of `ranks`; rank 0 listens at the address and waits for all others, which connect to it, ten minutes at most.
+    /// Connects rank `rank` of `ranks`. Rank 0 listens at the address, and all others connect to it, within ten
+    /// minutes.
     ///
     /// # Errors
     /// [`Error::Communication`].
@@ -57,7 +58,7 @@ impl TcpCommunicator {
         Self::with_deadline(address, rank, ranks, DEADLINE)
     }
 
-    /// The same with this long to wait for other ranks, in each call; after that every call fails, on all ranks.
+    /// Does the same with another deadline for other ranks, in each call. After that every call fails, on all ranks.
     ///
     /// # Errors
     /// [`Error::Communication`].
@@ -85,7 +86,7 @@ impl TcpCommunicator {
         Ok(Self { rank, ranks, deadline, links: Mutex::new(Links { streams, over: None }), handles })
     }
 
-    /// What `all` makes of what each rank gave, on every rank.
+    /// Gives every rank the result of `all` from the messages of all ranks.
     fn exchange(&self, own: &[u8], all: impl FnOnce(&[Vec<u8>]) -> Vec<u8>) -> Result<Vec<u8>, Error> {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(what) = links.over.clone() {
@@ -111,8 +112,8 @@ impl TcpCommunicator {
         let mut parts = vec![own.to_vec()];
         let (mut wrong, until) = (None, Instant::now() + self.deadline);
         for (rank, stream) in (1..).zip(streams.iter_mut()) {
-            // Those after one that is missing are heard as well: closed with something unread, a connection would take the
-            // answer with it.
+            // Ranks after a missing one are read as well: closing a connection with unread bytes would discard the
+            // answer.
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(50));
             match stream.set_read_timeout(Some(left)).and_then(|()| receive(stream)) {
                 Ok(part) => parts.push(part),
@@ -141,7 +142,7 @@ impl TcpCommunicator {
     fn ask(&self, stream: &mut TcpStream, own: &[u8]) -> Result<Vec<u8>, String> {
         let sent = stream.write_all(&framed(own.len() as u64, own)).and_then(|()| receive(stream));
         sent.map_err(|error| match error.get_ref() {
-            // What rank 0 has found out.
+            // The error that rank 0 has found.
             Some(what) if error.kind() == io::ErrorKind::Other => what.to_string(),
             _ => self.named(0, &error),
         })
@@ -158,7 +159,7 @@ impl TcpCommunicator {
     }
 }
 
-/// A length, or [`WRONG`], and bytes.
+/// Gives a length, or [`WRONG`], and bytes.
 fn framed(head: u64, bytes: &[u8]) -> Vec<u8> {
     [&head.to_le_bytes(), bytes].concat()
 }
@@ -169,7 +170,7 @@ fn word(stream: &mut TcpStream) -> io::Result<u64> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// A message; one of what went wrong as an error.
+/// Reads a message; an error message becomes an error.
 fn receive(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let length = word(stream)?;
     if length == WRONG {
@@ -185,7 +186,7 @@ fn receive(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 == length { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
-/// The connections of ranks 1 and up.
+/// Accepts the connections of ranks 1 and up.
 fn listen(address: impl ToSocketAddrs, ranks: u32, deadline: Duration) -> Result<Vec<TcpStream>, Error> {
     let wrong = |error: io::Error| Error::Communication { what: format!("rank 0 cannot listen: {error}") };
     let listener = TcpListener::bind(address).map_err(wrong)?;
@@ -197,7 +198,7 @@ fn listen(address: impl ToSocketAddrs, ranks: u32, deadline: Duration) -> Result
             Ok((mut stream, _)) => {
                 stream.set_nonblocking(false).map_err(wrong)?;
                 stream.set_read_timeout(Some(Duration::from_secs(1))).map_err(wrong)?;
-                // Whoever says something else is none of the ranks.
+                // A connection with another greeting is no rank.
                 let greeting = [(); 3].map(|()| word(&mut stream).unwrap_or(u64::MAX));
                 let place = usize::try_from(greeting[1].wrapping_sub(1)).unwrap_or(usize::MAX);
                 if greeting[0] != GREETING || place >= streams.len() {
@@ -232,7 +233,7 @@ fn listen(address: impl ToSocketAddrs, ranks: u32, deadline: Duration) -> Result
     Ok(streams.into_iter().flatten().collect())
 }
 
-/// The connection to rank 0, which may come later.
+/// Connects to rank 0, which may start later.
 fn connect(address: impl ToSocketAddrs, rank: u32, ranks: u32, deadline: Duration) -> Result<TcpStream, Error> {
     let until = Instant::now() + deadline;
     loop {
@@ -266,7 +267,7 @@ impl Transport for TcpCommunicator {
         self.exchange(own, |parts| parts.concat())
     }
 
-    /// Rank 0 adds up, and sends no more than the sum.
+    /// Rank 0 adds up, and sends only the sum.
     fn all_reduce(&self, words: &mut [u64], reduction: Reduction) -> Result<(), Error> {
         let reduced = self.exchange(bytemuck::cast_slice(words), |parts| {
             let mut all: Vec<u64> = values(&parts[0]);

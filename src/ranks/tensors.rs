@@ -1,4 +1,4 @@
-//! Of all ranks, what is asked for now and then: histograms, and signal over noise.
+//! Results over all ranks on request: histograms, and signal over noise.
 
 use super::{RankMemory, Reduction, communicator::reduce};
 use crate::{
@@ -21,8 +21,8 @@ struct GsnrSums {
 }
 
 impl Room<'_, RankMemory> {
-    /// The histograms of whole tensors, from those that every rank has measured of its parts. A collective call; 8 KiB a tensor
-    /// of the model.
+    /// Gives the histograms of whole tensors, from those that every rank has measured of its parts. A collective call;
+    /// 8 KiB a tensor of the model.
     ///
     /// # Errors
     /// [`Error::ReportOfAnotherPlan`], those of the communicator, or the device's.
@@ -31,9 +31,9 @@ impl Room<'_, RankMemory> {
         Ok(HistogramReport::new(self.core.plan.clone(), self.add_up(own.histograms())?))
     }
 
-    /// Signal over noise of whole tensors, from what every rank tracks of its parts, all the same tensors: counts, means and
-    /// sums, and so the noise scale, but for the median, which is none. The variation of the norm stays that of the
-    /// part, unless [whole tensors](super::Ranks::whole_tensors) are measured. A collective call; 536 bytes a tensor of the
+    /// Gives signal over noise of whole tensors, from the parts that every rank tracks, of the same tensors: counts,
+    /// means and sums, and so the noise scale. There is no median. The variation of the norm stays that of the part,
+    /// unless [whole tensors](super::Ranks::whole_tensors) are measured. A collective call; 536 bytes a tensor of the
     /// model.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ impl Room<'_, RankMemory> {
         GsnrReport::new(self.core.plan.clone(), records.collect())
     }
 
-    /// Adds up what ranks have of each tensor, word by word, where it counts.
+    /// Adds up the values of each tensor over ranks, word by word, where it counts.
     fn add_up<T: Pod>(&mut self, own: &[T]) -> Result<Vec<T>, Error> {
         let Self { core, memory } = self;
         outside_capture(&*core.device, Error::WaitInCapture)?;

@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The end of one rank among threads of a process: for training on several threads, and for tests of what else runs on
-/// many machines.
+/// Connects ranks that are threads of one process: for training on several threads, and for tests of code that else
+/// runs on many machines.
 #[derive(Debug)]
 pub struct ThreadCommunicator {
     rank: u32,
@@ -24,17 +24,17 @@ struct Shared {
 
 #[derive(Debug)]
 struct State {
-    /// What each rank has given to the gathering under way.
+    /// The bytes of each rank in the gathering under way.
     given: Vec<Option<Vec<u8>>>,
-    /// What the last gathering gave, and how many ranks have yet to take it.
+    /// The result of the last gathering, and the number of ranks that have yet to take it.
     gathered: Arc<[u8]>,
     to_take: usize,
-    /// Why there will be no more.
+    /// The reason for which every further call fails.
     over: Option<String>,
 }
 
 impl ThreadCommunicator {
-    /// One for each of this many ranks, in their order.
+    /// Makes one for each of this many ranks, in their order.
     pub fn group(ranks: u32) -> Vec<Self> {
         let state =
             State { given: (0..ranks).map(|_| None).collect(), gathered: Arc::default(), to_take: 0, over: None };
@@ -42,7 +42,7 @@ impl ThreadCommunicator {
         (0..ranks).map(|rank| Self { rank, deadline: DEADLINE, shared: Arc::clone(&shared) }).collect()
     }
 
-    /// With this long to wait for other ranks, and not ten minutes; after that every call fails, on all ranks.
+    /// Sets the longest wait for other ranks, in place of ten minutes. After that every call fails, on all ranks.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline.min(LONGEST_WAIT);
@@ -68,7 +68,7 @@ impl ThreadCommunicator {
         }
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            // Of those that have yet to take what the last gathering gave it is not known which they are.
+            // It is not known which ranks have yet to take the last result.
             let missing = state.given.iter().position(Option::is_none).filter(|_| state.to_take == 0);
             let missing = missing.map_or("some rank".to_owned(), |rank| format!("rank {rank}"));
             let why = format!("{missing} has not come within {:?}", self.deadline);

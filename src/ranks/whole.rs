@@ -1,9 +1,11 @@
-//! Whole tensors: the records of the parts that ranks count, as integers that all ranks add up, and what those come to.
+//! Whole tensors: the records of the parts that ranks count, as integers that all ranks add up, and the records from
+//! those sums.
 //!
-//! Of Σx, Σ|x|, Σ m·mean² and the squared deviations within the parts the f64 of each part are added exactly
-//! ([`ExactSum`]); the squared deviations around the mean of the whole are then the two last less (Σx)²/m. A part's own are
-//! within the bounds of one tensor; what this adds is a rounding of each product, 2^-53 of m·mean². Counts add up, and of
-//! extremes and places the largest is taken. So nothing depends on the order or the number of ranks but where they cut.
+//! The f64 of each part are added exactly ([`ExactSum`]): of Σx, Σ|x|, Σ m·mean² and the squared deviations within the
+//! parts. The squared deviations around the mean of the whole are then the two last less (Σx)²/m. A part's own are
+//! within the bounds of one tensor; this adds a rounding of each product, 2^-53 of m·mean². Counts add up, and of
+//! extremes and places the largest is taken. So nothing depends on the order or the number of ranks, except where they
+//! cut.
 
 use crate::{
     Record,
@@ -39,7 +41,7 @@ pub(crate) struct TensorMaxima {
     first_nonfinite: u64,
 }
 
-/// Of [`Kernel::Contribute`](crate::device::Kernel::Contribute).
+/// The arguments of [`Kernel::Contribute`](crate::device::Kernel::Contribute).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct ContributeArguments {
@@ -50,7 +52,7 @@ pub(crate) struct ContributeArguments {
     pub firsts: u64,
     /// [`TensorSums`] of the model's tensors, and behind them of their weights.
     pub sums: u64,
-    /// [`TensorMaxima`] alike.
+    /// [`TensorMaxima`] in the same way.
     pub maxima: u64,
     /// Tensors of the model.
     pub model_count: u32,
@@ -61,7 +63,7 @@ pub(crate) struct ContributeArguments {
 const _: () = assert!(size_of::<TensorSums>() == 89 * 8 && size_of::<TensorMaxima>() == 24);
 const _: () = assert!(size_of::<ContributeArguments>() == 112);
 
-/// In the place of a tensor that a rank does not have.
+/// Stands for a tensor that a rank does not have.
 pub(super) const NOWHERE: u32 = u32::MAX;
 
 impl TensorSums {
@@ -118,7 +120,7 @@ impl TensorMaxima {
     }
 }
 
-/// What `gradprobe_contribute` does.
+/// Does as `gradprobe_contribute`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -147,7 +149,7 @@ pub(crate) unsafe fn contribute(a: &ContributeArguments) {
     }
 }
 
-/// The records of the plan's tensors, and of their weights, from those sums.
+/// Gives the records of the plan's tensors, and of their weights, from those sums.
 pub(super) fn merge(slots: &[u32], sums: &[TensorSums], maxima: &[TensorMaxima], records: &mut [Record]) {
     let count = sums.len() / records.len().div_ceil(slots.len().max(1)).max(1);
     for (index, record) in records.iter_mut().enumerate() {

@@ -9,7 +9,7 @@ use crate::{
     tensor::with_elements,
 };
 
-/// What `gradprobe_sample` does: keeps the elements of the step that was measured last.
+/// Does as `gradprobe_sample`: keeps the elements of the last measured step.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -27,7 +27,7 @@ pub(crate) unsafe fn run(a: &SampleArguments) {
     numbers[slot] = if outputs.found_inf == 0.0 { outputs.step } else { outputs.step | NONFINITE };
     for (value, place) in ring[slot * count..].iter_mut().zip(places) {
         let index = place.index as usize;
-        // Of a tensor that is absent.
+        // For an absent tensor.
         let mut wide = [f32::NAN];
         with_elements!(HostTensor, tensors[place.tensor as usize], elements => {
             if let Some(element) = elements.get(index..=index) {

@@ -1,4 +1,4 @@
-//! A few elements of each step's gradients, and how they go together over the steps.
+//! Samples a few elements of each step's gradients, and their correlation over the steps.
 
 pub(crate) mod cpu;
 mod room;
@@ -10,7 +10,22 @@ pub(crate) use room::SampleArguments;
 use crate::{Error, Plan, probe::Numbering};
 use bytemuck::{Pod, Zeroable};
 
-/// Elements to be kept of each step, and steps. Takes 4 bytes an element and step where the gradients are.
+/// Chooses the number of elements to keep of each step, and the number of steps. Takes 4 bytes an element and step
+/// where the gradients are.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, samples::SampleConfig};
+///
+/// let plan = Plan::new([("weight", DType::F32, 4)])?;
+/// let mut probe = Probe::new(Cpu, plan, Config::new().samples(SampleConfig::new(2, 10)))?;
+/// for size in [1.0f32, 2.0, 3.0] {
+///     probe.measure(&[&[size; 4]])?;
+///     probe.samples()?.take(&[&[size; 4]])?;
+/// }
+/// let report = probe.samples()?.report()?;
+/// assert!((report.mean_correlation().unwrap() - 1.0).abs() < 1e-6); // both elements go together
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SampleConfig {
     elements: u32,
@@ -18,11 +33,11 @@ pub struct SampleConfig {
 }
 
 impl SampleConfig {
-    /// The most elements that are kept of a step.
+    /// The most elements of a step.
     pub const MAX_ELEMENTS: u32 = 65_536;
 
-    /// So many elements (1 to [`MAX_ELEMENTS`](Self::MAX_ELEMENTS); 1000 say much), spread evenly over all the elements of
-    /// a plan, or all when it has no more; of the last so many steps, at least 2.
+    /// Keeps so many elements, 1 to [`MAX_ELEMENTS`](Self::MAX_ELEMENTS), of the last so many steps, at least 2. They
+    /// are spread evenly over all the elements of a plan, or are all when it has no more. 1000 are plenty.
     pub fn new(elements: u32, steps: u32) -> Self {
         Self { elements, steps }
     }
@@ -32,7 +47,7 @@ impl SampleConfig {
         self.steps
     }
 
-    /// Where the elements are.
+    /// Gives the places of the elements.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`].
@@ -80,7 +95,7 @@ const _: () = assert!(size_of::<SamplePlace>() == 16);
 /// Set in the number of a step that was not finite.
 pub(crate) const NONFINITE: u64 = 1 << 63;
 
-/// The sampled elements over the last steps, oldest first.
+/// Holds the sampled elements over the last steps, oldest first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SampleReport {
     places: Vec<SamplePlace>,
@@ -89,7 +104,7 @@ pub struct SampleReport {
 }
 
 impl SampleReport {
-    /// From a ring: the numbers of its steps, 0 where there is none yet, and the values of each.
+    /// Makes the report from a ring: the numbers of its steps, 0 where there is none yet, and the values of each.
     pub(crate) fn new(places: Vec<SamplePlace>, numbers: &[u64], ring: &[f32], numbering: &Numbering) -> Self {
         let count = places.len();
         let mut steps: Vec<(u64, Vec<f32>)> = Vec::new();
@@ -106,7 +121,7 @@ impl SampleReport {
         Self { places, steps, skipped }
     }
 
-    /// Where the elements are, in the order of the values.
+    /// The places of the elements, in the order of the values.
     pub fn places(&self) -> &[SamplePlace] {
         &self.places
     }
@@ -121,9 +136,10 @@ impl SampleReport {
         self.skipped
     }
 
-    /// The mean correlation of two different elements over the steps, from −1/(n−1) to 1: near 0 where elements move on
-    /// their own, near 1 where all follow one direction. Pearson's, over all pairs of the n elements that were never absent and are not constant;
-    /// `None` with fewer than two steps or two such elements. Over k steps chance alone makes it 0 ± about 1/k.
+    /// Gives the mean correlation of two different elements over the steps, from −1/(n−1) to 1: near 0 where elements
+    /// move on their own, near 1 where all follow one direction. It is Pearson's, over all pairs of the n elements that
+    /// were never absent and are not constant; `None` with fewer than two steps or two such elements. Over k steps
+    /// chance alone makes it 0 ± about 1/k.
     pub fn mean_correlation(&self) -> Option<f64> {
         let steps = self.steps.len();
         if steps < 2 {

@@ -9,7 +9,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Sample`].
+/// The arguments of [`Kernel::Sample`].
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct SampleArguments {
@@ -26,7 +26,7 @@ pub(crate) struct SampleArguments {
 // The other side is in kernels/sample.cu.
 const _: () = assert!(size_of::<SampleArguments>() == 104);
 
-/// A few elements of the last steps: [`Config::samples`], [`Probe::samples`].
+/// Keeps a few elements of the last steps: [`Config::samples`], [`Probe::samples`].
 pub struct Samples {
     places: Vec<SamplePlace>,
     /// The places on the device.
@@ -48,7 +48,7 @@ impl Feature<SampleConfig> for Samples {
     }
 }
 
-/// Numbers of the steps, and the bits of their values: those of absent tensors are NaN, which would not be equal to itself.
+/// Numbers of the steps, and the bits of their values: those of absent tensors are NaN, which would not equal itself.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct SampleState {
@@ -84,7 +84,7 @@ impl Saved for Samples {
 }
 
 impl Config {
-    /// With a few elements kept of each step.
+    /// Declares samples: a few elements of each step are kept.
     #[must_use]
     pub fn samples(mut self, samples: SampleConfig) -> Self {
         self.features.samples = Some(samples);
@@ -93,7 +93,7 @@ impl Config {
 }
 
 impl Probe {
-    /// A few elements of the last steps.
+    /// Gives the samples of the last steps.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::samples`].
@@ -103,8 +103,8 @@ impl Probe {
 }
 
 impl Room<'_, Samples> {
-    /// Launches the copy of these tensors' sampled elements into the ring, as those of the step that was measured last.
-    /// Does not wait.
+    /// Launches the copy of these tensors' sampled elements into the ring, as those of the last measured step. Does not
+    /// wait.
     ///
     /// # Errors
     /// [`Error::NotMeasured`], and those of [`Probe::measure`].
@@ -130,7 +130,7 @@ impl Room<'_, Samples> {
         tensors.finish()
     }
 
-    /// The sampled elements of the last steps. Waits for them.
+    /// Gives the sampled elements of the last steps. Waits for them.
     ///
     /// # Errors
     /// [`Error::WaitInCapture`], or the device's.

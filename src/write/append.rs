@@ -1,4 +1,4 @@
-//! Files that grow by whole entries, also when a disk fills up, and by steps that rise.
+//! Files that grow by whole entries, even when a disk fills up, and by rising steps.
 
 use super::file::unwritable;
 use crate::Error;
@@ -8,22 +8,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Opens or makes the file and finds what it holds; cuts off what a crash has left of an entry.
+/// Opens or makes the file and reads its end. Cuts off the part of an entry that a crash has left.
 type Open = fn(&Path) -> io::Result<Opened>;
 
-/// A file as it was found.
+/// An opened file.
 pub(super) struct Opened {
     pub file: File,
     /// The last step in it.
     pub last: Option<u64>,
-    /// Of what spreads an entry over rows: those of the last step.
+    /// The rows of the last step, where an entry takes several rows.
     pub rows: Option<Rows>,
 }
 
-/// The rows of the last step that was found.
+/// The rows of the last step in the file.
 #[derive(Debug)]
 pub(super) struct Rows {
-    /// Where they begin.
+    /// Offset of the first.
     pub start: u64,
     pub count: usize,
     /// The step before.
@@ -38,7 +38,7 @@ pub(super) struct Appender {
     file: File,
     last: Option<u64>,
     rows: Option<Rows>,
-    /// Where the part of an entry begins that could not be taken back yet.
+    /// Offset of a partial entry that could not be removed yet.
     torn: Option<u64>,
 }
 
@@ -67,7 +67,7 @@ impl Appender {
         self.last = last;
     }
 
-    /// Adds the entry of a step, of so many rows, which is there whole or not at all.
+    /// Adds the entry of a step, of so many rows, whole or not at all.
     ///
     /// # Errors
     /// [`Error::StepWritten`], [`Error::Unwritable`].
@@ -90,7 +90,7 @@ impl Appender {
             cut(&self.file, end)?;
             self.torn = None;
         }
-        // Only now is it known how many there must be.
+        // The full number of rows is known only now.
         if let Some(found) = self.rows.take_if(|found| found.count < rows) {
             cut(&self.file, found.start)?;
             self.last = found.before;
@@ -109,17 +109,17 @@ impl Appender {
 
 impl Drop for Appender {
     fn drop(&mut self) {
-        // To close it does not do: a process that another thread is just starting holds a copy until it runs.
+        // Closing it is not enough: a process that another thread is just starting holds a copy until it runs.
         let _ = self.file.unlock();
     }
 }
 
-/// Takes back what is behind `end`. A device has no length, and nothing to take back.
+/// Cuts the file at `end`. A device has no length, and nothing to cut.
 pub(super) fn cut(file: &File, end: u64) -> io::Result<()> {
     if file.metadata()?.len() > end { file.set_len(end) } else { Ok(()) }
 }
 
-/// Whether a file that is open has no name any more: what is written to it is lost.
+/// Whether an open file has no name any more: writes to it are lost.
 fn is_removed(metadata: &Metadata) -> bool {
     #[cfg(unix)]
     return std::os::unix::fs::MetadataExt::nlink(metadata) == 0;
@@ -127,15 +127,15 @@ fn is_removed(metadata: &Metadata) -> bool {
     false
 }
 
-/// Opens a file that is to be continued, or makes it. What it holds must begin with `beginning`: appending to the wrong file
-/// would ruin it. No two write to it at one time: each would write over what the other has.
+/// Opens a file to be continued, or makes it. Its content must begin with `beginning`: appending to the wrong file
+/// would ruin it. Two writers at one time are refused: each would overwrite the other's entries.
 #[cfg(any(feature = "json", feature = "csv"))]
 pub(super) fn continued(path: &Path, beginning: &[u8]) -> io::Result<File> {
     use std::io::Read;
 
     let mut file = File::options().create(true).read(true).write(true).truncate(false).open(path)?;
     let metadata = file.metadata()?;
-    // Elsewhere a lock keeps readers out as well; some file systems have none.
+    // On other systems a lock keeps readers out as well; some file systems have none.
     if cfg!(unix) && metadata.is_file() && matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
         return Err(io::Error::other("is being written by another"));
     }

@@ -11,11 +11,32 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// Sinks that write on a thread of their own, behind a queue of bounded length. When they cannot keep up, entries are
-/// dropped and counted; [`send`](Self::send) never waits. A sink that fails neither stops the others nor training.
+/// Writes entries to sinks on a thread of its own, behind a queue of bounded length. When the sinks cannot keep up,
+/// entries are dropped and counted; [`send`](Self::send) never waits. A sink that fails stops neither the others nor
+/// training.
 ///
-/// [`lost`](Self::lost), [`dropped`](Self::dropped) and [`error`](Self::error) say how it stands while training goes on.
-/// Dropping it writes what is in the queue and loses errors; [`finish`](Self::finish) tells them.
+/// [`lost`](Self::lost), [`dropped`](Self::dropped) and [`error`](Self::error) give the state while training goes on.
+/// Dropping it writes the queue and loses errors; [`finish`](Self::finish) gives them.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::{Error, write::{Background, Entry, Sink}};
+///
+/// struct Print; // a sink of your own, beside those of this module
+/// impl Sink for Print {
+///     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+///         println!("{}", entry.report());
+///         Ok(())
+///     }
+/// }
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let mut writers = Background::new(vec![Box::new(Print)], 16)?;
+/// assert!(writers.send(Entry::new(probe.wait()?)));
+/// assert_eq!(writers.finish().written, 1);
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Background {
     /// `None` once the thread is told to end.
@@ -25,7 +46,7 @@ pub struct Background {
     dropped: u64,
 }
 
-/// What became of the entries so far that were handed over.
+/// The counts of the entries handed over so far.
 #[derive(Debug, Default)]
 struct Tally {
     written: u64,
@@ -33,26 +54,26 @@ struct Tally {
     error: Option<Error>,
 }
 
-/// How a run of sinks ended. Every entry that was sent is in one of the three counts.
+/// The end of a run of sinks. Every entry that was sent is in one of the three counts.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Finished {
     /// Entries that every sink has written.
     pub written: u64,
-    /// Entries that a sink could not write, or was not given any more as it had panicked. Others may have written them.
+    /// Entries that some sink did not write, because it failed or had panicked. Others may have written them.
     pub lost: u64,
-    /// Entries that no sink was given: the queue was full.
+    /// Entries dropped because the queue was full. No sink was given them.
     pub dropped: u64,
-    /// The first error there was: [`Error::EntryLost`] with the first step that was lost, the file and why, or what
-    /// [`Sink::finish`] said.
+    /// The first error: [`Error::EntryLost`] with the first lost step, the file and the reason, or the error of
+    /// [`Sink::finish`].
     pub error: Option<Error>,
 }
 
 impl Background {
-    /// Starts the thread. `capacity` entries may wait: a plan of 1000 tensors takes 100 KB each, and 8 MB with its
+    /// Starts the thread. `capacity` entries may wait: of a plan of 1000 tensors each takes 100 KB, and 8 MB with its
     /// histograms.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a capacity of 0, [`Error::Thread`] when the system has no thread left.
+    /// [`Error::InvalidConfig`] for a capacity of 0, [`Error::Thread`] when the system can start no more threads.
     pub fn new(sinks: Vec<Box<dyn Sink>>, capacity: usize) -> Result<Self, Error> {
         if capacity == 0 {
             return Err(Error::InvalidConfig { option: "capacity", expected: "at least 1", value: "0".to_owned() });
@@ -62,7 +83,7 @@ impl Background {
         let shared = Arc::clone(&tally);
         let work = move || {
             let mut sinks: Vec<Option<Box<dyn Sink>>> = sinks.into_iter().map(Some).collect();
-            // The first error of each time, and whether every sink has done it.
+            // The first error of each call, and whether every sink succeeded.
             let mut each = |does: &dyn Fn(&mut dyn Sink) -> Result<(), Error>| {
                 let (mut first, mut all) = (None, true);
                 for place in &mut sinks {
@@ -71,7 +92,7 @@ impl Background {
                     let error = match done {
                         Some(Ok(done)) => done.err(),
                         Some(Err(_)) => {
-                            // Nobody sees a sink again that panicked.
+                            // A sink that panicked is not called again.
                             let _ = catch_unwind(AssertUnwindSafe(|| drop(place.take())));
                             Some(Error::Thread { reason: "a sink panicked".to_owned() })
                         }
@@ -97,7 +118,7 @@ impl Background {
         Ok(Self { entries: Some(entries), thread: Some(thread), tally, dropped: 0 })
     }
 
-    /// Hands an entry over, or drops it and says `false`. Takes microseconds.
+    /// Hands an entry over. If the queue is full, drops it and returns `false`. Takes microseconds.
     pub fn send(&mut self, entry: impl Into<Arc<Entry>>) -> bool {
         let entry = entry.into();
         let sent = self.entries.as_ref().is_some_and(|entries| entries.try_send(entry).is_ok());
@@ -115,12 +136,12 @@ impl Background {
         locked(&self.tally).lost
     }
 
-    /// The first error so far, for who wants to know before the end.
+    /// The first error so far, for a check before the end.
     pub fn error(&self) -> Option<Error> {
         locked(&self.tally).error.clone()
     }
 
-    /// Waits until everything in the queue is written and completed.
+    /// Waits until the sinks have written the whole queue and completed their files.
     pub fn finish(mut self) -> Finished {
         self.join();
         let Tally { written, lost, error } = std::mem::take(&mut *locked(&self.tally));
@@ -129,7 +150,7 @@ impl Background {
 
     fn join(&mut self) {
         self.entries = None;
-        // It catches panics, so that there is nothing to learn from how it ended.
+        // The thread catches panics, so its result says nothing.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }

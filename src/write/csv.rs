@@ -13,22 +13,36 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Writes one row a step and tensor, below a line of headings. Commas, quotes and line breaks in names are quoted as
-/// RFC 4180 has it. What does not exist is empty; other numbers are `nan`, `inf`, `-inf` or digits that read back to the
-/// same bits. A file that is there is continued; it must have the same headings.
+/// Writes one row a step and tensor, below a line of headings. Commas, quotes and line breaks in names are quoted as in
+/// RFC 4180. A missing value is empty; other numbers are `nan`, `inf`, `-inf` or digits that read back to the same
+/// bits. An existing file is continued; it must have the same headings.
 ///
-/// The columns are `step`, `tensor` and `dtype`, the [statistics](crate::statistics#what-is-written) of tensors that are in
-/// CSV, `findings`, and those of steps, the same in each row of a step; `step_verdict` is the step's. The trainer's own numbers are not
-/// in it, nor are steps [without details](Entry::without_details).
+/// The columns are `step`, `tensor` and `dtype`; the [statistics](crate::statistics#what-is-written) of tensors that
+/// are in CSV; `findings`; and the statistics of steps, the same in each row of a step. `step_verdict` is the step's.
+/// The trainer's own numbers are left out, and so are steps [without details](Entry::without_details).
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Csv, Entry, Sink};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-{}.csv", std::process::id()));
+/// let mut csv = Csv::open(&path)?;
+/// csv.write(&Entry::new(probe.wait()?))?;
+/// assert_eq!(std::fs::read_to_string(&path)?.lines().count(), 2); // the headings and a tensor
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Csv(Appender);
 
 impl Csv {
-    /// Opens the file. What a crash has left of a step at its end is removed: of a row at once, of its rows with the first
-    /// step that is written. The file is read for that, some 600 MB a second.
+    /// Opens the file. Removes the part of a step that a crash has left at its end: a part of a row at once, rows of a
+    /// partial step with the first step that is written. Reads the whole file for that, at some 600 MB a second.
     ///
     /// # Errors
-    /// [`Error::Unwritable`], also where the file holds something else, or another sink or process writes to it.
+    /// [`Error::Unwritable`], also where the file has other content, or another sink or process writes to it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
         Appender::new(path.into(), open).map(Self)
     }
@@ -58,7 +72,7 @@ fn open(path: &Path) -> io::Result<Opened> {
         file.write_all(&headings)?;
         return Ok(Opened { file, last: None, rows: None });
     }
-    // From the start on: names may have line breaks, so that from the end no row can be told.
+    // From the start on: names may have line breaks, so that rows cannot be told from the end.
     file.seek(SeekFrom::Start(0))?;
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(&file);
     let columns = reader.byte_headers()?.len();
@@ -121,7 +135,7 @@ fn cell(value: Option<Value>) -> String {
     text.unwrap_or_default()
 }
 
-/// With an exponent, as `Display` would spell 1e-300 in 300 zeros.
+/// With an exponent, where `Display` would write 1e-300 in 300 zeros.
 fn number(x: f64) -> String {
     if x.is_nan() {
         "nan".to_owned()

@@ -1,4 +1,4 @@
-//! One step with everything that is known of it, owned, so that it can go to another thread.
+//! The entry of one step, owned, so that it can go to another thread.
 
 use crate::{
     Error, Finding, Report, TensorReport, Verdict,
@@ -8,15 +8,26 @@ use crate::{
     statistics,
 };
 
-/// What a step has to say: its report and, where they were made, its diagnosis, signal and noise, and histograms.
+/// Holds all that is written of a step: its report and, where they exist, its diagnosis, signal and noise, and
+/// histograms.
+///
+/// ```
+/// use gradprobe::{Config, Cpu, DType, Plan, Probe, write::Entry};
+///
+/// let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// probe.measure(&[&[3.0f32, 4.0]])?;
+/// let entry = Entry::new(probe.wait()?).with_scalars([("loss", 0.7), ("lr", 1e-3)])?;
+/// assert_eq!((entry.step(), entry.scalars()[0].1), (1, 0.7));
+/// # Ok::<(), gradprobe::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Entry {
     report: Report,
     scalars: Vec<(String, f64)>,
-    /// Whether files that grow have the tensors too.
+    /// Whether growing files get the tensors too.
     has_details: bool,
     verdict: Option<Verdict>,
-    /// One a tensor, or none at all.
+    /// The verdicts of the tensors: one each, or none.
     verdicts: Vec<Verdict>,
     findings: Vec<Finding>,
     gsnr: Option<GsnrReport>,
@@ -28,7 +39,7 @@ pub struct Entry {
 pub struct EntryTensor<'a> {
     /// Its name, type and statistics.
     pub report: TensorReport<'a>,
-    /// How it is, if the step was diagnosed.
+    /// Its verdict, if the step was diagnosed.
     pub verdict: Option<Verdict>,
     /// Its signal and noise, if it is tracked and the entry has them.
     pub gsnr: Option<&'a GsnrRecord>,
@@ -37,14 +48,14 @@ pub struct EntryTensor<'a> {
 }
 
 impl<'a> From<TensorReport<'a>> for EntryTensor<'a> {
-    /// A tensor of which only the statistics are known.
+    /// Makes a tensor with statistics alone.
     fn from(report: TensorReport<'a>) -> Self {
         Self { report, verdict: None, gsnr: None, histogram: None }
     }
 }
 
 impl Entry {
-    /// A step with what its report says, its diagnosis included if there is one.
+    /// Makes the entry of a step from its report, with its diagnosis if there is one.
     pub fn new(report: Report) -> Self {
         let diagnosis = report.diagnosis();
         Self {
@@ -59,10 +70,10 @@ impl Entry {
         }
     }
 
-    /// With the trainer's own numbers of this step, by name: loss, learning rate. In place of those it had.
+    /// Adds the trainer's own numbers of this step, by name: loss, learning rate. Replaces earlier ones.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a name that is empty, there twice, or that of a statistic of the step.
+    /// [`Error::InvalidConfig`] for a name that is empty, given twice, or that of a statistic of the step.
     pub fn with_scalars<N: Into<String>>(self, scalars: impl IntoIterator<Item = (N, f64)>) -> Result<Self, Error> {
         Ok(self.with_checked_scalars(checked_scalars(scalars)?))
     }
@@ -71,7 +82,7 @@ impl Entry {
         Self { scalars, ..self }
     }
 
-    /// With findings beside those of the step.
+    /// Adds findings to those of the step.
     pub(crate) fn with_findings_beside(mut self, findings: Vec<Finding>) -> Self {
         let worst = findings.iter().map(|finding| finding.severity).max();
         self.verdict = self.verdict.max(worst);
@@ -79,14 +90,15 @@ impl Entry {
         self
     }
 
-    /// Without its tensors in JSON lines, CSV and TensorBoard's event files, which then grow by the numbers of the step alone: of
-    /// 1000 tensors, an entry takes half a megabyte. What shows the last step has them all the same.
+    /// Leaves the tensors out of JSON lines, CSV and TensorBoard's event files, which then grow by the numbers of the
+    /// step alone. With 1000 tensors an entry takes half a megabyte. Sinks that show the last step still get the
+    /// tensors.
     #[must_use]
     pub fn without_details(self) -> Self {
         Self { has_details: false, ..self }
     }
 
-    /// With the diagnosis of the step.
+    /// Adds the diagnosis of the step.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`] and [`Error::EntryOfAnotherStep`] when it is of other tensors or of another step.
@@ -99,8 +111,7 @@ impl Entry {
         self.with_findings(diagnosis.verdict(), diagnosis.verdicts(), diagnosis.findings())
     }
 
-    /// With what is known otherwise of the step, of each tensor in the plan's order, and why; in place of what was
-    /// known.
+    /// Sets verdicts from elsewhere, one a tensor in the plan's order, and their findings. Replaces earlier ones.
     ///
     /// # Errors
     /// [`Error::TensorCount`] when there are not as many verdicts as tensors.
@@ -115,7 +126,7 @@ impl Entry {
         Ok(Self { verdict: Some(verdict), verdicts, findings: findings.into(), ..self })
     }
 
-    /// With signal and noise up to this step.
+    /// Adds signal and noise up to this step.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`] when they are of other tensors.
@@ -124,25 +135,25 @@ impl Entry {
         Ok(Self { gsnr: Some(gsnr), ..self })
     }
 
-    /// With the histograms of the gradients that the report is of: measured before the clip, and on ranks of whole tensors as
-    /// the report, or of parts as it.
+    /// Adds the histograms of the report's gradients. Measure them before the clip and, on ranks, of whole tensors or
+    /// of parts as in the report.
     ///
     /// # Errors
-    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors, [`Error::HistogramOfOtherGradients`] when counts or
-    /// extremes of a tensor say that they are of other elements. One that a clip by less than a quarter left in the same bins is
-    /// not found.
+    /// [`Error::EntryOfAnotherPlan`] when they are of other tensors. [`Error::HistogramOfOtherGradients`] when counts
+    /// or extremes of a tensor show that they are of other elements. A clip by less than a quarter may leave the same
+    /// bins, which is not found.
     pub fn with_histogram(self, histogram: HistogramReport) -> Result<Self, Error> {
         self.report.plan().check_entry(histogram.plan(), "histogram")?;
         histogram.check(&self.report)?;
         Ok(self.with_own_histogram(histogram))
     }
 
-    /// With those that are known to be of its gradients: to look through 1000 takes half a millisecond.
+    /// Adds histograms known to be of its gradients. A check of 1000 would take half a millisecond.
     pub(crate) fn with_own_histogram(self, histogram: HistogramReport) -> Self {
         Self { histogram: Some(histogram), ..self }
     }
 
-    /// A copy without the histograms, which are most of an entry.
+    /// Gives a copy without the histograms, which are most of an entry.
     #[cfg(any(feature = "charts", feature = "live"))]
     pub(super) fn without_histogram(&self) -> Self {
         Self {
@@ -167,7 +178,7 @@ impl Entry {
         &self.scalars
     }
 
-    /// Whether files that grow have the tensors too.
+    /// Whether growing files get the tensors too.
     pub fn has_details(&self) -> bool {
         self.has_details
     }
@@ -177,12 +188,12 @@ impl Entry {
         self.report.step()
     }
 
-    /// How the step is, if it was diagnosed.
+    /// The verdict of the step, if it was diagnosed.
     pub fn verdict(&self) -> Option<Verdict> {
         self.verdict
     }
 
-    /// What is wrong; empty also where nobody looked.
+    /// The findings; empty also without a diagnosis.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
@@ -197,9 +208,9 @@ impl Entry {
         self.histogram.as_ref()
     }
 
-    /// The tensors with all that is known of each, in the plan's order.
+    /// The tensors with all their numbers, in the plan's order.
     pub fn tensors(&self) -> impl Iterator<Item = EntryTensor<'_>> {
-        // Tracked tensors are some of the plan's, in its order.
+        // The tracked tensors are some of the plan's, in its order.
         let mut tracked = self.gsnr.iter().flat_map(GsnrReport::tensors).peekable();
         self.report.tensors().enumerate().map(move |(index, report)| EntryTensor {
             report,
@@ -210,7 +221,7 @@ impl Entry {
     }
 }
 
-/// The trainer's own numbers of a step.
+/// Checks the trainer's own numbers of a step.
 ///
 /// # Errors
 /// As [`Entry::with_scalars`].

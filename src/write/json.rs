@@ -1,4 +1,4 @@
-//! JSON lines: one object a step, with the names that the inspector's report has.
+//! JSON lines: one object a step, with the names of the inspector's report.
 
 use super::{
     Entry, EntryTensor, Sink,
@@ -17,18 +17,32 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What every line begins with.
+/// The beginning of every line.
 const BEGINNING: &[u8] = b"{\"step\":";
 
-/// Writes one line of JSON a step; [`json_line`] says what is in it. A file that is there is continued.
+/// Writes one line of JSON a step; [`json_line`] lists its content. An existing file is continued.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, JsonLines, Sink};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-{}.jsonl", std::process::id()));
+/// let mut lines = JsonLines::open(&path)?;
+/// lines.write(&Entry::new(probe.wait()?))?;
+/// assert!(std::fs::read_to_string(&path)?.starts_with("{\"step\":1,"));
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct JsonLines(Appender);
 
 impl JsonLines {
-    /// Opens the file. What a crash has left of a line at its end is removed.
+    /// Opens the file. Removes the part of a line that a crash has left at its end.
     ///
     /// # Errors
-    /// [`Error::Unwritable`], also where the file holds something else, or another sink or process writes to it.
+    /// [`Error::Unwritable`], also where the file has other content, or another sink or process writes to it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
         Appender::new(path.into(), open).map(Self)
     }
@@ -43,7 +57,7 @@ fn open(path: &Path) -> io::Result<Opened> {
     Ok(Opened { file, last, rows: None })
 }
 
-/// The step of the line that ends there.
+/// Gives the step of the line that ends there.
 fn step_of_line(file: &mut File, end: u64) -> io::Result<u64> {
     let start = after_last_newline(file, end - 1)?;
     let mut line = Vec::new();
@@ -54,7 +68,7 @@ fn step_of_line(file: &mut File, end: u64) -> io::Result<u64> {
     step.and_then(|digits| str::from_utf8(digits).ok()?.parse().ok()).ok_or_else(something_else)
 }
 
-/// The place after the last newline before `end`, read from there backwards.
+/// Gives the place after the last newline before `end`, reading backwards.
 fn after_last_newline(file: &mut File, mut end: u64) -> io::Result<u64> {
     const BLOCK: u64 = 4096;
     let mut block = Vec::new();
@@ -83,31 +97,31 @@ impl Sink for JsonLines {
     }
 }
 
-/// One step as JSON without a line break:
+/// Gives one step as JSON without a line break:
 /// `{"step", "scalars"?, …, "tensors"?: [{"name", "dtype", "absent"?, …}], "gsnr"?, "noise_scale", "histogram"?, "findings",
-/// "verdict"}`, with the [statistics](crate::statistics#what-is-written) of steps and tensors that are in JSON, in their order. A key that
-/// ends in `?` is there where its value is known, as are `param_norm`, `ratio` and the `verdict` of a tensor; `absent` is
-/// there, and true, for a tensor that has no gradient in this step.
+/// "verdict"}`, with the [statistics](crate::statistics#what-is-written) of steps and tensors that are in JSON, in
+/// their order. A key that ends in `?` is present only with a value, as are `param_norm`, `ratio` and the `verdict` of
+/// a tensor. `absent` is true, and present only for a tensor without a gradient in this step.
 ///
-/// What does not exist is null. A number that JSON cannot hold is the string "nan", "inf" or "-inf". Numbers print so
-/// that reading them back gives the same bits. The bins of a histogram are pairs of the smallest magnitude in the bin
-/// and the count, of bins that have any.
+/// A missing value is null. A number that JSON cannot hold is the string "nan", "inf" or "-inf". Numbers read back to
+/// the same bits. The bins of a histogram are pairs of the smallest magnitude in the bin and the count, for bins that
+/// are not empty.
 #[expect(clippy::missing_panics_doc, reason = "the types below have nothing that serde_json refuses")]
 pub fn json_line(entry: &Entry) -> String {
     serde_json::to_string(&Step(entry)).expect("strings, numbers and lists of them")
 }
 
-/// One tensor of a step as [`json_line`] has it, for reports of another shape.
+/// Gives one tensor of a step as [`json_line`] does, for reports of another shape.
 pub fn json_tensor<'a>(tensor: &TensorReport<'a>) -> impl Serialize + use<'a> {
     Tensor((*tensor).into())
 }
 
-/// One tensor across steps, the same.
+/// Gives one tensor across steps in the same way.
 pub fn json_gsnr<'a>(name: &'a str, record: &GsnrRecord) -> impl Serialize + use<'a> {
     Gsnr::new(name, record)
 }
 
-/// A number, the same.
+/// Gives a number in the same way.
 pub fn json_number(value: f64) -> impl Serialize {
     Number(value)
 }
@@ -229,7 +243,7 @@ impl Serialize for Value {
 
 impl<'a> Gsnr<'a> {
     fn new(name: &'a str, record: &GsnrRecord) -> Self {
-        // Of fewer than two steps, the sums say nothing.
+        // Below two steps the sums mean nothing.
         let sum = |sum: f64| (record.steps >= 2).then_some(Number(sum));
         Self {
             name,
@@ -277,7 +291,7 @@ impl<'a> Found<'a> {
     }
 }
 
-/// A number with all its bits; the ones JSON cannot hold are strings.
+/// A number with all its bits; those that JSON cannot hold are strings.
 struct Number(f64);
 
 impl Serialize for Number {

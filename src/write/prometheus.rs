@@ -1,4 +1,4 @@
-//! Prometheus' text exposition format, for the node exporter's textfile collector or a handler of the user's own.
+//! Prometheus' text exposition format, for the node exporter's textfile collector or a handler of your own.
 
 use super::{Entry, Sink, file};
 use crate::{
@@ -18,7 +18,7 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Makes sure that the file can be written. It is there from the first step on.
+    /// Checks that the file can be written. It exists from the first step on.
     ///
     /// # Errors
     /// [`Error::Unwritable`].
@@ -35,9 +35,10 @@ impl Sink for Prometheus {
     }
 }
 
-/// The gauges of one step in the text format, version 0.0.4: `gradprobe_step`, `gradprobe_total_norm` and its neighbours, `gradprobe_scalar{name="…"}`,
-/// `gradprobe_tensor_l2_norm{tensor="…"}` and its neighbours, and `gradprobe_findings{kind="…",severity="…"}`. The
-/// neighbours are the scalars among the [statistics](crate::statistics#what-is-written). What does not exist has no line.
+/// Gives the gauges of one step in the text format, version 0.0.4: `gradprobe_step`, `gradprobe_total_norm` and its
+/// neighbours, `gradprobe_scalar{name="…"}`, `gradprobe_tensor_l2_norm{tensor="…"}` and its neighbours, and
+/// `gradprobe_findings{kind="…",severity="…"}`. The neighbours are the scalars among the
+/// [statistics](crate::statistics#what-is-written). A missing value has no line.
 pub fn prometheus_text(entry: &Entry) -> String {
     let mut text = String::new();
     #[expect(clippy::cast_precision_loss, reason = "what a gauge can hold")]
@@ -70,7 +71,7 @@ pub fn prometheus_text(entry: &Entry) -> String {
     text
 }
 
-/// A gauge with its samples: label sets and values. Nothing when there are none.
+/// Adds a gauge with its samples: label sets and values. Adds nothing without samples.
 fn family(text: &mut String, name: &str, help: &str, samples: impl IntoIterator<Item = (String, f64)>) {
     let mut samples = samples.into_iter().peekable();
     if samples.peek().is_none() {
@@ -83,7 +84,7 @@ fn family(text: &mut String, name: &str, help: &str, samples: impl IntoIterator<
     }
 }
 
-/// As Go's `ParseFloat` reads it.
+/// In the form that Go's `ParseFloat` reads.
 fn number(x: f64) -> String {
     if x.is_nan() {
         "NaN".to_owned()
@@ -94,7 +95,7 @@ fn number(x: f64) -> String {
     }
 }
 
-/// A label's value: the three characters that the format escapes.
+/// Gives a label's value, with the three characters that the format escapes.
 fn escaped(name: &str) -> String {
     name.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
 }

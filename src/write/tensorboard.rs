@@ -22,21 +22,35 @@ use std::{
 
 /// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
 ///
-/// Scalars, as f32, which is what TensorBoard keeps: those among the [statistics](crate::statistics#what-is-written), by
-/// their names of a step, the trainer's own by theirs, and as `l2_norm/NAME` and so on of each tensor, as far as they exist. What is beyond f32 becomes
-/// infinite or 0.
+/// Scalars are f32, as TensorBoard keeps them: those among the [statistics](crate::statistics#what-is-written), by
+/// their names for a step and as `l2_norm/NAME` and so on for each tensor, and the trainer's own by theirs. A missing
+/// value has none. A value beyond f32 becomes infinite or 0.
 ///
-/// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, the elements that are 0 in a bin of their own below.
-/// NaN and Inf are in none; they are the scalars `nan_count/NAME` and `inf_count/NAME`, there in every step that has
-/// histograms or any of them. A tensor without a finite element has no histogram.
+/// Histograms, `gradient_abs/NAME`, are of |x|: four bins an octave, with zeros in a bin of their own below. NaN and
+/// Inf are in none; they are the scalars `nan_count/NAME` and `inf_count/NAME`, in every step that has histograms or
+/// any of them. A tensor without a finite element has no histogram.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, Sink, TensorBoard};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-events-{}", std::process::id()));
+/// let mut events = TensorBoard::create(&path)?;
+/// events.write(&Entry::new(probe.wait()?))?;
+/// assert!(events.path().starts_with(&path)); // for `tensorboard --logdir`
+/// # std::fs::remove_dir_all(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct TensorBoard {
     file: Appender,
 }
 
 impl TensorBoard {
-    /// Makes a new event file in `folder`, and that if it is not there. One folder is one run to TensorBoard; a run that
-    /// goes on after a restart is continued by a second file in it, after the last step of those that are there.
+    /// Makes a new event file in `folder`, and the folder if it is missing. One folder is one run to TensorBoard. A run
+    /// that goes on after a restart gets a second file in it, which continues after the last step there.
     ///
     /// # Errors
     /// [`Error::Unwritable`].
@@ -73,7 +87,7 @@ impl Sink for TensorBoard {
     }
 }
 
-/// In the names of our event files, and not in those that a trainer may have beside them.
+/// Marks the names of our event files: a trainer may have others beside them.
 const OWN: &str = ".gradprobe.";
 
 fn open(path: &Path) -> io::Result<Opened> {
@@ -83,7 +97,7 @@ fn open(path: &Path) -> io::Result<Opened> {
     Ok(Opened { file, last: None, rows: None })
 }
 
-/// The last step in the event files of a folder.
+/// Gives the last step in the event files of a folder.
 fn last_step(folder: &Path) -> io::Result<Option<u64>> {
     let mut last = None;
     for entry in fs::read_dir(folder)? {
@@ -95,7 +109,8 @@ fn last_step(folder: &Path) -> io::Result<Option<u64>> {
     Ok(last)
 }
 
-/// The step of the last event that is whole: steps rise in a file. Only that one is read; of the others the lengths.
+/// Gives the step of the last whole event: steps rise in a file. Reads that event alone, and only the lengths of the
+/// others.
 fn last_step_of(mut file: File) -> io::Result<Option<u64>> {
     let (length, mut place, mut event) = (file.metadata()?.len(), 0u64, 0..0);
     let mut header = [0; 12];
@@ -144,7 +159,7 @@ fn values(entry: &Entry) -> Vec<Value> {
         values.extend(statistics::of_tensors(Output::Scalars).filter_map(|statistic| {
             let value = (statistic.of)(&tensor)?;
             let says_nothing = value == statistics::Value::Whole(Some(0)) && tensor.histogram.is_none();
-            // The statistic first: TensorBoard groups by what is before the slash.
+            // The statistic first: TensorBoard groups by the part before the slash.
             let tag = format!("{}/{name}", statistic.name);
             if says_nothing { None } else { Some(Value::scalar(tag, value.as_f64()?)) }
         }));
@@ -161,7 +176,7 @@ fn as_f64(count: u64) -> f64 {
     count as f64
 }
 
-// From tensorflow/core/util/event.proto and tensorflow/core/framework/{summary,histogram}.proto, what is used of them.
+// The used parts of tensorflow/core/util/event.proto and tensorflow/core/framework/{summary,histogram}.proto.
 
 #[derive(Clone, PartialEq, Message)]
 struct Event {
@@ -225,7 +240,7 @@ struct HistogramProto {
     sum: f64,
     #[prost(double, tag = "5")]
     sum_squares: f64,
-    /// Upper ends; a bucket reaches from that of the one before.
+    /// Upper ends. A bucket begins at the one before.
     #[prost(double, repeated, tag = "6")]
     bucket_limit: Vec<f64>,
     #[prost(double, repeated, tag = "7")]
@@ -233,7 +248,8 @@ struct HistogramProto {
 }
 
 impl HistogramProto {
-    /// Of |x| over the finite elements, of which there must be some; `record` is of the same elements.
+    /// Makes the histogram of |x| over the finite elements, of which there must be some; `record` is of the same
+    /// elements.
     fn new(histogram: &Histogram, record: &Record) -> Self {
         let (mut limits, mut counts) = (Vec::new(), Vec::new());
         let mut push = |low: f64, high: f64, count: u64| {

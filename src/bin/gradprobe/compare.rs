@@ -1,4 +1,4 @@
-//! Two steps' gradients beside each other, tensor by tensor; or the norms of two runs.
+//! Compares two steps' gradients, tensor by tensor; or the norms of two runs.
 
 use crate::{
     device::Open,
@@ -147,12 +147,13 @@ fn summary(path: &Path) -> Result<RunSummary, Failure> {
     Ok(summary)
 }
 
-/// ‖b − a‖, from the sums. Of tensors that are almost alike it has the rounding of their squares: 1e-6 of the norms.
+/// Gives ‖b − a‖, from the sums. For tensors that are almost alike it has the rounding of their squares: 1e-6 of the
+/// norms.
 fn difference(dot: &Dot) -> f64 {
     (dot.a_squares - 2.0 * dot.dot + dot.b_squares).max(0.0).sqrt()
 }
 
-/// That over the norms; 0 of two that are 0.
+/// Gives that over the norms; 0 for two that are 0.
 fn relative_difference(dot: &Dot) -> f64 {
     let norms = (dot.a_squares + dot.b_squares).sqrt();
     if norms > 0.0 { difference(dot) / norms } else { 0.0 }
@@ -162,7 +163,8 @@ fn ratio(dot: &Dot) -> Option<f64> {
     (dot.a_norm() > 0.0).then(|| dot.b_norm() / dot.a_norm())
 }
 
-/// The tensors, those that differ most first: by elements that are not finite, then by the difference over the norms.
+/// Gives the tensors, those that differ most first: by elements that are not finite, then by the difference over the
+/// norms.
 fn sorted(report: &DotReport) -> Vec<(&str, &Dot)> {
     let mut tensors: Vec<(&str, &Dot)> = report.tensors().collect();
     tensors.sort_by(|(_, a), (_, b)| {

@@ -15,8 +15,8 @@ pub enum Device {
     Cuda,
 }
 
-/// A probe on the device asked for. With none asked for: on the GPU, or on the CPU when there is no GPU; a GPU that
-/// is there and fails is an error, so that nobody takes the slow path without knowing.
+/// Makes a probe on the chosen device. The default is the GPU, or the CPU where there is no GPU. A GPU that is there
+/// and fails is an error, so that nobody takes the slow path without knowing.
 pub fn open(device: Option<Device>, plan: Plan, config: Config) -> Result<Probe, Error> {
     match device {
         Some(Device::Cpu) => Probe::new(Cpu, plan, config),

@@ -1,4 +1,4 @@
-//! Errors. A message names the file, and the tensor or the line where one is at fault.
+//! The errors of the program. A message names the file, and the tensor or the line where one is at fault.
 
 use std::{
     fmt::Display,
@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Why the program ends early: one line for standard error.
+/// Ends the program early, with one line on standard error.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// A file, or a directory, is at fault.
@@ -18,13 +18,13 @@ pub enum Failure {
     /// A line of a file is at fault, counted from 1.
     #[error("{}: line {line}: {reason}", path.display())]
     Line { path: PathBuf, line: u64, reason: String },
-    /// Two things that were given do not go together.
+    /// Two inputs do not go together.
     #[error("{0}")]
     Mismatch(String),
     /// The device could not be opened.
     #[error(transparent)]
     Probe(#[from] gradprobe::Error),
-    /// Several files are more than can be compared with each other.
+    /// There are too many files to compare with each other.
     #[error("signal and noise across the files, which one file alone would not need: {0}")]
     Tracking(gradprobe::Error),
     /// The report could not be written.
@@ -33,22 +33,22 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// `reason` is about this file as a whole.
+    /// Makes the error of a whole file.
     pub fn file(path: &Path, reason: impl Display) -> Self {
         Self::File { path: path.to_owned(), reason: reason.to_string() }
     }
 
-    /// `reason` is about this tensor of this file.
+    /// Makes the error of a tensor of this file.
     pub fn tensor(path: &Path, name: &str, reason: impl Display) -> Self {
         Self::Tensor { path: path.to_owned(), name: name.to_owned(), reason: reason.to_string() }
     }
 
-    /// `reason` is about this line of this file.
+    /// Makes the error of a line of this file.
     pub fn line(path: &Path, line: u64, reason: impl Display) -> Self {
         Self::Line { path: path.to_owned(), line, reason: reason.to_string() }
     }
 
-    /// Whether the reader of standard output has left, which is not worth a message.
+    /// Whether the reader of standard output has left, which needs no message.
     pub fn reader_left(&self) -> bool {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
     }

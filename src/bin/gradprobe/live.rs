@@ -23,10 +23,10 @@ pub struct Options {
     run: PathBuf,
 }
 
-/// How long keys wait at most while a long file is caught up with.
+/// The longest wait of a key while the program catches up with a long file.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Follows the run until the user has enough.
+/// Follows the run until the user quits.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let mut run = Run::open(&options.run)?;
     follow(View::default(), |view| {
@@ -51,7 +51,7 @@ fn shown(step: Step<'_>) -> ViewStep {
     }
 }
 
-/// A norm that does not exist is drawn as NaN.
+/// A missing norm is drawn as NaN.
 fn norm(norm: Option<Number>) -> f64 {
     norm.map_or(f64::NAN, |Number(norm)| norm)
 }

@@ -1,4 +1,4 @@
-//! `gradprobe`: what is in gradients, from the command line.
+//! `gradprobe`: inspects gradients and runs from the command line.
 
 mod compare;
 mod device;

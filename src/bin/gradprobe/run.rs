@@ -1,5 +1,5 @@
-//! Reads a run: a folder that holds `steps.jsonl`, or such a file. One step at a time, so that a file of gigabytes takes the
-//! memory of its longest line.
+//! Reads a run: a folder that holds `steps.jsonl`, or such a file. Reads one step at a time, so that a file of
+//! gigabytes takes the memory of its longest line.
 
 use crate::failure::Failure;
 use gradprobe::Verdict;
@@ -21,7 +21,7 @@ const STEPS: &str = "steps.jsonl";
 /// Every line begins with it, as `write::json_line` writes it.
 const BEGINNING: &[u8] = b"{\"step\":";
 
-/// The file of a run that is given by its folder or by its file.
+/// Gives the file of a run, from its folder or its file.
 pub fn file_of(run: &Path) -> PathBuf {
     if run.is_dir() { run.join(STEPS) } else { run.to_owned() }
 }
@@ -31,7 +31,7 @@ pub fn is_run(path: &Path) -> bool {
     path.join(STEPS).is_file() || path.extension().is_some_and(|extension| extension == "jsonl")
 }
 
-/// A run that is being read. The file may grow meanwhile.
+/// A run while it is read. The file may grow meanwhile.
 pub struct Run {
     path: PathBuf,
     reader: BufReader<File>,
@@ -54,13 +54,13 @@ impl Run {
         Ok(Self { path, reader, line: Vec::new(), number: 0, last: None })
     }
 
-    /// Where the file is.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The next step; `None` where the file ends, be it within a line that is being written. That one is read again when asked
-    /// again: its writer may have taken it back.
+    /// Gives the next step; `None` where the file ends, even within a line that is being written. The next call reads
+    /// that line again: its writer may have taken it back.
     pub fn next(&mut self) -> Result<Option<Step<'_>>, Failure> {
         self.line.clear();
         let fail = |error: io::Error| Failure::file(&self.path, error);
@@ -77,18 +77,18 @@ impl Run {
         Ok(Some(step))
     }
 
-    /// Exchanges the line of the step that was read last for a buffer.
+    /// Exchanges the line of the last step for a buffer.
     pub fn swap_line(&mut self, buffer: &mut Vec<u8>) {
         std::mem::swap(&mut self.line, buffer);
     }
 
-    /// The line that was read last is at fault.
+    /// Makes the error of the last line.
     pub fn damaged(&self, reason: impl fmt::Display) -> Failure {
         Failure::line(&self.path, self.number, reason)
     }
 }
 
-/// An error of serde_json without its "line 1", for which the line of the file is told.
+/// Gives an error of serde_json without its "line 1": the line of the file is named instead.
 fn reason(error: &serde_json::Error) -> String {
     let (text, column) = (error.to_string(), error.column());
     let place = format!(" at line {} column {column}", error.line());
@@ -106,7 +106,7 @@ pub struct Step<'a> {
     pub clip_coefficient: Option<Number>,
     #[serde(default)]
     pub skip: bool,
-    /// None in a step whose details are not written.
+    /// `None` in a step whose details are not written.
     #[serde(borrow)]
     pub tensors: Option<Vec<Tensor<'a>>>,
     #[serde(borrow, default)]
@@ -156,7 +156,7 @@ pub struct Histogram<'a> {
     pub zero_count: u64,
     pub inf_count: u64,
     pub nan_count: u64,
-    /// The smallest magnitude of a bin, and how many are in it.
+    /// The smallest magnitude of a bin, and its count.
     pub bins: Vec<(Number, u64)>,
 }
 
@@ -176,7 +176,7 @@ pub struct Finding {
     pub advice: Vec<String>,
 }
 
-/// A number as a run has it; those that JSON cannot hold are the strings "nan", "inf" and "-inf".
+/// A number of a run; those that JSON cannot hold are the strings "nan", "inf" and "-inf".
 #[derive(Clone, Copy)]
 pub struct Number(pub f64);
 

@@ -1,4 +1,4 @@
-//! What a run says: on standard output, and in one line on standard error where it fails.
+//! The output of the program: on standard output, and in one line on standard error where it fails.
 
 use crate::files::Failure;
 use clap::Parser;
@@ -8,8 +8,8 @@ use std::{
     process::ExitCode,
 };
 
-/// Reads the command line and runs what it asks for, which gives the verdict if that is to be the exit code. Exit code 2 for
-/// a command line that cannot be understood, 1 for every other failure, 3 for a verdict.
+/// Reads the command line and calls `run`, which gives the verdict if that is to be the exit code. Exits with code 2
+/// for an invalid command line, 1 for every other failure, 3 for a verdict.
 pub fn run<O: Parser>(run: impl FnOnce(&mut O) -> Result<Option<Verdict>, Failure>) -> ExitCode {
     let mut options = match O::try_parse() {
         Ok(options) => options,
@@ -38,17 +38,17 @@ pub fn print(text: &str) -> Result<(), Failure> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Failure::Output)
 }
 
-/// With control characters escaped.
+/// Escapes control characters.
 pub fn one_line(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// Prints a message as one line, whatever names are in it.
+/// Prints a message as one line, with any names in it.
 fn complain(message: &str) {
     let _ = writeln!(io::stderr(), "{}", one_line(message));
 }
 
-/// What is wrong with a command line, without the usage and the advice that follow it over several lines.
+/// Gives the error of a command line, without the usage and the advice that follow it over several lines.
 fn first_sentence(error: &clap::Error) -> String {
     let advice = |line: &str| ["tip:", "Usage:", "For more information"].iter().any(|word| line.starts_with(word));
     let text = error.render().to_string();

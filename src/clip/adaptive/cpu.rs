@@ -21,7 +21,7 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// What `gradprobe_adaptive` does.
+/// Does as `gradprobe_adaptive`.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch).
@@ -49,7 +49,7 @@ pub(crate) unsafe fn run(a: &AdaptiveArguments) {
     });
 }
 
-/// Divides a tensor that is not clipped by the loss scale, and zeroes what is not finite if that is the policy.
+/// Divides a tensor that is not clipped by the loss scale, and zeroes non-finite elements under that policy.
 fn unscale(gradient: &mut HostTensorMut<'_>, policy: NonFinitePolicy, divisor: f64) {
     let zero_nonfinite = policy == NonFinitePolicy::ZeroNonFinite;
     let how = Clipping { coefficient: narrow(1.0 / divisor), limit: f32::INFINITY, zero_nonfinite };
@@ -89,7 +89,7 @@ fn clip_tensor(
     }))
 }
 
-/// Σx² over the finite elements of a unit, and how many are not finite.
+/// Gives Σx² over the finite elements of a unit, and the number of non-finite ones.
 struct Squares<'a, E>(&'a [E]);
 
 impl<E: Element> Work for Squares<'_, E> {

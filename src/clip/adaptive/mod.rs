@@ -12,29 +12,30 @@ use crate::{
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 
-/// Adaptive gradient clipping (AGC; Brock et al. 2021, arXiv 2102.06171, equation 3), unit by unit.
+/// Clips each unit of a tensor by the norm of its weights: adaptive gradient clipping (AGC; Brock et al. 2021, arXiv
+/// 2102.06171, equation 3).
 ///
-/// A unit is what feeds one output: a row of `[out, in]`, `[in, kh, kw]` of a convolution's `[out, in, kh, kw]`, the whole
-/// of a bias or gain. Where the norm of its gradient is above λ·max(‖w‖, ε), w being its weights, the gradient is scaled
-/// down to that norm; other units stay as they are, to the bit. Norms are sums in f64; a weight's is that of its finite
-/// elements.
+/// A unit is the weights of one output: a row of `[out, in]`, `[in, kh, kw]` of a convolution's `[out, in, kh, kw]`,
+/// the whole of a bias or gain. Where the norm of its gradient is above λ·max(‖w‖, ε), w being its weights, the
+/// gradient is scaled down to that norm; other units keep their bits. Norms are sums in f64; a weight's is that of its
+/// finite elements.
 ///
 /// A step that the last measurement said to skip is left as it is. Under
-/// [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate) a unit with a NaN or Inf becomes NaN, under
-/// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) those elements become 0 and the others' norm decides.
+/// [`NonFinitePolicy::Propagate`](crate::NonFinitePolicy::Propagate) a unit with a NaN or Inf becomes NaN. Under
+/// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) those elements become 0 and the norm of the others decides.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdaptiveClip {
-    /// By the plan's shapes where there are none.
+    /// `None` takes the units from the plan's shapes.
     unit_lengths: Option<Vec<u64>>,
     clipping: f64,
     epsilon: f64,
 }
 
 impl AdaptiveClip {
-    /// By this λ, in the paper 0.01 and for its largest batches more, with ε = 0.001 and the units of the paper, by the shapes of
-    /// [`Plan::with_shapes`]: what lies behind the first dimension, one of two or more; the whole of a vector or a scalar, as in
-    /// the authors' program and timm's. So are rows of an embedding units. The paper leaves the last linear layer alone: see
-    /// [`new`](Self::new).
+    /// Clips by this λ, with ε = 0.001 and the units of the paper, by the shapes of [`Plan::with_shapes`]. The paper's
+    /// λ is 0.01, and more for its largest batches. A unit is all behind the first dimension of a tensor of two or
+    /// more, and the whole of a vector or a scalar, as in the authors' program and timm's. So a row of an embedding is
+    /// a unit. The paper leaves the last linear layer alone: see [`new`](Self::new).
     ///
     /// ```
     /// use gradprobe::{Config, Cpu, DType, Plan, Probe, clip::AdaptiveClip};
@@ -51,28 +52,28 @@ impl AdaptiveClip {
         Self { unit_lengths: None, clipping, epsilon: 1e-3 }
     }
 
-    /// The paper's λ = 0.01 and ε = 0.001, for units of so many elements: one number a tensor of the plan, 0 for a tensor
-    /// to be left alone, as the paper does with the last linear layer, but for a loss scale and for what
-    /// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) zeroes. A block of threads handles one unit at a time: a
-    /// few units of many million elements each would be slow.
+    /// Clips by the paper's λ = 0.01 and ε = 0.001, in units of so many elements: one number a tensor of the plan. 0
+    /// leaves a tensor alone, as the paper does with the last linear layer; a loss scale and
+    /// [`ZeroNonFinite`](crate::NonFinitePolicy::ZeroNonFinite) still act on it. A block of threads handles one unit at
+    /// a time: a few units of many million elements each would be slow.
     pub fn new(unit_lengths: impl IntoIterator<Item = u64>) -> Self {
         Self { unit_lengths: Some(unit_lengths.into_iter().collect()), clipping: 0.01, epsilon: 1e-3 }
     }
 
-    /// With this λ: finite, above 0.
+    /// Sets λ: finite, above 0.
     #[must_use]
     pub fn clipping(self, clipping: f64) -> Self {
         Self { clipping, ..self }
     }
 
-    /// With this ε, the least norm that weights are taken to have: finite, not negative. Without it, weights that begin
-    /// at 0 would stay there.
+    /// Sets ε, the least norm of weights in the limit: finite, not negative. Without it, weights that begin at 0 would
+    /// stay there.
     #[must_use]
     pub fn epsilon(self, epsilon: f64) -> Self {
         Self { epsilon, ..self }
     }
 
-    /// What it comes to for the tensors of a plan.
+    /// Gives the units of a plan's tensors.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for λ or ε, [`Error::TensorCount`], [`Error::UnitLength`], and [`Error::WithoutShapes`].
@@ -98,7 +99,7 @@ impl AdaptiveClip {
     }
 }
 
-/// Elements of a unit of a tensor of this shape.
+/// Gives the elements of a unit, for a tensor of this shape.
 fn unit_length(shape: &[u64]) -> u64 {
     let of_unit = match shape {
         [_, rest @ ..] if !rest.is_empty() => rest,
@@ -119,7 +120,8 @@ pub(crate) struct Units {
     pub epsilon: f64,
 }
 
-/// The coefficient of a unit, from its norm and that of its weights; its gradient has non-finite elements or not.
+/// Gives the coefficient of a unit, from its norm, that of its weights, and whether its gradient has non-finite
+/// elements.
 pub(crate) fn coefficient(
     (clipping, epsilon): (f64, f64),
     norm: f64,
@@ -134,7 +136,7 @@ pub(crate) fn coefficient(
     if norm > limit { narrow(limit / norm) } else { 1.0 }
 }
 
-/// What an adaptive clip did to one tensor (24 bytes, the same on the device).
+/// Holds the result of an adaptive clip of one tensor (24 bytes, the same on the device).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct AdaptiveRecord {
@@ -157,7 +159,7 @@ impl AdaptiveRecord {
         f32::from_bits(1f32.to_bits() - self.reduction)
     }
 
-    /// Takes note of a unit.
+    /// Counts a unit.
     pub(crate) fn count(&mut self, nonfinite: bool, coefficient: f32) {
         self.nonfinite += u64::from(nonfinite);
         if coefficient < 1.0 {
@@ -166,7 +168,7 @@ impl AdaptiveRecord {
         }
     }
 
-    /// Of the units of both.
+    /// Gives the record of the units of both.
     pub(crate) fn merge(&self, other: &Self) -> Self {
         Self {
             clipped: self.clipped + other.clipped,
@@ -177,7 +179,7 @@ impl AdaptiveRecord {
     }
 }
 
-/// What an adaptive clip did to the tensors of a plan. `Display` prints a table.
+/// Holds the results of an adaptive clip of a plan's tensors. `Display` prints a table.
 #[derive(Clone, Debug)]
 pub struct AdaptiveClipReport {
     plan: Plan,

@@ -9,7 +9,7 @@ use crate::{
 };
 use bytemuck::{Pod, Zeroable};
 
-/// Of [`Kernel::Adaptive`](crate::device::Kernel::Adaptive).
+/// The arguments of [`Kernel::Adaptive`](crate::device::Kernel::Adaptive).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct AdaptiveArguments {
@@ -17,7 +17,7 @@ pub(crate) struct AdaptiveArguments {
     pub clipping: f64,
     pub epsilon: f64,
     pub unit_count: u64,
-    /// [`TensorUnits`].
+    /// Table of [`TensorUnits`].
     pub units: u64,
     /// One [`AdaptiveRecord`] a tensor: a result.
     pub adaptive_records: u64,
@@ -26,7 +26,8 @@ pub(crate) struct AdaptiveArguments {
     reserved: u32,
 }
 
-/// The units of one tensor, and where its weights are. Behind the last stands one more, with the number of all units.
+/// The units of one tensor, and the address of its weights. Behind the last stands one more, with the number of all
+/// units.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct TensorUnits {
@@ -35,7 +36,7 @@ pub(crate) struct TensorUnits {
     pub length: u64,
     pub first: u64,
     pub dtype: u32,
-    /// 0 for units that lose only the loss scale, and what is not finite under `ZeroNonFinite`.
+    /// 0 for units that are only divided by the loss scale, and zeroed where not finite under `ZeroNonFinite`.
     pub limited: u32,
 }
 // The other side is in kernels/adaptive.cu.
@@ -59,7 +60,7 @@ impl Feature<AdaptiveClip> for AdaptiveUnits {
 }
 
 impl Config {
-    /// With units of tensors clipped by the norms of their weights: 56 bytes a tensor.
+    /// Declares clips of each unit of a tensor by the norm of its weights: 56 bytes a tensor.
     #[must_use]
     pub fn adaptive_clip(mut self, clip: AdaptiveClip) -> Self {
         self.features.adaptive_clip = Some(clip);
@@ -68,7 +69,7 @@ impl Config {
 }
 
 impl Probe {
-    /// Clips of each unit of a tensor by the norm of its weights.
+    /// Gives the adaptive clip, of each unit of a tensor by the norm of its weights.
     ///
     /// # Errors
     /// [`Error::NotDeclared`] without [`Config::adaptive_clip`].
@@ -83,10 +84,11 @@ impl Room<'_, AdaptiveUnits> {
         self.memory.records.address()
     }
 
-    /// Launches the adaptive clip of these tensors by the weights whose gradients they are, both in the plan's order, in
-    /// place; the weights may be of any dtypes. It takes the loss scale from the gradients, if there is one, as [`Probe::clip`]
-    /// and an optimizer do: then it stands in their place. Leaves what the last measurement said to skip. Does not wait. One upload
-    /// of 32 bytes a tensor when weights have moved since the last call, beside that of the gradients.
+    /// Launches the adaptive clip of these gradients by their weights, both in the plan's order, in place. The weights
+    /// may be of any dtypes. Takes the loss scale from the gradients, if there is one, as [`Probe::clip`] and an
+    /// optimizer do: it then replaces those. Leaves a step that the last measurement said to skip. Does not wait.
+    /// Uploads 32 bytes a tensor when weights have moved since the last call, beside the upload of the gradients'
+    /// addresses.
     ///
     /// # Errors
     /// [`Error::NotMeasured`], [`Error::AlreadyClipped`] where there is a loss scale, [`Error::Overlap`], and those of
@@ -140,7 +142,7 @@ impl Room<'_, AdaptiveUnits> {
         tensors.finish()
     }
 
-    /// What the last adaptive clip did. Waits for it.
+    /// Gives the results of the last adaptive clip. Waits for it.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] when there was none, [`Error::WaitInCapture`], or the device's.

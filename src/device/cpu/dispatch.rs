@@ -1,24 +1,24 @@
-//! Runs the loops of this backend under the widest instruction set the machine has. The code is the same, and so are
-//! the bits: `mul_add` is one rounding whether an instruction or libm does it.
+//! Runs the loops of this backend under the widest instruction set of the machine. The code is the same, and so are the
+//! bits: `mul_add` is one rounding, by an instruction or by libm.
 #![allow(unsafe_code, reason = "calls into code compiled for instruction sets that were detected at run time")]
 
 use half::f16;
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
-/// Something to be compiled for several instruction sets: `run` and all it calls must be inlined.
+/// Work to be compiled for several instruction sets: `run` and all it calls must be inlined.
 pub(crate) trait Work {
     type Output;
     fn run(self, set: impl InstructionSet) -> Self::Output;
 }
 
-/// What the compiler makes no instruction of by itself. Its bits are those of [`Portable`].
+/// Operations for which the compiler finds no instruction by itself. The bits are those of [`Portable`].
 pub trait InstructionSet: Copy {
-    /// Exact values, NaN and Inf included.
+    /// Widens to the exact values, NaN and Inf included.
     fn widen_f16(self, from: &[f16], to: &mut [f32]);
-    /// The nearest to each of `from`, ties to even.
+    /// Narrows to the nearest of each of `from`, ties to even.
     fn narrow_f16(self, from: &[f32], to: &mut [f16]);
-    /// Makes of each element the nearest to its `value`, ties to even.
+    /// Replaces each element by the nearest to its `value`, ties to even.
     fn change_f16(self, elements: &mut [f16], value: impl Fn(f32) -> f32);
     /// Asks for this memory, which is to be read soon.
     #[inline(always)]
@@ -27,18 +27,18 @@ pub trait InstructionSet: Copy {
             self.prefetch_line(line.as_ptr());
         }
     }
-    /// Asks for the line at this address, whatever is there.
+    /// Asks for the line at this address, which may be any.
     fn prefetch_line<T>(self, address: *const T);
 }
 
-/// Any machine. On aarch64 the loops become vectors of four, as every aarch64 has them.
+/// Runs on any machine. On aarch64 the loops become vectors of four, as every aarch64 has them.
 #[derive(Clone, Copy)]
 struct Portable;
 
 impl InstructionSet for Portable {
-    /// Exponent and fraction moved to their places in a binary32, then 2^112 for the difference of the two biases:
-    /// exact, subnormals included. `half`'s own conversion is a call for each element and keeps the loop from being
-    /// vectorised.
+    /// Moves exponent and fraction to their places in a binary32, then multiplies by 2^112 for the difference of the
+    /// two biases: exact, subnormals included. `half`'s own conversion is a call for each element and keeps the loop
+    /// from being vectorised.
     #[inline(always)]
     fn widen_f16(self, from: &[f16], to: &mut [f32]) {
         for (from, to) in from.iter().zip(to) {
@@ -80,7 +80,7 @@ pub(crate) fn run<W: Work>(work: W) -> W::Output {
     work.run(Portable)
 }
 
-/// The name of what [`run`] compiles for here.
+/// The name of the instruction set that [`run`] uses here.
 pub(crate) fn name() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     return x86::Level::here().name();
@@ -101,8 +101,8 @@ mod x86 {
     }
 
     impl Level {
-        /// The highest this machine has, and no higher than `GRADPROBE_CPU` allows, if that is set to the name of one:
-        /// for tests and benches of the others.
+        /// Gives the highest level of this machine, but no higher than the one that `GRADPROBE_CPU` names, if it is
+        /// set: for tests and benches of the others.
         pub fn here() -> Self {
             static HERE: OnceLock<Level> = OnceLock::new();
             *HERE.get_or_init(|| {
@@ -168,8 +168,8 @@ mod x86 {
     }
 
     impl InstructionSet for F16c {
-        /// The multiplication by which [`Portable`] does it costs an Intel machine some 150 cycles for a subnormal
-        /// operand: gradients of size 1e-3, of which one in twenty is one, took ten times as long to measure.
+        /// The multiplication of [`Portable`] costs an Intel machine some 150 cycles for a subnormal operand: gradients
+        /// of size 1e-3, of which one in twenty is subnormal, took ten times as long to measure.
         #[inline(always)]
         fn widen_f16(self, from: &[f16], to: &mut [f32]) {
             let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<8>(), to.as_chunks_mut::<8>());
@@ -191,7 +191,7 @@ mod x86 {
             }
         }
 
-        /// In registers from the load to the store: by way of a buffer it took half as long again.
+        /// In registers from the load to the store: through a buffer it took half as long again.
         #[inline(always)]
         fn change_f16(self, elements: &mut [f16], value: impl Fn(f32) -> f32) {
             let (eights, rest) = elements.as_chunks_mut::<8>();

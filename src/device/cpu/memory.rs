@@ -1,4 +1,4 @@
-//! Where addresses become slices: what a launch's arguments name, for loops that know only slices.
+//! Turns the addresses of a launch's arguments into slices, for loops that know only slices.
 #![allow(unsafe_code, reason = "makes slices of the addresses that the probe vouches for")]
 
 use crate::{
@@ -9,14 +9,14 @@ use bytemuck::Pod;
 
 /// Tables of values at addresses: `&[T]` to be read, `&mut [T]` to be changed, and tuples of them.
 pub(crate) trait Tables: Sized {
-    /// An address and a number of values; of a tuple those of each.
+    /// An address and a number of values; for a tuple those of each.
     type At;
 
-    /// The tables. At 0 there is none, and it is empty.
+    /// Gives the tables. The address 0 gives an empty one.
     ///
     /// # Safety
-    /// So many initialised values of that type are there, as long as the tables are used. Whoever changes a table is the only one
-    /// who uses it meanwhile.
+    /// That many initialised values of that type are there, as long as the tables are used. A table that is changed has
+    /// no other user meanwhile.
     unsafe fn at(at: Self::At) -> Self;
 }
 
@@ -63,7 +63,7 @@ tuples! {
     A B C D;
 }
 
-/// The elements of a tensor; none where it is absent.
+/// Gives the elements of a tensor; none where it is absent.
 ///
 /// # Safety
 /// As of [`Tables::at`].
@@ -79,7 +79,7 @@ pub(crate) unsafe fn tensor<'a>(address: u64, length: u64, dtype: u32) -> HostTe
     }
 }
 
-/// The same, to be changed.
+/// Gives the same, to be changed.
 ///
 /// # Safety
 /// As of [`Tables::at`].
@@ -95,7 +95,7 @@ pub(crate) unsafe fn tensor_mut<'a>(address: u64, length: u64, dtype: u32) -> Ho
     }
 }
 
-/// The tables of the tensors of a launch: their addresses, and what they are.
+/// Gives the tables of the tensors of a launch: their addresses and their entries.
 ///
 /// # Safety
 /// As of [`tensors`].
@@ -105,7 +105,7 @@ unsafe fn tables<'a>(a: &Common) -> (&'a [u64], &'a [TensorEntry]) {
     unsafe { Tables::at(((a.addresses, count), (a.tensors, count))) }
 }
 
-/// The tensors of a launch, to be read, and their table.
+/// Gives the tensors of a launch, to be read, and their table.
 ///
 /// # Safety
 /// As of [`Device::launch`](crate::device::Device::launch), of host memory, as long as they are used.
@@ -119,7 +119,7 @@ pub(crate) unsafe fn tensors<'a>(a: &Common) -> (Vec<HostTensor<'a>>, &'a [Tenso
     (addresses.iter().zip(entries).map(of).collect(), entries)
 }
 
-/// The same, to be changed.
+/// Gives the same, to be changed.
 ///
 /// # Safety
 /// As of [`tensors`].

@@ -1,8 +1,8 @@
 //! The CPU as a device: the default where there is no GPU, and the reference whose bits the kernels must equal.
 //!
-//! Each kernel is a function over slices in the room of its feature. Chunks are spread over rayon's threads; within one,
-//! loops over fixed-size arrays are left to the compiler to vectorise under the best instruction set of the machine
-//! (`dispatch`). Neither changes a bit. kernels/TUNING.md has what was measured of them.
+//! Each kernel is a function over slices in the room of its feature. Chunks are spread over rayon's threads. Within
+//! one, the compiler vectorises loops over fixed-size arrays for the best instruction set of the machine (`dispatch`).
+//! Neither changes a bit. kernels/TUNING.md has the measurements.
 
 pub(crate) mod dispatch;
 pub(crate) mod memory;
@@ -10,19 +10,20 @@ pub(crate) mod memory;
 use super::{Buffer, Device, HostMemory, HostRead, Kernel, Read};
 use crate::{Error, tensor::Place};
 
-/// The CPU as a device. Everything has happened when a call returns.
+/// Runs everything on the CPU. All work is done when a call returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cpu;
 
 impl Cpu {
-    /// The instruction set its loops run under: `avx512`, `avx2` or `portable` on x86-64, elsewhere the architecture. The
-    /// environment variable `GRADPROBE_CPU`, read at the first use, lowers it to one of these; the bits stay the same.
+    /// Names the instruction set of its loops: `avx512`, `avx2` or `portable` on x86-64, elsewhere the architecture.
+    /// The environment variable `GRADPROBE_CPU`, read at the first use, lowers it to one of these; the bits stay the
+    /// same.
     pub fn instruction_set(self) -> &'static str {
         dispatch::name()
     }
 }
 
-// SAFETY: buffers are memory of the host's own, and nothing is queued.
+// SAFETY: buffers are memory of the host, and nothing is queued.
 #[allow(unsafe_code, reason = "implements a trait that addresses are trusted of")]
 unsafe impl Device for Cpu {
     fn name(&self) -> &'static str {

@@ -12,7 +12,7 @@ use crate::{
 use cudarc::driver::{CudaStream, result};
 use std::sync::Arc;
 
-/// A tensor's elements in device memory of their own, as misaligned as they are on the host.
+/// A tensor's elements in device memory of their own, with the same misalignment as on the host.
 #[derive(Debug)]
 pub(crate) struct Copied<'a> {
     _memory: Memory,
@@ -22,7 +22,7 @@ pub(crate) struct Copied<'a> {
 }
 
 impl<'a> Copied<'a> {
-    /// A copy to be read.
+    /// Makes a copy to be read.
     ///
     /// # Errors
     /// The driver's.
@@ -30,7 +30,7 @@ impl<'a> Copied<'a> {
         Self::new(bytes, stream).map(Self::lent)
     }
 
-    /// A copy to be changed, which [`finish`](Self::finish) copies back.
+    /// Makes a copy to be changed, which [`finish`](Self::finish) copies back.
     ///
     /// # Errors
     /// The driver's.
@@ -47,7 +47,7 @@ impl<'a> Copied<'a> {
             // SAFETY: there is room for so many bytes from there on, and they stay until the copy is waited for.
             unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
                 .map_err(failed("cuMemcpyHtoDAsync", "copying a tensor to the device"))?;
-            // From page-locked memory the copy is not over when the call returns.
+            // From page-locked memory the copy may still run when the call returns.
             over(stream)?;
         }
         Ok(Self { _memory: memory, address, back: None, stream: Arc::clone(stream) })
@@ -57,7 +57,7 @@ impl<'a> Copied<'a> {
         Lent { address: self.address, until: Until::Copied(Box::new(self)) }
     }
 
-    /// Copies back what was to be changed, and waits.
+    /// Copies back a tensor to be changed, and waits.
     ///
     /// # Errors
     /// The driver's.
@@ -71,7 +71,7 @@ impl<'a> Copied<'a> {
     }
 }
 
-/// Waits for a copy from or to memory that is lent for so long only.
+/// Waits for a copy from or to memory that is lent no longer.
 fn over(stream: &CudaStream) -> Result<(), Error> {
     insist(|| stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting for the copy of a tensor")))
 }

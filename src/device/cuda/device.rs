@@ -1,4 +1,4 @@
-//! A CUDA stream as a [`Device`]: everything is ordered on it, and nothing waits but a read that is waited for.
+//! A CUDA stream as a [`Device`]: everything is ordered on it, and the host waits only in a read's `wait`.
 
 use super::{
     driver::{failed, insist, make_current},
@@ -19,7 +19,7 @@ use cudarc::driver::{
 };
 use std::{cell::RefCell, mem, sync::Arc};
 
-/// A stream of a CUDA device, as a device of a probe.
+/// Runs a probe on a stream of a CUDA device.
 pub struct Cuda {
     streams: Arc<Streams>,
     uploads: RefCell<Uploads>,
@@ -53,7 +53,7 @@ impl Cuda {
         Ok(Self { streams: Arc::new(Streams::new(stream)?), uploads: RefCell::default(), kernels })
     }
 
-    /// The stream, for what may change results.
+    /// The stream, for work that may change results.
     fn stream(&self) -> Result<&Arc<CudaStream>, Error> {
         let stream = &self.streams.main;
         make_current(stream.context())?;
@@ -73,13 +73,13 @@ impl Drop for Cuda {
         let stream = &self.streams.main;
         let wait =
             || stream.synchronize().map_err(failed("cuStreamSynchronize", "waiting before kernels are unloaded"));
-        // To wait would break a capture. Where it fails twice the context is lost, and nothing runs any more.
+        // Waiting would break a capture. Where this fails twice the context is lost, and nothing runs any more.
         if insist(|| is_capturing(stream)) == Ok(true) {
             mem::forget(mem::take(&mut self.kernels));
         } else {
             let _ = insist(wait);
         }
-        // Here, as to unload them would end the captures of other streams.
+        // Here, since unloading them would end the captures of other streams.
         self.kernels.clear();
     }
 }
@@ -103,8 +103,8 @@ impl Drop for Freed {
     }
 }
 
-/// Has this thread make calls that would break captures of other streams, which do not concern them: the driver refuses
-/// those to all threads while one captures in global mode.
+/// Lets this thread make calls that would break captures of other streams, although they do not concern them: the
+/// driver refuses those calls to all threads while one captures in global mode.
 pub(super) struct Relaxed(CUstreamCaptureMode);
 
 impl Relaxed {
@@ -123,8 +123,8 @@ impl Drop for Relaxed {
     }
 }
 
-// SAFETY: buffers are allocations of their own, freed in the order of the stream, and so not before what uses them; reads
-// wait for their copies; the module outlives its kernels.
+// SAFETY: buffers are allocations of their own, freed in the order of the stream, and so not before work that uses
+// them; reads wait for their copies; the module outlives its kernels.
 unsafe impl Device for Cuda {
     fn name(&self) -> &'static str {
         "cuda"

@@ -1,10 +1,10 @@
-//! Whether CUDA's libraries are there, asked before cudarc is: its first call panics when they are not.
+//! Checks that CUDA's libraries are there before the first call of cudarc, which panics without them.
 
 use crate::Error;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, sys::CUresult};
 use std::{error::Error as _, fmt::Display, sync::Arc};
 
-/// Names under which the driver is installed, in the order cudarc looks for it.
+/// Names of the driver's library, in the order in which cudarc looks for it.
 const DRIVER: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 /// The same for NVRTC.
 const NVRTC: &[&str] = if cfg!(windows) {
@@ -13,7 +13,7 @@ const NVRTC: &[&str] = if cfg!(windows) {
     &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11"]
 };
 
-/// Loads the first library of `names` that there is; what was searched and the loader's last word, if none.
+/// Loads the first library of `names` that exists. Otherwise gives the names and the loader's last message.
 pub(super) fn find(names: &[&str]) -> Result<(), (String, String)> {
     let mut reason = String::new();
     for name in names {
@@ -24,15 +24,15 @@ pub(super) fn find(names: &[&str]) -> Result<(), (String, String)> {
                 std::mem::forget(library);
                 return Ok(());
             }
-            // What the loader said; the error itself says no more than that it failed.
+            // The loader's message: the error itself says only that it failed.
             Err(error) => reason = error.source().map_or_else(|| error.to_string(), ToString::to_string),
         }
     }
     Err((names.join(", "), reason))
 }
 
-/// A new stream of a device, for those who have none yet: it also finds out whether there is a driver, which cudarc answers
-/// with a panic. The device is the `ordinal`-th, from 0, that CUDA shows.
+/// Makes a new stream on a device. The device is the `ordinal`-th, from 0, that CUDA shows. Gives an error without a
+/// driver, where cudarc panics.
 ///
 /// # Errors
 /// [`Error::DriverNotFound`], [`Error::DeviceNotFound`], and the driver's.
@@ -57,31 +57,31 @@ pub(super) fn make_current(context: &CudaContext) -> Result<(), Error> {
 }
 
 /// # Errors
-/// The last that cudarc had nowhere to give, of a `drop` or of the note of a slice's use. It gives it once, with whatever call
-/// comes next: so it is told apart.
+/// The last error that cudarc could not return, of a `drop` or of the record of a slice's use. cudarc returns it once,
+/// with the next call of any kind; it is taken out here to be told apart.
 pub(super) fn earlier_errors(context: &CudaContext) -> Result<(), Error> {
     context.check_err().map_err(failed("an earlier call", "cudarc dropped something or noted the use of a slice"))
 }
 
-/// What must be known before memory goes is asked twice: the first answer may be the error of an earlier call, which cudarc gives
-/// once. Where the second is an error too, the context is lost, and nothing in it runs any more.
+/// Asks twice before memory is freed: the first answer may be the error of an earlier call, which cudarc gives once.
+/// Where the second is an error too, the context is lost, and nothing in it runs any more.
 pub(super) fn insist<T>(ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
     ask().or_else(|_| ask())
 }
 
-/// An error when NVRTC is not there.
+/// Fails without NVRTC.
 pub(super) fn require_nvrtc() -> Result<(), Error> {
     find(NVRTC).map_err(|(searched, reason)| {
         Error::KernelLoad(format!("no NVRTC to compile them: none of {searched} could be loaded ({reason})"))
     })
 }
 
-/// What became of a driver call. Not by the error's `Display`, which asks the driver and panics without one.
+/// Makes the error of a driver call. Not by the error's `Display`, which asks the driver and panics without one.
 pub(super) fn failed(call: &'static str, doing: impl Display) -> impl Fn(DriverError) -> Error {
     move |error| Error::Driver { call, doing: doing.to_string(), code: format!("{:?}", error.0) }
 }
 
-/// The same of a call that allocates so many bytes.
+/// Makes the error of a call that allocates so many bytes.
 pub(super) fn not_allocated(call: &'static str, doing: &'static str, bytes: usize) -> impl Fn(DriverError) -> Error {
     move |error| match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes: bytes as u64 },

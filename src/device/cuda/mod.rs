@@ -1,4 +1,4 @@
-//! The CUDA device: the kernels on the caller's stream, over the caller's memory.
+//! Runs the kernels on the caller's CUDA stream, over the caller's memory.
 //!
 //! ```no_run
 //! use gradprobe::{Clip, Config, DType, Plan, Probe, cuda::{self, Cuda}};
@@ -21,43 +21,43 @@
 //!
 //! # Streams and graphs
 //!
-//! Everything is ordered on the stream the probe was made with. Slices and views go through cudarc's own event tracking;
-//! with a [`RawTensor`](crate::RawTensor) order is the caller's matter. A slice must be of the very context that the stream
-//! is of: two `CudaContext`s of one device know nothing of each other's streams.
+//! Everything is ordered on the stream the probe was made with. Slices and views go through cudarc's own event
+//! tracking; with a [`RawTensor`](crate::RawTensor) the caller keeps the order. A slice must be of the very context of
+//! the stream: two `CudaContext`s of one device know nothing of each other's streams.
 //!
 //! Measuring and clipping can be captured into a graph on a stream that is not the default one: make the probe, and
-//! [`bind`](crate::Probe::bind) the tensors, before the capture begins. A replay measures what the address table then
-//! holds, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are not
-//! legal in it: capture with its event tracking off, or give a `RawTensor`.
+//! [`bind`](crate::Probe::bind) the tensors, before the capture begins. A replay measures the addresses then in the
+//! table, so gradients may move between replays by another `bind`. cudarc's waits on events from before a capture are
+//! not legal in it: capture with its event tracking off, or give a `RawTensor`.
 //!
-//! [`poll`](crate::Probe::poll) copies a step's results on a stream of the probe's own, between none of a trainer's
-//! kernels; the next launch waits for the copy, on the device. After the first `bind` it copies on the stream of the
-//! launches: a graph is replayed without the probe's knowing, and would not wait.
+//! [`poll`](crate::Probe::poll) copies a step's results on a stream of the probe's own, so that no copy is between a
+//! trainer's kernels; the next launch waits for the copy, on the device. After the first `bind` it copies on the stream
+//! of the launches: the probe does not see the replay of a graph, which would not wait.
 //!
-//! What is uploaded, such as the addresses of gradients that have moved, goes through page-locked memory, which is used
-//! again when its copy is over. A host that is more than four uploads ahead of the device allocates more of it rather than
-//! wait: in the end as much as was under way at one time.
+//! Uploads, such as the addresses of gradients that have moved, go through page-locked memory, which is used again when
+//! its copy is over. A host that is more than four uploads ahead of the device allocates more of it and does not wait:
+//! in the end as much as was under way at one time.
 //!
-//! What sets values is refused during a capture ([`Error::UploadInCapture`](crate::Error::UploadInCapture)).
+//! Calls that set values are refused during a capture ([`Error::UploadInCapture`](crate::Error::UploadInCapture)).
 //!
-//! # What cudarc's event tracking costs
+//! # The cost of cudarc's event tracking
 //!
 //! In a context with more streams than the default one, such as that of [`stream`], cudarc has the probe's stream wait
-//! for the events of each slice it is given and records another: for n slices `measure` makes 2 n calls of the driver
-//! beside its launch, `step` 3 n, also where all slices are of the probe's own stream. A probe cannot leave them out. Safe
-//! code may have written a slice on any stream, which only the slice's events tell; and what writes it next, on any stream,
-//! waits for the probe only by what was recorded. There are three ways to none of these calls:
+//! for the events of each slice it is given and records another. For n slices `measure` makes 2 n calls of the driver
+//! beside its launch, `step` 3 n, even where all slices are of the probe's own stream. A probe cannot leave them out.
+//! Safe code may have written a slice on any stream, which only the slice's events tell. The next write, on any stream,
+//! waits for the probe only by the recorded event. There are three ways to avoid these calls:
 //!
 //! * the default stream, `context.default_stream()`, with no other stream made by cudarc in that context (the probe's own
 //!   for copies does not count);
-//! * `unsafe { context.disable_event_tracking() }` before the slices are made: order between streams is then the caller's
-//!   matter;
+//! * `unsafe { context.disable_event_tracking() }` before the slices are made: the caller then keeps the order between
+//!   streams;
 //! * [`RawTensor`](crate::RawTensor), whose maker vouches for that order.
 //!
 //! # Errors
 //!
 //! An error may stem from an earlier asynchronous call, of the caller's or of a `drop`: CUDA and cudarc report those
-//! with whatever call comes next.
+//! with the next call of any kind.
 #![allow(unsafe_code, reason = "calls the CUDA driver")]
 
 mod copied;

@@ -17,7 +17,7 @@ pub static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gradprobe.f
 /// Compiles the kernels for a compute capability such as (9, 0).
 ///
 /// # Errors
-/// [`Error::KernelLoad`] with what NVRTC said, or when there is no NVRTC.
+/// [`Error::KernelLoad`] with NVRTC's message, or when there is no NVRTC.
 pub fn compile((major, minor): (i32, i32)) -> Result<Ptx, Error> {
     require_nvrtc()?;
     let options = CompileOptions {
@@ -38,7 +38,7 @@ pub fn compile((major, minor): (i32, i32)) -> Result<Ptx, Error> {
     })
 }
 
-/// [`compile`], once for each compute capability: it takes 1 to 3 seconds.
+/// Does as [`compile`], once for each compute capability: it takes 1 to 3 seconds.
 fn compile_once(capability: (i32, i32)) -> Result<Ptx, Error> {
     static COMPILED: Mutex<Vec<((i32, i32), Ptx)>> = Mutex::new(Vec::new());
     let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,7 +50,7 @@ fn compile_once(capability: (i32, i32)) -> Result<Ptx, Error> {
     Ok(ptx)
 }
 
-/// Whether another image of the kernels may be one for the device, after this error.
+/// Whether another image of the kernels may fit the device, after this error.
 fn is_for_others(error: DriverError) -> bool {
     matches!(
         error.0,
@@ -63,7 +63,7 @@ fn is_for_others(error: DriverError) -> bool {
     )
 }
 
-/// The kernels, loaded.
+/// Loads the kernels.
 pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>, Error> {
     let attribute =
         |which| context.attribute(which).map_err(failed("cuDeviceGetAttribute", "asking for the compute capability"));

@@ -26,11 +26,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The names under which cudarc looks for NCCL that are those of its packages.
+/// Names of NCCL's library in its packages, of those that cudarc looks for.
 const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] };
 
-/// A rank of a NCCL communicator, for [`Ranks::new`](crate::ranks::Ranks::new). It is best one of the probe's own: work
-/// on one communicator is in one order on all ranks, and with several streams only their user can see to that.
+/// Joins a NCCL communicator as a rank, for [`Ranks::new`](crate::ranks::Ranks::new). It is best one of the probe's
+/// own: work on one communicator is in one order on all ranks, and with several streams only the user can ensure that.
 ///
 /// ```no_run
 /// use gradprobe::{Clip, Config, DType, Plan, Probe, ranks::{Along, Mesh, Ranks}, cuda::{self, Cuda, NcclCommunicator}};
@@ -38,7 +38,7 @@ const NCCL: &[&str] = if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so"] 
 /// # let (rank, ranks, device) = (0, 2, 0);
 /// // On rank 0, which sends `id.internal()` to the others: by MPI, a socket, a file.
 /// let id = NcclCommunicator::unique_id()?;
-/// // On every rank, with the length of what it holds.
+/// // On every rank, with the lengths of its own parts.
 /// let stream = cuda::stream(device)?;
 /// let plan = Plan::new([("block.0.weight", DType::BF16, 1 << 20), ("norm.weight", DType::F32, 4096)])?;
 /// let communicator = NcclCommunicator::new(&stream, rank, ranks, id)?;
@@ -60,26 +60,27 @@ pub struct NcclCommunicator {
 
 #[derive(Debug)]
 enum Handle {
-    /// Made here.
+    /// A communicator made here.
     Own(ncclComm_t),
-    /// The trainer's.
+    /// The trainer's communicator.
     Shared(Arc<Comm>),
     Aborted,
 }
 
-// SAFETY: a communicator may be used by any thread, by one at a time, which the lock sees to; of a shared one the caller has
-// promised it.
+// SAFETY: a communicator may be used by any thread, by one at a time, which the lock ensures; for a shared one the
+// caller has promised it.
 unsafe impl Send for NcclCommunicator {}
 // SAFETY: as above.
 unsafe impl Sync for NcclCommunicator {}
 
-/// What is queued is waited for before the communicator goes. Aborted then, which waits for no peer, as `ncclCommDestroy` does.
+/// Waits for queued work before the communicator goes. Then aborts it, which waits for no peer, as `ncclCommDestroy`
+/// does.
 impl Drop for NcclCommunicator {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
         let handle = mem::replace(self.handle.get_mut().unwrap_or_else(PoisonError::into_inner), Handle::Aborted);
         let Handle::Own(raw) = handle else { return };
-        // Nothing is waited for in a capture; and where waiting fails twice the device is lost. Errors have nowhere to go.
+        // A capture waits for nothing; and where waiting fails twice the device is lost. Errors have nowhere to go.
         if insist(|| is_capturing(&self.stream)) == Ok(true) {
             return;
         }
@@ -91,7 +92,7 @@ impl Drop for NcclCommunicator {
 }
 
 impl NcclCommunicator {
-    /// What rank 0 sends to the others before they make their communicators: 128 bytes, [`Id::internal`].
+    /// Makes the id that rank 0 sends to the others before they make their communicators: 128 bytes, [`Id::internal`].
     ///
     /// # Errors
     /// [`Error::NcclNotFound`], where cudarc panics, and NCCL's.
@@ -100,7 +101,8 @@ impl NcclCommunicator {
         Id::new().map_err(nccl("making a unique id"))
     }
 
-    /// Rank `rank` of `ranks`, on a probe's stream. Waits for the other ranks, which are on other devices, ten minutes.
+    /// Joins as rank `rank` of `ranks`, on a probe's stream. Waits up to ten minutes for the other ranks, which are on
+    /// other devices.
     ///
     /// # Errors
     /// [`Error::NcclNotFound`], where cudarc panics, NCCL's, and [`Error::Communication`] when a rank does not come.
@@ -108,23 +110,23 @@ impl NcclCommunicator {
         Self::within(DEADLINE, stream, rank, ranks, id)
     }
 
-    /// The same, with this long for the ranks to come, and for what a probe waits for later.
+    /// Does the same with another deadline, for the ranks to come and for a probe's later waits.
     ///
     /// # Errors
     /// As there.
     pub fn within(deadline: Duration, stream: &Arc<CudaStream>, rank: u32, ranks: u32, id: Id) -> Result<Self, Error> {
         find(NCCL).map_err(|(searched, reason)| Error::NcclNotFound { searched, reason })?;
-        // More ranks than an i32 counts are an error of NCCL's.
+        // NCCL refuses more ranks than an i32 counts.
         let (Ok(count), Ok(index), true) = (i32::try_from(ranks), i32::try_from(rank), rank < ranks) else {
             return Err(Error::Communication { what: format!("there is no rank {rank} of {ranks}") });
         };
         let (context, id) = (Arc::clone(stream.context()), ncclUniqueId { internal: *id.internal() });
-        // By a thread of its own: NCCL waits for a rank that does not come without end.
+        // In a thread of its own: NCCL waits without end for a rank that does not come.
         let (made, wait) = mpsc::sync_channel(0);
         let make = move || {
             let communicator = init(&context, count, id, index, deadline).map(Raw);
             if let Err(mpsc::SendError(Ok(Raw(raw)))) = made.send(communicator) {
-                // SAFETY: nobody waits for it any more.
+                // SAFETY: nothing waits for it any more.
                 let _ = unsafe { result::comm_abort(raw) };
             }
         };
@@ -135,22 +137,22 @@ impl NcclCommunicator {
         Ok(Self { handle: Mutex::new(Handle::Own(raw)), stream, rank, ranks, deadline })
     }
 
-    /// The communicator that a trainer has, whose stream is the probe's. It stays the trainer's, and cannot be aborted from
-    /// here.
+    /// Takes the trainer's communicator, whose stream is the probe's. It stays the trainer's, and cannot be aborted
+    /// from here.
     ///
     /// # Safety
-    /// As long as this lives nobody uses it while another thread does: `Comm` is not `Sync`, and this, which may be sent to
-    /// another thread, is what has to be kept beside it. All ranks queue what they queue on it in the same order. And it is
-    /// not aborted, as cudarc does when the last `Arc` is dropped, while work that is queued on it or captured has yet to run;
-    /// but for one that hangs, which is to be aborted before the probe is dropped, for that waits.
+    /// As long as this lives, no two threads use the communicator at once: `Comm` is not `Sync`, and this may be sent
+    /// to another thread. All ranks queue their work on it in the same order. It is not aborted, as cudarc does when
+    /// the last `Arc` is dropped, while queued or captured work has yet to run. One that hangs is the exception: abort
+    /// it before the probe is dropped, since that waits.
     #[expect(clippy::cast_possible_truncation, reason = "NCCL numbers ranks in i32")]
     pub unsafe fn shared(comm: Arc<Comm>) -> Self {
         let (stream, rank, ranks) = (comm.stream(), comm.rank() as u32, comm.world_size() as u32);
         Self { handle: Mutex::new(Handle::Shared(comm)), stream, rank, ranks, deadline: DEADLINE }
     }
 
-    /// With this long for the GPUs to come to what a probe waits for, and not ten minutes; then the communicator is aborted,
-    /// and every call an error.
+    /// Sets the longest wait of a probe for the GPUs, in place of ten minutes. After that the communicator is aborted,
+    /// and every call is an error.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -162,7 +164,7 @@ impl NcclCommunicator {
         Arc::clone(&self.stream)
     }
 
-    /// Queues something, with this context current.
+    /// Queues work with this context current.
     fn queue(
         &self,
         own: impl FnOnce(ncclComm_t, cudaStream_t) -> Result<NcclStatus, NcclError>,
@@ -207,7 +209,7 @@ fn init(
     Ok(raw)
 }
 
-/// What has become of a communicator's work so far.
+/// Gives the state of a communicator's work so far.
 fn asynchronous(raw: ncclComm_t) -> Result<NcclStatus, NcclError> {
     let mut found = ncclResult_t::ncclSuccess;
     // SAFETY: the callers' communicators live; a variable of this function.
@@ -215,8 +217,8 @@ fn asynchronous(raw: ncclComm_t) -> Result<NcclStatus, NcclError> {
     found.result()
 }
 
-/// A communicator that does not block, as `NCCL_COMM_BLOCKING=0` makes all of them, is asked until it has done what it says is in
-/// progress: only then is it queued, and before what is launched next.
+/// Waits for a communicator that does not block, as `NCCL_COMM_BLOCKING=0` makes all of them, until its call is no
+/// longer in progress: only then is the work queued, and before later launches.
 fn settled(raw: ncclComm_t, mut status: NcclStatus, deadline: Duration) -> Result<(), NcclError> {
     let since = Instant::now();
     while matches!(status, NcclStatus::InProgress) {
@@ -232,19 +234,19 @@ fn settled(raw: ncclComm_t, mut status: NcclStatus, deadline: Duration) -> Resul
 /// A communicator on its way to another thread.
 struct Raw(ncclComm_t);
 
-// SAFETY: nobody else has it, and any thread may use it.
+// SAFETY: nothing else has it, and any thread may use it.
 unsafe impl Send for Raw {}
 
 fn aborted() -> Error {
     Error::Communication { what: "NCCL: this rank has aborted".to_owned() }
 }
 
-/// What became of a call of NCCL's. Its error's `Debug` leaves out the code.
+/// Makes the error of a call of NCCL's. Its own `Debug` leaves out the code.
 fn nccl(call: &'static str) -> impl Fn(NcclError) -> Error {
     move |error| Error::Communication { what: format!("NCCL: {call} failed with {:?}", error.0) }
 }
 
-/// Device memory by its address, whose order is that of the communicator's stream.
+/// Device memory by its address, ordered by the communicator's stream.
 struct Words<T> {
     address: u64,
     count: usize,
@@ -280,7 +282,7 @@ impl<T> DevicePtrMut<T> for Words<T> {
     }
 }
 
-// SAFETY: NCCL writes what it is told, in the order of the stream.
+// SAFETY: NCCL writes only the given memory, in the order of the stream.
 unsafe impl Communicator for NcclCommunicator {
     fn rank(&self) -> u32 {
         self.rank
@@ -349,7 +351,7 @@ unsafe impl Communicator for NcclCommunicator {
     fn status(&self) -> Result<(), Error> {
         match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
             Handle::Own(raw) => asynchronous(*raw).map(drop).map_err(nccl("a collective")),
-            // cudarc tells nobody.
+            // cudarc gives no state.
             Handle::Shared(_) => Ok(()),
             Handle::Aborted => Err(aborted()),
         }

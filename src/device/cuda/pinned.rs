@@ -1,4 +1,4 @@
-//! Page-locked memory: the only memory of the host's that copies do not wait for.
+//! Page-locked memory: the only host memory whose copies do not block.
 
 use super::{
     device::Relaxed,
@@ -8,13 +8,13 @@ use crate::{Error, device::Buffer};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result};
 use std::{cell::Cell, collections::VecDeque, ptr::NonNull, sync::Arc};
 
-/// Page-locked memory, and the event that says that the last copy from or to it is over. cudarc's own `PinnedHostSlice`
-/// records no event in a context with one stream, and its memory is write-combined, which is slow to read.
+/// Page-locked memory, and the event at the end of the last copy from or to it. cudarc's own `PinnedHostSlice` records
+/// no event in a context with one stream, and its memory is write-combined, which is slow to read.
 pub(super) struct Pinned {
     memory: NonNull<u8>,
     bytes: usize,
     over: Arc<CudaEvent>,
-    /// Whether the event is known to have come: what is asked for once is not asked for again.
+    /// Whether the event is known to have come, so that it is not asked again.
     is_over: Cell<bool>,
 }
 
@@ -23,7 +23,7 @@ unsafe impl Send for Pinned {}
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // A copy may be under way. Errors have nowhere to go, and memory that may still be used is better left.
+        // A copy may be under way. Errors have nowhere to go, and memory that may still be used is not freed.
         if insist(|| self.wait().map(drop)).is_ok() {
             let _relaxed = Relaxed::new();
             // SAFETY: allocated by `malloc_host`, and no copy from or to it is under way.
@@ -33,7 +33,7 @@ impl Drop for Pinned {
 }
 
 impl Pinned {
-    /// This many bytes, at least 1, all 0.
+    /// Allocates this many bytes, at least 1, all 0.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or the driver's.
@@ -71,7 +71,7 @@ impl Pinned {
         Ok(self.is_over.get())
     }
 
-    /// Waits for the copy that is under way, and gives the memory.
+    /// Waits for the copy under way, and gives the memory.
     ///
     /// # Errors
     /// The driver's.
@@ -112,42 +112,42 @@ impl Pinned {
         let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), count) };
         memory.copy_from_slice(&bytes[..count]);
         // SAFETY: the buffer holds as many bytes, and the memory outlives the copy and is not changed before its end:
-        // `drop` waits for it, and so does who uploads again.
+        // `drop` and the next upload wait for it.
         unsafe { result::memcpy_htod_async(to.address(), memory, stream.cu_stream()) }
             .map_err(failed("cuMemcpyHtoDAsync", "copying to the device"))?;
         self.note(stream)
     }
 
-    /// A copy has been queued.
+    /// Notes that a copy has been queued.
     fn note(&mut self, stream: &CudaStream) -> Result<(), Error> {
         self.is_over.set(false);
         let recorded = self.over.record(stream);
         if recorded.is_err() {
-            // Nothing will tell of the end of this copy. Where it cannot be waited for either, the context is lost, and
-            // there are no copies any more.
+            // The end of this copy cannot be known. If it cannot be waited for either, the context is lost, and there
+            // are no copies any more.
             let _ = stream.synchronize();
         }
         recorded.map_err(failed("cuEventRecord", "noting the end of a copy"))
     }
 }
 
-/// Page-locked memory for copies to the device, used again once its copy is over. Where none is free, there is more of it
-/// rather than a wait: as many pieces in the end as copies were under way at one time.
+/// Page-locked memory for copies to the device, used again once its copy is over. Where none is free, more is
+/// allocated, without a wait: in the end as many pieces as copies were under way at one time.
 #[derive(Default)]
 pub(super) struct Uploads {
-    /// The one that was used longest ago first.
+    /// The least recently used first.
     slots: VecDeque<Pinned>,
 }
 
 impl Uploads {
-    /// Before one is used again, there are so many that are large enough. The tables of a probe that is made leave them, and
-    /// a host that is no further ahead of the device allocates none in a step.
+    /// Pieces that are large enough before one is used again. Making a probe's tables leaves them, so that a host no
+    /// further ahead of the device allocates none in a step.
     const SLOTS: usize = 4;
     /// The memory is locked by the page.
     const PAGE: usize = 4096;
 
-    /// Copies these bytes, no more than the buffer holds, to its start, in the order of the stream: the same for all
-    /// copies. They may change once this returns.
+    /// Copies these bytes, no more than the buffer holds, to its start, in the order of the stream, which is the same
+    /// for all copies. They may change once this returns.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or the driver's.
@@ -165,8 +165,8 @@ impl Uploads {
         uploaded
     }
 
-    /// A slot of at least so many bytes from which no copy is under way, if there are enough. Copies of one stream end in
-    /// order: if the oldest is not over, none is.
+    /// Gives a slot of at least so many bytes without a copy under way, if there are enough. Copies of one stream end
+    /// in order: if the oldest is not over, none is.
     fn free(&mut self, bytes: usize) -> Result<Option<Pinned>, Error> {
         let mut large = self.slots.iter().enumerate().filter(|(_, slot)| slot.bytes >= bytes);
         let oldest = large.next();

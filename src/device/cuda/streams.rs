@@ -1,4 +1,5 @@
-//! The probe's stream, and one beside it on which results go to the host, so that no copy is between a trainer's kernels.
+//! The probe's stream, and one beside it that copies results to the host, so that no copy is between a trainer's
+//! kernels.
 
 use super::{
     device::{Relaxed, is_capturing},
@@ -23,31 +24,31 @@ use std::{
 /// A probe's stream and the one beside it.
 pub(super) struct Streams {
     pub main: Arc<CudaStream>,
-    /// Ours, though cudarc takes it for borrowed: one of its own making would have it track the uses of all slices of the
-    /// context by events.
+    /// Owned here, though cudarc takes it for borrowed: with one of its own, cudarc would track the uses of all slices
+    /// of the context by events.
     side: Arc<CudaStream>,
-    /// What was launched before the last copy on the side.
+    /// The launches before the last copy on the side.
     launched: CudaEvent,
     copies: Mutex<Copies>,
     /// The ranks whose work is queued on the probe's stream.
     ranks: OnceLock<Arc<dyn Communicator>>,
 }
 
-/// What is copied on the side.
+/// The copies on the side.
 #[derive(Default)]
 struct Copies {
-    /// The end of the last copy, which is that of all of them, until the probe's stream waits for it.
+    /// The end of the last copy, and so of all, until the probe's stream waits for it.
     last: Option<Arc<CudaEvent>>,
-    /// Whether graphs may be replayed, which do not wait: then nothing is copied on the side.
+    /// Whether graphs may be replayed, which do not wait: then no copy is on the side.
     graphs: bool,
 }
 
 impl Drop for Streams {
     fn drop(&mut self) {
         let _relaxed = Relaxed::new();
-        // Errors have nowhere to go. Work that is queued is still done.
+        // Errors have nowhere to go. Queued work is still done.
         if insist(|| make_current(self.main.context())).is_ok() {
-            // SAFETY: made by `new`, and nobody else has it.
+            // SAFETY: made by `new`, and nothing else has it.
             let _ = unsafe { stream::destroy(self.side.cu_stream()) };
         }
     }
@@ -66,13 +67,13 @@ impl Streams {
         Ok(Self { main: Arc::clone(main), side, launched, copies: Mutex::default(), ranks: OnceLock::new() })
     }
 
-    /// Other ranks have work on the stream from here on.
+    /// Notes that other ranks have work on the stream from here on.
     pub fn watch(&self, ranks: &Arc<dyn Communicator>) {
         let _ = self.ranks.set(Arc::clone(ranks));
     }
 
-    /// Whether a copy that was asked for then is over, or may still be waited for: as long as other ranks may take. After that
-    /// they are aborted, so that nothing waits any more.
+    /// Whether a copy that was asked for then is over, or may still be waited for: as long as other ranks may take.
+    /// After that they are aborted, so that nothing waits any more.
     ///
     /// # Errors
     /// [`Error::Communication`], and the driver's.
@@ -80,7 +81,7 @@ impl Streams {
         let is_over = copy.is_over()?;
         let Some(ranks) = self.ranks.get() else { return Ok(is_over) };
         if is_over {
-            // What was queued behind a collective that has been aborted is of no worth.
+            // Results queued behind an aborted collective have no value.
             return ranks.status().map(|()| true);
         }
         let late = ranks.deadline().filter(|deadline| since.elapsed() > *deadline);
@@ -95,8 +96,8 @@ impl Streams {
         self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is queued next may change what is copied on the side. The host waits for nothing, but during a capture, which
-    /// cannot wait for what is outside of it.
+    /// Makes later work, which may change the memory being copied on the side, wait for the copies. The host waits only
+    /// during a capture, which cannot wait for work outside it.
     ///
     /// # Errors
     /// The driver's.
@@ -114,7 +115,7 @@ impl Streams {
         Ok(())
     }
 
-    /// From here on graphs may be replayed.
+    /// Notes that graphs may be replayed from here on.
     ///
     /// # Errors
     /// The driver's.
@@ -124,7 +125,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Copies results to the host, after what was launched before.
+    /// Copies results to the host, after earlier launches.
     fn download(&self, from: &Buffer, to: &mut Pinned) -> Result<(), Error> {
         let mut copies = self.copies();
         if copies.graphs {
@@ -142,7 +143,7 @@ impl Streams {
 pub(super) struct PinnedRead {
     memory: Pinned,
     streams: Arc<Streams>,
-    /// When they were asked for.
+    /// The time of the request.
     since: Instant,
 }
 

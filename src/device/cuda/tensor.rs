@@ -1,4 +1,4 @@
-//! cudarc's slices and views as tensors, whatever their element type.
+//! cudarc's slices and views as tensors, of any element type.
 
 use super::driver::earlier_errors;
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use std::sync::Arc;
 
-/// The stream that kernels read the slice on, if it is of the slice's own context.
+/// Gives the stream on which kernels read the slice, if it is of the slice's own context.
 ///
 /// # Errors
 /// [`Error::WrongDevice`].
@@ -22,10 +22,10 @@ fn stream_of<'a, T>(slice: &impl DeviceSlice<T>, place: &'a Place) -> Result<&'a
     }
 }
 
-/// Has cudarc note the use of a slice.
+/// Lets cudarc record the use of a slice.
 ///
 /// # Errors
-/// The driver's: where nobody knows of the use, others do not wait for it.
+/// The driver's. Without the record, other streams do not wait for the use.
 pub(crate) fn note(note: SyncOnDrop<'_>, stream: &CudaStream) -> Result<(), Error> {
     drop(note);
     earlier_errors(stream.context())

@@ -22,7 +22,7 @@ pub struct Bars {
 #[derive(Clone, Debug)]
 pub struct Bar {
     name: String,
-    /// `None` where there is no such number.
+    /// `None` for a missing number.
     value: Option<f64>,
     verdict: Option<Verdict>,
 }
@@ -33,7 +33,7 @@ impl Bar {
     }
 }
 
-/// Characters of a name that are shown.
+/// Characters shown of a name.
 pub const NAME: usize = 24;
 
 impl Bars {
@@ -59,7 +59,7 @@ impl Bars {
         if self.bars.is_empty() {
             return frame.empty(canvas);
         }
-        // The unhealthy last: where bars share a pixel they are the ones to be seen.
+        // The unhealthy last, so that they are seen where bars share a pixel.
         let mut order: Vec<usize> = (0..self.bars.len()).collect();
         order.sort_by_key(|&index| {
             (self.bars[index].verdict, self.bars[index].value.is_some_and(|value| !value.is_finite()))
@@ -89,11 +89,11 @@ impl Bars {
         let bar = &self.bars[index];
         let Some(value) = bar.value else { return };
         let share = |place: f64| (index as f64 + place) / self.bars.len() as f64;
-        // Gaps only where there is room: of many bars they would make a pattern that means nothing.
+        // Gaps only where there is room: between many bars they would make a pattern without meaning.
         let gap =
             if frame.right - frame.left / 4 < i32::try_from(self.bars.len()).unwrap_or(i32::MAX) { 0.0 } else { 0.1 };
         let left = frame.across(share(gap));
-        // None is thinner than a pixel, and none that matters thinner than two.
+        // No bar is thinner than a pixel, and no marked one thinner than two.
         let plain = value.is_finite() && colour(bar.verdict) == HEALTHY;
         let width = (frame.across(share(1.0 - gap)) - left).max(if plain { 1 } else { 2 });
         let mut column = |from: i32, to: i32, colour| {

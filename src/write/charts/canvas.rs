@@ -1,4 +1,4 @@
-//! What pictures are made of – areas, lines, discs and text – as an SVG document.
+//! The elements of pictures – areas, lines, discs and text – as an SVG document.
 
 use super::{Colour, text};
 use svg::{
@@ -9,17 +9,17 @@ use svg::{
     },
 };
 
-/// A document that is being drawn. Places are pixels right of and below the origin of the present area.
+/// A document under construction. Places are pixels right of and below the origin of the present area.
 pub struct Canvas {
     document: Document,
     origin: (i32, i32),
-    /// Of the present area.
+    /// Width of the present area.
     pub width: i32,
-    /// Of the present area.
+    /// Height of the present area.
     pub height: i32,
 }
 
-/// Which part of a text is at its place. Its height is centred there.
+/// The part of a text that lies at its place. Its height is centred there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Anchor {
     Start,
@@ -88,9 +88,9 @@ impl Canvas {
             Anchor::Middle => "middle",
             Anchor::End | Anchor::TopEnd => "end",
         };
-        // XML has no place for these two, escaped or not. Control characters were replaced where names came in.
+        // XML has no place for these two, escaped or not. Control characters were replaced when names came in.
         let text = text.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");
-        // From the middle of a digit down to the line it stands on.
+        // From the middle of a digit down to its baseline.
         let descent = f64::from(size) * 0.36;
         let element = TextElement::new("")
             .set("x", x)

@@ -1,4 +1,4 @@
-//! What pictures of a whole run need, in memory of a fixed size.
+//! The data for pictures of a whole run, in memory of a fixed size.
 
 use super::{
     Chart, Colour, DARK, HEADER, NOT_FINITE, Panel,
@@ -8,24 +8,24 @@ use super::{
 };
 use crate::{Error, Plan, Verdict, histogram::Histogram, measure::printable, write::Entry};
 
-/// Steps that a picture shows at most; of longer runs one step of every two, four, … is kept: the worst of them.
+/// The most steps in a picture. Of longer runs one step of every two, four, … is kept: the worst of them.
 const STEPS: usize = 512;
 /// Columns of histograms.
 const COLUMNS: usize = 128;
-/// Characters of a name that are shown.
+/// Characters shown of a name.
 const NAME: usize = 28;
 /// Tensors that have a line of their own.
 const LINES: usize = 6;
 
-/// How a run went: norms of every tensor and histograms of all elements, over its steps. Takes about 1 MB, and 2 KB a
-/// tensor, however long the run is.
+/// Holds the course of a run: norms of every tensor and histograms of all elements, over its steps. Takes about 1 MB,
+/// and 2 KB a tensor, for a run of any length.
 #[derive(Clone, Debug)]
 pub struct Course {
     plan: Plan,
     norms: Thinned<Norms>,
     histograms: Thinned<(u64, Box<Histogram>)>,
     last_step: Option<u64>,
-    /// Of the last step.
+    /// Verdicts of the last step.
     verdicts: Vec<Option<Verdict>>,
 }
 
@@ -38,7 +38,7 @@ struct Norms {
 }
 
 impl Course {
-    /// Of a run with these tensors, before its first step.
+    /// Makes the course of a run with these tensors, before its first step.
     pub fn new(plan: &Plan) -> Self {
         // Whether the second is more worth keeping: a step that is not finite, then a bad one, then a large norm.
         let worse = |a: &Norms, b: &Norms| {
@@ -82,8 +82,8 @@ impl Course {
         Ok(())
     }
 
-    /// The total norm over the steps, and those of six tensors: the unhealthy of the last step, then the largest. Steps
-    /// that are not healthy are marked. 1200 × 600 pixels.
+    /// Draws the total norm over the steps, and those of six tensors: the unhealthy of the last step, then the largest.
+    /// Steps that are not healthy are marked. 1200 × 600 pixels.
     pub fn norms(&self) -> Chart {
         const COLOURS: [Colour; LINES] = [
             [0x4e, 0x79, 0xa7],
@@ -120,7 +120,7 @@ impl Course {
         }
     }
 
-    /// How the magnitudes of all elements were spread, over the steps that had histograms. 1200 × 664 pixels.
+    /// Draws the distribution of all elements' magnitudes over the steps that had histograms. 1200 × 664 pixels.
     pub fn histograms(&self) -> Chart {
         Chart {
             title: "Magnitudes of the gradients' elements over steps".to_owned(),
@@ -141,9 +141,9 @@ fn thinned(stride: u64) -> String {
 #[derive(Clone, Debug)]
 struct Thinned<T> {
     items: Vec<T>,
-    /// At most; even.
+    /// The most items; even.
     most: usize,
-    /// Each item stands for so many, the last perhaps for fewer.
+    /// The steps that an item stands for; the last may stand for fewer.
     stride: u64,
     seen: u64,
     /// Whether the second of two neighbours is the one to keep.

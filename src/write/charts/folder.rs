@@ -7,10 +7,25 @@ use crate::{
 };
 use std::path::{Path, PathBuf};
 
-/// Keeps the pictures of a run in a folder, each as SVG and, with the feature `png`, as PNG: `overview`, `norm-by-depth` and `gsnr` of the last step
-/// that has what they show, `norms` and `histograms` over all steps. They are drawn when the run ends and, with
-/// [`every`](Self::every), now and then before. `first-critical`, an overview, is drawn at the first critical step: the
-/// flood that follows does not hide where it began.
+/// Keeps the pictures of a run in a folder, each as SVG and, with the feature `png`, as PNG. `overview`,
+/// `norm-by-depth` and `gsnr` show the last step that has their numbers; `norms` and `histograms` show all steps. They
+/// are drawn when the run ends and, with [`every`](Self::every), now and then before. `first-critical`, an overview, is
+/// drawn at the first critical step, so that later ones do not hide the beginning.
+///
+/// ```
+/// # use gradprobe::{Config, Cpu, DType, Plan, Probe};
+/// use gradprobe::write::{Entry, Sink, charts::ChartFolder};
+///
+/// # let mut probe = Probe::new(Cpu, Plan::new([("weight", DType::F32, 2)])?, Config::new())?;
+/// # probe.measure(&[&[3.0f32, 4.0]])?;
+/// let path = std::env::temp_dir().join(format!("gradprobe-charts-{}", std::process::id()));
+/// let mut charts = ChartFolder::create(&path, probe.plan())?;
+/// charts.write(&Entry::new(probe.wait()?))?;
+/// charts.finish()?;
+/// assert!(path.join("overview.svg").exists());
+/// # std::fs::remove_dir_all(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct ChartFolder {
     folder: PathBuf,
@@ -18,13 +33,13 @@ pub struct ChartFolder {
     every: Option<u64>,
     entries: u64,
     last: Option<Entry>,
-    /// The last that had signal and noise.
+    /// The last with signal and noise.
     gsnr: Option<Entry>,
     was_critical: bool,
 }
 
 impl ChartFolder {
-    /// Makes the folder if it is not there. Pictures of the same names are replaced.
+    /// Makes the folder if it is missing. Replaces pictures of the same names.
     ///
     /// # Errors
     /// [`Error::Unwritable`].
@@ -36,7 +51,7 @@ impl ChartFolder {
         Ok(Self { folder, course, every: None, entries: 0, last: None, gsnr: None, was_critical: false })
     }
 
-    /// Draws all pictures after every so many entries as well: about half a second of the thread that writes.
+    /// Draws all pictures after every so many entries as well. That takes the writing thread about half a second.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for 0.

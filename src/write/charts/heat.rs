@@ -8,18 +8,18 @@ use super::{
 };
 use crate::histogram::Histogram;
 
-/// Histograms by step, and beside the rows of magnitudes one for each of 0, Inf and NaN.
+/// Histograms by step. Beside the rows of magnitudes there is one each for 0, Inf and NaN.
 #[derive(Clone, Debug)]
 pub struct Heat {
     /// In the order of steps.
     pub columns: Vec<(u64, Box<Histogram>)>,
 }
 
-/// So many rows at most: an SVG of more is megabytes.
+/// The most rows: an SVG of more takes megabytes.
 const ROWS: usize = 64;
-/// The share of the elements that has the darkest colour, as a power of ten.
+/// The share of the elements with the darkest colour, as a power of ten.
 const DARKEST: f64 = -5.0;
-/// Height of the rows that stand apart, in pixels.
+/// Height of the separate rows, in pixels.
 const BAND: i32 = 14;
 
 impl Heat {
@@ -82,7 +82,7 @@ impl Heat {
         self.label_steps(canvas, &frame, &across);
     }
 
-    /// Where columns end: half-way between two steps.
+    /// Gives the ends of the columns: half-way between two steps.
     fn edges(&self) -> Vec<f64> {
         let steps: Vec<f64> = self.columns.iter().map(|(step, _)| *step as f64).collect();
         let half = |a: f64, b: f64| (b - a) / 2.0;
@@ -95,7 +95,7 @@ impl Heat {
         std::iter::once(steps[0] - outer.0).chain(between).chain([steps[steps.len() - 1] + outer.1]).collect()
     }
 
-    /// Steps below the columns they are of, or nearest to.
+    /// Labels steps below their columns, or the nearest ones.
     fn label_steps(&self, canvas: &mut Canvas, frame: &Frame, across: &dyn Fn(usize) -> i32) {
         let Some(steps) = Steps::of(self.columns.iter().map(|(step, _)| *step)) else { return };
         let bottom = frame.bottom + BAND + 7;
@@ -111,7 +111,7 @@ impl Heat {
     }
 }
 
-/// Dark to bright, and as bright as it is to eyes that tell no red from green: five colours of matplotlib's viridis.
+/// Dark to bright, also for eyes that tell no red from green: five colours of matplotlib's viridis.
 const SHADES: [[f64; 3]; 5] =
     [[68.0, 1.0, 84.0], [59.0, 82.0, 139.0], [33.0, 145.0, 140.0], [94.0, 201.0, 98.0], [253.0, 231.0, 37.0]];
 
@@ -142,7 +142,7 @@ fn decades(first: usize, last: usize) -> Vec<(f64, String)> {
     places.into_iter().step_by(every).collect()
 }
 
-/// What the colours mean.
+/// Draws the legend of the colours.
 fn scale(canvas: &mut Canvas, right: i32) {
     const CELLS: i32 = 40;
     let left = right - 3 * CELLS - 30;

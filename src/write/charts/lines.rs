@@ -16,7 +16,7 @@ pub struct Lines {
 
 #[derive(Clone, Debug)]
 pub struct Series {
-    /// Short.
+    /// A short name.
     pub name: String,
     pub colour: Colour,
     /// Pixels.
@@ -46,7 +46,7 @@ impl Lines {
         frame.draw(canvas);
         let Some(steps) = Steps::of(points().map(|point| point.step)) else { return frame.empty(canvas) };
         steps.draw(canvas, &frame);
-        // What is not finite first, behind the lines.
+        // Values that are not finite first, behind the lines.
         for point in points().filter(|point| !point.value.is_finite()) {
             let x = steps.at(&frame, point.step);
             canvas.area((x - 1, frame.top), (2, frame.bottom - frame.top), NOT_FINITE);
@@ -70,7 +70,7 @@ impl Series {
             .iter()
             .map(|point| Some((steps.at(frame, point.step), frame.at(frame.axis.place(point.value)?))))
             .collect();
-        // A line ends where there is no place for a value.
+        // A line ends where a value has no place.
         for run in places.split(Option::is_none) {
             let run: Vec<(i32, i32)> = run.iter().copied().flatten().collect();
             match run.as_slice() {

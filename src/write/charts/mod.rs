@@ -1,7 +1,7 @@
-//! Pictures, as SVG and with the feature `png` as PNG: of a step by layer, and of a run by step.
+//! Draws pictures, as SVG and with the feature `png` as PNG: of a step by layer, and of a run by step.
 //!
-//! Tensors are coloured by their verdicts: blue or none is healthy, orange a warning, red critical. What an axis cannot
-//! show is marked, never left out: a value that is NaN or infinite is a purple column as high as the picture, a 0 on a
+//! Colours show the verdicts of tensors: blue or none is healthy, orange a warning, red critical. A value that an axis
+//! cannot show is marked, never left out: NaN or an infinite value is a purple column as high as the picture, 0 on a
 //! logarithmic axis a ring at its foot. Both formats come from the same drawing code with a font of its own, so that a
 //! machine without fonts draws the same picture.
 //!
@@ -70,7 +70,7 @@ pub struct Chart {
     title: String,
     /// A line below the title.
     subtitle: String,
-    /// What the colours mean.
+    /// The legend of the colours.
     legend: Vec<(Colour, &'static str)>,
     /// Left to right, then down.
     panels: Vec<Panel>,
@@ -92,11 +92,12 @@ const OF_TENSORS: [(Colour, &str); 4] =
     [(HEALTHY, "healthy"), (WARNING, "warning"), (CRITICAL, "critical"), (NOT_FINITE, "NaN or Inf")];
 
 impl Chart {
-    /// Mean, std, norm and largest magnitude of every tensor, the last three on logarithmic axes. 1500 × 1000 pixels.
+    /// Draws mean, std, norm and largest magnitude of every tensor, the last three on logarithmic axes. 1500 × 1000
+    /// pixels.
     pub fn overview(entry: &Entry) -> Self {
         let bars = |title, scale, of: fn(&Record) -> Option<f64>| {
             let value = move |tensor: &EntryTensor<'_>| {
-                // Statistics are of the finite elements; a tensor with others is marked all the same.
+                // Statistics are of the finite elements; a tensor with others is still marked.
                 let record = tensor.report.record;
                 if record.has_nonfinite() { Some(record.l2_norm()) } else { of(record) }
             };
@@ -117,8 +118,8 @@ impl Chart {
         }
     }
 
-    /// The norm of every tensor in the plan's order, on a logarithmic axis: gradients that vanish or explode with depth
-    /// make a slope. 1200 × 600 pixels.
+    /// Draws the norm of every tensor in the plan's order, on a logarithmic axis: gradients that vanish or explode with
+    /// depth make a slope. 1200 × 600 pixels.
     pub fn norm_by_depth(entry: &Entry) -> Self {
         let bars = bars_of(entry, |tensor| Some(tensor.report.record.l2_norm()));
         Self {
@@ -131,8 +132,8 @@ impl Chart {
         }
     }
 
-    /// The median signal-to-noise ratio of every tracked tensor, on a logarithmic axis with a line at 1, below which
-    /// there is more noise than signal. 1200 × 600 pixels.
+    /// Draws the median signal-to-noise ratio of every tracked tensor, on a logarithmic axis. Below a line at 1 there
+    /// is more noise than signal. 1200 × 600 pixels.
     pub fn gsnr(entry: &Entry) -> Self {
         let tracked = entry.tensors().filter(|tensor| tensor.gsnr.is_some());
         let bars = tracked.map(|tensor| Bar::new(&tensor, tensor.gsnr.and_then(GsnrRecord::median))).collect();
@@ -152,17 +153,17 @@ impl Chart {
         (self.size.0.unsigned_abs(), self.size.1.unsigned_abs())
     }
 
-    /// The picture as an SVG document.
+    /// Gives the picture as an SVG document.
     pub fn svg(&self) -> String {
         let mut canvas = Canvas::new(self.size.0, self.size.1);
         self.draw(&mut canvas);
         canvas.into_svg()
     }
 
-    /// The picture as a PNG file.
+    /// Gives the picture as a PNG file.
     ///
     /// # Errors
-    /// [`Error::Drawing`], for want of memory.
+    /// [`Error::Drawing`], when memory runs out.
     #[cfg(feature = "png")]
     pub fn png(&self) -> Result<Vec<u8>, Error> {
         png::encode(&self.svg())
@@ -171,7 +172,7 @@ impl Chart {
     /// Writes the picture in one piece: as PNG to a path that ends in `.png`, else as SVG.
     ///
     /// # Errors
-    /// [`Error::Drawing`], for a PNG without the feature `png` as well; [`Error::Unwritable`].
+    /// [`Error::Drawing`], also for a PNG without the feature `png`; [`Error::Unwritable`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
@@ -218,7 +219,7 @@ fn bars_of(entry: &Entry, value: impl Fn(&EntryTensor<'_>) -> Option<f64>) -> Ve
     entry.tensors().map(|tensor| Bar::new(&tensor, value(&tensor))).collect()
 }
 
-/// The unhealthy tensors by name, the worst first: where there are hundreds, an axis cannot name them.
+/// The unhealthy tensors by name, the worst first: an axis cannot name hundreds.
 fn worst(entry: &Entry) -> String {
     let names: Vec<String> = entry.tensors().map(|tensor| printable(tensor.report.name)).collect();
     let labels = Labels::of(names.iter().map(String::as_str), bars::NAME);

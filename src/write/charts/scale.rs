@@ -1,4 +1,4 @@
-//! Axes of values: where the ticks are, and where a value is between the ends.
+//! Axes of values: the ticks, and the place of a value between the ends.
 
 use super::{
     DARK, GREY, PALE,
@@ -6,10 +6,10 @@ use super::{
     text,
 };
 
-/// How values lie along an axis.
+/// The scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
-    /// With 0 on it.
+    /// With 0 on the axis.
     Linear,
     /// By the decadic logarithm.
     Logarithmic,
@@ -35,7 +35,7 @@ pub struct Frame {
 }
 
 impl Axis {
-    /// An axis on which all these values have a place, as far as they can.
+    /// Makes an axis with a place for all these values, as far as they can have one.
     pub fn of(scale: Scale, values: impl Iterator<Item = f64>) -> Self {
         let shown = values.filter(|x| x.is_finite() && (scale == Scale::Linear || *x > 0.0));
         let ends = shown.fold(None, |ends: Option<(f64, f64)>, x| {
@@ -47,7 +47,7 @@ impl Axis {
         }
     }
 
-    /// An axis from 0 to `high` with these ticks.
+    /// Makes an axis from 0 to `high` with these ticks.
     pub fn with_ticks(high: f64, ticks: Vec<(f64, String)>) -> Self {
         Self { scale: Scale::Linear, low: 0.0, high, ticks }
     }
@@ -89,8 +89,8 @@ impl Axis {
         Self { scale: Scale::Logarithmic, low, high, ticks }
     }
 
-    /// Where a value is between the ends, 0 to 1; `None` for what has no place: NaN, Inf, and on a logarithmic axis what
-    /// is not above 0.
+    /// Gives the place of a value between the ends, 0 to 1. `None` for NaN, Inf and, on a logarithmic axis, numbers not
+    /// above 0.
     pub fn place(&self, value: f64) -> Option<f64> {
         let value = match self.scale {
             Scale::Linear => value,
@@ -105,7 +105,7 @@ impl Axis {
         (place / 2.0 - self.low / 2.0) / (self.high / 2.0 - self.low / 2.0)
     }
 
-    /// The foot of a bar, 0 to 1: 0 where there is one.
+    /// The foot of a bar, 0 to 1: the place of 0, if the axis has it.
     pub fn foot(&self) -> f64 {
         match self.scale {
             Scale::Linear => self.share(0.0),
@@ -151,7 +151,7 @@ impl Frame {
         self.left + (share * f64::from(self.right - self.left)).round() as i32
     }
 
-    /// What a picture of nothing says.
+    /// Draws the text of a picture without data.
     pub fn empty(&self, canvas: &mut Canvas) {
         let middle = (self.across(0.5), self.at(0.5));
         canvas.text("nothing to show", middle, text::HEADING, GREY, Anchor::Middle);
@@ -166,7 +166,7 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// From the first of these to the last; `None` if there are none.
+    /// Makes the axis from the first of these to the last; `None` without any.
     pub fn of(steps: impl Iterator<Item = u64>) -> Option<Self> {
         let ends = steps.fold(None, |ends: Option<(u64, u64)>, step| {
             Some(ends.map_or((step, step), |(first, last)| (first.min(step), last.max(step))))
@@ -180,7 +180,7 @@ impl Steps {
         frame.across(if span == 0 { 0.5 } else { (step - self.first) as f64 / span as f64 })
     }
 
-    /// Draws ticks at these steps below a frame, or below something else there.
+    /// Draws ticks at these steps below a frame.
     pub fn draw(&self, canvas: &mut Canvas, frame: &Frame) {
         for step in self.ticks() {
             Self::label(canvas, step, (self.at(frame, step), frame.bottom));

@@ -6,24 +6,24 @@ pub const HEADING: i32 = 14;
 pub const SMALL: i32 = 12;
 pub const TINY: i32 = 10;
 
-/// A browser without Hack takes its own monospaced font, all of which are about as wide.
+/// A browser without Hack takes its own monospaced font; all are about as wide.
 pub const FAMILY: &str = "Hack, monospace";
-/// Hack's characters are so much of the font's size wide.
+/// The width of Hack's characters, as a share of the font's size.
 const WIDTH: f64 = 0.602;
 
-/// Pixels that a text takes.
+/// Gives the width of a text, in pixels.
 #[expect(clippy::cast_possible_truncation, reason = "labels are short")]
 pub fn width(text: &str, size: i32) -> i32 {
     (text.chars().count() as f64 * f64::from(size) * WIDTH).ceil() as i32
 }
 
-/// Characters that so many pixels have room for.
+/// Gives the number of characters that fit into so many pixels.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a picture has thousands of pixels")]
 pub fn characters(pixels: i32, size: i32) -> usize {
     (f64::from(pixels.max(0)) / (f64::from(size) * WIDTH)) as usize
 }
 
-/// At most so many characters, cut at the end.
+/// Cuts a text at the end, to at most so many characters.
 pub fn cut(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
         return text.to_owned();
@@ -31,7 +31,7 @@ pub fn cut(text: &str, most: usize) -> String {
     text.chars().take(most.saturating_sub(1)).chain(['…']).collect()
 }
 
-/// At most so many characters, cut in the middle: names of layers begin and end with what tells them apart.
+/// Cuts a name in the middle, to at most so many characters: the beginning and the end tell layers apart.
 pub fn shortened(name: &str, most: usize) -> String {
     let characters: Vec<char> = name.chars().collect();
     if characters.len() <= most {
@@ -46,12 +46,12 @@ pub fn shortened(name: &str, most: usize) -> String {
 pub struct Labels {
     /// One a name.
     pub short: Vec<String>,
-    /// What was taken off them all, with a * in its middle; empty when nothing was.
+    /// The part taken off them all, with a * in its middle; empty when nothing was.
     pub pattern: String,
 }
 
 impl Labels {
-    /// Where a name is longer than `most`, all lose the beginning and the end that they share.
+    /// Makes labels. Where a name is longer than `most`, all lose the beginning and the end that they share.
     pub fn of<'a>(names: impl Iterator<Item = &'a str> + Clone, most: usize) -> Self {
         let characters = |name: &'a str| name.chars().collect::<Vec<char>>();
         let long = names.clone().any(|name| name.chars().count() > most);
@@ -68,7 +68,7 @@ impl Labels {
         before.truncate(before.iter().rposition(separates).map_or(0, |place| place + 1));
         after.drain(..after.iter().position(separates).unwrap_or(after.len()));
         let taken = before.len() + after.len();
-        // The two may overlap, as they do where there is but one name.
+        // The two may overlap when there is only one name.
         let fits = names.clone().all(|name| name.chars().count() > taken);
         if !long || !fits || taken == 0 {
             return Self { short: names.map(|name| shortened(name, most)).collect(), pattern: String::new() };

@@ -1,8 +1,8 @@
-//! A view of a run in the terminal: the total norm over the steps, the tensors, the worst first, and what is wrong with
-//! what usually helps.
+//! Shows a run in the terminal: the total norm over the steps, the tensors, the worst first, and the findings with
+//! their usual remedies.
 //!
-//! [`View`] is for programs that have a terminal interface of their own on ratatui; [`Live`] takes the terminal over, and
-//! [`follow`] does for a program that has nothing else to do, as one that reads the steps of another.
+//! [`View`] is for programs with a terminal interface of their own on ratatui. [`Live`] takes the terminal over.
+//! [`follow`] does so for a program with no other work, such as one that reads the steps of another.
 
 mod terminal;
 
@@ -24,46 +24,47 @@ use std::collections::VecDeque;
 /// Steps of the curve: more than a terminal has columns.
 const STEPS: usize = 400;
 
-/// What is known of a run, to be drawn. Holds the last 400 norms, and of each tensor the last step.
+/// Draws a run. Holds the last 400 norms, and of each tensor the last step.
 #[derive(Clone, Debug, Default)]
 pub struct View {
-    /// Of entries; none where steps are given.
+    /// The plan of the entries; `None` where steps are given.
     plan: Option<Plan>,
-    /// The last step, with the tensors of the last that had any.
+    /// The last step, with the tensors of the last step that had any.
     now: ViewStep,
     norms: VecDeque<(u64, f64)>,
     /// The step of the tensors, and their norms in the step before that.
     detailed: u64,
     previous: Vec<f64>,
-    /// The first tensor that is shown.
+    /// The first tensor shown.
     scroll: usize,
 }
 
-/// A step, as far as a [`View`] shows it.
+/// A step in a [`View`].
 #[derive(Clone, Debug, Default)]
 pub struct ViewStep {
     /// Its number.
     pub step: u64,
-    /// How it is, if it was diagnosed.
+    /// Its verdict, if the step was diagnosed.
     pub verdict: Option<Verdict>,
     /// The norm of all gradients.
     pub total_norm: f64,
-    /// What the clip multiplies the gradients by, if anything is clipped.
+    /// The coefficient of the clip, if anything is clipped.
     pub clip_coefficient: Option<f64>,
     /// Whether it is to be skipped.
     pub skip: bool,
-    /// The tensors in the plan's order; none where only the step's own numbers are known: those of an earlier step stay.
+    /// The tensors in the plan's order. Empty where only the step's own numbers are known: the view keeps those of an
+    /// earlier step.
     pub tensors: Vec<ViewTensor>,
     /// Its findings.
     pub findings: Vec<ViewFinding>,
 }
 
-/// A tensor of a step, as far as a [`View`] shows it.
+/// A tensor of a step in a [`View`].
 #[derive(Clone, Debug)]
 pub struct ViewTensor {
     /// Its name.
     pub name: String,
-    /// How it is, if the step was diagnosed.
+    /// Its verdict, if the step was diagnosed.
     pub verdict: Option<Verdict>,
     /// The norm of its gradient.
     pub norm: f64,
@@ -73,10 +74,10 @@ pub struct ViewTensor {
     pub remarks: String,
 }
 
-/// A finding, as far as a [`View`] shows it.
+/// A finding in a [`View`].
 #[derive(Clone, Debug)]
 pub struct ViewFinding {
-    /// How bad it is.
+    /// Its severity.
     pub severity: Verdict,
     /// The name of its kind.
     pub kind: String,
@@ -126,12 +127,13 @@ impl From<&Finding> for ViewFinding {
 }
 
 impl View {
-    /// Of a run with these tensors, before its first step. [`View::default`] is of one whose tensors its steps tell.
+    /// Makes the view of a run with these tensors, before its first step. [`View::default`] takes the tensors from the
+    /// steps.
     pub fn new(plan: &Plan) -> Self {
         Self { plan: Some(plan.clone()), ..Self::default() }
     }
 
-    /// Takes in a step. One that is not after the last begins the curve anew: the run was restarted.
+    /// Shows a step. One that is not after the last begins the curve anew: the run was restarted.
     ///
     /// # Errors
     /// [`Error::EntryOfAnotherPlan`].
@@ -143,7 +145,7 @@ impl View {
         Ok(())
     }
 
-    /// The same for a step that was measured elsewhere.
+    /// Shows a step that was measured elsewhere.
     pub fn show(&mut self, mut step: ViewStep) {
         if step.step <= self.now.step {
             self.norms.clear();
@@ -168,7 +170,7 @@ impl View {
         self.scroll = self.scroll.saturating_add_signed(by).min(self.now.tensors.len().saturating_sub(1));
     }
 
-    /// Draws the view over the whole frame, whatever its size.
+    /// Draws the view over the whole frame, of any size.
     pub fn draw(&self, frame: &mut Frame<'_>) {
         let area = frame.area();
         let findings = self.findings_lines();
@@ -207,7 +209,7 @@ impl View {
         Line::from(spans)
     }
 
-    /// The total norm by its decadic logarithm; along the upper edge the steps whose norm is not finite.
+    /// The total norm by its decadic logarithm; along the upper edge the steps with a norm that is not finite.
     fn draw_curve(&self, frame: &mut Frame<'_>, area: Rect) {
         let of_step = |step: u64| step as f64;
         let shown: Vec<(f64, f64)> = self
@@ -271,7 +273,7 @@ impl View {
         frame.render_widget(table, area);
     }
 
-    /// The norm of a tensor over that of the step before, if that says anything.
+    /// The norm of a tensor over that of the step before, if both are usable.
     fn change(&self, place: usize) -> Option<f64> {
         let previous = self.previous.get(place).copied().filter(|&previous| previous > 0.0);
         previous.map(|previous| self.now.tensors[place].norm / previous).filter(|change| change.is_finite())
@@ -289,7 +291,7 @@ impl View {
                 Span::styled(format!("{} {}", finding.severity, finding.kind), style),
                 Span::from(format!("{tensor}: {}", printable(&finding.message))),
             ]));
-            // Advice that was given above helps no more the second time.
+            // Advice that was given above is not repeated.
             let new =
                 finding.advice.iter().map(String::as_str).filter(|advice| !told.contains(advice)).collect::<Vec<_>>();
             if !new.is_empty() {

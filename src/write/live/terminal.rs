@@ -1,4 +1,4 @@
-//! The view on a terminal of its own thread.
+//! The view on a terminal, with a thread of its own.
 
 use super::View;
 use crate::{
@@ -16,11 +16,11 @@ use std::{
     time::Duration,
 };
 
-/// The view on the terminal at standard output, while the program runs: a sink like the others. Arrow and page keys move
-/// the list of tensors; `q` closes the view and lets the program go on.
+/// Shows the view on the terminal at standard output while the program runs: a sink like the others. Arrow and page
+/// keys move the list of tensors; `q` closes the view and lets the program go on.
 ///
-/// The terminal is given back by [`finish`](Sink::finish), when this is dropped, and when any thread panics. What the
-/// program prints to the terminal meanwhile is lost to the eye: print to standard error, redirected to a file.
+/// The terminal is given back by [`finish`](Sink::finish), when this is dropped, and when any thread panics. Meanwhile,
+/// prints to the terminal cannot be seen: print to standard error, redirected to a file.
 #[derive(Debug)]
 pub struct Live {
     entries: Option<SyncSender<Entry>>,
@@ -28,15 +28,15 @@ pub struct Live {
     error: Option<Error>,
 }
 
-/// How long a key waits at most.
+/// The longest wait of a key.
 const PATIENCE: Duration = Duration::from_millis(50);
 
 impl Live {
-    /// Takes the terminal over. As long as it is taken, Ctrl-C is a key and no signal; the view then closes and calls
-    /// `on_interrupt` on its thread. `|| std::process::exit(130)` is what Ctrl-C does without a view.
+    /// Takes the terminal over. Meanwhile Ctrl-C is a key and no signal: the view closes and calls `on_interrupt` on
+    /// its thread. `|| std::process::exit(130)` does as Ctrl-C without a view.
     ///
     /// # Errors
-    /// [`Error::NoTerminal`] when standard output is none, [`Error::Thread`].
+    /// [`Error::NoTerminal`] when standard output is no terminal, [`Error::Thread`].
     pub fn start(plan: &Plan, on_interrupt: impl FnOnce() + Send + 'static) -> Result<Self, Error> {
         let terminal = terminal()?;
         let (entries, queue) = sync_channel(4);
@@ -75,7 +75,7 @@ impl Live {
 }
 
 impl Sink for Live {
-    /// Shows a step; one that comes before the last four are shown is left out.
+    /// Shows a step. When four steps are waiting, the new one is left out.
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
         if let Some(entries) = &self.entries {
             // Full, or closed by its user.
@@ -96,9 +96,9 @@ impl Drop for Live {
     }
 }
 
-/// Takes the terminal at standard output over, and shows the view until `feed` fails or the user closes it, with `q` or Ctrl-C.
-/// `feed` gives the view new steps. It is called before each drawing, some 20 times a second, and keys wait for it. Keys are
-/// those of [`Live`].
+/// Takes the terminal at standard output over, and shows the view until `feed` fails or the user closes it, with `q` or
+/// Ctrl-C. `feed` gives the view new steps. It is called before each drawing, some 20 times a second, and keys wait for
+/// it. Keys are those of [`Live`].
 ///
 /// # Errors
 /// [`Error::NoTerminal`], and those of `feed`.
@@ -118,20 +118,20 @@ fn terminal() -> Result<DefaultTerminal, Error> {
         return Err(refused(&"standard output is redirected"));
     }
     ratatui::try_init().map_err(|error| {
-        // Half of it may have been done.
+        // A part of it may have been done.
         let _ = ratatui::try_restore();
         refused(&error)
     })
 }
 
-/// How a view ends.
+/// The end of a view.
 enum End {
     NotYet,
     Done,
     Interrupted,
 }
 
-/// Draws until `feed` has no more or the user has enough.
+/// Draws until `feed` ends or the user quits.
 fn show<E: From<Error>>(
     mut terminal: DefaultTerminal,
     view: &mut View,

@@ -1,4 +1,4 @@
-//! The elements of one tensor: where they lie in a mapped file, or owned and aligned for their type.
+//! The elements of one tensor: in a mapped file, or owned and aligned for their type.
 
 use bytemuck::try_cast_slice;
 use gradprobe::{DType, Error, HostTensor, HostTensorMut};
@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 /// One tensor's elements, to be read.
 pub enum Lent<'a> {
-    /// In the file's pages, which the system reads as they are touched and may drop again.
+    /// In the file's pages, which the system reads when they are used and may drop again.
     Mapped(HostTensor<'a>),
     Read(Elements),
 }
@@ -20,7 +20,7 @@ impl Lent<'_> {
     }
 }
 
-/// These bytes as elements; `None` where they are not aligned for that.
+/// Gives these bytes as elements; `None` where they are not aligned for that.
 pub fn mapped(dtype: DType, bytes: &[u8]) -> Option<HostTensor<'_>> {
     match dtype {
         DType::F32 => try_cast_slice(bytes).ok().map(HostTensor::F32),
@@ -37,7 +37,7 @@ pub enum Elements {
 }
 
 impl Elements {
-    /// `len` zeros.
+    /// Makes `len` zeros.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

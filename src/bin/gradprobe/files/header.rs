@@ -1,7 +1,7 @@
 //! The header of a safetensors file, checked against the rest of the file.
 //!
-//! The `safetensors` crate parses whole files in memory and says that something is wrong, not always where. Here the
-//! header alone is read, with the crate's types and its check of the layout, and an error names the tensor.
+//! The `safetensors` crate parses whole files in memory, and its errors do not always name the place. Here the header
+//! alone is read, with the crate's types and its check of the layout, and an error names the tensor.
 
 use super::{failure::Failure, natural};
 use gradprobe::DType;
@@ -24,34 +24,34 @@ pub struct Entry {
     pub dtype: DType,
     pub len: u64,
     pub shape: Vec<u64>,
-    /// The file it is in, of those that make up a step.
+    /// Its file, among those that make up a step.
     pub part: usize,
-    /// Where its data begins in that file.
+    /// The start of its data in that file.
     pub start: u64,
 }
 
 impl Entry {
-    /// Where its data ends in its file.
+    /// The end of its data in its file.
     pub fn end(&self) -> u64 {
         self.start + self.len * self.dtype.size() as u64
     }
 }
 
-/// A tensor of a type that is not measured.
+/// A tensor with a type that cannot be measured.
 #[derive(Clone, Debug)]
 pub struct LeftOut {
     pub name: String,
     pub dtype: String,
 }
 
-/// What becomes of tensors of other types than F32, F16 and BF16.
+/// The treatment of tensors of other types than F32, F16 and BF16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OtherTypes {
     Refused,
     LeftOut,
 }
 
-/// The `wanted` tensors of `file`, which holds `size` bytes, in natural order, and those of other types.
+/// Gives the `wanted` tensors of `file`, which holds `size` bytes, in natural order, and those of other types.
 pub fn read(
     path: &Path,
     file: &mut impl Read,
@@ -86,7 +86,8 @@ pub fn read(
     Ok((entries, left_out))
 }
 
-/// The `wanted` tensors that this header describes, placed from its end, those of other types, and the bytes of all.
+/// Gives the `wanted` tensors that this header describes, placed from its end, those of other types, and the bytes of
+/// all.
 fn parse(
     path: &Path,
     header: &[u8],
@@ -137,7 +138,7 @@ fn parse(
     Ok((entries, left_out, layout.data_len()))
 }
 
-/// The type, if gradients are measured in it.
+/// Gives the type, if gradients can be measured in it.
 fn dtype_of(dtype: Dtype) -> Option<DType> {
     match dtype {
         Dtype::F32 => Some(DType::F32),
@@ -147,7 +148,7 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
     }
 }
 
-/// The number of the elements, when they fit the place in the file.
+/// Gives the number of the elements, if they fit the place in the file.
 fn check(dtype: DType, info: &TensorInfo) -> Result<u64, String> {
     let len = info.shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
     let bytes = len.and_then(|len| len.checked_mul(dtype.size()));

@@ -2,14 +2,14 @@
 
 use std::cmp::Ordering;
 
-/// Compares byte by byte, runs of digits as the numbers they write, however long. Names that only differ in leading
-/// zeros are told apart by their bytes, so the order is total and only equal names are equal.
+/// Compares byte by byte, and runs of digits of any length as numbers. Bytes tell names apart that differ only in
+/// leading zeros, so the order is total and only equal names are equal.
 pub fn compare(a: &str, b: &str) -> Ordering {
     tokens(a).cmp(tokens(b)).then_with(|| a.cmp(b))
 }
 
-/// A byte, or a number as its count of digits and its digits. A number's first field is `0`: it stands where digits
-/// stand among the bytes, and no byte token has a digit there.
+/// A byte, or a number as its count of digits and its digits. A number's first field is `0`, so that it sorts with
+/// digits; no byte token is a digit.
 type Token<'a> = (u8, usize, &'a [u8]);
 
 fn tokens(name: &str) -> impl Iterator<Item = Token<'_>> {

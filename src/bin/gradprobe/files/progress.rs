@@ -1,4 +1,4 @@
-//! What a person at a terminal sees while a long run reads its files.
+//! The progress of a long run that reads its files, for a person at a terminal.
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -9,7 +9,7 @@ use std::{
 /// Runs that end within this time show nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A line on standard error that is overwritten, and gone in the end.
+/// A line on standard error that is overwritten, and removed in the end.
 pub struct Progress {
     began: Instant,
     terminal: bool,
@@ -18,16 +18,16 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of this many files.
+    /// Starts with this many files.
     pub fn new(total: usize) -> Self {
         Self { began: Instant::now(), terminal: io::stderr().is_terminal(), total, shown: None }
     }
 
-    /// File `index` is being read. May be called often.
+    /// Shows that file `index` is being read. May be called often.
     pub fn reading(&mut self, index: usize, file: &Path) {
         if self.terminal && self.shown != Some(index) && self.began.elapsed() > PATIENCE {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
-            // Cut, as a line that wraps is not cleared by a carriage return.
+            // Cut, as a carriage return does not clear a line that wraps.
             let name: String = name.chars().filter(|c| !c.is_control()).take(50).collect();
             self.write(&format!("reading {}/{} {name}…", index + 1, self.total));
             self.shown = Some(index);
@@ -41,7 +41,7 @@ impl Progress {
         }
     }
 
-    /// A terminal that is gone is no reason to stop.
+    /// A lost terminal is no reason to stop.
     fn write(&self, text: &str) {
         let mut stderr = io::stderr();
         let _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());

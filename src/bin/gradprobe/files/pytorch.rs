@@ -13,11 +13,11 @@ use std::{
     path::Path,
 };
 
-/// Where a checkpoint keeps its tensors beside an optimizer's, say.
+/// The keys under which a checkpoint keeps its tensors, beside an optimizer's, say.
 const KEYS: [&str; 3] = ["state_dict", "model_state_dict", "model"];
 
-/// Whether a file is called as PyTorch's are, and does not begin as a safetensors file does: with a length and a brace. Reads from
-/// its beginning, and goes back there.
+/// Whether a file has one of PyTorch's names, and does not begin as a safetensors file does: with a length and a brace.
+/// Reads the beginning, and goes back there.
 pub fn is_one(path: &Path, file: &mut File) -> io::Result<bool> {
     let is_called_so =
         path.extension().is_some_and(|extension| ["pt", "pth", "bin"].iter().any(|ours| extension == *ours));
@@ -27,7 +27,7 @@ pub fn is_one(path: &Path, file: &mut File) -> io::Result<bool> {
     Ok(is_called_so && beginning.get(8) != Some(&b'{'))
 }
 
-/// The `wanted` tensors of a file, and those of other types.
+/// Gives the `wanted` tensors of a file, and those of other types.
 #[expect(clippy::type_complexity, reason = "tensors, entries and what is left out")]
 pub fn open(
     path: &Path,

@@ -1,4 +1,4 @@
-//! Steps in several files: a folder of shards, or an index that says which tensor is in which.
+//! Steps in several files: a folder of shards, or an index with the file of each tensor.
 
 use super::{Failure, TensorFile, natural};
 use serde::Deserialize;
@@ -18,13 +18,13 @@ pub struct Shards {
     names: BTreeMap<String, PathBuf>,
 }
 
-/// What is read of an index.
+/// The used part of an index.
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files that `path` stands for: itself, or those of an index or a folder.
+/// Gives the files of `path`: itself, or those of an index or a folder.
 pub fn of(path: &Path) -> Result<Shards, Failure> {
     let is_index = |path: &Path| path.to_string_lossy().ends_with(".index.json");
     if !path.is_dir() {
@@ -72,7 +72,7 @@ fn by_index(path: &Path) -> Result<Shards, Failure> {
 }
 
 impl Shards {
-    /// Fails unless the `wanted` tensors of the index are where it says.
+    /// Fails unless the `wanted` tensors of the index are in the files that it names.
     pub fn check(&self, step: &TensorFile, wanted: impl Fn(&str) -> bool) -> Result<(), Failure> {
         let found: HashMap<&str, &Path> =
             step.entries.iter().map(|entry| (entry.name.as_str(), step.parts[entry.part].path.as_path())).collect();

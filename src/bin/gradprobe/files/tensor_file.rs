@@ -15,14 +15,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Open files of one step, whose headers are valid and whose data is still to be read.
+/// Open files of one step, with valid headers and data that is still to be read.
 pub struct TensorFile {
-    /// As the command line has it: a file, an index of shards or their folder.
+    /// The path on the command line: a file, an index of shards or their folder.
     pub path: PathBuf,
     pub parts: Vec<Part>,
     /// The tensors to be read, in natural order of their names.
     pub entries: Vec<Entry>,
-    /// Those of types that are not measured.
+    /// Tensors with types that cannot be measured.
     pub left_out: Vec<LeftOut>,
 }
 
@@ -32,11 +32,11 @@ pub struct Part {
     pub data: Data,
 }
 
-/// Where the tensors of a file are read from.
+/// The source of a file's tensors.
 pub enum Data {
-    /// The file; and its pages, where the system maps them. Without, tensors are copied.
+    /// The file; and its pages, where the system maps them. Otherwise tensors are copied.
     File(File, Option<Mmap>),
-    /// By name.
+    /// Tensors by name.
     PyTorch(HashMap<String, pytorch_reader::Tensor>),
 }
 
@@ -67,10 +67,10 @@ impl TensorFile {
         self.parts.iter().map(|part| part.path.as_path())
     }
 
-    /// A file of the step, to be copied.
+    /// Gives a file of the step, to be copied.
     ///
     /// # Errors
-    /// Of PyTorch's files, which have sums of their content, no changed copies are made.
+    /// For PyTorch's files: they have sums of their content, so that no changed copies are made.
     pub fn source(&self, part: usize) -> Result<&File, Failure> {
         match &self.parts[part].data {
             Data::File(file, _) => Ok(file),
@@ -82,7 +82,7 @@ impl TensorFile {
 
     fn add(&mut self, path: &Path, wanted: impl Fn(&str) -> bool, others: OtherTypes) -> Result<(), Failure> {
         let fail = |error: io::Error| Failure::file(path, error);
-        // Before opening: to open a pipe is to wait for a writer.
+        // Before opening: opening a pipe waits for a writer.
         if !fs::metadata(path).map_err(fail)?.is_file() {
             return Err(Failure::file(path, "not a regular file"));
         }
@@ -108,7 +108,7 @@ impl TensorFile {
         let reference = first.path.display();
         for index in 0..self.entries.len().max(first.entries.len()) {
             let (own, others) = (self.entries.get(index), first.entries.get(index));
-            // At the first difference of two sorted lists, the name that comes first is the one the other list lacks.
+            // At the first difference of two sorted lists, the name that comes first is missing in the other list.
             let (name, reason) = match (own, others) {
                 (Some(own), Some(others)) if own.name == others.name => {
                     if (own.dtype, own.len) == (others.dtype, others.len) {
@@ -130,14 +130,14 @@ impl TensorFile {
         Ok(())
     }
 
-    /// A plan to measure the tensors by.
+    /// Makes a plan to measure the tensors.
     pub fn plan(&self) -> Result<Plan, Failure> {
         let plan = Plan::new(self.entries.iter().map(|t| (t.name.as_str(), t.dtype, t.len)));
         let shapes = self.entries.iter().map(|t| t.shape.as_slice());
         plan.and_then(|plan| plan.with_shapes(shapes)).map_err(|error| Failure::file(&self.path, error))
     }
 
-    /// All tensors, in natural order. Says before each that this step is being read.
+    /// Gives all tensors, in natural order. Before each it tells `progress` that this step is being read.
     pub fn lend(&self, mut progress: impl FnMut(&Path)) -> Result<Vec<Lent<'_>>, Failure> {
         let tensors = (0..self.entries.len()).map(|index| {
             progress(&self.path);
@@ -146,7 +146,7 @@ impl TensorFile {
         tensors.collect()
     }
 
-    /// One tensor: in the mapped file if it is aligned there, else a copy.
+    /// Gives one tensor: in the mapped file if it is aligned there, else as a copy.
     pub fn tensor(&self, index: usize) -> Result<Lent<'_>, Failure> {
         let entry = &self.entries[index];
         let bytes = match &self.parts[entry.part].data {
@@ -159,7 +159,7 @@ impl TensorFile {
         }
     }
 
-    /// A copy of one tensor.
+    /// Copies one tensor.
     fn read(&self, index: usize) -> Result<Elements, Failure> {
         let entry = &self.entries[index];
         let part = &self.parts[entry.part];
@@ -180,7 +180,7 @@ impl TensorFile {
         Ok(elements)
     }
 
-    /// Writes what a file of the step was, with the tensors in it changed.
+    /// Writes a copy of a file of the step, with changed tensors.
     pub fn copy(
         &self,
         part: usize,
@@ -209,16 +209,16 @@ impl TensorFile {
     }
 }
 
-/// Where the data of a tensor is in memory that holds its file.
+/// The place of a tensor's data in memory that holds its file.
 fn place(entry: &Entry) -> Option<(usize, usize)> {
     Some((usize::try_from(entry.start).ok()?, usize::try_from(entry.end()).ok()?))
 }
 
-/// The pages of a file; none where the system cannot map it, or has no room for that.
+/// Maps the pages of a file; `None` where the system cannot map it, or has no room for that.
 fn map(file: &File) -> Option<Mmap> {
-    // SAFETY: the pages are only read, as numbers that any bits are. That they stay as they are is up to whoever writes to
-    // the file while it is read, as it is for any reader: another program that changes it changes what is measured, and one
-    // that cuts it short ends this one by SIGBUS, which `--help` says.
+    // SAFETY: the pages are only read, as numbers, which any bits are. Writers of the file must leave it alone
+    // meanwhile, as for any reader: another program that changes it changes the measurement, and one that cuts it short
+    // ends this one by SIGBUS, as `--help` says.
     #[allow(unsafe_code, reason = "a file of gigabytes is measured where it is")]
     unsafe { Mmap::map(file) }.ok()
 }

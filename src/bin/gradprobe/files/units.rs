@@ -5,7 +5,7 @@ use std::time::Duration;
 /// `read 64.3 KB in 0.12 ms: 0.54 GB/s`
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 pub fn rate(bytes: u64, time: Duration) -> String {
-    // A clock may not have moved on.
+    // The clock may have stood still.
     let seconds = time.as_secs_f64().max(1e-9);
     let bytes = bytes as f64;
     format!("read {} in {}: {} GB/s", decimal(bytes), self::seconds(seconds), digits(bytes / seconds / 1e9))

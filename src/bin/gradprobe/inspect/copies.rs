@@ -1,4 +1,5 @@
-//! The directory of the clipped copies: never over a file that is read, or unasked over another, never half a file.
+//! The directory of the clipped copies: a copy never replaces an input, replaces another file only by `--force`, and is
+//! never partial.
 
 use crate::files::{Failure, TensorFile};
 use gradprobe::{Absent, Probe, TensorMut};
@@ -21,12 +22,12 @@ impl<'a> Copies<'a> {
     pub fn prepare(directory: &'a Path, inputs: &[PathBuf], weights: &[PathBuf], force: bool) -> Result<Self, Failure> {
         refuse_overwriting(directory, inputs, weights, force)?;
         fs::create_dir_all(directory).map_err(|error| Failure::file(directory, error))?;
-        // Again: until it was made, a path like `new/../inputs` could not be resolved.
+        // Again: before it existed, a path like `new/../inputs` could not be resolved.
         refuse_overwriting(directory, inputs, weights, force)?;
         Ok(Self { directory, force })
     }
 
-    /// Writes copies of the step's files, each under its own name, clipped as `probe` has decided. Each appears there whole
+    /// Writes copies of the step's files, each under its own name, clipped as `probe` has decided. Each appears whole
     /// or not at all. One tensor at a time is in memory.
     pub fn write(&self, step: &TensorFile, probe: &mut Probe) -> Result<(), Failure> {
         for (part, path) in step.files().enumerate() {
@@ -38,7 +39,7 @@ impl<'a> Copies<'a> {
             let temporary = temporary.map_err(fail)?;
             step.copy(part, BufWriter::new(temporary.as_file()), |index, elements| {
                 let mut view = elements.view_mut();
-                // Nothing is to be clipped of an empty tensor, and a call without any element is refused.
+                // An empty tensor needs no clip, and a call without any element is refused.
                 if view.as_ref().is_empty() {
                     return Ok(());
                 }
@@ -62,7 +63,7 @@ fn refuse_overwriting(directory: &Path, inputs: &[PathBuf], weights: &[PathBuf],
             return Err(Failure::file(input, reason));
         }
     }
-    // Two paths an input has: where its data is, and the entry by which it was found, which may be a link.
+    // An input has two paths: that of its data, and the entry by which it was found, which may be a link.
     let mut occupied = HashSet::new();
     for input in inputs.iter().chain(weights) {
         let fail = |error: std::io::Error| Failure::file(input, error);
@@ -71,7 +72,7 @@ fn refuse_overwriting(directory: &Path, inputs: &[PathBuf], weights: &[PathBuf],
         occupied.insert(parent.canonicalize().map_err(fail)?.join(name));
         occupied.insert(input.canonicalize().map_err(fail)?);
     }
-    // A directory that is not there yet holds no input.
+    // A directory that does not exist yet holds no input.
     let Ok(directory) = directory.canonicalize() else { return Ok(()) };
     for input in inputs {
         let target = directory.join(input.file_name().unwrap_or_default());

@@ -9,7 +9,7 @@ use gradprobe::{
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-/// The whole report; of the tensors `shown`, `gsnr` when there is more than one step.
+/// Makes the whole report; of the tensors `shown`, with `gsnr` when there is more than one step.
 pub fn report(
     device: &str,
     steps: Vec<Value>,
@@ -31,8 +31,8 @@ pub fn report(
     report.into()
 }
 
-/// One finding. Its step is the place in `steps`, from 0, of the file in which it began; of what is known of all steps together, the
-/// last. The message says how many tensors it is about besides the first.
+/// Makes one finding. Its step is the place in `steps`, from 0, of the file in which it began; for a finding on all
+/// steps together, the last. The message has the number of further tensors.
 fn finding(finding: &Finding) -> Value {
     let message = match finding.others.len() {
         0 => finding.message.clone(),
@@ -50,7 +50,7 @@ fn finding(finding: &Finding) -> Value {
     })
 }
 
-/// One step, with the tensors `shown`.
+/// Makes one step, with the tensors `shown`.
 pub fn step(file: &TensorFile, report: &Report, shown: &[usize], clipped: bool) -> Value {
     let outputs = report.outputs();
     let mut step = Map::new();

@@ -1,7 +1,7 @@
 //! Inspects gradients in files.
 //!
-//! All files are checked before the first is measured; then each is measured, clipped if that was asked for, diagnosed and
-//! reported; at last, what they say together.
+//! All files are checked before the first is measured. Then each is measured, clipped on request, diagnosed and
+//! reported. At last come the results over all of them.
 
 mod copies;
 mod json;
@@ -60,7 +60,7 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, F
     let elements: u64 = plan.tensors().iter().map(|tensor| tensor.len).sum();
     let mut probe = open_probe(plan, config).map_err(|error| match error {
         Error::TooLargeToTrack { .. } => Failure::Tracking(error),
-        // What is kept of each element, 4 bytes in each of two places, is nearly all that a probe takes.
+        // The state of each element, 4 bytes in each of two places, is nearly all the memory of a probe.
         Error::OutOfMemory { .. } if files.len() > 1 => Failure::Tracking(Error::OutOfMemory { bytes: 4 * elements }),
         other => Failure::Probe(other),
     })?;
@@ -71,7 +71,7 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, F
     let mut findings: Vec<Finding> = Vec::new();
     let mut shown = Shown::default();
     for (index, file) in files.iter().enumerate() {
-        // Opened and compared again: the run may be long, and the file another one by now.
+        // Opened and compared again: the run may be long, and the file may have changed.
         let step = open(file)?;
         step.require_same(&first)?;
         let failed = |error: Error| Failure::file(file, error);
@@ -90,7 +90,7 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, F
             copies.write(&step, &mut probe)?;
         }
         let diagnosis = health.diagnose(&report)?;
-        // What goes on from step to step is told once.
+        // A finding that goes on from step to step is reported once.
         let is_new = |found: &&Finding| !findings.iter().any(|earlier| found.is_of_same_cause(earlier));
         findings.extend(diagnosis.findings().iter().filter(is_new).cloned().collect::<Vec<_>>());
         shown = options.selection.of(&report, diagnosis.verdicts(), options.json);
@@ -108,7 +108,7 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, F
         let printed =
             print(&format!("{gap}{name}\n{heading}{table}{left_out}{rate} on {}\n{diagnosis}", probe.device()));
         match printed {
-            // Whoever stopped reading the tables still wants the copies.
+            // A closed output of the tables does not stop the copies.
             Err(failure) if failure.reader_left() && copies.is_some() => {}
             other => other?,
         }
@@ -131,7 +131,7 @@ pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, F
     Ok(options.fail_on.filter(|limit| limit.is_met_by(verdict)).map(|_| verdict))
 }
 
-/// Fails for files of which no copies are made, if some are to be.
+/// Fails for files that cannot be copied, if copies are requested.
 fn require_sources(options: &Options, step: &TensorFile) -> Result<(), Failure> {
     let parts = if options.out.is_some() { step.parts.len() } else { 0 };
     (0..parts).try_for_each(|part| step.source(part).map(drop))

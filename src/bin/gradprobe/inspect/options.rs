@@ -109,12 +109,12 @@ impl Options {
         config
     }
 
-    /// What becomes of tensors of other types than the three.
+    /// The treatment of tensors of other types than the three.
     pub fn others(&self) -> OtherTypes {
         if self.strict { OtherTypes::Refused } else { OtherTypes::LeftOut }
     }
 
-    /// What findings are made by.
+    /// The rules for findings.
     pub fn rules(&self) -> Rules {
         let rules = Rules::preset(self.preset);
         match self.lr {

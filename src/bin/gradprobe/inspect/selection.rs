@@ -1,4 +1,4 @@
-//! Which tensors of a step are shown, and in which order.
+//! The selection of tensors to show, and their order.
 
 use crate::files::Failure;
 use clap::{Args, ValueEnum};
@@ -6,7 +6,7 @@ use gradprobe::{Plan, Report, TensorReport, Verdict, health::Groups};
 use std::{fmt::Write, path::Path};
 use wildmatch::WildMatch;
 
-/// Tensors that a table shows without being asked to: about a screen of them.
+/// Tensors that a table shows by default: about a screen of them.
 const SCREEN: usize = 40;
 /// Of more than those, so many: the worst, below the norms of groups.
 const WORST: usize = 20;
@@ -58,7 +58,7 @@ impl Sort {
     }
 }
 
-/// Tensors that are shown.
+/// The tensors to show.
 #[derive(Default)]
 pub struct Shown {
     /// Their places in the plan.
@@ -77,7 +77,7 @@ impl Selection {
         }
     }
 
-    /// The tensors to be shown; `verdicts` has one a tensor.
+    /// Gives the tensors to show; `verdicts` has one a tensor.
     pub fn of(&self, report: &Report, verdicts: &[Verdict], json: bool) -> Shown {
         let all: Vec<TensorReport<'_>> = report.tensors().collect();
         let is_bad = |index: usize| verdicts[index] != Verdict::Healthy || all[index].record.has_nonfinite();
@@ -104,7 +104,8 @@ impl Selection {
         Shown { tensors, order }
     }
 
-    /// Above a table: the norms of groups, where it was not said which of many tensors to show, and how many it shows.
+    /// Gives the text above a table: the norms of groups, where no choice was made among many tensors, and the number
+    /// shown.
     pub fn heading(&self, report: &Report, shown: &Shown) -> Result<String, gradprobe::Error> {
         let (all, shown, order) = (report.records().len(), shown.tensors.len(), shown.order);
         let is_asked = self.top.is_some() || self.sort.is_some() || self.filter.is_some() || self.only_bad;

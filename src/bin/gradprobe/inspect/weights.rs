@@ -1,4 +1,4 @@
-//! The weights whose gradients are inspected: of them, their norms are of interest.
+//! The weights of the inspected gradients: only their norms are used.
 
 use crate::{
     device::Open,
@@ -10,13 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Open files with a weight for every gradient. What else it holds is left alone, of whatever dtype.
+/// Open files with a weight for every gradient. Other tensors in them are ignored, of any dtype.
 pub struct Weights {
     tensors: TensorFile,
 }
 
 impl Weights {
-    /// Opens a file, and fails unless it has all the weights: those of the `gradients`, which lie in `of`.
+    /// Opens a file, and fails unless it has all the weights of the `gradients`, which lie in `of`.
     pub fn open(path: &Path, of: &Path, gradients: &[Entry]) -> Result<Self, Failure> {
         let names: HashSet<&str> = gradients.iter().map(|gradient| gradient.name.as_str()).collect();
         let tensors = TensorFile::open(path, |name| names.contains(name), OtherTypes::Refused)?;
@@ -35,7 +35,7 @@ impl Weights {
         Ok(Self { tensors })
     }
 
-    /// The files they are in.
+    /// The files of the weights.
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
         self.tensors.files().map(Path::to_owned)
     }

@@ -1,13 +1,13 @@
 //! Any number of steps in a limited number of buckets.
 
-/// Something of which two steps can be made one.
+/// Joins two steps into one.
 pub trait Join {
     /// Adds a later step.
     fn join(&mut self, later: Self);
 }
 
-/// Steps in buckets of equally many step numbers. When they reach beyond the last of `limit` buckets, each two become one: half
-/// the limit or more are in use from then on. A bucket without a step takes no room.
+/// Keeps steps in buckets of equally many step numbers. When they reach beyond the last of `limit` buckets, each two
+/// become one: half the limit or more are in use from then on. A bucket without a step takes no room.
 pub struct Buckets<T> {
     limit: u64,
     /// Step numbers of a bucket.
@@ -16,7 +16,7 @@ pub struct Buckets<T> {
     start: u64,
 }
 
-/// One of them.
+/// One bucket.
 pub struct Bucket<T> {
     index: u64,
     /// The first and the last step in it.
@@ -30,7 +30,7 @@ impl<T: Join> Buckets<T> {
         Self { limit, width: 1, filled: Vec::new(), start: 0 }
     }
 
-    /// Takes in a step after all others.
+    /// Adds a step after all others.
     pub fn add(&mut self, step: u64, of: T) {
         if self.filled.is_empty() {
             self.start = step;
@@ -41,7 +41,7 @@ impl<T: Join> Buckets<T> {
         self.push(Bucket { index: (step - self.start) / self.width, first: step, last: step, of });
     }
 
-    /// Makes one of each two.
+    /// Joins each two buckets.
     pub fn halve(&mut self) {
         self.width *= 2;
         for mut bucket in std::mem::take(&mut self.filled) {
@@ -60,7 +60,7 @@ impl<T: Join> Buckets<T> {
         }
     }
 
-    /// Those with a step, in order.
+    /// The buckets with a step, in order.
     pub fn filled(&self) -> &[Bucket<T>] {
         &self.filled
     }

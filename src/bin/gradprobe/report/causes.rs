@@ -1,4 +1,4 @@
-//! Findings, one for all steps that tell the same.
+//! Findings, one for all steps with the same cause.
 
 use super::summary::Exact;
 use crate::run::{Finding, Number};
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 /// Spans of a finding that comes and goes. Of more, those with the smallest gap become one.
 const SPANS: usize = 100;
 
-/// A finding, and in which steps it was there.
+/// A finding, and the steps in which it was there.
 #[derive(Serialize)]
 pub struct Cause {
     #[serde(serialize_with = "name")]
@@ -17,15 +17,15 @@ pub struct Cause {
     kind: String,
     rule: String,
     tensor: Option<String>,
-    /// As many as there were in the worst step.
+    /// The other tensors, of the step that had most.
     others: Vec<String>,
     since: u64,
-    /// The last step with it, and how many have it.
+    /// The last step with it, and the number of steps.
     last: u64,
     steps: u64,
-    /// From when to when: where it began, and the last step of those that followed each other.
+    /// Its spans: the beginning, and the last of the steps that followed each other.
     spans: Vec<(u64, u64)>,
-    /// As the first step has it.
+    /// The step of the first report.
     found: u64,
     message: String,
     value: Option<Exact>,
@@ -37,7 +37,7 @@ fn name<S: Serializer>(verdict: &Verdict, serializer: S) -> Result<S::Ok, S::Err
     serializer.serialize_str(verdict.name())
 }
 
-/// Those of a run so far.
+/// The causes of a run so far.
 #[derive(Default)]
 pub struct Causes {
     causes: Vec<Cause>,
@@ -46,7 +46,7 @@ pub struct Causes {
 }
 
 impl Causes {
-    /// Takes in the findings of a step, which comes after `before`.
+    /// Adds the findings of a step, which comes after `before`.
     pub fn add(&mut self, step: u64, before: u64, findings: &[Finding]) {
         for finding in findings {
             let key = (finding.severity, finding.rule.clone(), finding.tensor.clone());
@@ -58,7 +58,7 @@ impl Causes {
         }
     }
 
-    /// Critical ones first, then by when they began.
+    /// Gives the critical ones first, then in the order of their beginnings.
     pub fn into_worst_first(mut self) -> Vec<Cause> {
         self.causes.sort_by_key(|cause| (std::cmp::Reverse(cause.severity), cause.since));
         self.causes

@@ -1,4 +1,4 @@
-//! `gradprobe report`: a run, or two beside each other, as one page for the browser that needs no network.
+//! `gradprobe report`: a run, or two to compare, as one page for the browser that needs no network.
 
 mod buckets;
 mod causes;
@@ -37,7 +37,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 
 /// Makes the page of these runs, one or two.
 pub fn make(paths: &[&Path], output: &Path, force: bool) -> Result<(), Failure> {
-    // Before gigabytes are read; told again where it appears meanwhile.
+    // Before gigabytes are read; checked again in case it appears meanwhile.
     if !force && output.exists() {
         return Err(Failure::file(output, EXISTS));
     }
@@ -57,7 +57,7 @@ pub fn make(paths: &[&Path], output: &Path, force: bool) -> Result<(), Failure> 
 
 const EXISTS: &str = "is there already; --force replaces it";
 
-/// The page, in which everything is: nothing is loaded.
+/// Makes the page, which contains everything: it loads nothing.
 fn page(runs: &[Summary]) -> String {
     // No `</script>` and no `<!--` of a name ends the data: in JSON, `<` is within strings only.
     let data = serde_json::to_string(runs).expect("strings, numbers and lists of them").replace('<', r"\u003c");
@@ -67,7 +67,7 @@ fn page(runs: &[Summary]) -> String {
         ("%PAGE.CSS%", include_str!("page.css")),
         ("%UPLOT.JS%", include_str!("uplot/uPlot.iife.min.js")),
         ("%PAGE.JS%", include_str!("page.js")),
-        // At last, so that nothing in it is taken for a place.
+        // Last, so that no text in it is taken for a placeholder.
         ("%DATA%", &data),
     ];
     parts.iter().fold(include_str!("page.html").to_owned(), |page, (place, part)| page.replacen(place, part, 1))

@@ -1,4 +1,4 @@
-//! A run as the page shows it, made of one pass over its steps. `page.js` says how it is laid out.
+//! A run as the page shows it, made in one pass over its steps. `page.js` describes the layout.
 
 use super::{
     buckets::{Bucket, Buckets, Join},
@@ -19,19 +19,19 @@ use std::{
 
 /// Buckets of a curve, each with its smallest and its largest number.
 const POINTS: u64 = 1000;
-/// Columns of the heat map at most, for few tensors.
+/// The most columns of the heat map, for few tensors.
 const COLUMNS: u64 = 800;
-/// Cells of a heat map at most, for many: 1.8 MB of the page for each measure.
+/// The most cells of a heat map, for many tensors: 1.8 MB of the page for each measure.
 const CELLS: u64 = 320 * 1024;
 /// Cells of all measures of all runs together: 5.6 MB of the page.
 pub const ALL_CELLS: usize = 1 << 20;
 /// Columns of all histograms together; one has some 20 octaves, 40 bytes. 2 MB of the page.
 const HISTOGRAMS: u64 = 40 * 1024;
 
-/// A number that the heat map shows of a tensor: its name on the page, and where it is read.
+/// A number of each tensor in the heat map: its name on the page, and the way to read it.
 type Measure = (&'static str, fn(&Tensor<'_>) -> Option<f64>);
 
-/// Signal to noise has a list of its own in a line. Where that is missing, AdamW's moments give it.
+/// Signal to noise has a list of its own in a line. Without that, AdamW's moments give it.
 const GSNR: &str = "gsnr";
 const MEASURES: [Measure; 7] = [
     ("l2_norm", |tensor| of(tensor.l2_norm)),
@@ -61,7 +61,7 @@ pub struct Summary {
     healthy: u64,
     warning: u64,
     critical: u64,
-    /// Steps that the clip made smaller, that were to be left out, and whose norm is not finite.
+    /// Steps that the clip made smaller, steps to skip, and steps with a norm that is not finite.
     clipped: u64,
     skipped: u64,
     nonfinite: u64,
@@ -116,7 +116,7 @@ struct Columns {
 struct Histograms {
     first: Base64,
     last: Base64,
-    /// One a tensor: where its shares begin, the exponent of its lowest octave, and how many octaves.
+    /// One a tensor: the start of its shares, the exponent of its lowest octave, and the number of octaves.
     tensors: Vec<(usize, i32, usize)>,
     shares: Base64,
 }
@@ -173,7 +173,7 @@ impl Range {
         }
     }
 
-    /// Up to three points, by their steps.
+    /// Gives up to three points, by their steps.
     fn points(&self) -> Vec<(u64, f64)> {
         let mut points: Vec<_> = [self.low, self.high, self.nonfinite].into_iter().flatten().collect();
         points.sort_by_key(|&(step, _)| step);
@@ -185,7 +185,7 @@ impl Range {
 impl Join for Range {
     fn join(&mut self, later: Self) {
         self.low = [self.low, later.low].into_iter().flatten().min_by(|a, b| a.1.total_cmp(&b.1));
-        // Of equal ones the first, as of the least.
+        // Of equal ones the first, as for the least.
         self.high = [later.high, self.high].into_iter().flatten().max_by(|a, b| a.1.total_cmp(&b.1));
         self.nonfinite = self.nonfinite.or(later.nonfinite);
     }
@@ -221,7 +221,7 @@ impl Join for Verdict {
     }
 }
 
-/// A cell where there is no number: a NaN of other bits than those of a number that is NaN.
+/// A cell without a number: a NaN with other bits than those of a number that is NaN.
 const NONE: f32 = f32::from_bits(0x7fc0_0001);
 
 /// The cells of a column, a list for each measure.
@@ -235,7 +235,7 @@ impl Join for Cells {
     }
 }
 
-/// The larger of two cells. NaN is larger than all, so that none is lost.
+/// Gives the larger of two cells. NaN is larger than all, so that none is lost.
 fn largest(a: f32, b: f32) -> f32 {
     let is_none = |x: f32| x.to_bits() == NONE.to_bits();
     if is_none(a) || (b.is_nan() && !is_none(b)) {
@@ -328,7 +328,7 @@ struct Reading {
 }
 
 impl Summary {
-    /// Reads a run to its end, and keeps so many cells of its heat map at most.
+    /// Reads a run to its end, and keeps at most so many cells of its heat map.
     pub fn read(path: &Path, cells: usize) -> Result<Self, Failure> {
         let mut run = Run::open(path)?;
         let mut reading = Reading::new();
@@ -350,7 +350,7 @@ impl Summary {
         Ok(reading.into_summary(name.unwrap_or_else(|| path.display().to_string()), &detailed, cells))
     }
 
-    /// The first tensor that another run does not have, where no tensor is in both. A run without details has any.
+    /// Gives the first tensor that another run lacks, where no tensor is in both. A run without details has any.
     pub fn differs_from(&self, other: &Self) -> Option<&str> {
         let has = |tensor: &TensorSummary| other.tensors.iter().any(|there| there.name == tensor.name);
         let differs = !other.tensors.is_empty() && !self.tensors.iter().any(has);
@@ -380,7 +380,7 @@ impl Reading {
         }
     }
 
-    /// Takes in a step. An error says why it cannot be of this run.
+    /// Adds a step. An error gives the reason why it cannot be of this run.
     fn add(&mut self, step: &Step<'_>) -> Result<(), String> {
         if self.steps == 0 {
             self.first = step.step;
@@ -535,7 +535,7 @@ fn lasts<T: Join>(buckets: &Buckets<T>) -> Base64 {
     Base64::steps(buckets.filled().iter().map(|bucket| bucket.last))
 }
 
-/// The measures that the run has, column after column. Counts that are 0 throughout are left out.
+/// Gives the measures that the run has, column after column. Leaves out counts that are 0 throughout.
 fn measures(columns: &[Bucket<Cells>]) -> BTreeMap<&'static str, Base64> {
     let mut measures = BTreeMap::new();
     for (place, (name, _)) in MEASURES.into_iter().enumerate() {
@@ -569,7 +569,7 @@ impl Histograms {
     }
 }
 
-/// A share in units of 1/65535. One that is not 0 does not become 0.
+/// Gives a share in units of 1/65535. One that is not 0 does not become 0.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 65535")]
 fn share(count: u64, total: u64) -> u16 {
     if count == 0 { 0 } else { (65535.0 * count as f64 / total as f64).round().max(1.0) as u16 }
