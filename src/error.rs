@@ -9,8 +9,7 @@
 ///
 /// | event | the error | the remedy |
 /// |---|---|---|
-/// | a wrong argument, or a call out of order | a variant of its own, with the name at fault | Nothing was launched.
-/// Correct the call. |
+/// | a wrong argument, or a call out of order | a variant of its own, with the name at fault | Nothing was launched. Correct the call. |
 /// | no memory, now or from now on | [`OutOfMemory`](Self::OutOfMemory), with the bytes | [`Probe::new`](crate::Probe::new) holds nothing then. In a step only an upload can need more memory: nothing was launched. Call again when there is memory. |
 /// | a call of the driver fails, and the next does not | [`Driver`](Self::Driver), with the function, its code and its purpose | Call again. The next report tells whether the step was measured. The clip or the update after a measurement may not have been launched. |
 /// | an error that cudarc kept, of a `drop` or of the note of a slice's use | [`Driver`](Self::Driver), of "an earlier call" | The same. Other streams may not wait for the slice: wait for this one before they write to it. |

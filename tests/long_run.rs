@@ -156,7 +156,7 @@ fn begun_after(step: u64, config: &Config) -> Probe {
     let mut probe = Probe::new(Cpu, plan(), config.clone()).unwrap();
     let state = probe.state().unwrap();
     let mut after = state.clone();
-    after.step = step;
+    after.measured = step;
     probe.restore(&after).unwrap();
     probe
 }
@@ -166,7 +166,7 @@ fn is_one_that_begins_there(probe: &mut Probe, config: &Config) {
     let state = probe.state().unwrap();
     let mut fresh = Probe::new(Cpu, plan(), config.clone()).unwrap();
     fresh.restore(&state).unwrap();
-    for number in state.step + 1..=state.step + 200 {
+    for number in state.measured + 1..=state.measured + 200 {
         let [mut of_old, mut of_new] = [(); 2].map(|()| Gradients::of(number));
         let (old, new) = (step(probe, &mut of_old), step(&mut fresh, &mut of_new));
         assert_eq!(bytemuck::bytes_of(old.outputs()), bytemuck::bytes_of(new.outputs()));

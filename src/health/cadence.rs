@@ -60,6 +60,11 @@ impl Cadence {
         self
     }
 
+    /// Whether it chooses some tensors only.
+    pub(crate) fn is_of_some_tensors(&self) -> bool {
+        !self.patterns.is_empty()
+    }
+
     /// Whether the step is included.
     pub fn includes(&self, step: u64) -> bool {
         let inside = self.windows.is_empty() || self.windows.iter().any(|&(start, end)| (start..=end).contains(&step));

@@ -1,13 +1,14 @@
 //! The rules in a device's memory, and the words of a step as the CPU writes them.
 
-use super::{FindingKind, Health, Rules, StepNorms, ThresholdRule, monitor::State, step_word, tensor_word};
+use super::{Diagnosis, FindingKind, Health, Rules, StepNorms, ThresholdRule, monitor::State, step_word, tensor_word};
 use crate::{
-    Config, Error, Plan, Probe, Record,
+    Config, Error, Plan, Probe, Record, Report,
     device::Buffer,
     features::{Feature, Saved},
     probe::{Core, copied, differs, outside_capture, uploaded, values},
 };
 use bytemuck::{Pod, Zeroable};
+use std::collections::VecDeque;
 
 /// Rules as a device reads them (`kernels/arguments.cuh`); the tensors' exemptions stand behind.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -48,6 +49,8 @@ impl Health {
 /// Diagnoses the steps of a probe, and holds the rules in its device's memory.
 pub(crate) struct Judge {
     pub health: Health,
+    /// Rules that were set while reports were on their way, each with the measurement from which it holds.
+    coming: VecDeque<(u64, Rules)>,
     table: Buffer,
     last_norms: Buffer,
 }
@@ -64,7 +67,27 @@ impl Feature<Rules> for Judge {
         let last_norms = uploaded(&*core.device, &vec![0; (1 + core.plan.tensors().len()) * size_of::<f64>()])?;
         core.step.health_rules = table.address();
         core.step.last_norms = last_norms.address();
-        Ok(Self { health, table, last_norms })
+        Ok(Self { health, coming: VecDeque::new(), table, last_norms })
+    }
+}
+
+impl Judge {
+    /// Diagnoses the report of a measurement, by the rules of then.
+    ///
+    /// # Errors
+    /// Those of [`Health::diagnose`].
+    pub fn diagnose(&mut self, report: &Report, measurement: u64) -> Result<Diagnosis, Error> {
+        self.begin(measurement)?;
+        self.health.diagnose(report)
+    }
+
+    /// Goes by the rules of this measurement.
+    fn begin(&mut self, measurement: u64) -> Result<(), Error> {
+        while let Some((_, rules)) = self.coming.front().filter(|(first, _)| *first <= measurement) {
+            self.health.set_rules(rules.clone())?;
+            self.coming.pop_front();
+        }
+        Ok(())
     }
 }
 
@@ -128,13 +151,24 @@ impl Probe {
     /// [`Error::NotDeclared`] without [`Config::rules`]; those of [`Health::new`],
     /// [`Error::InvalidConfig`] for more than 63 thresholds, [`Error::UploadInCapture`], or the device's. The rules then stay.
     pub fn set_rules(&mut self, rules: Rules) -> Result<(), Error> {
+        let (awaits_reports, reads_reports) = (self.awaits_reports(), self.reads_reports());
         let Self { rooms, core, .. } = self;
         let judge = rooms.rules.as_mut().ok_or(Error::NotDeclared { declare: Judge::DECLARE })?;
         outside_capture(&*core.device, Error::UploadInCapture)?;
         let mut health = judge.health.clone();
-        health.set_rules(rules)?;
+        health.set_rules(rules.clone())?;
         core.device.upload(&health.table_of(&core.plan)?, &judge.table)?;
-        judge.health = health;
+        let measured = core.numbering.measured();
+        if !awaits_reports {
+            judge.coming.clear();
+            judge.health = health;
+            return Ok(());
+        }
+        if !reads_reports {
+            // The next report is of the last measurement or a later one.
+            judge.begin(measured)?;
+        }
+        judge.coming.push_back((measured + 1, rules));
         Ok(())
     }
 }

@@ -234,15 +234,26 @@ impl Probe {
     }
 
     /// Sets the number of the next step to the trainer's. It may begin anywhere and leave numbers out. By default the
-    /// first step is 1 and each is one more than the last. Reports, findings and history use it; replayed graphs count
-    /// on by one.
+    /// first step is 1 and each is one more than the last. Reports, findings and history use it.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] unless it is above the last.
+    /// [`Error::InvalidConfig`] unless it is above the last, and after [`bind`](Self::bind): the host does not see the measurements of a
+    /// replayed graph, whose steps count on by one.
     pub fn set_step(&mut self, step: u64) -> Result<(), Error> {
+        if self.core.promised {
+            let expected = "left to a probe whose measurements a graph replays";
+            return Err(Error::InvalidConfig { option: "step", expected, value: step.to_string() });
+        }
         let Features { history, samples, .. } = &self.core.config.features;
         let kept = history.unwrap_or(0).max(samples.map_or(0, |samples| samples.steps()));
-        self.core.numbering.set_next(step, u64::from(kept) + reports::READS as u64)
+        let oldest = self.core.numbering.measured().saturating_sub(kept.into()).min(self.reports.reported());
+        self.core.numbering.set_next(step, oldest)
+    }
+
+    /// The number of the last step that was measured.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn last_step(&self) -> u64 {
+        self.core.numbering.of(self.core.numbering.measured())
     }
 
     /// Launches the measurement of these tensors: the plan's, in its order.

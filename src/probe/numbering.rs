@@ -36,11 +36,11 @@ impl Numbering {
         self.measured = self.measured.max(measurement);
     }
 
-    /// Sets the step of the next measurement. Numbers of so many earlier ones are still needed.
+    /// Sets the step of the next measurement. The numbers of those before `oldest` are no longer needed.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] when the step is not above the last.
-    pub fn set_next(&mut self, step: u64, kept: u64) -> Result<(), Error> {
+    pub fn set_next(&mut self, step: u64, oldest: u64) -> Result<(), Error> {
         let last = self.of(self.measured);
         if step > LAST || self.measured > 0 && step <= last {
             let value = if step > LAST { step.to_string() } else { format!("{step} after {last}") };
@@ -57,11 +57,15 @@ impl Numbering {
         if self.of(next) != step {
             self.jumps.push_back((next, step));
         }
-        let oldest = next.saturating_sub(kept);
         while self.jumps.get(1).is_some_and(|&(first, _)| first <= oldest) {
             self.jumps.pop_front();
         }
         Ok(())
+    }
+
+    /// Measurements so far.
+    pub fn measured(&self) -> u64 {
+        self.measured
     }
 
     /// The jumps, for [`restored`](Self::restored).
@@ -92,16 +96,16 @@ mod tests {
         let mut numbering = Numbering::default();
         let mut steps = Vec::new();
         for step in [0, 1, 2, 10, 20, 30, 31, 32, 1000] {
-            numbering.set_next(step, 100).unwrap();
+            numbering.set_next(step, 0).unwrap();
             numbering.launched();
             steps.push(step);
         }
         assert!(steps.iter().zip(1..).all(|(&step, measurement)| numbering.of(measurement) == step));
-        assert!(numbering.set_next(1000, 100).is_err());
+        assert!(numbering.set_next(1000, 0).is_err());
         assert_eq!(numbering.of(10), 1001, "and goes on by one");
         // A step that failed before its launch may get another number.
-        numbering.set_next(2000, 100).unwrap();
-        numbering.set_next(1001, 100).unwrap();
+        numbering.set_next(2000, 0).unwrap();
+        numbering.set_next(1001, 0).unwrap();
         assert_eq!(numbering.of(10), 1001);
     }
 
@@ -109,7 +113,7 @@ mod tests {
     fn no_more_is_kept_than_is_asked_for() {
         let mut numbering = Numbering::default();
         for step in 1..=1000 {
-            numbering.set_next(10 * step, 4).unwrap();
+            numbering.set_next(10 * step, step.saturating_sub(4)).unwrap();
             numbering.launched();
         }
         assert!(numbering.jumps.len() <= 6, "{}", numbering.jumps.len());

@@ -11,7 +11,7 @@ use crate::{
 use std::{collections::VecDeque, sync::Arc};
 
 /// The most reports on their way to the host at one time. Further steps are measured but not reported.
-pub(super) const READS: usize = 4;
+const READS: usize = 4;
 
 /// The results that reports are read from, and the reads.
 pub(super) struct Reports {
@@ -117,6 +117,16 @@ impl Probe {
         Ok(None)
     }
 
+    /// Whether there are measurements whose reports have not come.
+    pub(crate) fn awaits_reports(&self) -> bool {
+        self.reports.reported < self.core.numbering.measured()
+    }
+
+    /// Whether a report is on its way.
+    pub(crate) fn reads_reports(&self) -> bool {
+        !self.reports.reads.is_empty()
+    }
+
     /// Waits for the oldest report that was not given; `None` when all were.
     ///
     /// # Errors
@@ -191,7 +201,7 @@ impl Probe {
                 .with_ranks(ranks);
             if is_new {
                 reports.reported = measurement;
-                let diagnosis = judge.as_mut().map(|judge| judge.health.diagnose(&made)).transpose()?;
+                let diagnosis = judge.as_mut().map(|judge| judge.diagnose(&made, measurement)).transpose()?;
                 reports.diagnosis = diagnosis.map(Arc::new);
             }
             report = Some(made.with_diagnosis(reports.diagnosis.clone()));

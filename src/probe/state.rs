@@ -62,7 +62,7 @@ use std::path::Path;
 pub struct ProbeState {
     version: Version,
     /// Steps measured.
-    pub step: u64,
+    pub measured: u64,
     /// The trainer's numbers of them, as far as they are still needed.
     numbering: Jumps,
     /// The clip's state, as the device has it: the same on all ranks, but for averages of a rank's own tensors.
@@ -201,13 +201,13 @@ impl Probe {
         if self.core.measured {
             self.wait()?;
         }
-        let step = self.reports.reported();
+        let measured = self.reports.reported();
         let Self { core, rooms, .. } = self;
         core.clip_read.start(&core.clip_state)?;
         let clip = values(core.clip_read.wait()?);
         let loss_scale = state_of(core, &mut rooms.loss_scale)?;
         let (numbering, own) = (core.numbering.jumps(), Some(Own::of(core, rooms)?));
-        Ok(ProbeState { version: Version, step, numbering, clip, loss_scale, own })
+        Ok(ProbeState { version: Version, measured, numbering, clip, loss_scale, own })
     }
 
     /// Goes on from this state: the next step is the one after it, and gives the same bits. Parts that the state does
@@ -222,7 +222,7 @@ impl Probe {
     pub fn restore(&mut self, state: &ProbeState) -> Result<(), Error> {
         outside_capture(&*self.core.device, Error::UploadInCapture)?;
         let Self { reports, core, rooms } = self;
-        let ProbeState { step, numbering, clip, loss_scale, own, .. } = state;
+        let ProbeState { measured, numbering, clip, loss_scale, own, .. } = state;
         own.as_ref().map_or(Ok(()), |own| own.check(core, rooms))?;
         check(core, &rooms.loss_scale, loss_scale)?;
         if !core.config.clip.is_state(core.plan.tensors().len(), clip) {
@@ -230,11 +230,11 @@ impl Probe {
             return differs(format!("its clip has {words} words that {:?} cannot have kept", core.config.clip));
         }
         // The first word of a clip is the number of steps that it has learnt from.
-        if [*step].iter().chain(clip.first()).any(|&steps| steps > LAST) {
-            return differs(format!("it is of step {step}, and its clip of {:?}", clip.first()));
+        if [*measured].iter().chain(clip.first()).any(|&steps| steps > LAST) {
+            return differs(format!("it is of {measured} steps, and its clip of {:?}", clip.first()));
         }
-        let Some(numbering) = Numbering::restored(*step, numbering) else {
-            return differs(format!("it has other numbers than rising ones of steps up to {step}"));
+        let Some(numbering) = Numbering::restored(*measured, numbering) else {
+            return differs(format!("it has other numbers than rising ones of {measured} steps"));
         };
         restore(core, &mut rooms.loss_scale, loss_scale)?;
         core.numbering = numbering;
@@ -242,7 +242,7 @@ impl Probe {
         core.measured &= core.promised;
         core.device.upload(bytemuck::cast_slice(clip), &core.clip_state)?;
         own.as_ref().map_or(Ok(()), |own| own.restore(core, rooms))?;
-        reports.restore(&*core.device, StepOutputs { step: *step, ..StepOutputs::default() })
+        reports.restore(&*core.device, StepOutputs { step: *measured, ..StepOutputs::default() })
     }
 }
 

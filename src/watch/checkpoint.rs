@@ -4,7 +4,7 @@ use super::{Watch, told::Told};
 use crate::{
     Error, Probe, ProbeState,
     probe::{load, save},
-    write::{Entry, Sink},
+    write::{Background, Entry, Sink},
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -26,6 +26,8 @@ impl<P: AsMut<Probe>> Watch<P> {
     /// [`Error::Unwritable`], [`Error::WaitInCapture`], or the device's.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
         self.wait()?;
+        // So that files do not end before the checkpoint.
+        self.writers.iter().for_each(Background::flush);
         let probe = self.probe.as_mut().state()?;
         let Self { of_steps, of_looks, learning_rate, .. } = self;
         let (of_steps, of_looks) = (of_steps.clone(), of_looks.clone());
@@ -33,11 +35,17 @@ impl<P: AsMut<Probe>> Watch<P> {
     }
 
     /// Goes on from there, with the bits of a run that was not interrupted, in a watch that is declared as that was. Before the first step.
-    /// Files that have steps after the checkpoint keep them: those steps are the same, and not written again.
+    /// Gives the number of the last step. Files that have steps after the checkpoint keep them: those steps are the same, and not
+    /// written again.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] for a file that is none of this version, and those of [`Probe::restore`].
-    pub fn restore(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
+    /// [`Error::Unreadable`] for a file that is none of this version, [`Error::InvalidConfig`] after the first step, and those of
+    /// [`Probe::restore`]. Nothing is changed then, but where the device fails.
+    pub fn restore(&mut self, path: impl AsRef<Path>) -> Result<u64, Error> {
+        if self.has_begun {
+            let value = "after a step".to_owned();
+            return Err(Error::InvalidConfig { option: "restore", expected: "before the first step", value });
+        }
         let state: WatchState = load(path.as_ref(), "watched run")?;
         let probe = self.probe.as_mut();
         let before = probe.health().map(|health| health.rules().clone()).ok();
@@ -51,7 +59,7 @@ impl<P: AsMut<Probe>> Watch<P> {
         restored?;
         (self.of_steps, self.of_looks, self.learning_rate) = (state.of_steps, state.of_looks, state.learning_rate);
         self.is_resumed = true;
-        Ok(())
+        Ok(self.probe.as_mut().last_step())
     }
 }
 

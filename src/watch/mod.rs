@@ -32,9 +32,14 @@ const DETAILS: u64 = 10;
 /// Watches the steps of a trainer: a probe, and all that is done with its reports. Steps have the trainer's own numbers.
 ///
 /// A step is measured and clipped, and its report read when it has arrived. With the rules of [`Config`](crate::Config) it is
-/// diagnosed, and what is wrong goes to standard error: once, when it begins, and a line when it is over. What is declared of
-/// histograms and tracking is looked at in every 10th step ([`details`](Self::details)). Nothing of that waits. What
-/// [`write_to`](Self::write_to) and [`sink`](Self::sink) are given is written by a thread of its own.
+/// diagnosed, and findings go to standard error: once, when they begin, and a line when all are over. Histograms and signal to noise,
+/// where they are declared, are looked at in every 10th step ([`details`](Self::details)). Nothing of that waits. A thread of its own
+/// writes to [`write_to`](Self::write_to) and [`sink`](Self::sink). End with [`finish`](Self::finish): reports that are still on their way are
+/// lost without it.
+///
+/// With other [ranks](crate::ranks) every rank watches, writes and saves in a place of its own; where all tensors are replicas, rank 0 alone
+/// may write. A probe whose measurements a CUDA graph replays cannot be watched: the host does not see its steps; read it with
+/// [`Probe::poll`].
 ///
 /// ```
 /// use gradprobe::{Clip, Config, Cpu, DType, Plan, Probe, Watch};
@@ -66,6 +71,11 @@ pub struct Watch<P = Probe> {
     is_quiet: bool,
     /// Whether it was told that a step was lost.
     told_lost: bool,
+    /// Steps whose reports did not come.
+    left_out: u64,
+    last: Option<WatchedStep>,
+    /// Whether a step was taken.
+    has_begun: bool,
     /// The learning rate that the rules go by.
     learning_rate: Option<f64>,
     /// Whether it goes on from a checkpoint.
@@ -84,7 +94,7 @@ struct Waiting {
 /// What is looked at beside the step.
 #[derive(Default)]
 struct Look {
-    /// Whether the two are still on their way.
+    /// Whether they are still on their way.
     has_histogram: bool,
     has_gsnr: bool,
     histogram: Option<HistogramReport>,
@@ -92,6 +102,10 @@ struct Look {
 }
 
 impl Look {
+    fn is_under_way(&self) -> bool {
+        self.has_histogram || self.has_gsnr
+    }
+
     /// Waits for what is on its way.
     ///
     /// # Errors
@@ -124,6 +138,9 @@ impl<P: AsMut<Probe>> Watch<P> {
             of_looks: Told::default(),
             is_quiet: false,
             told_lost: false,
+            left_out: 0,
+            last: None,
+            has_begun: false,
             learning_rate: None,
             #[cfg(feature = "checkpoint")]
             is_resumed: false,
@@ -151,10 +168,19 @@ impl<P: AsMut<Probe>> Watch<P> {
         self.sinks.push(Box::new(sink));
     }
 
-    /// The steps with details: their tensors are written to files that grow, and histograms, signal and noise looked at. Every 10th
-    /// without it. A step in which a finding begins has its tensors written all the same.
-    pub fn details(&mut self, cadence: Cadence) {
+    /// Sets the steps with details: their tensors are written to files that grow, and histograms, signal and noise looked at. By default
+    /// every 10th. A step in which a finding begins has its tensors written all the same. A look that would have to wait for the one
+    /// before is left out.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a cadence of some tensors: a step has the details of all.
+    pub fn details(&mut self, cadence: Cadence) -> Result<(), Error> {
+        if cadence.is_of_some_tensors() {
+            let value = "one of some tensors".to_owned();
+            return Err(Error::InvalidConfig { option: "details", expected: "a cadence of all tensors", value });
+        }
         self.details = cadence;
+        Ok(())
     }
 
     /// Tells nothing on standard error: [`WatchedStep::changed`] is for the trainer to show.
@@ -162,17 +188,19 @@ impl<P: AsMut<Probe>> Watch<P> {
         self.is_quiet = true;
     }
 
-    /// The probe.
+    /// The probe, to set values and to ask for history or samples. A report or histogram that is taken from it is not written.
     pub fn probe(&mut self) -> &mut P {
         &mut self.probe
     }
 
-    /// One step as `run` takes it: it launches one measurement on the probe, and first
-    /// [`histogram()?.start(…)`](crate::Room::start) where its second argument says so. What the other steps are made of, for a
-    /// trainer that takes another.
+    /// Takes a step as `run` does, for a trainer that needs another than `step` and `update`. `run` launches one measurement on the probe;
+    /// where its second argument is true, it first calls [`histogram()?.start(…)`](crate::Room::start).
     ///
     /// `scalars` are the trainer's own numbers of the step. The diagnosis goes by the one that is called `lr` or `learning_rate`, where its
     /// rules are the default ones or know a rate already: anew when it has changed by more than a factor of 2.
+    ///
+    /// Gives the last step whose report has come: on the CPU this one, on a GPU this or one of the last few. With several at once, its
+    /// [`changed`](WatchedStep::changed) is of all of them.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] unless the step is after the last, and for scalars of odd names; [`Error::StepWritten`] when the first step is
@@ -184,56 +212,75 @@ impl<P: AsMut<Probe>> Watch<P> {
         run: impl FnOnce(&mut P, bool) -> Result<(), E>,
     ) -> Result<Option<WatchedStep>, E> {
         let scalars = checked_scalars(scalars)?;
+        self.probe.as_mut().set_step(step)?;
         self.open(step)?;
         self.follow_learning_rate(&scalars)?;
+        self.has_begun = true;
         let probe = self.probe.as_mut();
-        probe.set_step(step)?;
         let has_details = self.details.includes(step);
-        if has_details {
-            // There is room for one look.
-            self.waiting.iter_mut().try_for_each(|waiting| waiting.look.finish(probe))?;
-        }
-        let has_histogram = has_details && probe.declares_histogram();
+        // There is room for one look.
+        let looks = has_details && self.waiting.iter().all(|waiting| !waiting.look.is_under_way());
+        let has_histogram = looks && probe.declares_histogram();
         run(&mut self.probe, has_histogram)?;
         let probe = self.probe.as_mut();
-        let has_gsnr = has_details && probe.declares_tracking();
+        let has_gsnr = looks && probe.declares_tracking();
         if has_gsnr {
             probe.gsnr()?.start()?;
         }
         let look = Look { has_histogram, has_gsnr, ..Look::default() };
         self.waiting.push_back(Waiting { step, scalars, has_details, look });
-        let mut last = None;
-        while !self.waiting.is_empty() {
-            let Some(report) = self.probe.as_mut().poll()? else { break };
-            last = Some(self.see(report)?);
-        }
-        Ok(last)
+        self.see_all(Probe::poll).map_err(E::from)
     }
 
-    /// Waits for all steps whose reports have not come, and gives the last of them.
+    /// Waits for all steps whose reports have not come. Gives the last step, also if it has been given before; `None` before the first.
     ///
     /// # Errors
     /// The device's.
     pub fn wait(&mut self) -> Result<Option<WatchedStep>, Error> {
-        let mut last = None;
-        while !self.waiting.is_empty() {
-            let Some(report) = self.probe.as_mut().next_report()? else { break };
-            last = Some(self.see(report)?);
-        }
-        Ok(last)
+        let seen = self.see_all(Probe::next_report)?;
+        Ok(seen.or_else(|| self.last.clone()))
     }
 
     /// Waits for the last step, and until all is written. Steps after it are measured, and not written.
+    ///
+    /// [`Finished::dropped`] counts also the steps whose reports did not come, as the host was more than four steps ahead of the device.
     ///
     /// # Errors
     /// The first step that is lost, and why; and the device's.
     pub fn finish(&mut self) -> Result<Finished, Error> {
         self.wait()?;
-        let finished = self.writers.take().map(Background::finish).unwrap_or_default();
+        let mut finished = self.writers.take().map(Background::finish).unwrap_or_default();
+        finished.dropped += self.left_out;
+        if finished.dropped > 0 {
+            self.say(&format!(
+                "{} steps are not written: the disk or the host's reads were too slow\n",
+                finished.dropped
+            ));
+        }
         match finished.error {
             Some(error) => Err(error),
             None => Ok(finished),
         }
+    }
+
+    /// Takes in the reports that `next` gives, and gives the last of them.
+    fn see_all(
+        &mut self,
+        next: impl Fn(&mut Probe) -> Result<Option<Report>, Error>,
+    ) -> Result<Option<WatchedStep>, Error> {
+        let mut last: Option<WatchedStep> = None;
+        while !self.waiting.is_empty() {
+            let Some(report) = next(self.probe.as_mut())? else { break };
+            let mut seen = self.see(report)?;
+            if let Some(before) = last.and_then(|last| last.changed) {
+                seen.changed = Some(before + seen.changed.as_deref().unwrap_or_default());
+            }
+            last = Some(seen);
+        }
+        if last.is_some() {
+            self.last.clone_from(&last);
+        }
+        Ok(last)
     }
 
     /// Has the writers begin with this step.
@@ -277,6 +324,7 @@ impl<P: AsMut<Probe>> Watch<P> {
         let mut waiting = None;
         // Reports of steps before it do not come any more.
         while self.waiting.front().is_some_and(|next| next.step <= report.step()) {
+            self.left_out += u64::from(waiting.is_some());
             waiting = self.waiting.pop_front();
             waiting.as_mut().map_or(Ok(()), |next| next.look.finish(probe))?;
         }
@@ -289,11 +337,16 @@ impl<P: AsMut<Probe>> Watch<P> {
             _ => Vec::new(),
         };
         let of_step = self.of_steps.update(diagnosis.iter().flat_map(|diagnosis| diagnosis.findings()));
-        let of_look = if has_details { self.of_looks.update(&beside) } else { Change::None };
-        let is_new = [of_step, of_look].contains(&Change::New);
-        let changed = is_new.then(|| step::words(diagnosis.as_ref(), &beside));
-        let over = (of_step == Change::Over && !is_new).then(|| step::over(report.step()));
-        let changed = changed.or(over);
+        let of_look = if look.gsnr.is_some() { self.of_looks.update(&beside) } else { Change::None };
+        let changes = [of_step, of_look];
+        let is_new = changes.contains(&Change::New);
+        let is_over = changes.contains(&Change::Over) && self.of_steps.is_empty() && self.of_looks.is_empty();
+        let changed = if is_new {
+            let diagnosis = diagnosis.filter(|_| of_step == Change::New);
+            Some(step::words(report.step(), diagnosis.as_ref(), if of_look == Change::New { &beside } else { &[] }))
+        } else {
+            is_over.then(|| step::over(report.step()))
+        };
 
         let mut entry = Entry::new(report).with_findings_beside(beside);
         entry = entry.with_checked_scalars(scalars);

@@ -60,17 +60,11 @@ impl fmt::Display for WatchedStep {
     }
 }
 
-/// What is wrong in a step, and with what was looked at beside it.
-pub(super) fn words(diagnosis: Option<&Diagnosis>, beside: &[Finding]) -> String {
-    let mut words = String::new();
-    if let Some(diagnosis) = diagnosis.filter(|diagnosis| beside.is_empty() || !diagnosis.findings().is_empty()) {
-        write!(words, "{diagnosis}").expect("a string takes all");
-    }
-    if let Some(first) = beside.first() {
-        if words.is_empty() {
-            writeln!(words, "step {}: over the last steps", first.step).expect("a string takes all");
-        }
-        write!(words, "{}", health::table(beside)).expect("a string takes all");
+/// Findings of a step that have not been told, and those of what was looked at beside it.
+pub(super) fn words(step: u64, diagnosis: Option<&Diagnosis>, beside: &[Finding]) -> String {
+    let mut words = diagnosis.map_or_else(String::new, Diagnosis::to_string);
+    if !beside.is_empty() {
+        write!(words, "step {step}: over the last steps\n{}", health::table(beside)).expect("a string takes all");
     }
     words
 }

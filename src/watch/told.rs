@@ -1,7 +1,7 @@
 //! What has been told already: a finding that goes on is told once.
 
 use crate::{Finding, FindingKind, Verdict};
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 /// Looks without a finding after which it counts as gone: one that comes and goes would be told again and again.
 const PATIENCE: u32 = 10;
@@ -18,7 +18,7 @@ struct Known {
     kind: FindingKind,
     rule: String,
     severity: Verdict,
-    tensors: HashSet<String>,
+    tensors: BTreeSet<String>,
     /// For how many looks it has not been found.
     missing: u32,
 }
@@ -34,6 +34,10 @@ pub(super) enum Change {
 }
 
 impl Told {
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Takes in what was found now.
     pub fn update<'a>(&mut self, found: impl IntoIterator<Item = &'a Finding>) -> Change {
         let had_any = !self.0.is_empty();

@@ -43,6 +43,7 @@ pub struct Background {
     entries: Option<SyncSender<Arc<Entry>>>,
     thread: Option<JoinHandle<()>>,
     tally: Arc<Mutex<Tally>>,
+    sent: u64,
     dropped: u64,
 }
 
@@ -115,13 +116,14 @@ impl Background {
         };
         let thread = thread::Builder::new().name("gradprobe-write".to_owned()).spawn(work);
         let thread = thread.map_err(|error| Error::Thread { reason: error.to_string() })?;
-        Ok(Self { entries: Some(entries), thread: Some(thread), tally, dropped: 0 })
+        Ok(Self { entries: Some(entries), thread: Some(thread), tally, sent: 0, dropped: 0 })
     }
 
     /// Hands an entry over. If the queue is full, drops it and returns `false`. Takes microseconds.
     pub fn send(&mut self, entry: impl Into<Arc<Entry>>) -> bool {
         let entry = entry.into();
         let sent = self.entries.as_ref().is_some_and(|entries| entries.try_send(entry).is_ok());
+        self.sent += u64::from(sent);
         self.dropped += u64::from(!sent);
         sent
     }
@@ -139,6 +141,18 @@ impl Background {
     /// The first error so far, for a check before the end.
     pub fn error(&self) -> Option<Error> {
         locked(&self.tally).error.clone()
+    }
+
+    /// Waits until all that was sent so far is written, or lost.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn flush(&self) {
+        let is_done = || {
+            let tally = locked(&self.tally);
+            tally.written + tally.lost >= self.sent || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        };
+        while !is_done() {
+            thread::sleep(std::time::Duration::from_millis(1));
+        }
     }
 
     /// Waits until the sinks have written the whole queue and completed their files.

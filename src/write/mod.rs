@@ -11,7 +11,7 @@
 //!   they are continued after their last whole step. A step that is not after it is refused by [`Error::StepWritten`],
 //!   and the content stays. So a new run needs a place of its own. A run that goes on from a checkpoint restores its
 //!   probe's state ([`Probe::restore`](crate::Probe::restore)): the steps between the checkpoint and the last written
-//!   one are refused and count as lost, those after it continue the file. Prometheus' file, pictures and the view show
+//!   one are refused and count as lost, those after it continue the file. ([`Watch`](crate::Watch) leaves them out.) Prometheus' file, pictures and the view show
 //!   the present run alone, and begin anew with it.
 //! * An entry is there whole or not at all: on a full disk, after a process was killed, and when there is room again.
 //!   (A killed process may leave a part of its last entry; opening the file again removes it.) Where `ulimit -f` limits

@@ -251,7 +251,7 @@ pub fn call(probe: &mut Probe, plan: &AnyPlan, memory: &mut Memory, call: &Call)
 fn changed(mut state: ProbeState, change: u8, word: u64) -> ProbeState {
     match change % 6 {
         0 => {}
-        1 => state.step = word,
+        1 => state.measured = word,
         2 => state.loss_scale = Some((f32::from_bits(word as u32), (word >> 32) as u32)),
         3 => state.clip.push(word),
         4 if word.is_multiple_of(2) => state = state.common(),

@@ -53,7 +53,7 @@ fn states_of_no_probe_are_refused_and_those_of_odd_ones_go_on() {
         changed
     };
     let word = |place: usize, word: u64| changed(&|state| state.clip[place] = word);
-    let late = changed(&|state| state.step = u64::MAX);
+    let late = changed(&|state| state.measured = u64::MAX);
     let (nan, one) = (f64::NAN.to_bits(), 1f64.to_bits());
     for odd in [late, word(0, u64::MAX), word(0, 2), word(4, nan), word(4, one), word(6, one)] {
         let refused = probe.restore(&odd);

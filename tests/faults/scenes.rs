@@ -309,7 +309,7 @@ every_call! {
             run.call("step", || probe.step(&mut step.all_mut()));
         }
         run.call("state", || probe.state());
-        (fresh.step, fresh.loss_scale) = (5, Some((2.0, 0)));
+        (fresh.measured, fresh.loss_scale) = (5, Some((2.0, 0)));
         run.check("going on from a state", || {
             probe.restore(&fresh)?;
             probe.measure(&known.all())?;

@@ -1,15 +1,26 @@
 //! A run as [`Watch`] sees it: on the trainer's own step numbers, told once, written with and without details.
+#![allow(unsafe_code, reason = "a device that passes on to that of the CPU")]
 
+use crate::on_cpu::{Altered, OnCpu};
 use gradprobe::{
     Absent, Clip, Config, Cpu, DType, Error, Plan, Probe, Tensor, Verdict, Watch, WatchedStep,
+    device::{Buffer, Device, Read},
     gsnr::GsnrConfig,
     health::{Cadence, Rules},
     optim::Sgd,
     samples::SampleConfig,
-    write::{Entry, JsonLines, Sink},
+    write::{Entry, JsonLines, Sink, json_line},
 };
 use serde_json::Value;
-use std::{fs, path::Path, sync::mpsc};
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+};
 use tempfile::TempDir;
 
 const ELEMENTS: usize = 256;
@@ -76,7 +87,7 @@ fn all_that_has_a_step_number_has_the_trainers() {
     let report = probe.wait().unwrap();
     let frontier = report.diagnosis().unwrap().frontier().unwrap().clone();
     assert_eq!((frontier.step, frontier.tensor.as_str(), frontier.element), (30, "1.weight", 7));
-    assert_eq!(probe.state().unwrap().step, 8, "as many were measured");
+    assert_eq!(probe.state().unwrap().measured, 8);
 }
 
 #[test]
@@ -167,7 +178,8 @@ fn details_are_of_the_steps_that_are_asked_for() {
     let (sender, receiver) = mpsc::channel();
     let mut watch = watch(Config::new().histogram().tracking(GsnrConfig::new()));
     watch.sink(Listener(sender));
-    watch.details(Cadence::every(3).unwrap());
+    assert!(watch.details(Cadence::every(3).unwrap().tensors(["0.*"])).is_err());
+    watch.details(Cadence::every(3).unwrap()).unwrap();
     // A report that nobody needs to wait for comes with its step; a tensor may be absent, and the first step too early for a variance.
     for step in 3..=12 {
         let mut first = gradients(step)[0].clone();
@@ -286,8 +298,10 @@ fn a_resumed_run_is_the_one_that_was_not_interrupted() {
     first.finish().unwrap();
     drop(first);
     let mut second = make("parts");
-    second.restore(&checkpoint).unwrap();
+    assert_eq!(second.restore(&checkpoint).unwrap(), 66);
     let after = run(&mut second, 23..=40);
+    assert!(second.restore(&checkpoint).unwrap_err().to_string().contains("before the first step"));
+    assert_eq!(second.wait().unwrap().unwrap().step(), 120);
     second.finish().unwrap();
     assert!(before.iter().chain(&after).eq(&all));
     let read = |run: &str| fs::read_to_string(folder.path().join(run).join("steps.jsonl")).unwrap();
@@ -305,12 +319,17 @@ fn a_checkpoint_that_does_not_fit_changes_nothing() {
     let checkpoint = folder.path().join("checkpoint");
     let mut saved = watch(Config::full());
     take(&mut saved, 1, |_| {});
+    assert!(saved.probe().health().unwrap().rules() != &Rules::default(), "by the rate");
     saved.save(&checkpoint).unwrap();
     let refused = |config: Config, path: &Path| {
         let mut watch = watch(config);
+        let known = |watch: &mut Watch| {
+            let rules = watch.probe().health().map(|health| health.rules().clone()).ok();
+            (watch.probe().state().unwrap(), rules)
+        };
+        let before = known(&mut watch);
         let error = watch.restore(path).unwrap_err().to_string();
-        let before = watch.probe().state().unwrap();
-        assert_eq!(before.step, 0);
+        assert!(known(&mut watch) == before, "{error}");
         error
     };
     assert!(refused(Config::full().history(3), &checkpoint).contains("`Config::history` is declared here"));
@@ -327,4 +346,125 @@ fn a_checkpoint_that_does_not_fit_changes_nothing() {
     let mut other = Watch::new(Probe::new(Cpu, plan, Config::full()).unwrap());
     let error = other.restore(&checkpoint).unwrap_err().to_string();
     assert!(error.contains("\"0.weight\"") && error.contains("\"other\""), "{error}");
+}
+
+/// Copies that arrive late, as on a GPU: how many were begun and have arrived, and how often one was waited for that had not.
+#[derive(Default)]
+struct Copies {
+    begun: AtomicU64,
+    arrived: AtomicU64,
+    waited: AtomicU64,
+}
+
+impl Copies {
+    /// All but the last `late` have arrived.
+    fn arrive(&self, late: u64) {
+        let begun = self.begun.load(Ordering::Relaxed);
+        self.arrived.fetch_max(begun.saturating_sub(late), Ordering::Relaxed);
+    }
+}
+
+struct Late(Arc<Copies>);
+
+struct LateRead {
+    read: Box<dyn Read>,
+    copies: Arc<Copies>,
+    number: u64,
+}
+
+impl LateRead {
+    fn has_arrived(&self) -> bool {
+        self.number <= self.copies.arrived.load(Ordering::Relaxed)
+    }
+}
+
+impl Read for LateRead {
+    fn start(&mut self, from: &Buffer) -> Result<(), Error> {
+        self.number = 1 + self.copies.begun.fetch_add(1, Ordering::Relaxed);
+        self.read.start(from)
+    }
+    fn is_complete(&self) -> Result<bool, Error> {
+        Ok(self.has_arrived())
+    }
+    fn wait(&self) -> Result<&[u8], Error> {
+        self.copies.waited.fetch_add(u64::from(!self.has_arrived()), Ordering::Relaxed);
+        self.read.wait()
+    }
+}
+
+// SAFETY: the CPU's device, but for reads that take their time.
+unsafe impl Altered for Late {
+    fn read(&self, bytes: usize) -> Result<Box<dyn Read>, Error> {
+        Ok(Box::new(LateRead { read: Cpu.read(bytes)?, copies: Arc::clone(&self.0), number: 0 }))
+    }
+}
+
+/// Gives the lines of what it is told.
+struct Lines(mpsc::Sender<String>);
+
+impl Sink for Lines {
+    fn write(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.0.send(json_line(entry)).map_err(|error| Error::Drawing { reason: error.to_string() })
+    }
+}
+
+/// The lines of a run whose copies come so many late, or never before its end, and how many of its steps are left out.
+fn lines_of(config: Config, late: Option<u64>) -> (Vec<String>, u64) {
+    let (sender, receiver) = mpsc::channel();
+    let copies = Arc::new(Copies::default());
+    let mut watch = Watch::new(Probe::new(OnCpu(Late(Arc::clone(&copies))), plan(), config).unwrap());
+    watch.quiet();
+    watch.sink(Lines(sender));
+    watch.details(Cadence::every(5).unwrap()).unwrap();
+    let mut told = String::new();
+    for index in 0..60u64 {
+        // Numbers that jump, a rate that rises now and then, and a step that is not finite.
+        let step = index + 10 * (index / 7) + index.saturating_sub(40);
+        let rate = 1e-3 * 2.5f64.powi(i32::try_from(index / 9).unwrap());
+        let [mut first, mut second] = gradients(step);
+        if index == 30 {
+            second[3] = f32::NAN;
+        }
+        // A spike in the last step of a rate: the next rate is no reason to forget the norms before it.
+        if index == 53 {
+            first.iter_mut().chain(&mut second).for_each(|x| *x *= 1e3);
+        }
+        let seen = watch.step(step, &mut [&mut first, &mut second], [("lr", rate)]).unwrap();
+        told.extend(seen.iter().filter_map(|seen| seen.changed().map(str::to_owned)));
+        late.iter().for_each(|&late| copies.arrive(late));
+    }
+    assert_eq!(copies.waited.load(Ordering::Relaxed), 0, "a step never waits");
+    let finished = watch.finish().unwrap();
+    let lines: Vec<String> = receiver.iter().collect();
+    assert_eq!((finished.written, finished.lost), (lines.len() as u64, 0));
+    if late.is_some() {
+        assert_eq!(told.matches("nan").count() > 0, lines.iter().any(|line| line.contains("\"kind\":\"nan\"")));
+    }
+    (lines, finished.dropped)
+}
+
+#[test]
+fn reports_that_come_late_say_the_same() {
+    for config in [Config::full(), Config::full().history(3).clip(Clip::auto_clip())] {
+        let (at_once, dropped) = lines_of(config.clone(), Some(0));
+        assert_eq!((at_once.len(), dropped), (60, 0));
+        for late in [1, 2, 3] {
+            let (lines, dropped) = lines_of(config.clone(), Some(late));
+            assert_eq!(dropped, 0);
+            for (line, expected) in lines.iter().zip(&at_once) {
+                assert_eq!(line, expected, "{late} late");
+            }
+            assert_eq!(lines.len(), 60);
+        }
+    }
+}
+
+/// A host that is far ahead of its device: steps are left out and counted, and the others have their own numbers.
+#[test]
+fn steps_whose_reports_do_not_come_are_counted() {
+    let (at_once, _) = lines_of(Config::new(), Some(0));
+    let (lines, dropped) = lines_of(Config::new(), None);
+    assert_eq!(lines.len() as u64 + dropped, 60);
+    assert!(dropped >= 50 && lines.iter().all(|line| at_once.contains(line)), "{dropped}");
+    assert_eq!((lines.first(), lines.last()), (at_once.first(), at_once.last()));
 }

@@ -12,8 +12,8 @@ fn a_command_line_that_makes_no_sense_exits_with_2() {
     let dead = golden("dead");
     let dead = dead.to_str().unwrap();
     let mut lines = vec![
-        (vec![], "<FILE.safetensors>..."),
-        (vec!["--json"], "<FILE.safetensors>..."),
+        (vec![], "<FILE>..."),
+        (vec!["--json"], "<FILE>..."),
         (vec![dead, "--clip-norm", "1"], "--out"),
         (vec![dead, "--out", "nowhere"], "--clip-norm"),
         (vec![dead, "--unknown"], "--unknown"),

@@ -26,7 +26,7 @@ fn write(folder: &Path, file: usize, steps: u64) {
     let plan = Plan::new((0..TENSORS).map(|index| (name(index), DType::F32, 4))).unwrap();
     let mut probe = Probe::new(Cpu, plan, Config::new()).unwrap();
     let mut state = probe.state().unwrap();
-    state.step = found(folder, file).0.len() as u64;
+    state.measured = found(folder, file).0.len() as u64;
     probe.restore(&state).unwrap();
     let mut sink = sinks(folder).swap_remove(file);
     let gradients: Vec<&dyn Tensor> = (0..TENSORS).map(|_| &[0.1f32, -0.2, 0.3, 0.4] as &dyn Tensor).collect();

@@ -353,7 +353,7 @@ fn a_run_is_watched_and_written() {
     let mut watch = Watch::new(&model, Config::full().history(4).clip(Clip::global_norm(1e-3))).unwrap();
     watch.quiet();
     watch.write_to(folder.path()).unwrap();
-    watch.details(Cadence::every(6).unwrap());
+    watch.details(Cadence::every(6).unwrap()).unwrap();
     for step in 1..=16 {
         let mut gradients = gradients(&model);
         if step == 15 {

@@ -32,11 +32,11 @@ use std::{
 /// tenfold.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The one
+    /// First file or run
     #[arg(value_name = "A")]
     a: PathBuf,
 
-    /// The other
+    /// Second file or run
     #[arg(value_name = "B")]
     b: PathBuf,
 

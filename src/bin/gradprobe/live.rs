@@ -14,12 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Shows a run in the terminal while it is written: norms, the tensors, the worst first, and findings.
+/// Show a run in the terminal while it is written: norms, the tensors, the worst first, and findings
 ///
-/// Arrow and page keys move the list of tensors, `q` ends.
+/// Arrow and page keys move the list of tensors, q ends.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// A folder with `steps.jsonl`, or such a file.
+    /// A folder with steps.jsonl, or such a file
     run: PathBuf,
 }
 

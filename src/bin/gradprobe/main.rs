@@ -66,7 +66,10 @@ fn main() -> ExitCode {
         Command::Compare { place, options } => {
             compare::run(options, &|plan, config| device::open(place.device, plan, config)).map(|()| None)
         }
-        Command::Report(options) => report::run(options).map(|()| None),
+        Command::Report(options) => {
+            report::run(options)?;
+            terminal::print(&format!("{}\n", options.output.display())).map(|()| None)
+        }
         Command::Live(options) => live::run(options).map(|()| None),
         Command::Completions { shell } => completions(*shell).map(|()| None),
         Command::Man => man().map(|()| None),

@@ -184,7 +184,7 @@ fn a_rank_that_is_restored_otherwise_is_named() {
             let config = Config::default().rules(Rules::default()).ranks(sharded(communicator));
             let mut probe = make(Plan::new([("w", DType::F32, 1)]).unwrap(), config, rank).unwrap();
             let mut state = probe.state().unwrap();
-            state.step = if rank == 1 { 41 } else { 40 };
+            state.measured = if rank == 1 { 41 } else { 40 };
             probe.restore(&state).unwrap();
             let report = probe.measure_host(&[HostTensor::F32(&[1.0])]).unwrap();
             let diagnosis = report.diagnosis().unwrap();

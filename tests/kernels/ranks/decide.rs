@@ -118,7 +118,7 @@ fn a_run_goes_on_on_other_ranks() {
             let plan = Plan::new([("w", DType::F32, len as u64)]).unwrap();
             let ranks = sharded(communicator);
             let mut probe = make(plan, config().ranks(ranks), rank).unwrap();
-            assert_eq!(probe.state().unwrap().step, 0);
+            assert_eq!(probe.state().unwrap().measured, 0);
             if let Some(state) = from {
                 probe.restore(state).unwrap();
                 assert_eq!(probe.state().unwrap().common(), *state);
@@ -139,7 +139,7 @@ fn a_run_goes_on_on_other_ranks() {
         let (at_once, last) = run(make, 2, 0..9, None);
         let (first, state) = run(make, 2, 0..5, None);
         let (second, of_other) = run(make, 3, 5..9, Some(&state.common()));
-        assert_eq!((state.step, last.step, of_other.step), (5, 9, 9));
+        assert_eq!((state.measured, last.measured, of_other.measured), (5, 9, 9));
         for (seen, expected) in [first, second].concat().iter().zip(&at_once) {
             let near = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-6;
             assert!(near(seen.total_norm, expected.total_norm) && near(seen.coefficient_f64, expected.coefficient_f64));

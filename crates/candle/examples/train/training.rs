@@ -37,8 +37,12 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
 
     let mut rate = options.lr;
     let middle = options.steps.div_ceil(2);
-    let mut training =
-        Training { losses: Vec::new(), table: Table::new(options.steps.into())?, summary: Summary::default() };
+    let mut training = Training {
+        losses: Vec::new(),
+        shown: 0,
+        table: Table::new(options.steps.into())?,
+        summary: Summary::default(),
+    };
     let mut time = Duration::ZERO;
     for step in 1..=options.steps {
         let strikes = |fault| step == middle && options.fault == Some(fault);
@@ -75,7 +79,7 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
         }
         training.show(seen, &mut watch)?;
     }
-    training.show(watch.rest()?, &mut watch)?;
+    training.show(watch.rest(training.shown)?, &mut watch)?;
     let costs = Costs { steps: time, gradprobe: watch.time(), candle: candle.time, optimizer: options.optimizer };
     let finished = watch.finish()?;
     report::make(&[&options.out], &options.out.join("report.html"), true)?;
@@ -126,6 +130,8 @@ impl Candle {
 /// What is shown of a run.
 struct Training {
     losses: Vec<f32>,
+    /// The last step that was shown.
+    shown: u64,
     table: Table,
     summary: Summary,
 }
@@ -133,6 +139,7 @@ struct Training {
 impl Training {
     fn show(&mut self, seen: Option<WatchedStep>, watch: &mut Watch) -> Result<()> {
         let Some(seen) = seen else { return Ok(()) };
+        self.shown = seen.step();
         let diagnosis = seen.report().diagnosis().ok_or("no rules were given")?;
         self.summary.add(&seen, diagnosis);
         let noise = watch.noise(&seen);

@@ -126,9 +126,9 @@ impl Watch {
         Ok(seen)
     }
 
-    /// The step that is still on its way.
-    pub fn rest(&mut self) -> Result<Option<WatchedStep>> {
-        Ok(self.watch.wait()?)
+    /// The last step, if it was still on its way: after this one.
+    pub fn rest(&mut self, shown: u64) -> Result<Option<WatchedStep>> {
+        Ok(self.watch.wait()?.filter(|last| last.step() > shown))
     }
 
     /// Signal and noise up to this step.

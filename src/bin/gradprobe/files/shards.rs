@@ -27,6 +27,9 @@ struct Index {
 /// Gives the files of `path`: itself, or those of an index or a folder.
 pub fn of(path: &Path) -> Result<Shards, Failure> {
     let is_index = |path: &Path| path.to_string_lossy().ends_with(".index.json");
+    if path.join("steps.jsonl").is_file() || path.extension().is_some_and(|extension| extension == "jsonl") {
+        return Err(Failure::file(path, "is a run: `gradprobe report` and `gradprobe live` show one"));
+    }
     if !path.is_dir() {
         if is_index(path) {
             return by_index(path);

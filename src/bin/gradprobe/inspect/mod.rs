@@ -31,6 +31,9 @@ use weights::Weights;
 /// Inspects the files, on probes made by `open_probe`. Gives the verdict if the options say that the run fails on it.
 pub fn run(options: &Options, open_probe: Open<'_>) -> Result<Option<Verdict>, Failure> {
     let files = &options.files;
+    if options.selection.needs_weights() && options.params.is_none() {
+        return Err(Failure::Mismatch("--sort ratio needs the weights: give them by --params".to_owned()));
+    }
     let open = |file: &Path| TensorFile::open(file, |_| true, options.others());
     let first = open(&files[0])?;
     let mut inputs: Vec<PathBuf> = first.files().map(Path::to_owned).collect();

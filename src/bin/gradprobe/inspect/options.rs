@@ -15,8 +15,12 @@ use std::{path::PathBuf, str::FromStr};
 /// the gradients of one step, which are counted from 0.
 ///
 /// A step is a safetensors file, a folder of them or an index (`model.safetensors.index.json`), which are shards of one step, or
-/// a file of PyTorch's (.pt, .pth, .bin; a state dict, or a checkpoint with one under `state_dict`, `model_state_dict` or
-/// `model`). Tensors of other types than F32, F16 and BF16 are named and left out, F64 among them.
+/// a file of PyTorch's (.pt, .pth, .bin): a dict of tensors, also under `state_dict`, `model_state_dict` or `model`. A checkpoint has weights,
+/// not gradients. Save gradients after `loss.backward()`:
+///
+///   torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "step0.pt")
+///
+/// Tensors of other types than F32, F16 and BF16 are named and left out, F64 among them.
 ///
 /// Safetensors files are mapped: the system keeps as much of them in memory as it has room for. PyTorch's are read whole. A file
 /// that another program cuts short while it is measured ends this one by SIGBUS.
@@ -71,7 +75,7 @@ pub struct Options {
 
     /// Gradients of one step each, in step order. From two on, signal and noise across the steps are reported; that
     /// takes 8 bytes of memory an element
-    #[arg(required = true, value_name = "FILE.safetensors")]
+    #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
 
     #[command(flatten)]

@@ -15,11 +15,11 @@ const WORST: usize = 20;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Tensors that are shown")]
 pub struct Selection {
-    /// Show N tensors: the first by --sort, or else the worst. Of more than 40 tables show the 20 worst [default: all in JSON]
+    /// Show N tensors. By default tables show all of up to 40, else the 20 worst; JSON shows all
     #[arg(long, value_name = "N")]
     top: Option<usize>,
 
-    /// Order tensors by this, largest first [default: by name, or the worst first where not all are shown]
+    /// Order tensors by this, largest first. By default by name, and the worst first where not all are shown
     #[arg(long, value_enum)]
     sort: Option<Sort>,
 
@@ -67,6 +67,11 @@ pub struct Shown {
 }
 
 impl Selection {
+    /// Whether it needs the norms of the weights.
+    pub fn needs_weights(&self) -> bool {
+        matches!(self.sort, Some(Sort::Ratio))
+    }
+
     /// Fails for a pattern that no tensor of `path` matches.
     pub fn check(&self, plan: &Plan, path: &Path) -> Result<(), Failure> {
         match &self.filter {

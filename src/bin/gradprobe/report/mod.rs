@@ -13,17 +13,17 @@ use std::{
 };
 use summary::{ALL_CELLS, Summary};
 
-/// Makes one HTML file of a run, to be opened in a browser: findings, curves, a heat map of the tensors, histograms.
+/// Make one HTML file of a run, for a browser: findings, curves, a heat map of the tensors, histograms
 #[derive(Debug, Args)]
 pub struct Options {
-    /// A folder with `steps.jsonl`, or such a file.
+    /// A folder with steps.jsonl, or such a file
     run: PathBuf,
-    /// A run to set beside it.
+    /// Second run, shown beside it
     other: Option<PathBuf>,
-    /// The file to make.
+    /// File to make
     #[arg(short, long, default_value = "report.html")]
-    output: PathBuf,
-    /// Replaces a file that is there.
+    pub output: PathBuf,
+    /// Replace a file that is there
     #[arg(long)]
     force: bool,
 }
