@@ -69,7 +69,8 @@ impl Folder {
     fn page(&self, runs: &[&Path]) -> Page {
         let path = self.path("page.html");
         let output = report(&[runs, &[Path::new("--force"), Path::new("-o"), &path]].concat());
-        assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n", path.display()));
         let text = fs::read_to_string(&path).unwrap();
         Page { path, text }
     }
