@@ -8,7 +8,7 @@ mod told;
 pub use step::WatchedStep;
 
 use crate::{
-    Error, Probe, Report, Tensor, TensorMut,
+    Diagnosis, Error, Probe, Report, Tensor, TensorMut,
     gsnr::GsnrReport,
     health::Cadence,
     histogram::HistogramReport,
@@ -331,19 +331,19 @@ impl<P: AsMut<Probe>> Watch<P> {
         let Some(Waiting { scalars, has_details, look, .. }) = waiting.filter(|next| next.step == report.step()) else {
             return Ok(WatchedStep { entry: Arc::new(Entry::new(report)), changed: None });
         };
-        let diagnosis = report.diagnosis().cloned();
+        let diagnosis = report.diagnosis();
         let beside = match (probe.health(), &look.gsnr) {
             (Ok(health), Some(gsnr)) => health.diagnose_gsnr(gsnr)?,
             _ => Vec::new(),
         };
-        let of_step = self.of_steps.update(diagnosis.iter().flat_map(|diagnosis| diagnosis.findings()));
+        let of_step = self.of_steps.update(diagnosis.into_iter().flat_map(Diagnosis::findings));
         let of_look = if look.gsnr.is_some() { self.of_looks.update(&beside) } else { Change::None };
         let changes = [of_step, of_look];
         let is_new = changes.contains(&Change::New);
         let is_over = changes.contains(&Change::Over) && self.of_steps.is_empty() && self.of_looks.is_empty();
         let changed = if is_new {
             let diagnosis = diagnosis.filter(|_| of_step == Change::New);
-            Some(step::words(report.step(), diagnosis.as_ref(), if of_look == Change::New { &beside } else { &[] }))
+            Some(step::words(report.step(), diagnosis, if of_look == Change::New { &beside } else { &[] }))
         } else {
             is_over.then(|| step::over(report.step()))
         };
