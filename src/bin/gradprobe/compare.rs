@@ -2,8 +2,8 @@
 
 use crate::{
     device::Open,
-    files::{Entry, Failure, Lent, OtherTypes, TensorFile},
-    run::{Number, Run, is_run},
+    files::{Entry, Failure, Lent, OtherTypes, TensorFile, is_run},
+    run::{Number, Run},
     terminal::{one_line, print},
 };
 use clap::Args;

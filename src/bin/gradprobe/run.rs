@@ -26,11 +26,6 @@ pub fn file_of(run: &Path) -> PathBuf {
     if run.is_dir() { run.join(STEPS) } else { run.to_owned() }
 }
 
-/// Whether this is a run, not a file of tensors.
-pub fn is_run(path: &Path) -> bool {
-    path.join(STEPS).is_file() || path.extension().is_some_and(|extension| extension == "jsonl")
-}
-
 /// A run while it is read. The file may grow meanwhile.
 pub struct Run {
     path: PathBuf,

@@ -24,10 +24,15 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// Whether this is a run, not a file of tensors.
+pub fn is_run(path: &Path) -> bool {
+    path.join("steps.jsonl").is_file() || path.extension().is_some_and(|extension| extension == "jsonl")
+}
+
 /// Gives the files of `path`: itself, or those of an index or a folder.
 pub fn of(path: &Path) -> Result<Shards, Failure> {
     let is_index = |path: &Path| path.to_string_lossy().ends_with(".index.json");
-    if path.join("steps.jsonl").is_file() || path.extension().is_some_and(|extension| extension == "jsonl") {
+    if is_run(path) {
         return Err(Failure::file(path, "is a run: `gradprobe report` and `gradprobe live` show one"));
     }
     if !path.is_dir() {
